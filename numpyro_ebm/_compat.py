@@ -1,0 +1,47 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the package needs of NumPyro that NumPyro does not offer as an API.
+
+NumPyro never tells a distribution the name of its site, nor a handler which objective is running it. Both are in the
+local variables of the calling frames while a model is traced. They are read here to name the site in an error and to
+refuse an objective that would lose the chains: never to compute anything.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpyro.distributions as dist
+from numpyro.infer.elbo import ELBO
+
+WRAPPERS = (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution, dist.TransformedDistribution)
+
+
+def calling_site(fn: dist.Distribution) -> str | None:
+    """The name of the sample site whose ``log_prob`` is being computed, if ``fn`` stands at one."""
+    for site in _locals_called("site"):
+        if isinstance(site, dict) and "name" in site and any(fn is part for part in layers(site.get("fn"))):
+            return site["name"]
+    return None
+
+
+def calling_objective() -> ELBO | None:
+    """The NumPyro objective that is tracing the model right now, if there is one."""
+    return next((self for self in _locals_called("self") if isinstance(self, ELBO)), None)
+
+
+def layers(fn: Any) -> Iterator[Any]:
+    """A distribution, then what it wraps, outermost first (plates wrap a site's distribution)."""
+    yield fn
+    while isinstance(fn, WRAPPERS):
+        fn = fn.base_dist
+        yield fn
+
+
+def _locals_called(name: str) -> Iterator[Any]:
+    frame = sys._getframe(2)
+    while frame is not None:
+        if name in frame.f_locals:
+            yield frame.f_locals[name]
+        frame = frame.f_back  # type: ignore[assignment]

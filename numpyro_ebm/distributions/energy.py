@@ -1,0 +1,442 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Distributions whose density is known up to its normaliser, and the guard that keeps their gradients honest.
+
+.. math:: p(x) = \frac{1}{Z} \exp(-E(x)) \, b(x), \qquad Z = \int \exp(-E(x)) \, b(x) \, dx,
+
+with an energy :math:`E` that the user writes for one event and a base :math:`b`: a distribution
+(:class:`TiltedDistribution`) or a flat measure (:class:`EnergyDistribution`). ``log_prob`` leaves out :math:`\log Z`.
+That is harmless for every gradient in :math:`x` and wrong for every gradient in what :math:`Z` depends on, so such a
+gradient raises :class:`NormalizerError` unless :class:`~numpyro_ebm.negative_phase` supplies the missing term.
+"""
+
+import copy
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from numpyro.distributions import Distribution, ImproperUniform, biject_to, constraints
+from numpyro.distributions.batch_util import promote_batch_shape
+from numpyro.distributions.util import sum_rightmost, validate_sample
+
+from numpyro_ebm._compat import calling_site, layers
+from numpyro_ebm.samplers import MALA, Sampler
+
+
+class NormalizerError(RuntimeError):
+    """A gradient was asked for that needs ``d log Z / d theta``, which ``log_prob`` does not have."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _unknown_log_normalizer(site: str | None, dtype: Any, params: list[Array]) -> Array:
+    """0, with a backward pass in ``params`` that raises: it is reached only if ``log Z`` would be differentiated."""
+    return jnp.zeros((), dtype)
+
+
+def _refuse(site: str | None, dtype: Any, residuals: None, cotangent: Array) -> Any:
+    raise NormalizerError(
+        f"{_place(site)}: this gradient needs d log Z / d theta, the derivative of an unknown normaliser. "
+        "Wrap the model in numpyro_ebm.negative_phase, or hold the energy's parameters fixed."
+    )
+
+
+_unknown_log_normalizer.defvjp(lambda site, dtype, params: (jnp.zeros((), dtype), None), _refuse)
+
+
+def _place(site: str | None) -> str:
+    return "an energy distribution outside any site" if site is None else f"site '{site}'"
+
+
+class BaseMeasure(ImproperUniform):
+    r"""The flat measure on a support: Lebesgue where it is continuous, counting where it is discrete.
+
+    ``log_prob`` is 0 everywhere on the support. It is the base of :class:`EnergyDistribution`, and the distribution of a
+    latent or visible that a :func:`numpyro.factor` couples into a random field. It has no normaliser and cannot be
+    sampled.
+
+    :param support: a NumPyro constraint on one event, or on its elements.
+    :param tuple event_shape: the shape of one event.
+    :raises ValueError: if the support needs more dimensions than the event has.
+
+    .. doctest::
+
+        >>> import jax.numpy as jnp
+        >>> from numpyro.distributions import constraints
+        >>> from numpyro_ebm import BaseMeasure
+        >>> BaseMeasure(constraints.boolean, (3,)).log_prob(jnp.ones((5, 3), dtype=int)).shape
+        (5,)
+    """
+
+    has_enumerate_support = False
+    has_rsample = False
+    pytree_data_fields = ("support",)
+
+    def __init__(
+        self,
+        support: constraints.Constraint = constraints.real,
+        event_shape: tuple[int, ...] = (),
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        if support.event_dim > len(event_shape):
+            raise ValueError(
+                f"{support} constrains events of {support.event_dim} dimensions or more, got event_shape={event_shape}."
+            )
+        super().__init__(support, (), tuple(event_shape), validate_args=validate_args)
+
+    def sample(self, key: Array | None, sample_shape: tuple[int, ...] = ()) -> Array:
+        raise NotImplementedError(
+            f"A BaseMeasure ({self.support}, event_shape={self.event_shape}) is flat and cannot be sampled: condition on it, "
+            "give it a value, or start chains elsewhere with EnergyDistribution(..., initial=a distribution to start from)."
+        )
+
+
+class _Static(NamedTuple):
+    """What of an energy is not an array: its tree with the arrays taken out. Hashable, compared by plain equality."""
+
+    treedef: Any
+    leaves: tuple[Hashable, ...]  # None where an array was
+
+
+def _split(energy: Callable[..., Any]) -> tuple[list[Any], _Static]:
+    leaves, treedef = jax.tree.flatten(energy)
+    is_array = [isinstance(leaf, (Array, np.ndarray, np.generic)) for leaf in leaves]
+    arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
+    return arrays, _Static(treedef, tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True)))
+
+
+def _join(arrays: list[Any], static: _Static) -> Callable[..., Any]:
+    rest = iter(arrays)
+    return jax.tree.unflatten(static.treedef, [next(rest) if leaf is None else leaf for leaf in static.leaves])
+
+
+class TiltedDistribution(Distribution):
+    r"""A distribution reweighted by an energy: :math:`p(x) = \exp(-E(x)) \, b(x) / Z`.
+
+    The prior of latent-space energy-based models: ``base`` a standard normal, ``energy`` a neural network.
+
+    The energy is written for **one event** and returns a scalar; this class maps it over sample, plate and batch
+    dimensions. It may be a function, an Equinox or Flax NNX module or a :class:`jax.tree_util.Partial` (their arrays
+    become leaves of this pytree, the rest is static), or a function of ``(params, x)`` with ``params`` a pytree. With
+    ``batch_shape``, every array of the energy and of ``params`` has those leading dimensions: a stack of energies.
+
+    ``log_prob`` is unnormalised (``Z`` taken as 1). See :class:`~numpyro_ebm.negative_phase` to learn an energy's
+    parameters. ``sample`` runs ``sampler`` from draws of ``initial``: it is **approximate**, as good as the chain is long.
+
+    :param Distribution base: the base :math:`b`; its batch shape is broadcast with ``batch_shape``.
+    :param energy: ``energy(x)``, or ``energy(params, x)`` if ``params`` is given; ``x`` of shape ``event_shape``.
+    :param params: parameters of the energy, a pytree of arrays.
+    :param tuple batch_shape: leading dimensions of the energy's arrays and of ``params``.
+    :param Sampler sampler: how :meth:`sample` draws; 200 steps of :class:`~numpyro_ebm.MALA` if not given.
+    :param Distribution initial: where chains start; the base if not given.
+    :raises ValueError: at first use, if the energy does not map one event to one real scalar.
+
+    **References**
+
+    1. Pang et al., *Learning latent space energy-based prior model*, NeurIPS 2020, arXiv:2006.08205, eq. 2.
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp
+        >>> import numpyro.distributions as dist
+        >>> from numpyro_ebm import TiltedDistribution
+        >>> base = dist.Normal(0, 1).expand([2]).to_event(1)
+        >>> prior = TiltedDistribution(base, lambda x: -3 * x[0])  # exactly N([3, 0], I)
+        >>> prior.sample(jax.random.key(0), (1000,)).mean(0).round()
+        Array([3., 0.], dtype=float32)
+        >>> prior.score(jnp.zeros(2))
+        Array([3., 0.], dtype=float32)
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    pytree_data_fields: tuple[str, ...] = ("base", "initial", "params", "_energy_arrays")
+    pytree_aux_fields: tuple[str, ...] = ("_energy_static", "_event_ndims", "guarded", "sampler")
+    # The inherited defaults are wrong: has_rsample would be vacuously true, and enumerating a vector event gives
+    # NumPyro's Gibbs samplers wrong answers silently.
+    has_rsample = False
+    has_enumerate_support = False
+    reparametrized_params: list[str] = []
+    is_normalized: bool = False
+    """Whether ``log_prob`` includes ``log Z``. A subclass that knows its normaliser says so here."""
+
+    def __init__(
+        self,
+        base: Distribution,
+        energy: Callable[..., Any],
+        *,
+        params: Any = None,
+        batch_shape: tuple[int, ...] = (),
+        sampler: Sampler | None = None,
+        initial: Distribution | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        if not callable(energy):
+            raise TypeError(f"energy must be a function of one event, got {type(energy).__name__}.")
+        if initial is not None and initial.event_shape != base.event_shape:
+            raise ValueError(f"initial has event_shape {initial.event_shape}, the base has {base.event_shape}: they must agree.")
+        self.base, self.initial, self.params, self.sampler = base, initial, params, sampler
+        self.guarded = not self.is_normalized
+        self._energy_arrays, self._energy_static = _split(energy)
+        arrays = jax.tree.leaves((self._energy_arrays, params))
+        for array in arrays:
+            if jnp.shape(array)[: len(batch_shape)] != tuple(batch_shape):
+                raise ValueError(
+                    f"with batch_shape={batch_shape} every array of the energy must lead with it, one has shape {jnp.shape(array)}."
+                )
+        # The rank of each array without its batch, so that a batch added by vmap or scan can be told from it.
+        self._event_ndims = tuple(jnp.ndim(array) - len(batch_shape) for array in arrays)
+        batch_shape = lax.broadcast_shapes(tuple(batch_shape), base.batch_shape)
+        super().__init__(batch_shape, base.event_shape, validate_args=validate_args)
+
+    @property
+    def energy(self) -> Callable[..., Any]:
+        """The energy as it was given."""
+        return _join(self._energy_arrays, self._energy_static)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The support of the base."""
+        return self.base.support
+
+    @property
+    def _energy_batch_shape(self) -> tuple[int, ...]:
+        arrays = jax.tree.leaves((self._energy_arrays, self.params))
+        shapes = [jnp.shape(array)[: jnp.ndim(array) - ndim] for array, ndim in zip(arrays, self._event_ndims, strict=True)]
+        return max(shapes, key=len, default=())
+
+    @validate_sample
+    def log_prob(self, value: Array, intermediates: list[Any] | None = None) -> Array:
+        r""":math:`\log b(x) - E(x)`, without :math:`\log Z`.
+
+        :param value: of shape ``sample_shape + batch_shape + event_shape``.
+        :return: of shape ``sample_shape + batch_shape``.
+        :raises NormalizerError: in the backward pass, if the result is differentiated in anything but ``value``.
+        """
+        value = self._events(value)
+        # A lambda, because a bound method of a distribution that holds tracers could not be hashed.
+        density, params = jax.closure_convert(lambda x: self._log_density(x), value)
+        log_prob = density(value, *params)
+        if self.guarded:
+            log_prob = log_prob + _unknown_log_normalizer(calling_site(self), log_prob.dtype, params)
+        return log_prob
+
+    def score(self, value: Array) -> Array:
+        r""":math:`\nabla_x \log p(x)`, exact whatever the normaliser.
+
+        :param value: of shape ``sample_shape + batch_shape + event_shape``.
+        :return: of the shape of ``value``.
+        :raises TypeError: if the support is discrete or the value is not real.
+        """
+        if self.support.is_discrete or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            raise TypeError(
+                f"{_place(calling_site(self))}: a score needs real events, got dtype {jnp.result_type(value)} "
+                f"on the support {self.support}. Convert the value to float, or use a sampler for discrete events."
+            )
+        return jax.grad(lambda x: self._log_density(x).sum())(self._events(value))
+
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+        """Approximate draws: independent short chains from ``initial``, moved by ``sampler``.
+
+        :param key: a key of :func:`jax.random.key`.
+        :return: of shape ``sample_shape + batch_shape + event_shape``, with gradients stopped.
+        :raises NotImplementedError: if there is nothing to start from, or the support is discrete and no sampler is given.
+        """
+        start_key, run_key = jax.random.split(key)
+        num_chains = int(np.prod(sample_shape, dtype=int))
+        sampler = self.sampler or MALA(num_steps=200)
+        state = sampler.init(self.to_chain(self.initial_chains(start_key, num_chains), sampler))
+        state = sampler.run(run_key, self.chain_log_prob(sampler), state)
+        return lax.stop_gradient(self.from_chain(state.position, sampler)).reshape(self.shape(tuple(sample_shape)))
+
+    def initial_chains(self, key: Array, num_chains: int) -> Array:
+        """Where chains start: draws of ``initial``, of shape ``(num_chains,) + batch_shape + event_shape``.
+
+        :raises NotImplementedError: if neither ``initial`` nor the base can be sampled.
+        """
+        source = self.base if self.initial is None else self.initial
+        try:
+            return source.expand(self.batch_shape).sample(key, (num_chains,))
+        except NotImplementedError:
+            raise NotImplementedError(
+                f"{_place(calling_site(self))}: chains have nowhere to start, because {type(source).__name__} cannot be sampled. "
+                "Pass initial= a distribution with the same event_shape to start from."
+            ) from None
+
+    # A sampler that differentiates moves in unconstrained space, where the density has the Jacobian of the transform.
+
+    def to_chain(self, value: Array, sampler: Sampler) -> Array:
+        """Events as positions of ``sampler``: unconstrained if it uses the score."""
+        return biject_to(self.support).inv(value) if self._unconstrains(sampler) else value
+
+    def from_chain(self, position: Array, sampler: Sampler) -> Array:
+        """Positions of ``sampler`` as events."""
+        return biject_to(self.support)(position) if self._unconstrains(sampler) else position
+
+    def chain_log_prob(self, sampler: Sampler) -> Callable[[Array], Array]:
+        """The log density of positions of ``sampler``."""
+        if not self._unconstrains(sampler):
+            return self._log_density
+        transform = biject_to(self.support)
+
+        def log_prob(position: Array) -> Array:
+            value = transform(position)
+            log_det = transform.log_abs_det_jacobian(position, value)
+            return self._log_density(value) + sum_rightmost(log_det, self.event_dim - transform.codomain.event_dim)
+
+        return log_prob
+
+    def _unconstrains(self, sampler: Sampler) -> bool:
+        if not getattr(sampler, "uses_score", False):
+            return False
+        if self.support.is_discrete:
+            raise NotImplementedError(
+                f"{_place(calling_site(self))}: {type(sampler).__name__} needs the score, and the support {self.support} is "
+                "discrete. Pass sampler= one that moves discrete events."
+            )
+        return True
+
+    def unguarded(self) -> Self:
+        """The same distribution with the guard lifted: its gradients leave out ``d log Z / d theta`` silently."""
+        unguarded = copy.copy(self)
+        unguarded.guarded = False
+        return unguarded
+
+    def _events(self, value: Array) -> Array:
+        value = jnp.asarray(value)
+        shape = value.shape[max(value.ndim - self.event_dim, 0) :]
+        if shape != self.event_shape:
+            raise ValueError(
+                f"{_place(calling_site(self))}: a value of shape {value.shape} does not end in the event shape {self.event_shape}."
+            )
+        if not self.support.is_discrete and not jnp.issubdtype(value.dtype, jnp.floating):
+            value = value.astype(jnp.result_type(float))
+        return value
+
+    def _log_density(self, value: Array) -> Array:
+        """``log b(x) - E(x)`` of a batch of events, unguarded."""
+        energy_batch = self._energy_batch_shape
+        batch = lax.broadcast_shapes(value.shape[: value.ndim - self.event_dim], energy_batch)
+        arrays = (self._energy_arrays, self.params)
+        energy = self._energy_of_event
+        if energy_batch:
+            arrays, ndims = jax.tree.map(jnp.asarray, arrays), iter(self._event_ndims)
+            target = batch[len(batch) - len(energy_batch) :]
+            arrays = jax.tree.map(lambda a: jnp.broadcast_to(a, target + a.shape[a.ndim - next(ndims) :]), arrays)
+        for axis in range(len(batch)):
+            energy = jax.vmap(energy, in_axes=(0 if axis < len(energy_batch) else None, 0))
+        return self.base.log_prob(value) - energy(arrays, jnp.broadcast_to(value, batch + self.event_shape))
+
+    def _energy_of_event(self, arrays: tuple[list[Any], Any], x: Array) -> Array:
+        energy_arrays, params = arrays
+        energy = _join(energy_arrays, self._energy_static)
+        try:
+            value = jnp.asarray(energy(x) if params is None else energy(params, x))
+        except (TypeError, ValueError, IndexError) as error:
+            raise ValueError(
+                f"energy of {_place(calling_site(self))} failed on one event of shape {x.shape} and dtype {x.dtype}: {error} "
+                "Write it for one event; the distribution maps it over every batch."
+            ) from error
+        if value.shape != ():
+            raise ValueError(
+                f"energy of {_place(calling_site(self))} must return a scalar for one event of shape {x.shape}, "
+                f"it returned {value.shape}: index or squeeze it."
+            )
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(
+                f"energy of {_place(calling_site(self))} must return a real scalar, it returned dtype {value.dtype}: "
+                "convert it to float."
+            )
+        return value
+
+    # NumPyro collects field names through a set: their order, and so the order of a pytree's leaves, would depend on
+    # PYTHONHASHSEED, and a distribution passed between processes would silently exchange its arrays.
+
+    @classmethod
+    def gather_pytree_data_fields(cls) -> tuple[str, ...]:
+        return tuple(sorted(super().gather_pytree_data_fields()))
+
+    @classmethod
+    def gather_pytree_aux_fields(cls) -> tuple[str, ...]:
+        return tuple(sorted(super().gather_pytree_aux_fields()))
+
+
+class EnergyDistribution(TiltedDistribution):
+    r"""A distribution given by its energy: :math:`p(x) = \exp(-E(x)) / Z` on a support.
+
+    The energy alone must make it integrable. Everything else is as in :class:`TiltedDistribution`, of which this is the
+    case of a flat base; a flat base cannot be sampled, so :meth:`sample` and negative chains need ``initial``.
+
+    :param energy: ``energy(x)``, or ``energy(params, x)`` if ``params`` is given; ``x`` of shape ``event_shape``.
+    :param tuple event_shape: the shape of one event.
+    :param support: a NumPyro constraint on one event, or on its elements; the reals if not given.
+    :param params: parameters of the energy, a pytree of arrays.
+    :param tuple batch_shape: leading dimensions of the energy's arrays and of ``params``.
+    :param Sampler sampler: how :meth:`sample` draws; 200 steps of :class:`~numpyro_ebm.MALA` if not given.
+    :param Distribution initial: where chains start.
+    :raises ValueError: at first use, if the energy does not map one event to one real scalar.
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp
+        >>> import numpyro.distributions as dist
+        >>> from numpyro_ebm import EnergyDistribution
+        >>> double_well = EnergyDistribution(lambda x: (x**2 - 1) ** 2, initial=dist.Normal(0, 1))
+        >>> double_well.log_prob(jnp.array([0.0, 1.0]))
+        Array([-1., 0.], dtype=float32)
+        >>> stack = EnergyDistribution(lambda k, x: k * x**2, params=jnp.array([1.0, 10.0]), batch_shape=(2,))
+        >>> stack.log_prob(jnp.ones((5, 2))).shape
+        (5, 2)
+    """
+
+    base: BaseMeasure
+
+    def __init__(
+        self,
+        energy: Callable[..., Any],
+        event_shape: tuple[int, ...] = (),
+        *,
+        support: constraints.Constraint = constraints.real,
+        params: Any = None,
+        batch_shape: tuple[int, ...] = (),
+        sampler: Sampler | None = None,
+        initial: Distribution | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        super().__init__(
+            BaseMeasure(support, event_shape),
+            energy,
+            params=params,
+            batch_shape=batch_shape,
+            sampler=sampler,
+            initial=initial,
+            validate_args=validate_args,
+        )
+
+
+@promote_batch_shape.register
+def _promote_batch_shape_tilted(d: TiltedDistribution):  # type: ignore[no-untyped-def]
+    # vmap and scan add leading dimensions to the arrays that the recorded batch shape does not know of
+    promoted = copy.copy(d)
+    promoted.base = promote_batch_shape(d.base)
+    promoted._batch_shape = lax.broadcast_shapes(promoted.base.batch_shape, promoted._energy_batch_shape)
+    return promoted
+
+
+def energy_site(fn: Distribution) -> TiltedDistribution | None:
+    """The energy distribution with an unknown normaliser inside a site's distribution, if there is one."""
+    found = next((part for part in layers(fn) if isinstance(part, TiltedDistribution)), None)
+    return None if found is None or found.is_normalized else found
+
+
+def without_guard(fn: Distribution) -> Distribution:
+    """A site's distribution with the guard of its energy lifted, plates and masks kept."""
+    if isinstance(fn, TiltedDistribution):
+        return fn.unguarded()
+    lifted = copy.copy(fn)
+    lifted.base_dist = without_guard(fn.base_dist)
+    return lifted

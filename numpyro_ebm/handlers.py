@@ -1,0 +1,318 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Effect handlers: :class:`negative_phase` supplies the gradient of the normaliser, :class:`unnormalized` goes without.
+
+The gradient that ``log_prob`` lacks is an expectation under the model itself,
+
+.. math:: -\nabla_\theta \log Z(\theta) = -E_{p_\theta} [\nabla_\theta \log \tilde p_\theta(x)],
+
+estimated from a population of Markov chains, the negative phase of contrastive divergence.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+from jax import Array, lax
+from numpyro.distributions import Distribution, ExpandedDistribution, Independent, MaskedDistribution
+from numpyro.distributions.util import sum_rightmost
+from numpyro.handlers import block, seed, substitute, trace
+from numpyro.primitives import Messenger, mutable
+
+from numpyro_ebm._compat import calling_objective
+from numpyro_ebm.distributions.energy import NormalizerError, TiltedDistribution, energy_site, without_guard
+from numpyro_ebm.model_check import check_model
+from numpyro_ebm.samplers import MALA, Sampler
+
+Message = dict[str, Any]
+
+
+class unnormalized(Messenger):
+    """Lifts the guard: energy sites give their unnormalised ``log_prob`` to every gradient, and nothing is added.
+
+    For what never needs the normaliser although the guard cannot know it: score-based objectives under forward-mode
+    differentiation, or an engine that supplies ``d log Z / d theta`` itself. A gradient that does need it is then
+    silently wrong.
+
+    :param fn: the model.
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp, numpyro
+        >>> from numpyro.infer.util import log_density
+        >>> from numpyro_ebm import EnergyDistribution, unnormalized
+        >>> def model(theta):
+        ...     numpyro.sample("x", EnergyDistribution(lambda x: theta * x**2), obs=2.0)
+        >>> jax.grad(lambda theta: log_density(unnormalized(model), (theta,), {}, {})[0])(1.0)
+        Array(-4., dtype=float32, weak_type=True)
+    """
+
+    def process_message(self, msg: Message) -> None:
+        if msg["type"] == "sample" and energy_site(msg["fn"]) is not None:
+            msg["fn"] = without_guard(msg["fn"])
+
+
+class negative_phase(Messenger):
+    r"""Makes the gradient of a model with energy sites right, in NumPyro's own ``SVI`` and wherever a model is differentiated.
+
+    At every site whose distribution has an unknown normaliser it
+
+    1. keeps ``num_chains`` chains in the :func:`numpyro.primitives.mutable` site ``"<site>/chains"``, a dictionary of
+       ``x``, of shape ``(num_chains,)`` + the site's batch shape before plates expand it + ``event_shape``, and of what
+       the sampler keeps beside them (``step_size`` and ``acceptance`` for :class:`~numpyro_ebm.MALA`);
+    2. advances them by the sampler at the current parameters, under ``stop_gradient``;
+    3. adds the factor ``"<site>/log_normalizer"``, :math:`-(m - \mathrm{stop\_gradient}(m))` with :math:`m` the chains'
+       mean unnormalised log density: its value is 0, its gradient the estimate of :math:`-\nabla \log Z`.
+
+    The factor stands in the site's plates, so each of M latents pays its own normaliser, and subsampling and
+    :class:`numpyro.handlers.scale` weigh it as they weigh the site. The chains come back in ``SVIState.mutable_state`` and
+    go on in the next ``run(..., init_state=...)``. **The loss is still unnormalised**: it is off by the unknown
+    :math:`\log Z`, and two fits cannot be compared by it.
+
+    :param fn: the model.
+    :param int num_chains: chains at each energy site. The variance that they add to the gradient falls as
+        ``1 / num_chains``.
+    :param sampler: how the chains move, a :class:`~numpyro_ebm.samplers.Sampler`, or a mapping from site names to samplers;
+        10 steps of :class:`~numpyro_ebm.MALA` if not given.
+    :param bool persistent: whether chains go on from where the last step left them (persistent contrastive divergence) or
+        start afresh from ``initial`` or the base every time (short-run).
+    :param init_chains: a mapping from site names to where chains start, of shape ``(num_chains,) + batch_shape +
+        event_shape``; draws of the site's ``initial`` or base if not given.
+    :raises ValueError: if ``num_chains`` is not a positive integer; while the model is traced, naming the site, if observed
+        data are not finite, ``init_chains`` names no energy site or has another shape, the state holds chains of another
+        shape, or the objective averages over ``num_particles > 1``, which would drop the chains.
+    :raises NormalizerError: if the normaliser of a site depends on another latent site.
+    :raises RuntimeError: during a run, through JAX, when chains turn non-finite or run away.
+
+    **References**
+
+    1. Tieleman, *Training restricted Boltzmann machines using approximations to the likelihood gradient*, ICML 2008.
+    2. Nijkamp et al., *Learning non-convergent non-persistent short-run MCMC toward energy-based model*, NeurIPS 2019,
+       arXiv:1904.09770.
+    3. Pang et al., *Learning latent space energy-based prior model*, NeurIPS 2020, arXiv:2006.08205, eq. 7.
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp, numpyro, optax
+        >>> import numpyro.distributions as dist
+        >>> from numpyro.infer import SVI, Trace_ELBO
+        >>> from numpyro.infer.autoguide import AutoNormal
+        >>> from numpyro_ebm import TiltedDistribution, negative_phase
+        >>> def model(y):
+        ...     tilt = numpyro.param("tilt", 0.0)
+        ...     with numpyro.plate("data", len(y)):
+        ...         z = numpyro.sample("z", TiltedDistribution(dist.Normal(0, 1), lambda z: -tilt * z))
+        ...         numpyro.sample("y", dist.Normal(z, 1), obs=y)
+        >>> y = 1.5 + jnp.sqrt(2) * jax.random.normal(jax.random.key(0), (400,))
+        >>> model = negative_phase(model, num_chains=1000)
+        >>> svi = SVI(model, AutoNormal(model), optax.adam(0.02), Trace_ELBO())
+        >>> result = svi.run(jax.random.key(1), 600, y, progress_bar=False)
+        >>> print(f"learnt {result.params['tilt']:.1f}, exact {y.mean():.1f}")
+        learnt 1.5, exact 1.5
+        >>> result.state.mutable_state["z/chains"]["x"].shape
+        (1000,)
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any] | None = None,
+        *,
+        num_chains: int = 256,
+        sampler: Sampler | Mapping[str, Sampler] | None = None,
+        persistent: bool = True,
+        init_chains: Mapping[str, Array] | None = None,
+    ) -> None:
+        if not isinstance(num_chains, int) or num_chains < 1:
+            raise ValueError(f"num_chains must be a positive integer, got {num_chains!r}: every energy site needs chains.")
+        self.num_chains, self.persistent = num_chains, persistent
+        self.sampler, self.init_chains = sampler, dict(init_chains or {})
+        self._open: list[tuple[Message, str, TiltedDistribution]] = []
+        self._checked = False
+        super().__init__(fn)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.fn is not None and not self._checked:
+            self._check(args, kwargs)
+            self._checked = True
+        return super().__call__(*args, **kwargs)
+
+    def __enter__(self) -> Any:
+        self._open = []
+        return super().__enter__()
+
+    def process_message(self, msg: Message) -> None:
+        if msg["type"] != "sample":
+            return
+        if msg["is_observed"]:
+            _require_finite(msg)
+        energy = energy_site(msg["fn"])
+        if energy is not None and energy.guarded:
+            msg["fn"] = without_guard(msg["fn"])
+            self._open.append((msg, msg["name"], energy.unguarded()))
+
+    def postprocess_message(self, msg: Message) -> None:
+        if not self._open or self._open[-1][0] is not msg:
+            return
+        _, name, energy = self._open.pop()
+        _refuse_many_particles(name)
+        chains = self._advance({**msg, "name": name}, energy)
+        mean = _where_it_stands(msg["fn"], energy._log_density(chains).mean(0))
+        numpyro.factor(f"{name}/log_normalizer", -(mean - lax.stop_gradient(mean)))
+
+    def sample_chains(
+        self,
+        rng_key: Array,
+        params: dict[str, Any],
+        mutable_state: dict[str, Any],
+        num_samples: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[dict[str, Array], dict[str, Any]]:
+        """Draws of every energy site at fixed parameters, by moving the chains on from a fit.
+
+        :param rng_key: a key of :func:`jax.random.key`.
+        :param dict params: values of the :func:`numpyro.param` sites, ``result.params``.
+        :param dict mutable_state: ``result.state.mutable_state``.
+        :param int num_samples: draws per chain, one after every run of the sampler.
+        :param args: arguments of the model.
+        :return: draws by site, of shape ``(num_chains, num_samples) + batch_shape + event_shape``, and the mutable state
+            after the last.
+        """
+
+        def step(state: dict[str, Any], key: Array) -> tuple[dict[str, Any], dict[str, Array]]:
+            with trace() as sites, seed(rng_seed=key), substitute(data={**params, **state}):
+                self(*args, **kwargs)
+            state = {name: sites[name]["value"] for name in state}
+            return state, {name.removesuffix("/chains"): state[name]["x"] for name in state if name.endswith("/chains")}
+
+        keys = jax.random.split(rng_key, num_samples)
+        state, draws = jax.jit(lambda state, keys: lax.scan(step, state, keys))(mutable_state, keys)
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), draws), state
+
+    def _advance(self, site: Message, energy: TiltedDistribution) -> Array:
+        """The chains of a site after one run of the sampler, stored in its mutable site."""
+        name, sampler = site["name"], self._sampler_of(site["name"])
+        key = numpyro.prng_key()
+        if key is None:
+            raise ValueError(f"site '{name}': its negative chains need a random key. Run the model under numpyro.handlers.seed.")
+        start_key, run_key = jax.random.split(key)
+        start = self._start(site, energy, start_key)
+        fresh = sampler.init(energy.to_chain(start, sampler))
+        kept = {field: value for field, value in fresh._asdict().items() if field != "position"}
+        count = jnp.zeros((), jnp.int32)
+        chains = mutable(f"{name}/chains", {"x": start, "num_updates": count, "status": count, **kept})
+        if chains["x"].shape != start.shape:
+            raise ValueError(
+                f"site '{name}': the state holds chains of shape {chains['x'].shape}, this handler keeps {start.shape}. "
+                "Use the same num_chains, or begin from a fresh state."
+            )
+        position = energy.to_chain(chains["x"] if self.persistent else start, sampler)
+        state = fresh._replace(position=position, **{field: chains[field] for field in kept})
+        state = sampler.run(run_key, energy.chain_log_prob(sampler), state)
+        x = lax.stop_gradient(energy.from_chain(state.position, sampler))
+        chains.update({"x": x, "num_updates": chains["num_updates"] + 1, **{field: getattr(state, field) for field in kept}})
+        chains["status"] = _watch(name, sampler, state, x, chains)
+        return x
+
+    def _start(self, site: Message, energy: TiltedDistribution, key: Array) -> Array:
+        shape = (self.num_chains, *energy.batch_shape, *energy.event_shape)
+        if site["name"] not in self.init_chains:
+            return lax.stop_gradient(energy.initial_chains(key, self.num_chains))
+        start = jnp.asarray(self.init_chains[site["name"]])
+        if start.shape != shape:
+            raise ValueError(f"site '{site['name']}': init_chains has shape {start.shape}, it must be {shape}.")
+        return start
+
+    def _sampler_of(self, name: str) -> Sampler:
+        if isinstance(self.sampler, Mapping):
+            return self.sampler.get(name, MALA())
+        return MALA() if self.sampler is None else self.sampler
+
+    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What only the whole model shows: which site depends on which, and whether every name given is a site."""
+        try:
+            with block():
+                report = check_model(self.fn, *args, **kwargs)
+        except Exception as error:  # NumPyro's analysis does not cover every model that SVI can run
+            warnings.warn(f"negative_phase could not check which sites depend on which ({error}).", stacklevel=3)
+            return
+        refused = [site for site in report.sites if site.refused]
+        if refused:
+            raise NormalizerError("\n".join(f"site '{site.name}': {site.verdict}" for site in refused))
+        sites = [site.name for site in report.sites if site.is_energy]
+        named = {*self.init_chains, *(self.sampler if isinstance(self.sampler, Mapping) else ())}
+        if not named <= set(sites):
+            raise ValueError(f"no energy site is called {sorted(named - set(sites))}: the model has {sites}.")
+
+
+def _where_it_stands(fn: Distribution, log_normalizer: Array) -> Array:
+    """One log-normaliser per element of the site, through the wrappers that plates, masks and users put around it."""
+    if isinstance(fn, TiltedDistribution):
+        return log_normalizer
+    inner = _where_it_stands(fn.base_dist, log_normalizer)
+    if isinstance(fn, ExpandedDistribution):
+        return jnp.broadcast_to(inner, fn.batch_shape)
+    if isinstance(fn, MaskedDistribution):
+        return jnp.where(fn._mask, inner, 0.0)
+    if isinstance(fn, Independent):
+        return sum_rightmost(inner, fn.reinterpreted_batch_ndims)
+    return inner
+
+
+def _watch(name: str, sampler: Sampler, state: Any, x: Array, chains: dict[str, Any]) -> Array:
+    """Reports trouble from inside a compiled run: a warning once, an error at once. Costs nothing while all is well."""
+    status = jnp.asarray(sampler.check(state) if hasattr(sampler, "check") else 0, jnp.int32)
+    status = jnp.where(jnp.isfinite(x).all(), status, _NOT_FINITE)
+
+    def report(status: np.ndarray, num_updates: np.ndarray, old: np.ndarray) -> None:
+        if int(status) > int(old):  # under vmap both branches of the condition run
+            _report(name, sampler, int(status), int(num_updates))
+
+    old = chains["status"]
+    lax.cond(status > old, lambda *a: jax.debug.callback(report, *a), lambda *a: None, status, chains["num_updates"], old)
+    return jnp.maximum(status, old)
+
+
+_NOT_FINITE = 9
+
+
+def _report(name: str, sampler: Any, status: int, num_updates: int) -> None:
+    where = f"site '{name}', update {num_updates}"
+    if status == _NOT_FINITE:
+        raise RuntimeError(
+            f"{where}: the negative chains are no longer finite. The step is too large for the energy, or the energy is not "
+            "integrable, or the data or parameters were not finite before: take a smaller step_size, a base that confines "
+            "(TiltedDistribution), or a smaller learning rate."
+        )
+    if status > 1:
+        raise RuntimeError(f"{where}: {sampler.explain(status)}.")
+    warnings.warn(f"{where}: {sampler.explain(status)}.", stacklevel=2)
+
+
+def _require_finite(msg: Message) -> None:
+    value, fn = msg["value"], msg["fn"]
+    if isinstance(value, jax.core.Tracer) or not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
+        return
+    finite = np.isfinite(np.asarray(value))
+    finite = finite.reshape((*finite.shape[: finite.ndim - fn.event_dim], -1)).all(-1)
+    if isinstance(fn, MaskedDistribution):
+        finite = finite | ~np.asarray(fn._mask)
+    if not finite.all():
+        raise ValueError(
+            f"site '{msg['name']}': {int((~finite).sum())} of {finite.size} observed events are NaN or infinite. "
+            "Remove them, or mask them out with numpyro.handlers.mask."
+        )
+
+
+def _refuse_many_particles(name: str) -> None:
+    objective = calling_objective()
+    if objective is not None and objective.num_particles != 1:
+        raise ValueError(
+            f"site '{name}': {type(objective).__name__}(num_particles={objective.num_particles}) drops mutable state, so the "
+            "negative chains would start afresh at every step. Use num_particles=1 and a larger batch or more steps."
+        )

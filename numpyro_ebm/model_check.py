@@ -1,0 +1,143 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Which sites of a model have an unknown normaliser, what it depends on, and what learning them takes."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from numpyro.infer.inspect import get_model_relations
+from numpyro.primitives import Messenger
+
+from numpyro_ebm._compat import layers
+from numpyro_ebm.distributions.energy import BaseMeasure, TiltedDistribution
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What :func:`check_model` found at one site."""
+
+    name: str
+    distribution: str
+    is_energy: bool  # whether its normaliser is unknown
+    params: tuple[str, ...]  # param sites that its density depends on
+    latents: tuple[str, ...]  # latent sites that its density depends on
+    refused: bool  # whether no engine can learn it yet
+    verdict: str
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What :func:`check_model` found in a model; printed as a table."""
+
+    sites: tuple[SiteReport, ...]
+
+    @property
+    def needs_negative_phase(self) -> bool:
+        """Whether plain ``SVI`` would need a derivative of an unknown normaliser."""
+        return any(site.is_energy and site.params for site in self.sites)
+
+    def __str__(self) -> str:
+        rows = [("site", "distribution", "verdict"), *((s.name, s.distribution, s.verdict) for s in self.sites)]
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        return "\n".join(f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}" for row in rows)
+
+
+def check_model(model: Callable[..., Any], *args: Any, **kwargs: Any) -> ModelReport:
+    """Tells, before anything runs, which sites have an unknown normaliser and what learning the model takes.
+
+    It reads NumPyro's own model relations; the model is traced abstractly and nothing is computed.
+
+    :param model: a NumPyro model.
+    :param args: its arguments.
+    :return: one :class:`SiteReport` per sample site, in order; ``print`` it.
+
+    .. doctest::
+
+        >>> import jax.numpy as jnp, numpyro
+        >>> import numpyro.distributions as dist
+        >>> from numpyro_ebm import TiltedDistribution, check_model
+        >>> def model(y):
+        ...     tilt = numpyro.param("tilt", 0.0)
+        ...     z = numpyro.sample("z", TiltedDistribution(dist.Normal(0, 1), lambda z: -tilt * z))
+        ...     numpyro.sample("y", dist.Normal(z, 1), obs=y)
+        >>> print(check_model(model, jnp.array(1.0)))
+        site  distribution        verdict
+        z     TiltedDistribution  unknown normaliser, depends on param 'tilt': learn it under negative_phase
+        y     Normal              normalised
+    """
+    recorder = _record_sites(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"init_to_median\(\) skipping")  # the recorder gave the site its value
+        relations = get_model_relations(recorder, model_args=args, model_kwargs=kwargs)
+    return ModelReport(tuple(_report_site(name, recorder.found, relations) for name in recorder.found))
+
+
+class _record_sites(Messenger):
+    """Notes what stands at each sample site while NumPyro traces the model, and gives flat and energy sites a value."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.found: dict[str, tuple[Any, bool]] = {}
+        super().__init__(fn)
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        fn = _core(msg["fn"]) if msg["type"] == "sample" else None
+        if msg.get("value") is None and isinstance(fn, (BaseMeasure, TiltedDistribution)):
+            whole = msg["fn"]
+            msg["value"] = whole.support.feasible_like(jnp.zeros(whole.shape()))
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "sample":
+            self.found[msg["name"]] = (_core(msg["fn"]), msg["is_observed"])
+
+
+def _core(fn: Any) -> Any:
+    """What a site's distribution is, under what plates, masks and users wrapped around it."""
+    parts = list(layers(fn))
+    return next((part for part in parts if isinstance(part, TiltedDistribution)), parts[-1])
+
+
+def _report_site(name: str, found: dict[str, tuple[Any, bool]], relations: dict[str, Any]) -> SiteReport:
+    fn = found[name][0]
+    kind = type(fn).__name__
+    parents = _parents(name, relations["sample_sample"], relations["sample_dist"])
+    params = tuple(relations["sample_param"][name])
+    latents = tuple(parent for parent in parents if not found[parent][1])
+    flat = [parent for parent in (*parents, name) if isinstance(found[parent][0], BaseMeasure)]
+    if isinstance(fn, TiltedDistribution) and not fn.is_normalized:
+        refused = bool(latents)
+        return SiteReport(name, kind, True, params, latents, refused, _verdict_on_energy(params, latents))
+    if kind == "Unit" and params and flat:
+        verdict = (
+            f"couples the flat sites {_quoted(flat)} into a random field whose unknown normaliser depends on param "
+            f"{_quoted(params)}: write it as one EnergyDistribution site to learn it under negative_phase"
+        )
+        return SiteReport(name, kind, False, params, latents, True, verdict)
+    return SiteReport(name, kind, False, params, latents, False, "flat" if isinstance(fn, BaseMeasure) else "normalised")
+
+
+def _verdict_on_energy(params: tuple[str, ...], latents: tuple[str, ...]) -> str:
+    if latents:
+        return (
+            f"its unknown normaliser depends on latent site {_quoted(latents)} (doubly intractable), which no engine "
+            "handles: make what it depends on a numpyro.param, or fix it"
+        )
+    if params:
+        return f"unknown normaliser, depends on param {_quoted(params)}: learn it under negative_phase"
+    return "unknown normaliser, but fixed: every engine is right as it is"
+
+
+def _parents(name: str, sample_sample: dict[str, list[str]], kinds: dict[str, str]) -> list[str]:
+    """The sample sites that a site's density depends on; deterministic sites are looked through."""
+    parents: list[str] = []
+    for parent in sample_sample[name]:
+        found = _parents(parent, sample_sample, kinds) if kinds[parent] == "Deterministic" else [parent]
+        parents.extend(site for site in found if site not in parents and site != name)
+    return parents
+
+
+def _quoted(names: Any) -> str:
+    return ", ".join(f"'{name}'" for name in names)

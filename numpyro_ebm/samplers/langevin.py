@@ -1,0 +1,255 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Langevin samplers: the unadjusted chain, and the Metropolis-adjusted one (MALA) with its step size adapted.
+
+Both move by the same proposal, with the step size :math:`h` in its one convention throughout this package:
+
+.. math:: x' = x + h \, \nabla \log p(x) + \sqrt{2 h} \, \xi, \qquad \xi \sim N(0, I).
+
+A sampler is a frozen dataclass with two pure functions, ``init(position) -> state`` and
+``run(rng_key, log_prob, state) -> state``, in the shape of BlackJAX's kernels. Axis 0 of a position counts the chains;
+``log_prob`` maps a batch of points to a batch of log densities, so a whole population costs one gradient call.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+LogProb = Callable[[Array], Array]
+
+HEALTHY, NEAR_FLOOR, RUNNING_AWAY = 0, 1, 2
+
+
+class Sampler(Protocol):
+    """What :class:`~numpyro_ebm.negative_phase` and the energy distributions ask of a sampler.
+
+    The state is a :class:`~typing.NamedTuple` of arrays with a field ``position``, of shape
+    ``(num_chains,) + batch_shape + event_shape``. A sampler may also have ``uses_score`` (whether it differentiates
+    ``log_prob``: it is then given positions in unconstrained space and refused at discrete sites) and
+    ``check(state) -> (status, )``; see :meth:`UnadjustedLangevin.check`.
+    """
+
+    def init(self, position: Array) -> Any:
+        """The state of chains that stand at ``position``."""
+
+    def run(self, rng_key: Array, log_prob: LogProb, state: Any) -> Any:
+        """The state after this sampler's number of steps."""
+
+
+class UnadjustedLangevinState(NamedTuple):
+    """State of :class:`UnadjustedLangevin`."""
+
+    position: Array  # (num_chains,) + batch_shape + event_shape
+    stiffness: Array  # (), h times the largest mean curvature that the chains felt in the last run
+    runs_near_floor: Array  # (), int32: runs in a row with a stiffness above NEAR_FLOOR_STIFFNESS
+    runs_unstable: Array  # (), int32: runs in a row with a stiffness above UNSTABLE_STIFFNESS
+
+
+# On a quadratic of curvature c the chain's variance is 1 / (c (1 - hc/2)): at hc = 1/2 it is a third too wide, at
+# hc = 1 it is as narrow as it can ever be (2h), at hc = 2 it diverges.
+NEAR_FLOOR_STIFFNESS, UNSTABLE_STIFFNESS = 0.5, 1.9
+RUNS_TO_WARN, RUNS_TO_STOP = 20, 50
+
+
+@dataclass(frozen=True)
+class UnadjustedLangevin:
+    r"""Unadjusted Langevin (ULA): :math:`x \leftarrow x + h \nabla \log p(x) + \sqrt{2h} \, \xi`, ``num_steps`` times.
+
+    It is biased at every :math:`h > 0`. On a quadratic energy of curvature :math:`c` its stationary variance is exactly
+    :math:`1 / (c (1 - hc/2))`, never less than :math:`2h`: **no chain of step** :math:`h` **is narrower than**
+    :math:`2h`. Where the data want a narrower law, training sharpens the energy without end. The state therefore carries
+    ``stiffness``, an estimate of :math:`hc` from the scores the chains met (:math:`E s^2 = c / (1 - hc/2)`), and
+    :meth:`check` tells when it comes near the floor. :class:`MALA` has no such floor.
+
+    The convention of Pang et al. (2020), :math:`x + \tfrac{s^2}{2} \nabla \log p + s \xi`, is :math:`h = s^2 / 2`.
+
+    :param float step_size: the step :math:`h`.
+    :param int num_steps: steps in one run; 0 leaves the chains where they are.
+    :raises ValueError: if ``step_size`` is not a positive finite number or ``num_steps`` is not a natural number.
+
+    **References**
+
+    1. Roberts and Tweedie, *Exponential convergence of Langevin distributions and their discrete approximations*,
+       Bernoulli 2 (1996).
+    2. Pang et al., *Learning latent space energy-based prior model*, NeurIPS 2020, arXiv:2006.08205.
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_ebm import UnadjustedLangevin
+        >>> sampler = UnadjustedLangevin(step_size=0.1, num_steps=100)
+        >>> state = sampler.init(jnp.zeros((2000, 3)))
+        >>> state = sampler.run(jax.random.key(0), lambda x: -(x**2).sum(-1) / 2, state)
+        >>> state.position.shape
+        (2000, 3)
+    """
+
+    step_size: float = 0.01
+    num_steps: int = 10
+    uses_score: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _validate(self.step_size, self.num_steps)
+
+    def init(self, position: Array) -> UnadjustedLangevinState:
+        """The state of chains that stand at ``position``, of shape ``(num_chains,) + batch_shape + event_shape``."""
+        count = jnp.zeros((), jnp.int32)
+        return UnadjustedLangevinState(position, jnp.zeros((), position.dtype), count, count)
+
+    def run(self, rng_key: Array, log_prob: LogProb, state: UnadjustedLangevinState) -> UnadjustedLangevinState:
+        """``num_steps`` steps of every chain.
+
+        :param rng_key: a key of :func:`jax.random.key`.
+        :param log_prob: maps ``(num_chains,) + batch_shape + event_shape`` to ``(num_chains,) + batch_shape``.
+        :param state: where the chains stand.
+        :return: the state after the last step, with gradients stopped.
+        """
+        if self.num_steps == 0:
+            return state
+        h = self.step_size
+        score = jax.grad(lambda x: log_prob(x).sum())
+
+        def step(carry: tuple[Array, Array], key: Array) -> tuple[tuple[Array, Array], None]:
+            x, squares = carry
+            s = score(x)
+            x = x + h * s + math.sqrt(2 * h) * jax.random.normal(key, x.shape, x.dtype)
+            return (x, squares + (s * s).mean(0)), None
+
+        x, squares = lax.stop_gradient(state.position), jnp.zeros_like(state.position[0])
+        (x, squares), _ = lax.scan(step, (x, squares), jax.random.split(rng_key, self.num_steps))
+        return self._diagnose(state, x, h * squares.max() / self.num_steps)
+
+    def _diagnose(self, state: UnadjustedLangevinState, x: Array, ratio: Array) -> UnadjustedLangevinState:
+        # ratio = h E[s^2] = hc / (1 - hc/2) on a quadratic, hence hc = 2 ratio / (2 + ratio); a ratio of inf or nan is 2
+        stiffness = jnp.where(jnp.isfinite(ratio), 2 * ratio / (2 + ratio), 2.0).astype(x.dtype)
+        near = jnp.where(stiffness > NEAR_FLOOR_STIFFNESS, state.runs_near_floor + 1, 0)
+        unstable = jnp.where(stiffness > UNSTABLE_STIFFNESS, state.runs_unstable + 1, 0)
+        return lax.stop_gradient(UnadjustedLangevinState(x, stiffness, near, unstable))
+
+    def check(self, state: UnadjustedLangevinState) -> Array:
+        """Whether the step suits the energy: 0 if it does, 1 near the variance floor, 2 when the chains run away.
+
+        The stiffness must have been too high for many runs in a row: chains that start far away pass through steep
+        places without harm.
+        """
+        near = jnp.where(state.runs_near_floor >= RUNS_TO_WARN, NEAR_FLOOR, HEALTHY)
+        return jnp.where(state.runs_unstable >= RUNS_TO_STOP, RUNNING_AWAY, near)
+
+    def explain(self, status: int) -> str:
+        """What a status of :meth:`check` means, and the mend."""
+        floor = f"no unadjusted chain of step h = {self.step_size:g} is narrower than variance 2h = {2 * self.step_size:g}"
+        if status == NEAR_FLOOR:
+            return f"the chains are near their variance floor ({floor}): take a smaller step_size, or MALA(), which has none"
+        return (
+            f"the chains run away: the energy has become too steep for the step ({floor}; "
+            "training then sharpens the energy without end): take a step_size four times smaller, or MALA()"
+        )
+
+
+class MALAState(NamedTuple):
+    """State of :class:`MALA`."""
+
+    position: Array  # (num_chains,) + batch_shape + event_shape
+    step_size: Array  # (), the step h in use, adapted if the sampler adapts
+    acceptance: Array  # (), mean acceptance probability in the last run
+
+
+@dataclass(frozen=True)
+class MALA:
+    r"""Metropolis-adjusted Langevin (MALA), its step size adapted to a target acceptance. The default of this package.
+
+    The proposal is that of :class:`UnadjustedLangevin`; accepting it with the Metropolis-Hastings probability makes the
+    energy's law exactly stationary at every :math:`h`, so there is no variance floor. The kernel is BlackJAX's. One chain
+    moves all elements of a batched site together, so a stack of K energies shares one acceptance.
+
+    The step is adapted by stochastic approximation with a constant gain,
+    :math:`\log h \leftarrow \log h + \kappa (\bar a - a^*)`, :math:`\bar a` the mean acceptance over the chains. The gain
+    does not decay (dual averaging's does) because during training the energy, and with it the right step, keeps moving.
+
+    :param float step_size: the step :math:`h` to start from.
+    :param int num_steps: steps in one run; 0 leaves the chains where they are.
+    :param bool adapt: whether to adapt the step; without, the chain is exactly reversible.
+    :param float target_acceptance: the acceptance :math:`a^*` to adapt to; .574 is optimal in high dimension.
+    :raises ValueError: if ``step_size`` is not a positive finite number, ``num_steps`` is not a natural number, or
+        ``target_acceptance`` is not between 0 and 1.
+
+    **References**
+
+    1. Roberts and Rosenthal, *Optimal scaling of discrete approximations to Langevin diffusions*, JRSS B 60 (1998).
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_ebm import MALA
+        >>> sampler = MALA(num_steps=300)
+        >>> state = sampler.init(jnp.zeros((2000, 3)))
+        >>> state = sampler.run(jax.random.key(0), lambda x: -50 * (x**2).sum(-1), state)
+        >>> print(f"standard deviation {state.position.std():.2f}, step size {state.step_size:.2f}")
+        standard deviation 0.10, step size 0.01
+    """
+
+    step_size: float = 0.1
+    num_steps: int = 10
+    adapt: bool = True
+    target_acceptance: float = 0.574
+    uses_score: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _validate(self.step_size, self.num_steps)
+        if not 0 < self.target_acceptance < 1:
+            raise ValueError(f"target_acceptance must lie between 0 and 1, got {self.target_acceptance!r}.")
+
+    def init(self, position: Array) -> MALAState:
+        """The state of chains that stand at ``position``, of shape ``(num_chains,) + batch_shape + event_shape``."""
+        dtype = position.dtype
+        return MALAState(position, jnp.asarray(self.step_size, dtype), jnp.asarray(self.target_acceptance, dtype))
+
+    def run(self, rng_key: Array, log_prob: LogProb, state: MALAState) -> MALAState:
+        """``num_steps`` steps of every chain.
+
+        :param rng_key: a key of :func:`jax.random.key`.
+        :param log_prob: maps ``(num_chains,) + batch_shape + event_shape`` to ``(num_chains,) + batch_shape``.
+        :param state: where the chains stand, and the step they move by.
+        :return: the state after the last step, with gradients stopped.
+        """
+        if self.num_steps == 0:
+            return state
+        from blackjax.mcmc import mala  # on first use: BlackJAX takes longer to import than all the rest
+
+        kernel = jax.vmap(mala.build_kernel(), in_axes=(0, 0, None, None))
+        start = lax.stop_gradient(state.position)
+
+        def log_density(x: Array) -> Array:
+            return log_prob(x[None]).sum()
+
+        def step(carry: tuple[Any, Array], key: Array) -> tuple[tuple[Any, Array], Array]:
+            chains, log_step = carry
+            chains, info = kernel(jax.random.split(key, len(start)), chains, log_density, jnp.exp(log_step))
+            acceptance = info.acceptance_rate.mean()
+            if self.adapt:
+                log_step = log_step + ADAPTATION_GAIN * (acceptance - self.target_acceptance)
+            return (chains, log_step), acceptance
+
+        chains = jax.vmap(mala.init, in_axes=(0, None))(start, log_density)
+        keys = jax.random.split(rng_key, self.num_steps)
+        (chains, log_step), acceptance = lax.scan(step, (chains, jnp.log(state.step_size)), keys)
+        return lax.stop_gradient(MALAState(chains.position, jnp.exp(log_step), acceptance.mean()))
+
+
+# kappa: acceptance falls by about .3 per unit of log h near its target, so the step is right within 30 steps.
+ADAPTATION_GAIN = 0.1
+
+
+def _validate(step_size: float, num_steps: int) -> None:
+    if not (isinstance(step_size, (int, float)) and math.isfinite(step_size) and step_size > 0):
+        raise ValueError(
+            f"step_size is the h of x + h * score + sqrt(2 h) * noise: it must be positive and finite, got {step_size!r}."
+        )
+    if not (isinstance(num_steps, int) and num_steps >= 0):
+        raise ValueError(f"num_steps must be an integer of at least 0, got {num_steps!r}.")
