@@ -19,8 +19,8 @@ WRAPPERS = (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution
 
 
 def calling_site(fn: dist.Distribution) -> str | None:
-    """The name of the sample site whose ``log_prob`` is being computed, if ``fn`` stands at one."""
-    for site in _locals_called("site"):
+    """The name of the sample site at which ``fn`` stands, if it is being sampled or its ``log_prob`` computed there."""
+    for site in _locals_called("site", "msg"):
         if isinstance(site, dict) and "name" in site and any(fn is part for part in layers(site.get("fn"))):
             return site["name"]
     return None
@@ -39,9 +39,8 @@ def layers(fn: Any) -> Iterator[Any]:
         yield fn
 
 
-def _locals_called(name: str) -> Iterator[Any]:
+def _locals_called(*names: str) -> Iterator[Any]:
     frame = sys._getframe(2)
     while frame is not None:
-        if name in frame.f_locals:
-            yield frame.f_locals[name]
+        yield from (frame.f_locals[name] for name in names if name in frame.f_locals)
         frame = frame.f_back  # type: ignore[assignment]

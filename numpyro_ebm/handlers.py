@@ -131,15 +131,19 @@ class negative_phase(Messenger):
             raise ValueError(f"num_chains must be a positive integer, got {num_chains!r}: every energy site needs chains.")
         self.num_chains, self.persistent = num_chains, persistent
         self.sampler, self.init_chains = sampler, dict(init_chains or {})
-        self._open: list[tuple[Message, str, TiltedDistribution]] = []
+        self._open: list[tuple[Message, str]] = []
         self._checked = False
         super().__init__(fn)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.fn is not None and not self._checked:
-            self._check(args, kwargs)
-            self._checked = True
-        return super().__call__(*args, **kwargs)
+        if self.fn is None or self._checked:
+            return super().__call__(*args, **kwargs)
+        unchecked = self._check(args, kwargs)
+        result = super().__call__(*args, **kwargs)  # what is wrong with the model itself is raised here, in its own words
+        self._checked = True
+        if unchecked is not None:
+            warnings.warn(f"negative_phase could not check which sites depend on which: {unchecked}", stacklevel=2)
+        return result
 
     def __enter__(self) -> Any:
         self._open = []
@@ -153,14 +157,16 @@ class negative_phase(Messenger):
         energy = energy_site(msg["fn"])
         if energy is not None and energy.guarded:
             msg["fn"] = without_guard(msg["fn"])
-            self._open.append((msg, msg["name"], energy.unguarded()))
+            self._open.append((msg, msg["name"]))
 
     def postprocess_message(self, msg: Message) -> None:
-        if not self._open or self._open[-1][0] is not msg:
+        energy = energy_site(msg["fn"]) if self._open and self._open[-1][0] is msg else None
+        if energy is None:
             return
-        _, name, energy = self._open.pop()
+        name = self._open.pop()[1]  # the name before handlers outside this one changed it
+        site = {**msg, "name": name}
         _refuse_many_particles(name)
-        chains = self._advance({**msg, "name": name}, energy)
+        chains = self._advance(site, energy)
         mean = _where_it_stands(msg["fn"], energy._log_density(chains).mean(0))
         numpyro.factor(f"{name}/log_normalizer", -(mean - lax.stop_gradient(mean)))
 
@@ -233,14 +239,16 @@ class negative_phase(Messenger):
             return self.sampler.get(name, MALA())
         return MALA() if self.sampler is None else self.sampler
 
-    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """What only the whole model shows: which site depends on which, and whether every name given is a site."""
+    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
+        """What only the whole model shows: which site depends on which, and whether every name given is a site.
+
+        :return: what kept NumPyro's analysis, which does not cover every model that SVI can run, from telling.
+        """
         try:
             with block():
                 report = check_model(self.fn, *args, **kwargs)
-        except Exception as error:  # NumPyro's analysis does not cover every model that SVI can run
-            warnings.warn(f"negative_phase could not check which sites depend on which ({error}).", stacklevel=3)
-            return
+        except Exception as error:
+            return error
         refused = [site for site in report.sites if site.refused]
         if refused:
             raise NormalizerError("\n".join(f"site '{site.name}': {site.verdict}" for site in refused))
@@ -248,6 +256,7 @@ class negative_phase(Messenger):
         named = {*self.init_chains, *(self.sampler if isinstance(self.sampler, Mapping) else ())}
         if not named <= set(sites):
             raise ValueError(f"no energy site is called {sorted(named - set(sites))}: the model has {sites}.")
+        return None
 
 
 def _where_it_stands(fn: Distribution, log_normalizer: Array) -> Array:

@@ -64,7 +64,7 @@ class UnadjustedLangevin:
     It is biased at every :math:`h > 0`. On a quadratic energy of curvature :math:`c` its stationary variance is exactly
     :math:`1 / (c (1 - hc/2))`, never less than :math:`2h`: **no chain of step** :math:`h` **is narrower than**
     :math:`2h`. Where the data want a narrower law, training sharpens the energy without end. The state therefore carries
-    ``stiffness``, an estimate of :math:`hc` from the scores the chains met (:math:`E s^2 = c / (1 - hc/2)`), and
+    ``stiffness``, an estimate of :math:`hc` from the scores the chains met (:math:`\mathrm{Var}(s) = c / (1 - hc/2)`), and
     :meth:`check` tells when it comes near the floor. :class:`MALA` has no such floor.
 
     The convention of Pang et al. (2020), :math:`x + \tfrac{s^2}{2} \nabla \log p + s \xi`, is :math:`h = s^2 / 2`.
@@ -116,17 +116,19 @@ class UnadjustedLangevin:
         score = jax.grad(lambda x: log_prob(x).sum())
 
         def step(carry: tuple[Array, Array], key: Array) -> tuple[tuple[Array, Array], None]:
-            x, squares = carry
+            x, spread = carry
             s = score(x)
             x = x + h * s + math.sqrt(2 * h) * jax.random.normal(key, x.shape, x.dtype)
-            return (x, squares + (s * s).mean(0)), None
+            # the variance over chains: what all chains share is travel towards the mode, not stiffness
+            return (x, spread + (s.var(0, ddof=1) if len(s) > 1 else s[0] ** 2)), None
 
-        x, squares = lax.stop_gradient(state.position), jnp.zeros_like(state.position[0])
-        (x, squares), _ = lax.scan(step, (x, squares), jax.random.split(rng_key, self.num_steps))
-        return self._diagnose(state, x, h * squares.max() / self.num_steps)
+        start = lax.stop_gradient(state.position)
+        keys = jax.random.split(rng_key, self.num_steps)
+        (x, spread), _ = lax.scan(step, (start, jnp.zeros_like(start[0])), keys)
+        return self._diagnose(state, x, h * spread.max() / self.num_steps)
 
     def _diagnose(self, state: UnadjustedLangevinState, x: Array, ratio: Array) -> UnadjustedLangevinState:
-        # ratio = h E[s^2] = hc / (1 - hc/2) on a quadratic, hence hc = 2 ratio / (2 + ratio); a ratio of inf or nan is 2
+        # ratio = h Var(s) = hc / (1 - hc/2) on a quadratic, hence hc = 2 ratio / (2 + ratio); a ratio of inf or nan is 2
         stiffness = jnp.where(jnp.isfinite(ratio), 2 * ratio / (2 + ratio), 2.0).astype(x.dtype)
         near = jnp.where(stiffness > NEAR_FLOOR_STIFFNESS, state.runs_near_floor + 1, 0)
         unstable = jnp.where(stiffness > UNSTABLE_STIFFNESS, state.runs_unstable + 1, 0)
@@ -157,7 +159,7 @@ class MALAState(NamedTuple):
 
     position: Array  # (num_chains,) + batch_shape + event_shape
     step_size: Array  # (), the step h in use, adapted if the sampler adapts
-    acceptance: Array  # (), mean acceptance probability in the last run
+    acceptance: Array  # (), running mean of the chains' acceptance probability at full steps
 
 
 @dataclass(frozen=True)
@@ -172,16 +174,23 @@ class MALA:
     :math:`\log h \leftarrow \log h + \kappa (\bar a - a^*)`, :math:`\bar a` the mean acceptance over the chains. The gain
     does not decay (dual averaging's does) because during training the energy, and with it the right step, keeps moving.
 
+    Where an energy is much steeper than elsewhere every full step is rejected, and a chain that training leaves there
+    would be stuck for ever. So a share of the steps is small: :math:`h \, 10^{-G}` with :math:`G` geometric and drawn
+    without regard to the chains, which keeps the law exactly stationary.
+
     :param float step_size: the step :math:`h` to start from.
     :param int num_steps: steps in one run; 0 leaves the chains where they are.
     :param bool adapt: whether to adapt the step; without, the chain is exactly reversible.
     :param float target_acceptance: the acceptance :math:`a^*` to adapt to; .574 is optimal in high dimension.
-    :raises ValueError: if ``step_size`` is not a positive finite number, ``num_steps`` is not a natural number, or
-        ``target_acceptance`` is not between 0 and 1.
+    :param float small_steps: the share of steps that are shrunk tenfold, the same share of those a hundredfold, and so on.
+    :raises ValueError: if ``step_size`` is not a positive finite number, ``num_steps`` is not a natural number,
+        ``target_acceptance`` is not between 0 and 1, or ``small_steps`` is not at least 0 and less than 1.
 
     **References**
 
-    1. Roberts and Rosenthal, *Optimal scaling of discrete approximations to Langevin diffusions*, JRSS B 60 (1998).
+    1. Roberts and Tweedie, *Exponential convergence of Langevin distributions and their discrete approximations*,
+       Bernoulli 2 (1996): why MALA sticks where the energy is steep.
+    2. Roberts and Rosenthal, *Optimal scaling of discrete approximations to Langevin diffusions*, JRSS B 60 (1998).
 
     .. doctest::
 
@@ -198,12 +207,15 @@ class MALA:
     num_steps: int = 10
     adapt: bool = True
     target_acceptance: float = 0.574
+    small_steps: float = 0.25
     uses_score: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _validate(self.step_size, self.num_steps)
         if not 0 < self.target_acceptance < 1:
             raise ValueError(f"target_acceptance must lie between 0 and 1, got {self.target_acceptance!r}.")
+        if not 0 <= self.small_steps < 1:
+            raise ValueError(f"small_steps is a share of the steps, at least 0 and less than 1, got {self.small_steps!r}.")
 
     def init(self, position: Array) -> MALAState:
         """The state of chains that stand at ``position``, of shape ``(num_chains,) + batch_shape + event_shape``."""
@@ -228,18 +240,23 @@ class MALA:
         def log_density(x: Array) -> Array:
             return log_prob(x[None]).sum()
 
-        def step(carry: tuple[Any, Array], key: Array) -> tuple[tuple[Any, Array], Array]:
-            chains, log_step = carry
-            chains, info = kernel(jax.random.split(key, len(start)), chains, log_density, jnp.exp(log_step))
-            acceptance = info.acceptance_rate.mean()
+        def step(carry: tuple[Any, Array, Array], keys: tuple[Array, Array]) -> tuple[tuple[Any, Array, Array], None]:
+            chains, log_step, acceptance = carry
+            key, shrink = keys
+            h = jnp.exp(log_step) * 10.0 ** -shrink.astype(start.dtype)
+            chains, info = kernel(jax.random.split(key, len(start)), chains, log_density, h)
+            gain = jnp.where(shrink == 0, ADAPTATION_GAIN, 0.0).astype(start.dtype)
+            mean = info.acceptance_rate.mean()
             if self.adapt:
-                log_step = log_step + ADAPTATION_GAIN * (acceptance - self.target_acceptance)
-            return (chains, log_step), acceptance
+                log_step = log_step + gain * (mean - self.target_acceptance)
+            return (chains, log_step, acceptance + gain * (mean - acceptance)), None
 
         chains = jax.vmap(mala.init, in_axes=(0, None))(start, log_density)
         keys = jax.random.split(rng_key, self.num_steps)
-        (chains, log_step), acceptance = lax.scan(step, (chains, jnp.log(state.step_size)), keys)
-        return lax.stop_gradient(MALAState(chains.position, jnp.exp(log_step), acceptance.mean()))
+        shrink = jax.random.geometric(jax.random.fold_in(rng_key, 0), 1 - self.small_steps, (self.num_steps,)) - 1
+        carry = (chains, jnp.log(state.step_size), state.acceptance)
+        (chains, log_step, acceptance), _ = lax.scan(step, carry, (keys, shrink))
+        return lax.stop_gradient(MALAState(chains.position, jnp.exp(log_step), acceptance))
 
 
 # kappa: acceptance falls by about .3 per unit of log h near its target, so the step is right within 30 steps.
