@@ -14,6 +14,7 @@ from blackjax.mcmc import mala
 
 from numpyro_ebm import MALA, UnadjustedLangevin
 from numpyro_ebm.samplers import MALAState, UnadjustedLangevinState
+from numpyro_ebm.samplers.langevin import ADAPTATION_GAIN
 
 KEY = jax.random.key(20)
 
@@ -21,6 +22,11 @@ KEY = jax.random.key(20)
 def quadratic(c, tilt=0.0):
     """The log density of N(tilt / c, 1 / c), one scalar per chain."""
     return lambda x: tilt * x - c * x**2 / 2
+
+
+def moved(sampler, log_prob, state, key=KEY):
+    """The state after one compiled run."""
+    return jax.jit(lambda key, state: sampler.run(key, log_prob, state))(key, state)
 
 
 def ula_moves(c, h, key=KEY):
@@ -54,7 +60,7 @@ def test_ula_stationary_variance_is_exact_at_finite_step(c, h):
 def test_ula_simulated_variance_is_the_biased_one():
     # Catches a chain whose steps share their noise: one-step checks cannot see it. hc = .8: variance .833, the target's is .5.
     sampler = UnadjustedLangevin(step_size=0.4, num_steps=40)
-    x = sampler.run(KEY, quadratic(2.0), sampler.init(jnp.zeros(40_000))).position
+    x = moved(sampler, quadratic(2.0), sampler.init(jnp.zeros(40_000))).position
     assert_moments(x, 0.0, 1 / (2 * (1 - 0.4)))
 
 
@@ -84,7 +90,7 @@ def test_short_run_moments_are_exact_at_finite_length(tilt, tau, num_steps):
     h, q = 0.1, (1 - 0.1 * tau) ** 2
     sampler = UnadjustedLangevin(step_size=h, num_steps=num_steps)
     start = jax.random.normal(jax.random.key(1), (40_000,))
-    x = sampler.run(KEY, quadratic(tau, tilt), sampler.init(start)).position
+    x = moved(sampler, quadratic(tau, tilt), sampler.init(start)).position
     mean = tilt / tau * (1 - (1 - h * tau) ** num_steps)
     assert_moments(x, mean, q**num_steps + 2 * h * (1 - q**num_steps) / (1 - q))
 
@@ -96,7 +102,7 @@ def test_ula_agrees_with_the_other_step_convention():
     x = start = jax.random.normal(jax.random.key(2), (5,))
     for key in jax.random.split(KEY, 6):
         x = x + s**2 / 2 * jax.vmap(jax.grad(log_prob))(x) + s * jax.random.normal(key, x.shape)
-    np.testing.assert_allclose(sampler.run(KEY, log_prob, sampler.init(start)).position, x, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(moved(sampler, log_prob, sampler.init(start)).position, x, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +117,7 @@ def test_ula_agrees_with_the_other_step_convention():
 def test_virial_identity(sampler, expected):
     # Catches a sampler that ignores part of an event: E[x . grad U] = d_x has all dimensions in it.
     tau, n = 2.0, 20_000
-    state = sampler.run(KEY, lambda x: -tau * (x**2).sum(-1) / 2, sampler.init(jnp.zeros((n, 3))))
+    state = moved(sampler, lambda x: -tau * (x**2).sum(-1) / 2, sampler.init(jnp.zeros((n, 3))))
     virial = tau * (state.position**2).sum(-1)
     assert abs(virial.mean() - expected) < 4.5 * expected * np.sqrt(2 / (3 * n))
 
@@ -122,17 +128,25 @@ def test_stiffness_estimates_step_times_curvature(hc):
     c, n, num_steps = 5.0, 4000, 20
     sampler = UnadjustedLangevin(step_size=hc / c, num_steps=num_steps)
     start = jax.random.normal(jax.random.key(3), (n,)) / np.sqrt(c * (1 - hc / 2))
-    state = sampler.run(KEY, quadratic(c), sampler.init(start))
+    state = moved(sampler, quadratic(c), sampler.init(start))
     rho = (1 - hc) ** 2  # correlation of successive squares
     se = np.sqrt(2 / n * (1 + rho) / (1 - rho) / num_steps)
     assert float(state.stiffness) == pytest.approx(hc, rel=4.5 * se)
+
+
+def test_travel_towards_the_mode_is_not_stiffness():
+    # Catches E[s^2] for Var(s): chains that all start far away would warn although the step suits the energy.
+    sampler = UnadjustedLangevin(step_size=0.1, num_steps=10)
+    start = 30 + jax.random.normal(jax.random.key(3), (2000,))
+    state = moved(sampler, quadratic(1.0), sampler.init(start))
+    assert float(state.stiffness) == pytest.approx(0.1, rel=0.1)
 
 
 def test_stiffness_is_that_of_the_steepest_direction():
     # Catches an average over the elements of an event, in which one sharp direction among many disappears.
     c = jnp.array([1.0, 1.0, 1.0, 60.0])
     sampler = UnadjustedLangevin(step_size=0.01, num_steps=20)
-    state = sampler.run(KEY, lambda x: -(c * x**2).sum(-1) / 2, sampler.init(jnp.zeros((2000, 4))))
+    state = moved(sampler, lambda x: -(c * x**2).sum(-1) / 2, sampler.init(jnp.zeros((2000, 4))))
     assert 0.5 < state.stiffness < 0.7
 
 
@@ -156,8 +170,8 @@ def test_check_forgives_one_calm_run():
     # Catches a count of all steep runs ever, which would stop every long training in the end.
     sampler = UnadjustedLangevin(step_size=0.7, num_steps=4)
     state = sampler.init(jax.random.normal(jax.random.key(4), (500,)))._replace(runs_near_floor=jnp.int32(19))
-    assert int(sampler.check(sampler.run(KEY, quadratic(1.0), state))) == 1
-    assert int(sampler.run(KEY, quadratic(0.1), state).runs_near_floor) == 0
+    assert int(sampler.check(moved(sampler, quadratic(1.0), state))) == 1
+    assert int(moved(sampler, quadratic(0.1), state).runs_near_floor) == 0
 
 
 def test_explanations_name_the_step_and_the_mend():
@@ -175,7 +189,7 @@ def test_explanations_name_the_step_and_the_mend():
 def test_mala_variance_is_exact_where_ula_is_far_off():
     # Catches a missing or one-sided Metropolis correction: at hc = 1.5 the unadjusted variance is 4, not 1.
     sampler = MALA(step_size=1.5, num_steps=150, adapt=False)
-    x = sampler.run(KEY, quadratic(1.0), sampler.init(jnp.zeros(20_000))).position
+    x = moved(sampler, quadratic(1.0), sampler.init(jnp.zeros(20_000))).position
     assert_moments(x, 0.0, 1.0)
 
 
@@ -183,7 +197,7 @@ def test_mala_satisfies_detailed_balance():
     # Catches a kernel that keeps moments but is not reversible: E[f(x0) g(x1)] = E[g(x0) f(x1)] from exact (logistic) draws.
     sampler, n = MALA(step_size=1.5, num_steps=1, adapt=False), 200_000
     x0 = jax.random.logistic(jax.random.key(5), (n,))
-    x1 = sampler.run(KEY, lambda x: -x - 2 * jax.nn.softplus(-x), sampler.init(x0)).position
+    x1 = moved(sampler, lambda x: -x - 2 * jax.nn.softplus(-x), sampler.init(x0)).position
     f, g = (lambda x: jnp.tanh(x + 1)), (lambda x: (x > 2.0).astype(x.dtype))
     gap = f(x0) * g(x1) - g(x0) * f(x1)
     assert (x0 != x1).any()
@@ -195,16 +209,33 @@ def test_mala_is_blackjax_step_by_step():
     def log_density(x):
         return -((x[0] ** 2 - 1) ** 2) - (x[1] - x[0]) ** 2
 
-    sampler, kernel = MALA(step_size=0.3, num_steps=8, adapt=False), mala.build_kernel()
+    sampler, kernel = MALA(step_size=0.3, num_steps=8, adapt=False, small_steps=0.0), mala.build_kernel()
     start = jnp.array([0.5, -0.5])
-    state, accepted, rate = mala.init(start, log_density), 0, 0.0
+    state, accepted, rate = mala.init(start, log_density), 0, sampler.target_acceptance
     for key in jax.random.split(KEY, 8):
         state, info = jax.jit(kernel, static_argnums=2)(jax.random.split(key, 1)[0], state, log_density, 0.3)
-        accepted, rate = accepted + int(info.is_accepted), rate + float(info.acceptance_rate)
+        accepted, rate = accepted + int(info.is_accepted), rate + ADAPTATION_GAIN * (float(info.acceptance_rate) - rate)
     assert 0 < accepted < 8  # both branches were taken
-    ours = sampler.run(KEY, jax.vmap(log_density), sampler.init(start[None]))
+    ours = moved(sampler, jax.vmap(log_density), sampler.init(start[None]))
     np.testing.assert_allclose(ours.position[0], state.position, rtol=1e-5, atol=1e-6)
-    assert float(ours.acceptance) == pytest.approx(rate / 8, abs=1e-5)
+    assert float(ours.acceptance) == pytest.approx(rate, abs=1e-5)
+
+
+def test_small_steps_are_the_share_that_was_asked_for():
+    # Catches a geometric law off by one: on a flat density E[moved^2] = 2h sum_g (1-p) p^g 10^-g = 2h (1-p) / (1 - p/10).
+    p, h, n = 0.25, 0.5, 20_000
+    sampler = MALA(step_size=h, num_steps=1, adapt=False, small_steps=p)
+    init = sampler.init(jnp.zeros(1))
+    squares = jax.vmap(lambda key: sampler.run(key, jnp.zeros_like, init).position[0] ** 2)(jax.random.split(KEY, n))
+    assert abs(squares.mean() - 2 * h * (1 - p) / (1 - p / 10)) < 4.5 * squares.std() / np.sqrt(n)
+
+
+def test_small_steps_free_a_chain_from_a_steep_place():
+    # Catches a chain that training leaves where every full step is rejected: it would stay there for ever.
+    for small_steps, home in ((0.25, True), (0.0, False)):
+        sampler = MALA(step_size=0.1, num_steps=400, adapt=False, small_steps=small_steps)
+        state = moved(sampler, lambda x: -(x**4), sampler.init(jnp.full(20, 10.0)))
+        assert (abs(state.position) < 3).all() if home else (state.position == 10).all()
 
 
 def test_mala_adapts_from_steps_far_too_small_and_too_large():
@@ -223,7 +254,7 @@ def test_mala_adapts_from_steps_far_too_small_and_too_large():
 def test_mala_without_adaptation_keeps_the_step():
     # Catches an adapt flag that is not read: the chain would no longer be reversible.
     sampler = MALA(step_size=2.0, num_steps=20, adapt=False)
-    state = sampler.run(KEY, quadratic(4.0), sampler.init(jnp.zeros(10)))
+    state = moved(sampler, quadratic(4.0), sampler.init(jnp.zeros(10)))
     assert state.step_size == 2.0
     assert 0 < state.acceptance < 1
 
@@ -239,18 +270,18 @@ def test_mala_rejects_a_move_out_of_the_support(log_prob, shape):
     start = jax.random.gamma(jax.random.key(6), shape, (n,))  # exact draws: the law must stay
     for adapt in (False, True):
         sampler = MALA(step_size=1.0, num_steps=20, adapt=adapt)
-        state = sampler.run(KEY, log_prob, sampler.init(start))
+        state = moved(sampler, log_prob, sampler.init(start))
         assert all(jnp.isfinite(leaf).all() for leaf in state)
         assert (state.position > 0).all()
     sampler = MALA(step_size=1.0, num_steps=20, adapt=False)
-    x = sampler.run(KEY, log_prob, sampler.init(start)).position
+    x = moved(sampler, log_prob, sampler.init(start)).position
     assert abs(x.mean() - shape) < 4.5 * np.sqrt(shape / n)
 
 
 def test_elements_of_a_batched_site_share_one_acceptance():
     # Catches a sum over chains instead of one acceptance per chain: with 400 chains nothing would ever be accepted.
     sampler = MALA(step_size=0.3, num_steps=1, adapt=False)
-    state = sampler.run(KEY, lambda x: -(x**2).sum(-1) / 2, sampler.init(jnp.zeros((400, 3, 2))))
+    state = moved(sampler, lambda x: -(x**2).sum(-1) / 2, sampler.init(jnp.zeros((400, 3, 2))))
     moved = state.position != 0
     assert (moved.all((1, 2)) | ~moved.any((1, 2))).all()
     assert 0.5 < moved[:, 0, 0].mean() <= 1
@@ -295,6 +326,14 @@ def test_bad_target_acceptances_are_refused_by_value(target):
     with pytest.raises(ValueError, match="target_acceptance") as caught:
         MALA(target_acceptance=target)
     assert repr(target) in str(caught.value)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1, 1.5, float("nan")])
+def test_bad_shares_of_small_steps_are_refused_by_value(share):
+    # Catches a geometric law without a mean.
+    with pytest.raises(ValueError, match="small_steps") as caught:
+        MALA(small_steps=share)
+    assert repr(share) in str(caught.value)
 
 
 @pytest.mark.parametrize("cls", SAMPLERS)
@@ -385,7 +424,7 @@ def test_float64_chains_stay_float64(cls):
     with jax.enable_x64(True):
         sampler = cls(step_size=0.1, num_steps=4)
         start = jnp.ones(3)
-        state = sampler.run(KEY, quadratic(1.0), sampler.init(start))
+        state = moved(sampler, quadratic(1.0), sampler.init(start))
         assert state.position.dtype == jnp.float64
         assert all(leaf.dtype in (jnp.float64, jnp.int32) for leaf in state)
         if cls is UnadjustedLangevin:
@@ -407,7 +446,7 @@ def test_float32_chains_on_a_float64_density_stay_float32(cls):
     with jax.enable_x64(True):
         sampler = cls(num_steps=2)
         precision = jnp.ones((), jnp.float64)
-        state = sampler.run(KEY, quadratic(precision), sampler.init(jnp.ones(3, jnp.float32)))
+        state = moved(sampler, quadratic(precision), sampler.init(jnp.ones(3, jnp.float32)))
         assert state.position.dtype == jnp.float32
 
 
@@ -416,7 +455,7 @@ def test_same_key_same_chains(cls):
     # Catches hidden state or a key that is not used.
     sampler = cls(num_steps=2)
     init = sampler.init(jnp.ones(5))
-    one, two, other = (sampler.run(key, quadratic(1.0), init).position for key in (KEY, KEY, jax.random.key(21)))
+    one, two, other = (moved(sampler, quadratic(1.0), init, key).position for key in (KEY, KEY, jax.random.key(21)))
     np.testing.assert_array_equal(one, two)
     assert (one != other).any()
     assert len(np.unique(np.asarray(one))) > 1  # chains have noise of their own

@@ -1,0 +1,96 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The Python blocks of the README and of the documentation's pages run as pasted, and come to what the text says."""
+
+import re
+import runpy
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page):
+    """The page's Python blocks, each moved down to its own lines, so that a traceback points into the page."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = [
+        compile("\n" * text[: match.start(1)].count("\n") + match[1], str(ROOT / page), "exec")
+        for match in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    ]
+    return found
+
+
+def run(page):
+    namespace = {"__name__": page}
+    for block in blocks(page):
+        exec(block, namespace)
+    return namespace
+
+
+@pytest.fixture(scope="module")
+def readme():
+    precision, quickstart = ({"__name__": f"README_{i}"} for i in range(2))
+    for block, namespace in zip(blocks("README.md"), (precision, quickstart), strict=True):
+        exec(block, namespace)  # each block stands alone: a reader may paste either
+    return precision, quickstart
+
+
+def test_readme_learns_the_maximum_likelihood_precision(readme):
+    # Fisher information per datum is 1 / (2 p^2); 1000 chains leave p noisy by at most p sqrt(2 / 1000)
+    found, x = readme[0]["precision"], readme[0]["x"]
+    exact = 1 / (x**2).mean()
+    assert abs(found - exact) < 4 * exact * jnp.sqrt(2 / 1000)
+
+
+def test_readme_quickstart_finds_both_modes_of_the_latent(readme):
+    # a standard normal prior would have mean |z| 0.80 and 38 % of its draws within 0.5 of 0
+    chains, latent = readme[1]["chains"], readme[1]["latent"]
+    assert chains.shape == (256,)
+    assert abs(jnp.abs(chains).mean() - jnp.abs(latent).mean()) < 0.1
+    assert (jnp.abs(chains) < 0.5).mean() < 0.05
+    assert 0.3 < (chains > 0).mean() < 0.7
+
+
+def test_readme_quickstart_has_at_most_25_lines():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    quickstart = text.split("## Quickstart")[1].split("```python\n")[1].split("```")[0]
+    assert len(quickstart.splitlines()) <= 25
+
+
+def test_energies_page_runs_and_its_numbers_are_the_closed_forms(capsys):
+    page = run("docs/energies_in_numpyro.md")
+    printed = capsys.readouterr().out
+    # the tilt has Fisher information 1/2 per datum, and its noise from 500 chains is below 4 sqrt(1 / 500)
+    assert abs(page["tilt"] - page["y"].mean()) < 4 / jnp.sqrt(500)
+    assert abs(page["few"].params["tilt"] - page["y"].mean()) < 4 / jnp.sqrt(500)
+    h, variance = page["h"], page["variance"]
+    biased = (1 - jnp.sqrt(1 - 2 * h / variance)) / h
+    noise = jnp.sqrt(2 / 1000)  # of a variance estimated from 1000 chains
+    assert abs(page["learnt"]["MALA"] * variance - 1) < 4 * noise
+    assert abs(page["learnt"]["unadjusted"] / biased - 1) < 4 * noise
+    assert page["loss"] + page["tilt"] ** 2 / 2 == pytest.approx(float(page["exact"]), abs=0.1)
+    assert printed.count("needs d log Z / d theta") == 1
+    assert "doubly intractable" in printed
+
+
+def test_conventions_page_runs_and_short_runs_are_biased_by_the_formula(capsys):
+    page = run("docs/conventions.md")
+    # 1000 chains of variance at most 1 / (1 - h/2), amplified by 1 / (1 - 2 (1-h)^J)
+    noise = page["predicted"] / page["y"].mean() / jnp.sqrt(1000 * (1 - page["h"] / 2))
+    assert abs(page["learnt"] - page["predicted"]) < 4 * noise
+    assert abs(page["learnt"] - page["y"].mean()) > 4 * noise
+    assert "refused" in capsys.readouterr().out
+
+
+def test_silent_error_is_what_the_readme_says():
+    script = runpy.run_path(str(ROOT / "docs" / "silent_error.py"))
+    assert "negative_phase" not in script  # NumPyro alone
+    x = script["jax"].random.normal(script["jax"].random.key(1), (400,)) / 2
+    normalised, loss = script["fit"](script["normalized_precision"], script["no_latents"], x)
+    unnormalised, lower_loss = script["fit"](script["unnormalized_precision"], script["no_latents"], x)
+    assert normalised["precision"] == pytest.approx(float(1 / (x**2).mean()), rel=1e-2)
+    assert unnormalised["precision"] < 0.01
+    assert lower_loss < loss - 0.5
