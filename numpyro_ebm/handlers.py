@@ -166,8 +166,8 @@ class negative_phase(Messenger):
         name = self._open.pop()[1]  # the name before handlers outside this one changed it
         site = {**msg, "name": name}
         _refuse_many_particles(name)
-        chains = self._advance(site, energy)
-        mean = _where_it_stands(msg["fn"], energy._log_density(chains).mean(0))
+        log_density = self._advance(site, energy)
+        mean = _where_it_stands(msg["fn"], log_density.mean(0))
         numpyro.factor(f"{name}/log_normalizer", -(mean - lax.stop_gradient(mean)))
 
     def sample_chains(
@@ -201,7 +201,7 @@ class negative_phase(Messenger):
         return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), draws), state
 
     def _advance(self, site: Message, energy: TiltedDistribution) -> Array:
-        """The chains of a site after one run of the sampler, stored in its mutable site."""
+        """The log density at the chains of a site, which it moves by one run of the sampler and stores in a mutable site."""
         name, sampler = site["name"], self._sampler_of(site["name"])
         key = numpyro.prng_key()
         if key is None:
@@ -222,8 +222,10 @@ class negative_phase(Messenger):
         state = sampler.run(run_key, energy.chain_log_prob(sampler), state)
         x = lax.stop_gradient(energy.from_chain(state.position, sampler))
         chains.update({"x": x, "num_updates": chains["num_updates"] + 1, **{field: getattr(state, field) for field in kept}})
-        chains["status"] = _watch(name, sampler, state, x, chains)
-        return x
+        log_density = energy._log_density(x)
+        finite = jnp.isfinite(x).all() & jnp.isfinite(log_density).all()
+        chains["status"] = _watch(name, sampler, state, finite, chains)
+        return log_density
 
     def _start(self, site: Message, energy: TiltedDistribution, key: Array) -> Array:
         shape = (self.num_chains, *energy.batch_shape, *energy.event_shape)
@@ -273,10 +275,10 @@ def _where_it_stands(fn: Distribution, log_normalizer: Array) -> Array:
     return inner
 
 
-def _watch(name: str, sampler: Sampler, state: Any, x: Array, chains: dict[str, Any]) -> Array:
+def _watch(name: str, sampler: Sampler, state: Any, finite: Array, chains: dict[str, Any]) -> Array:
     """Reports trouble from inside a compiled run: a warning once, an error at once. Costs nothing while all is well."""
     status = jnp.asarray(sampler.check(state) if hasattr(sampler, "check") else 0, jnp.int32)
-    status = jnp.where(jnp.isfinite(x).all(), status, _NOT_FINITE)
+    status = jnp.where(finite, status, _NOT_FINITE)
 
     def report(status: np.ndarray, num_updates: np.ndarray, old: np.ndarray) -> None:
         if int(status) > int(old):  # under vmap both branches of the condition run
@@ -294,7 +296,7 @@ def _report(name: str, sampler: Any, status: int, num_updates: int) -> None:
     where = f"site '{name}', update {num_updates}"
     if status == _NOT_FINITE:
         raise RuntimeError(
-            f"{where}: the negative chains are no longer finite. The step is too large for the energy, or the energy is not "
+            f"{where}: the negative chains, or the energy at them, are no longer finite. The step is too large for the energy, or the energy is not "
             "integrable, or the data or parameters were not finite before: take a smaller step_size, a base that confines "
             "(TiltedDistribution), or a smaller learning rate."
         )

@@ -3,6 +3,8 @@
 
 """negative_phase: the gradient it adds, exactly where chains are fixed and within Monte Carlo error where they move."""
 
+from typing import NamedTuple
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -168,10 +170,27 @@ def test_transformed_energy_has_the_normaliser_of_its_base():
     np.testing.assert_allclose(gradient["tilt"], 1.0 - CHAINS.mean(), rtol=1e-6)
 
 
-def test_factor_has_value_zero_and_gradient_of_moving_chains_stops_at_their_positions():
+class _Position(NamedTuple):
+    position: jax.Array
+
+
+class _Ascent:
+    """A user's own sampler, which neither adds noise nor stops gradients."""
+
+    uses_score = True
+
+    def init(self, position):
+        return _Position(position)
+
+    def run(self, rng_key, log_prob, state):
+        return _Position(state.position + 0.7 * jax.grad(lambda x: log_prob(x).sum())(state.position))
+
+
+@pytest.mark.parametrize("sampler", [UnadjustedLangevin(0.1, 20), MALA(0.5, 20), _Ascent()], ids=lambda s: type(s).__name__)
+def test_factor_has_value_zero_and_gradient_of_moving_chains_stops_at_their_positions(sampler):
     # guards against: a gradient that flows through the sampler, or a loss changed in value
     y, params, latents = jnp.zeros(2), {"tilt": 0.7}, {"z": jnp.ones(2)}
-    model = negative_phase(_in_plate, num_chains=50, sampler=UnadjustedLangevin(0.1, num_steps=20))
+    model = negative_phase(_in_plate, num_chains=50, sampler=sampler)
 
     def log_joint(params):
         log_density_, sites = log_density(seed(model, 0), (y,), {}, {**params, **latents})
@@ -275,7 +294,7 @@ def _fit(model, guide, name, num_steps, y, learning_rate=0.02, loss=None):
         return state, svi.get_params(state)[name]
 
     state = svi.init(jax.random.key(0), y)
-    return jax.jit(lambda state: jax.lax.scan(step, state, length=num_steps)[1])(state)[-num_steps // 4 :].mean()
+    return jax.jit(lambda state: jax.lax.scan(step, state, length=num_steps)[1])(state)[-num_steps // 4 :].mean(0)
 
 
 MEAN_ONE = 1.0 + jnp.sqrt(2) * jnp.linspace(-1.7, 1.7, 64)
@@ -371,6 +390,38 @@ def test_observed_energy_site_is_learnt_by_maximum_likelihood_on_a_constrained_s
     x = jnp.array([0.1, 0.2, 0.3, 0.6])
     handler = negative_phase(model, num_chains=2000)
     np.testing.assert_allclose(_fit(handler, lambda x: None, "rate", 1000, x), 1 / 0.3, rtol=0.05)
+
+
+class _Flip:
+    """Metropolis on bits: a sampler for discrete events, which uses no score."""
+
+    def init(self, position):
+        return _Position(position)
+
+    def run(self, rng_key, log_prob, state):
+        def step(s, key):
+            site_key, accept_key = jax.random.split(key)
+            bit = jax.random.randint(site_key, (len(s),), 0, s.shape[-1])
+            flipped = s ^ jax.nn.one_hot(bit, s.shape[-1], dtype=s.dtype)
+            accept = jnp.log(jax.random.uniform(accept_key, (len(s),))) < log_prob(flipped) - log_prob(s)
+            return jnp.where(accept[:, None], flipped, s), None
+
+        return _Position(jax.lax.scan(step, state.position, jax.random.split(rng_key, 10))[0])
+
+
+def test_discrete_energy_is_learnt_with_a_sampler_of_the_users_own():
+    # guards against: discrete sites taken to unconstrained space, or a sampler per site ignored. Bits with P(1) = .75, .5
+    x = jnp.array([[1, 1], [1, 0], [1, 1], [0, 0]])
+    fair = dist.Bernoulli(0.5).expand([2]).to_event(1)
+
+    def model(x):
+        k = numpyro.param("k", jnp.zeros(2))
+        fn = EnergyDistribution(lambda s: -(k * s).sum(), (2,), support=constraints.boolean, initial=fair)
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("x", fn, obs=x)
+
+    handler = negative_phase(model, num_chains=2000, sampler={"x": _Flip()})
+    np.testing.assert_allclose(_fit(handler, lambda x: None, "k", 1000, x), jax.scipy.special.logit(x.mean(0)), atol=0.06)
 
 
 # ---- The state ----------------------------------------------------------------------------------------------------------
@@ -552,8 +603,27 @@ def test_a_chain_that_turns_non_finite_stops_the_run_naming_site_and_update():
 
     sampler = UnadjustedLangevin(0.1, num_steps=1)
     svi = SVI(negative_phase(model, num_chains=5, sampler=sampler), guide, optax.sgd(0.0), Trace_ELBO())
-    with pytest.raises(RuntimeError, match=r"site 'z', update \d+: the negative chains are no longer finite.*step_size"):
+    with pytest.raises(
+        RuntimeError, match=r"site 'z', update \d+: the negative chains, or the energy at them, are no longer finite.*step_size"
+    ):
         jax.block_until_ready(svi.run(jax.random.key(0), 50, MEAN_ONE, progress_bar=False))
+
+
+def test_parameters_that_turn_non_finite_stop_the_run_although_chains_stand_still():
+    # guards against: MALA, which rejects every step into a nan, hiding that the fit is lost
+    y = MEAN_ONE.at[-1].set(jnp.nan)
+
+    def model(y):
+        _in_plate(jnp.nan_to_num(y))  # finite where the handler looks, not in the factor
+        numpyro.factor("lost", numpyro.param("scale", 1.0) * numpyro.param("tilt", 0.0) * y.sum())
+
+    def guide(y):
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("z", STANDARD)
+
+    svi = SVI(negative_phase(model, num_chains=5), guide, optax.sgd(0.1), Trace_ELBO())
+    with pytest.raises(RuntimeError, match=r"site 'z', update \d+: .* no longer finite.*data or parameters"):
+        jax.block_until_ready(svi.run(jax.random.key(0), 3, y, progress_bar=False))
 
 
 # ---- Unadjusted chains on a bimodal latent: the example that decided the default sampler ---------------------------------
