@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What plain NumPyro learns when ``log_prob`` leaves out a normaliser that depends on parameters. It needs NumPyro only.
+"""What plain NumPyro learns when ``log_prob`` leaves out a normaliser that depends on parameters. It does not use numpyro_ebm.
 
 Run it with ``python docs/silent_error.py``. Two models, each with an answer known in closed form:
 

@@ -35,9 +35,9 @@ Message = dict[str, Any]
 class unnormalized(Messenger):
     """Lifts the guard: energy sites give their unnormalised ``log_prob`` to every gradient, and nothing is added.
 
-    For what never needs the normaliser although the guard cannot know it: score-based objectives under forward-mode
-    differentiation, or an engine that supplies ``d log Z / d theta`` itself. A gradient that does need it is then
-    silently wrong.
+    For what never needs the normaliser although the guard cannot know it, such as forward-mode derivatives of a score in the
+    parameters, or for an engine that supplies ``d log Z / d theta`` itself. A gradient that does need it is then silently
+    wrong.
 
     :param fn: the model.
 
@@ -168,6 +168,9 @@ class negative_phase(Messenger):
         _refuse_many_particles(name)
         log_density = self._advance(site, energy)
         mean = _where_it_stands(msg["fn"], log_density.mean(0))
+        # a value may have more batch dimensions than its distribution: NumPyro adds up log_prob over them
+        batch = jnp.shape(msg["value"])[: jnp.ndim(msg["value"]) - msg["fn"].event_dim]
+        mean = jnp.broadcast_to(mean, lax.broadcast_shapes(mean.shape, batch))
         numpyro.factor(f"{name}/log_normalizer", -(mean - lax.stop_gradient(mean)))
 
     def sample_chains(
@@ -296,8 +299,8 @@ def _report(name: str, sampler: Any, status: int, num_updates: int) -> None:
     where = f"site '{name}', update {num_updates}"
     if status == _NOT_FINITE:
         raise RuntimeError(
-            f"{where}: the negative chains, or the energy at them, are no longer finite. The step is too large for the energy, or the energy is not "
-            "integrable, or the data or parameters were not finite before: take a smaller step_size, a base that confines "
+            f"{where}: the negative chains, or the energy at them, are no longer finite. The step is too large for the energy, or "
+            "the energy is not integrable, or the data or parameters were not finite before: take a smaller step_size, a base that confines "
             "(TiltedDistribution), or a smaller learning rate."
         )
     if status > 1:

@@ -20,12 +20,19 @@ from numpyro_ebm.distributions.energy import BaseMeasure, TiltedDistribution
 class SiteReport:
     """What :func:`check_model` found at one site."""
 
+    #: name of the site
     name: str
+    #: name of its distribution, without what plates and masks wrap around it
     distribution: str
-    is_energy: bool  # whether its normaliser is unknown
-    params: tuple[str, ...]  # param sites that its density depends on
-    latents: tuple[str, ...]  # latent sites that its density depends on
-    refused: bool  # whether no engine can learn it yet
+    #: whether its normaliser is unknown
+    is_energy: bool
+    #: param sites that its density depends on
+    params: tuple[str, ...]
+    #: latent sites that its density depends on
+    latents: tuple[str, ...]
+    #: whether no engine can learn it yet
+    refused: bool
+    #: what learning it takes, in words
     verdict: str
 
 
@@ -33,6 +40,7 @@ class SiteReport:
 class ModelReport:
     """What :func:`check_model` found in a model; printed as a table."""
 
+    #: one report per sample site, in the order of the model
     sites: tuple[SiteReport, ...]
 
     @property

@@ -114,6 +114,15 @@ def test_expanded_site_outside_a_plate_pays_once_per_element(wrap):
     np.testing.assert_allclose(gradient["tilt"], 6 - 6 * CHAINS.mean(), rtol=1e-6)
 
 
+def test_observed_batch_without_a_plate_pays_once_per_observation():
+    # guards against: one normaliser for all observations where the plate is left out, as NumPyro allows
+    def model(z):
+        numpyro.sample("z", _tilted(), obs=z)
+
+    gradient = _gradient(_still(model), {"tilt": 0.3}, {}, jnp.ones((5, 2)))
+    np.testing.assert_allclose(gradient["tilt"], 10 - 10 * CHAINS.mean(), rtol=1e-6)
+
+
 def test_nested_plates_multiply():
     # guards against: the factor being broadcast over the inner plate alone
     def model():

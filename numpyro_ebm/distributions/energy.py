@@ -41,7 +41,8 @@ def _unknown_log_normalizer(site: str | None, dtype: Any, params: list[Array]) -
 def _refuse(site: str | None, dtype: Any, residuals: None, cotangent: Array) -> Any:
     raise NormalizerError(
         f"{_place(site)}: this gradient needs d log Z / d theta, the derivative of an unknown normaliser. "
-        "Wrap the model in numpyro_ebm.negative_phase, or hold the energy's parameters fixed."
+        "Wrap the model in numpyro_ebm.negative_phase, or hold what the energy depends on fixed; numpyro_ebm.check_model "
+        "tells what that is."
     )
 
 
@@ -369,14 +370,14 @@ class EnergyDistribution(TiltedDistribution):
     r"""A distribution given by its energy: :math:`p(x) = \exp(-E(x)) / Z` on a support.
 
     The energy alone must make it integrable. Everything else is as in :class:`TiltedDistribution`, of which this is the
-    case of a flat base; a flat base cannot be sampled, so :meth:`sample` and negative chains need ``initial``.
+    case of a flat base; a flat base cannot be sampled, so :meth:`~TiltedDistribution.sample` and negative chains need ``initial``.
 
     :param energy: ``energy(x)``, or ``energy(params, x)`` if ``params`` is given; ``x`` of shape ``event_shape``.
     :param tuple event_shape: the shape of one event.
     :param support: a NumPyro constraint on one event, or on its elements; the reals if not given.
     :param params: parameters of the energy, a pytree of arrays.
     :param tuple batch_shape: leading dimensions of the energy's arrays and of ``params``.
-    :param Sampler sampler: how :meth:`sample` draws; 200 steps of :class:`~numpyro_ebm.MALA` if not given.
+    :param Sampler sampler: how :meth:`~TiltedDistribution.sample` draws; 200 steps of :class:`~numpyro_ebm.MALA` if not given.
     :param Distribution initial: where chains start.
     :raises ValueError: at first use, if the energy does not map one event to one real scalar.
 

@@ -32,7 +32,7 @@ class Sampler(Protocol):
     The state is a :class:`~typing.NamedTuple` of arrays with a field ``position``, of shape
     ``(num_chains,) + batch_shape + event_shape``. A sampler may also have ``uses_score`` (whether it differentiates
     ``log_prob``: it is then given positions in unconstrained space and refused at discrete sites) and
-    ``check(state) -> (status, )``; see :meth:`UnadjustedLangevin.check`.
+    ``check(state) -> status``; see :meth:`UnadjustedLangevin.check <numpyro_ebm.UnadjustedLangevin.check>`.
     """
 
     def init(self, position: Array) -> Any:
@@ -43,12 +43,16 @@ class Sampler(Protocol):
 
 
 class UnadjustedLangevinState(NamedTuple):
-    """State of :class:`UnadjustedLangevin`."""
+    """State of :class:`~numpyro_ebm.UnadjustedLangevin`."""
 
-    position: Array  # (num_chains,) + batch_shape + event_shape
-    stiffness: Array  # (), h times the largest mean curvature that the chains felt in the last run
-    runs_near_floor: Array  # (), int32: runs in a row with a stiffness above NEAR_FLOOR_STIFFNESS
-    runs_unstable: Array  # (), int32: runs in a row with a stiffness above UNSTABLE_STIFFNESS
+    #: (num_chains,) + batch_shape + event_shape
+    position: Array
+    #: (), h times the largest mean curvature that the chains felt in the last run
+    stiffness: Array
+    #: (), int32: runs in a row with a stiffness above NEAR_FLOOR_STIFFNESS
+    runs_near_floor: Array
+    #: (), int32: runs in a row with a stiffness above UNSTABLE_STIFFNESS
+    runs_unstable: Array
 
 
 # On a quadratic of curvature c the chain's variance is 1 / (c (1 - hc/2)): at hc = 1/2 it is a third too wide, at
@@ -155,11 +159,14 @@ class UnadjustedLangevin:
 
 
 class MALAState(NamedTuple):
-    """State of :class:`MALA`."""
+    """State of :class:`~numpyro_ebm.MALA`."""
 
-    position: Array  # (num_chains,) + batch_shape + event_shape
-    step_size: Array  # (), the step h in use, adapted if the sampler adapts
-    acceptance: Array  # (), running mean of the chains' acceptance probability at full steps
+    #: (num_chains,) + batch_shape + event_shape
+    position: Array
+    #: (), the step h in use, adapted if the sampler adapts
+    step_size: Array
+    #: (), running mean of the chains' acceptance probability at full steps
+    acceptance: Array
 
 
 @dataclass(frozen=True)
