@@ -299,9 +299,9 @@ def _report(name: str, sampler: Any, status: int, num_updates: int) -> None:
     where = f"site '{name}', update {num_updates}"
     if status == _NOT_FINITE:
         raise RuntimeError(
-            f"{where}: the negative chains, or the energy at them, are no longer finite. The step is too large for the energy, or "
-            "the energy is not integrable, or the data or parameters were not finite before: take a smaller step_size, a base that confines "
-            "(TiltedDistribution), or a smaller learning rate."
+            f"{where}: the negative chains, or the energy at them, are no longer finite. The step is too large for the "
+            "energy, or the energy is not integrable, or the data or parameters were not finite before: take a smaller "
+            "step_size, a base that confines (TiltedDistribution), or a smaller learning rate."
         )
     if status > 1:
         raise RuntimeError(f"{where}: {sampler.explain(status)}.")

@@ -268,23 +268,21 @@ def test_mala_rejects_a_move_out_of_the_support(log_prob, shape):
     # Catches an acceptance of -inf or nan that moves a chain there, or that turns the adapted step into nan.
     n = 20_000
     start = jax.random.gamma(jax.random.key(6), shape, (n,))  # exact draws: the law must stay
-    for adapt in (False, True):
+    for adapt in (True, False):
         sampler = MALA(step_size=1.0, num_steps=20, adapt=adapt)
         state = moved(sampler, log_prob, sampler.init(start))
         assert all(jnp.isfinite(leaf).all() for leaf in state)
         assert (state.position > 0).all()
-    sampler = MALA(step_size=1.0, num_steps=20, adapt=False)
-    x = moved(sampler, log_prob, sampler.init(start)).position
-    assert abs(x.mean() - shape) < 4.5 * np.sqrt(shape / n)
+    assert abs(state.position.mean() - shape) < 4.5 * np.sqrt(shape / n)
 
 
 def test_elements_of_a_batched_site_share_one_acceptance():
     # Catches a sum over chains instead of one acceptance per chain: with 400 chains nothing would ever be accepted.
     sampler = MALA(step_size=0.3, num_steps=1, adapt=False)
     state = moved(sampler, lambda x: -(x**2).sum(-1) / 2, sampler.init(jnp.zeros((400, 3, 2))))
-    moved = state.position != 0
-    assert (moved.all((1, 2)) | ~moved.any((1, 2))).all()
-    assert 0.5 < moved[:, 0, 0].mean() <= 1
+    changed = state.position != 0
+    assert (changed.all((1, 2)) | ~changed.any((1, 2))).all()
+    assert 0.5 < changed[:, 0, 0].mean() <= 1
 
 
 # Both
