@@ -50,7 +50,7 @@ _unknown_log_normalizer.defvjp(lambda site, dtype, params: (jnp.zeros((), dtype)
 
 
 def _place(site: str | None) -> str:
-    return "an energy distribution outside any site" if site is None else f"site '{site}'"
+    return "a distribution at no site" if site is None else f"site '{site}'"
 
 
 class BaseMeasure(ImproperUniform):
@@ -90,6 +90,11 @@ class BaseMeasure(ImproperUniform):
             )
         super().__init__(support, (), tuple(event_shape), validate_args=validate_args)
 
+    def log_prob(self, value: Array, intermediates: list[Any] | None = None) -> Array:
+        """0 on the support, in the dtype of ``value`` where that is real."""
+        dtype = jnp.result_type(value)
+        return super().log_prob(value).astype(dtype if jnp.issubdtype(dtype, jnp.floating) else float)
+
     def sample(self, key: Array | None, sample_shape: tuple[int, ...] = ()) -> Array:
         raise NotImplementedError(
             f"A BaseMeasure ({self.support}, event_shape={self.event_shape}) is flat and cannot be sampled: condition on it, "
@@ -123,7 +128,8 @@ class TiltedDistribution(Distribution):
 
     The energy is written for **one event** and returns a scalar; this class maps it over sample, plate and batch
     dimensions. It may be a function, an Equinox or Flax NNX module or a :class:`jax.tree_util.Partial` (their arrays
-    become leaves of this pytree, the rest is static), or a function of ``(params, x)`` with ``params`` a pytree. With
+    become leaves of this pytree, the rest is static), or a function of ``(params, x)`` with ``params`` a pytree. What a
+    plain function closes over is static, so inside :func:`numpyro.contrib.control_flow.scan` pass it as ``params``. With
     ``batch_shape``, every array of the energy and of ``params`` has those leading dimensions: a stack of energies.
 
     ``log_prob`` is unnormalised (``Z`` taken as 1). See :class:`~numpyro_ebm.negative_phase` to learn an energy's
@@ -156,7 +162,7 @@ class TiltedDistribution(Distribution):
 
     arg_constraints: dict[str, Any] = {}
     pytree_data_fields: tuple[str, ...] = ("base", "initial", "params", "_energy_arrays")
-    pytree_aux_fields: tuple[str, ...] = ("_energy_static", "_event_ndims", "guarded", "sampler")
+    pytree_aux_fields: tuple[str, ...] = ("_energy_batch_ndim", "_energy_static", "_event_ndims", "guarded", "sampler")
     # The inherited defaults are wrong: has_rsample would be vacuously true, and enumerating a vector event gives
     # NumPyro's Gibbs samplers wrong answers silently.
     has_rsample = False
@@ -191,6 +197,7 @@ class TiltedDistribution(Distribution):
                 )
         # The rank of each array without its batch, so that a batch added by vmap or scan can be told from it.
         self._event_ndims = tuple(jnp.ndim(array) - len(batch_shape) for array in arrays)
+        self._energy_batch_ndim = len(batch_shape)
         batch_shape = lax.broadcast_shapes(tuple(batch_shape), base.batch_shape)
         super().__init__(batch_shape, base.event_shape, validate_args=validate_args)
 
@@ -247,8 +254,10 @@ class TiltedDistribution(Distribution):
         :return: of shape ``sample_shape + batch_shape + event_shape``, with gradients stopped.
         :raises NotImplementedError: if there is nothing to start from, or the support is discrete and no sampler is given.
         """
-        start_key, run_key = jax.random.split(key)
         num_chains = int(np.prod(sample_shape, dtype=int))
+        if num_chains == 0:
+            return jnp.zeros(self.shape(tuple(sample_shape)))
+        start_key, run_key = jax.random.split(key)
         sampler = self.sampler or MALA(num_steps=200)
         state = sampler.init(self.to_chain(self.initial_chains(start_key, num_chains), sampler))
         state = sampler.run(run_key, self.chain_log_prob(sampler), state)
@@ -339,8 +348,8 @@ class TiltedDistribution(Distribution):
             value = jnp.asarray(energy(x) if params is None else energy(params, x))
         except (TypeError, ValueError, IndexError) as error:
             raise ValueError(
-                f"energy of {_place(calling_site(self))} failed on one event of shape {x.shape} and dtype {x.dtype}: {error} "
-                "Write it for one event; the distribution maps it over every batch."
+                f"energy of {_place(calling_site(self))} failed on one event of shape {x.shape} and dtype {x.dtype} ({error}): "
+                "write it for one event, the distribution maps it over every batch."
             ) from error
         if value.shape != ():
             raise ValueError(
@@ -409,7 +418,7 @@ class EnergyDistribution(TiltedDistribution):
         validate_args: bool | None = None,
     ) -> None:
         super().__init__(
-            BaseMeasure(support, event_shape),
+            BaseMeasure(support, event_shape, validate_args=validate_args),
             energy,
             params=params,
             batch_shape=batch_shape,
@@ -421,10 +430,20 @@ class EnergyDistribution(TiltedDistribution):
 
 @promote_batch_shape.register
 def _promote_batch_shape_tilted(d: TiltedDistribution):  # type: ignore[no-untyped-def]
-    # vmap and scan add leading dimensions to the arrays that the recorded batch shape does not know of
-    promoted = copy.copy(d)
-    promoted.base = promote_batch_shape(d.base)
-    promoted._batch_shape = lax.broadcast_shapes(promoted.base.batch_shape, promoted._energy_batch_shape)
+    # vmap and scan add leading dimensions to the arrays, which the recorded batch shape does not know of and which go
+    # before every old dimension: of the base, of the energy, and of what one of them was broadcast to by the other.
+    promoted, base = copy.copy(d), promote_batch_shape(d.base)
+    if len(base.batch_shape) > len(d.base.batch_shape):
+        base = promote_batch_shape(d.base.expand(d.batch_shape))
+    num_new = max(len(d._energy_batch_shape) - d._energy_batch_ndim, 0)
+    arrays = (d._energy_arrays, d.params)
+    if num_new:
+        axes = tuple(range(num_new, num_new + len(d.batch_shape) - d._energy_batch_ndim))
+        arrays = jax.tree.map(lambda array: jnp.expand_dims(array, axes), arrays)
+        promoted._energy_batch_ndim = num_new + len(d.batch_shape)
+    promoted._energy_arrays, promoted.params = arrays
+    promoted.base, promoted.initial = base, None if d.initial is None else promote_batch_shape(d.initial)
+    promoted._batch_shape = lax.broadcast_shapes(base.batch_shape, promoted._energy_batch_shape, d.batch_shape)
     return promoted
 
 

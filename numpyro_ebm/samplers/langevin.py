@@ -13,6 +13,7 @@ A sampler is a frozen dataclass with two pure functions, ``init(position) -> sta
 """
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -242,28 +243,30 @@ class MALA:
         from blackjax.mcmc import mala  # on first use: BlackJAX takes longer to import than all the rest
 
         kernel = jax.vmap(mala.build_kernel(), in_axes=(0, 0, None, None))
-        start = lax.stop_gradient(state.position)
+        dtype, default = state.position.dtype, jnp.result_type(float)  # BlackJAX draws its noise in the default dtype
+        start, step_size, acceptance = lax.stop_gradient(jax.tree.map(lambda x: x.astype(default), state))
 
         def log_density(x: Array) -> Array:
-            return log_prob(x[None]).sum()
+            return log_prob(x[None].astype(dtype)).sum().astype(default)
 
         def step(carry: tuple[Any, Array, Array], keys: tuple[Array, Array]) -> tuple[tuple[Any, Array, Array], None]:
             chains, log_step, acceptance = carry
             key, shrink = keys
-            h = jnp.exp(log_step) * 10.0 ** -shrink.astype(start.dtype)
+            h = jnp.exp(log_step) * 10.0 ** -shrink.astype(default)
             chains, info = kernel(jax.random.split(key, len(start)), chains, log_density, h)
-            gain = jnp.where(shrink == 0, ADAPTATION_GAIN, 0.0).astype(start.dtype)
+            gain = jnp.where(shrink == 0, ADAPTATION_GAIN, 0.0)
             mean = info.acceptance_rate.mean()
             if self.adapt:
                 log_step = log_step + gain * (mean - self.target_acceptance)
             return (chains, log_step, acceptance + gain * (mean - acceptance)), None
 
+        move_key, shrink_key = jax.random.split(rng_key)
+        shrink = jax.random.geometric(shrink_key, 1 - self.small_steps, (self.num_steps,)) - 1
         chains = jax.vmap(mala.init, in_axes=(0, None))(start, log_density)
-        keys = jax.random.split(rng_key, self.num_steps)
-        shrink = jax.random.geometric(jax.random.fold_in(rng_key, 0), 1 - self.small_steps, (self.num_steps,)) - 1
-        carry = (chains, jnp.log(state.step_size), state.acceptance)
+        carry, keys = (chains, jnp.log(step_size), acceptance), jax.random.split(move_key, self.num_steps)
         (chains, log_step, acceptance), _ = lax.scan(step, carry, (keys, shrink))
-        return lax.stop_gradient(MALAState(chains.position, jnp.exp(log_step), acceptance))
+        state = MALAState(chains.position, jnp.exp(log_step), acceptance)
+        return lax.stop_gradient(jax.tree.map(lambda x: x.astype(dtype), state))
 
 
 # kappa: acceptance falls by about .3 per unit of log h near its target, so the step is right within 30 steps.
@@ -271,9 +274,9 @@ ADAPTATION_GAIN = 0.1
 
 
 def _validate(step_size: float, num_steps: int) -> None:
-    if not (isinstance(step_size, (int, float)) and math.isfinite(step_size) and step_size > 0):
+    if not (isinstance(step_size, numbers.Real) and math.isfinite(step_size) and step_size > 0):
         raise ValueError(
             f"step_size is the h of x + h * score + sqrt(2 h) * noise: it must be positive and finite, got {step_size!r}."
         )
-    if not (isinstance(num_steps, int) and num_steps >= 0):
+    if not (isinstance(num_steps, numbers.Integral) and num_steps >= 0):
         raise ValueError(f"num_steps must be an integer of at least 0, got {num_steps!r}.")
