@@ -17,14 +17,19 @@ with a decoder :math:`g` and an amortised guide :math:`q(z \mid x) = N(\mu(x), \
 of the prior, and NumPyro's own ``SVI`` does the rest.
 
 The same model with the normal prior, with the same networks, noise, steps and seed, is what to beat. Both are judged on
-360 digits that neither has seen, by the squared maximum mean discrepancy (MMD^2) between those and draws of the model.
+360 digits that neither has seen, by the squared maximum mean discrepancy (MMD^2) [2] between those and draws of the model.
+Draws of the energy prior are the negative chains, run on for 3000 moves at the learnt weights; the second half is used.
 
-What to expect: EXPECTED
+What to expect: about a minute on two cores. Over the seeds 0 to 4 the MMD^2 of draws is 0.6e-3 on average (-0.3e-3 to
+1.5e-3; the estimate is unbiased, so it can be negative) with the energy prior and 4.1e-3 (3.2e-3 to 4.9e-3) with the normal
+prior, at about the same error of reconstruction. The normal prior likes more noise: with ``NOISE = 0.15`` its draws reach 2.5e-3
+(2.1e-3 to 3.0e-3), which the energy prior still beats. R-hat of the negative chains is about 1.05: the learnt prior has
+several modes, and a single chain is slow to change mode.
 
 The script writes to ``--output``:
 
 * ``samples.png``: held-out digits beside draws of both models;
-* ``prior.png``: the energy of both priors in a plane of the latent space, with the encoded digits on top;
+* ``prior.png``: the energy of both priors over two directions of the latent space, with the encoded digits on top;
 * ``loss.png``: the losses, that of the energy prior up to the unknown log Z;
 * ``energy_prior_digits.nc``: the fit for ArviZ, with the negative chains as the group ``prior``.
 

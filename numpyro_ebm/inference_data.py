@@ -142,7 +142,7 @@ def _sampler_statistics(kept: dict[str, dict[str, Any]]) -> Any:
 def _container(datasets: dict[str, Any]) -> Any:
     import arviz as az
 
-    if not hasattr(az, "InferenceData"):  # ArviZ 1
+    if "InferenceData" not in vars(az):  # ArviZ 1, where asking for the attribute warns
         import xarray as xr
 
         return xr.DataTree.from_dict(datasets)

@@ -154,8 +154,8 @@ class TiltedDistribution(Distribution):
         >>> from numpyro_ebm import TiltedDistribution
         >>> base = dist.Normal(0, 1).expand([2]).to_event(1)
         >>> prior = TiltedDistribution(base, lambda x: -3 * x[0])  # exactly N([3, 0], I)
-        >>> prior.sample(jax.random.key(0), (1000,)).mean(0).round()
-        Array([3., 0.], dtype=float32)
+        >>> prior.sample(jax.random.key(0), (1000,)).mean(0).round().astype(int)
+        Array([3, 0], dtype=int32)
         >>> prior.score(jnp.zeros(2))
         Array([3., 0.], dtype=float32)
     """
