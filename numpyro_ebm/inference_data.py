@@ -39,8 +39,8 @@ def to_inference_data(
     ``fit``                   ``step``                                   ``loss`` at every step
     ========================  =========================================  ====================================================
 
-    The dims of a site are called ``<site>_dim_0``, ``<site>_dim_1`` and so on, unless ``dims`` names them. Only the
-    groups that are given are made.
+    The dims of a site are called ``<site>_dim_0``, ``<site>_dim_1`` and so on, unless ``dims`` names them. The chains of a
+    site in a plate lack the plate's dim: they have the site's last ones. Only the groups that are given are made.
 
     :param state: an ``SVIRunResult``, an ``SVIState``, or a mutable state.
     :param chains: draws by site of :meth:`negative_phase.sample_chains <numpyro_ebm.negative_phase.sample_chains>`, of shape
@@ -50,7 +50,7 @@ def to_inference_data(
     :param observed_data: data by site.
     :param losses: the loss at every step, of shape ``(num_steps,)``; those of ``state`` if it is an ``SVIRunResult``.
     :param coords: coordinate values by dim.
-    :param dims: names of the dims of a site, without ``chain`` and ``draw``.
+    :param dims: names of the dims of a site, plates first, without ``chain`` and ``draw``.
     :return: an ``arviz.InferenceData`` (ArviZ 0) or an ``xarray.DataTree`` (ArviZ 1).
     :raises ValueError: if ``state`` holds no negative chains; if ``chains`` or ``dims`` names an unknown site; if ``dims``
         gives a site the wrong number of names.
@@ -75,14 +75,11 @@ def to_inference_data(
         "observed_data": _as_numpy(observed_data),
     }
     _require_known("dims", dims or {}, {name for group in groups.values() for name in group})
-    datasets = {
-        group: _dataset(variables, () if group == "observed_data" else ("chain", "draw"), coords or {}, dims or {})
-        for group, variables in groups.items()
-        if variables
-    }
+    names = _dim_names(groups, dims or {})
+    datasets = {group: _dataset(group, variables, names, coords or {}) for group, variables in groups.items() if variables}
     datasets["sample_stats_prior"] = _sampler_statistics(kept)
     if losses is not None:
-        datasets["fit"] = _dataset({"loss": np.asarray(losses)}, ("step",), {}, {})
+        datasets["fit"] = _dataset("fit", {"loss": np.asarray(losses)}, {"loss": ()}, {})
     return _container(datasets)
 
 
@@ -109,24 +106,39 @@ def _one_chain(variables: Mapping[str, Array] | None) -> dict[str, np.ndarray]:
     return {name: value[None] for name, value in _as_numpy(variables).items()}
 
 
+_LEADING = {"observed_data": (), "fit": ("step",)}  # other groups lead with chain and draw
+
+
+def _leading(group: str) -> tuple[str, ...]:
+    return _LEADING.get(group, ("chain", "draw"))
+
+
+def _dim_names(groups: dict[str, dict[str, np.ndarray]], dims: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """The names of a site's dims. The chains of a site lack its plates, so the group that has most dims counts."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for group, variables in groups.items():
+        for name, value in variables.items():
+            shapes[name] = max(shapes.get(name, ()), value.shape[len(_leading(group)) :], key=len)
+    for name, named in dims.items():
+        if len(named) != len(shapes[name]):
+            raise ValueError(
+                f"site '{name}': dims gives {len(named)} names {list(named)} to {len(shapes[name])} dimensions "
+                f"of shape {shapes[name]}."
+            )
+    return {name: tuple(dims.get(name, [f"{name}_dim_{i}" for i in range(len(shape))])) for name, shape in shapes.items()}
+
+
 def _dataset(
-    variables: dict[str, np.ndarray],
-    leading: tuple[str, ...],
-    coords: Mapping[str, Sequence[Any]],
-    dims: Mapping[str, Sequence[str]],
+    group: str, variables: dict[str, np.ndarray], names: Mapping[str, tuple[str, ...]], coords: Mapping[str, Sequence[Any]]
 ) -> Any:
     import xarray as xr
 
-    arrays = {}
+    leading, arrays = _leading(group), {}
     for name, value in variables.items():
         ndim = value.ndim - len(leading)
-        named = tuple(dims.get(name, [f"{name}_dim_{i}" for i in range(ndim)]))
-        if len(named) != ndim:
-            raise ValueError(
-                f"site '{name}': dims gives {len(named)} names {list(named)} to {ndim} dimensions of shape {value.shape[-ndim:]}."
-            )
-        index = {dim: coords.get(dim, np.arange(size)) for dim, size in zip((*leading, *named), value.shape, strict=True)}
-        arrays[name] = xr.DataArray(value, dims=(*leading, *named), coords=index)
+        dims = (*leading, *names[name][len(names[name]) - ndim :])  # the last ones, where plates are missing
+        index = {dim: coords.get(dim, np.arange(size)) for dim, size in zip(dims, value.shape, strict=True)}
+        arrays[name] = xr.DataArray(value, dims=dims, coords=index)
     return xr.Dataset(arrays)
 
 
