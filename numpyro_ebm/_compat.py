@@ -3,9 +3,10 @@
 
 """What the package needs of NumPyro that NumPyro does not offer as an API.
 
-NumPyro never tells a distribution the name of its site, nor a handler which objective is running it. Both are in the
-local variables of the calling frames while a model is traced. They are read here to name the site in an error and to
-refuse an objective that would lose the chains: never to compute anything.
+NumPyro never tells a distribution the name of its site, nor a handler which objective is running it or which scopes
+stand between it and a site. The first two are in the local variables of the calling frames while a model is traced, the
+last on NumPyro's stack of handlers. They are read here to name sites and to refuse an objective that would lose the
+chains: never to compute anything.
 """
 
 import sys
@@ -13,7 +14,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpyro.distributions as dist
+from numpyro.handlers import scope
 from numpyro.infer.elbo import ELBO
+from numpyro.primitives import _PYRO_STACK, Messenger
 
 WRAPPERS = (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution, dist.TransformedDistribution)
 
@@ -29,6 +32,14 @@ def calling_site(fn: dist.Distribution) -> str | None:
 def calling_objective() -> ELBO | None:
     """The NumPyro objective that is tracing the model right now, if there is one."""
     return next((self for self in _locals_called("self") if isinstance(self, ELBO)), None)
+
+
+def name_inside(handler: Messenger, name: str) -> str:
+    """A site's name without the prefixes of the scopes inside ``handler``, which a site made there will be given again."""
+    for inner in _PYRO_STACK[_PYRO_STACK.index(handler) + 1 :]:
+        if isinstance(inner, scope):
+            name = name.removeprefix(f"{inner.prefix}{inner.divider}")
+    return name
 
 
 def layers(fn: Any) -> Iterator[Any]:

@@ -24,7 +24,7 @@ from numpyro.distributions.util import sum_rightmost
 from numpyro.handlers import block, seed, substitute, trace
 from numpyro.primitives import Messenger, mutable
 
-from numpyro_ebm._compat import calling_objective
+from numpyro_ebm._compat import calling_objective, name_inside
 from numpyro_ebm.distributions.energy import NormalizerError, TiltedDistribution, energy_site, without_guard
 from numpyro_ebm.model_check import check_model
 from numpyro_ebm.samplers import MALA, Sampler
@@ -171,7 +171,7 @@ class negative_phase(Messenger):
         # a value may have more batch dimensions than its distribution: NumPyro adds up log_prob over them
         batch = jnp.shape(msg["value"])[: jnp.ndim(msg["value"]) - msg["fn"].event_dim]
         mean = jnp.broadcast_to(mean, lax.broadcast_shapes(mean.shape, batch))
-        numpyro.factor(f"{name}/log_normalizer", -(mean - lax.stop_gradient(mean)))
+        numpyro.factor(f"{name_inside(self, name)}/log_normalizer", -(mean - lax.stop_gradient(mean)))
 
     def sample_chains(
         self,
@@ -214,7 +214,7 @@ class negative_phase(Messenger):
         fresh = sampler.init(energy.to_chain(start, sampler))
         kept = {field: value for field, value in fresh._asdict().items() if field != "position"}
         count = jnp.zeros((), jnp.int32)
-        chains = mutable(f"{name}/chains", {"x": start, "num_updates": count, "status": count, **kept})
+        chains = mutable(f"{name_inside(self, name)}/chains", {"x": start, "num_updates": count, "status": count, **kept})
         if chains["x"].shape != start.shape:
             raise ValueError(
                 f"site '{name}': the state holds chains of shape {chains['x'].shape}, this handler keeps {start.shape}. "

@@ -15,7 +15,7 @@ import optax
 import pytest
 from numpyro.contrib.module import eqx_module, random_eqx_module
 from numpyro.distributions import constraints
-from numpyro.handlers import mask, scale, seed, substitute, trace
+from numpyro.handlers import mask, scale, scope, seed, substitute, trace
 from numpyro.infer import MCMC, NUTS, SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
 from numpyro.infer.util import log_density
@@ -223,6 +223,18 @@ def test_unnormalized_adds_nothing():
     for model in (unnormalized(_in_plate), negative_phase(unnormalized(_in_plate))):
         gradient = _gradient(model, {"tilt": 0.3}, {"z": jnp.ones(2)}, jnp.zeros(2))
         np.testing.assert_allclose(gradient["tilt"], 2.0, rtol=1e-6)
+
+
+def test_scopes_name_the_chains_once_wherever_they_stand():
+    # guards against: a prefix given to the site and again to its chains, which are then not found by name
+    def scoped(y):
+        with scope(prefix="in"):
+            _in_plate(y)
+
+    model = scope(negative_phase(scoped, num_chains=4, sampler=STILL, init_chains={"in/z": CHAINS}), prefix="out")
+    sites = trace(seed(model, 0)).get_trace(jnp.zeros(2))
+    assert {"out/in/z", "out/in/z/chains", "out/in/z/log_normalizer"} < set(sites)
+    np.testing.assert_array_equal(sites["out/in/z/chains"]["value"]["x"], CHAINS)
 
 
 def test_short_run_chains_start_afresh_and_persistent_ones_go_on():
