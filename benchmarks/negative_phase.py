@@ -81,8 +81,9 @@ def by_hand(images):
             log_h = log_h + jnp.where(shrink == 0, GAIN, 0.0) * (mean - TARGET)
             return (pick(y, x), pick(log_p_y, log_p), pick(score_y, score), log_h), None
 
+        key, shrink_key = jax.random.split(key)
         keys = jax.random.split(key, NUM_STEPS)
-        shrink = jax.random.geometric(key, 1 - SMALL, (NUM_STEPS,)) - 1
+        shrink = jax.random.geometric(shrink_key, 1 - SMALL, (NUM_STEPS,)) - 1
         (x, _, _, log_h), _ = jax.lax.scan(step, (x, *value_and_score(x), log_h), (keys, shrink))
         return x, log_h
 

@@ -3,10 +3,10 @@
 
 """What the package needs of NumPyro that NumPyro does not offer as an API.
 
-NumPyro never tells a distribution the name of its site, nor a handler which objective is running it or which scopes
-stand between it and a site. The first two are in the local variables of the calling frames while a model is traced, the
-last on NumPyro's stack of handlers. They are read here to name sites and to refuse an objective that would lose the
-chains: never to compute anything.
+NumPyro tells a distribution neither the name of its site nor what it is part of, and a handler neither what runs it nor
+which scopes and plates are open. The former are in the local variables of the calling frames while a model is traced, the
+latter on NumPyro's stack of handlers. They are read here to name sites and to refuse what would be silently wrong: never
+to compute anything.
 """
 
 import sys
@@ -15,8 +15,10 @@ from typing import Any
 
 import numpyro.distributions as dist
 from numpyro.handlers import scope
+from numpyro.infer import MCMC, SVI
 from numpyro.infer.elbo import ELBO
-from numpyro.primitives import _PYRO_STACK, Messenger
+from numpyro.infer.mcmc import MCMCKernel
+from numpyro.primitives import _PYRO_STACK, Messenger, plate
 
 WRAPPERS = (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution, dist.TransformedDistribution)
 
@@ -30,8 +32,33 @@ def calling_site(fn: dist.Distribution) -> str | None:
 
 
 def calling_objective() -> ELBO | None:
-    """The NumPyro objective that is tracing the model right now, if there is one."""
-    return next((self for self in _locals_called("self") if isinstance(self, ELBO)), None)
+    """The objective of the SVI that is tracing the model right now, if there is one."""
+    for self in _locals_called("self"):
+        if isinstance(self, (ELBO, SVI)):
+            return self.loss if isinstance(self, SVI) else self
+    return None
+
+
+def called_by_mcmc() -> bool:
+    """Whether a NumPyro kernel is tracing the model right now."""
+    return any(isinstance(self, (MCMC, MCMCKernel)) for self in _locals_called("self"))
+
+
+def calling_distribution(transparent: tuple[type, ...]) -> dist.Distribution | None:
+    """A distribution that is computing its own density from this one's, other than by the ``transparent`` types."""
+    for self in _locals_called("self"):
+        if isinstance(self, dist.Distribution) and not isinstance(self, (*WRAPPERS, *transparent)):
+            return self
+    return None
+
+
+def in_subsampled_plate(batch_shape: tuple[int, ...]) -> str | None:
+    """The subsampling plate, of those open now, along which a batch shape has elements of its own."""
+    subsampled = [handler for handler in _PYRO_STACK if isinstance(handler, plate) and handler.subsample_size < handler.size]
+    for handler in subsampled:
+        if len(batch_shape) >= -handler.dim and batch_shape[handler.dim] > 1:
+            return handler.name
+    return None
 
 
 def name_inside(handler: Messenger, name: str) -> str:

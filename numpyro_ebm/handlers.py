@@ -10,6 +10,7 @@ The gradient that ``log_prob`` lacks is an expectation under the model itself,
 estimated from a population of Markov chains, the negative phase of contrastive divergence.
 """
 
+import numbers
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,10 +23,17 @@ from jax import Array, lax
 from numpyro.distributions import Distribution, ExpandedDistribution, Independent, MaskedDistribution
 from numpyro.distributions.util import sum_rightmost
 from numpyro.handlers import block, seed, substitute, trace
+from numpyro.infer import ELBO
 from numpyro.primitives import Messenger, mutable
 
-from numpyro_ebm._compat import calling_objective, name_inside
-from numpyro_ebm.distributions.energy import NormalizerError, TiltedDistribution, energy_site, without_guard
+from numpyro_ebm._compat import called_by_mcmc, calling_objective, in_subsampled_plate, name_inside
+from numpyro_ebm.distributions.energy import (
+    NormalizerError,
+    TiltedDistribution,
+    energy_site,
+    refuse_gradient,
+    without_guard,
+)
 from numpyro_ebm.model_check import check_model
 from numpyro_ebm.samplers import MALA, Sampler
 
@@ -127,25 +135,34 @@ class negative_phase(Messenger):
         persistent: bool = True,
         init_chains: Mapping[str, Array] | None = None,
     ) -> None:
-        if not isinstance(num_chains, int) or num_chains < 1:
+        if not isinstance(num_chains, numbers.Integral) or isinstance(num_chains, bool) or num_chains < 1:
             raise ValueError(f"num_chains must be a positive integer, got {num_chains!r}: every energy site needs chains.")
-        self.num_chains, self.persistent = num_chains, persistent
-        self.sampler, self.init_chains = sampler, dict(init_chains or {})
+        samplers: list[Any] = list(sampler.values()) if isinstance(sampler, Mapping) else [sampler or MALA()]
+        for one in samplers:
+            if isinstance(one, type) or not (hasattr(one, "init") and hasattr(one, "run")):
+                raise TypeError(f"sampler must be a sampler such as MALA(), or a mapping from site names to samplers, got {one!r}.")
+        self.num_chains: int = int(num_chains)
+        self.persistent: bool = persistent
+        self.sampler: Sampler | Mapping[str, Sampler] = MALA() if sampler is None else sampler
+        self.init_chains: dict[str, Array] = dict(init_chains or {})
         self._open: list[tuple[Message, str]] = []
-        self._checked = False
+        self._checked: set[Any] = set()
         super().__init__(fn)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.fn is None or self._checked:
+        kind = jax.tree.structure((args, kwargs)), tuple(_kind(leaf) for leaf in jax.tree.leaves((args, kwargs)))
+        if self.fn is None or kind in self._checked:
             return super().__call__(*args, **kwargs)
         unchecked = self._check(args, kwargs)
         result = super().__call__(*args, **kwargs)  # what is wrong with the model itself is raised here, in its own words
-        self._checked = True
+        self._checked.add(kind)
         if unchecked is not None:
             warnings.warn(f"negative_phase could not check which sites depend on which: {unchecked}", stacklevel=2)
         return result
 
     def __enter__(self) -> Any:
+        if self.fn is None:
+            raise ValueError("negative_phase must see the whole model: wrap it, negative_phase(model), instead of a part of it.")
         self._open = []
         return super().__enter__()
 
@@ -156,6 +173,7 @@ class negative_phase(Messenger):
             _require_finite(msg)
         energy = energy_site(msg["fn"])
         if energy is not None and energy.guarded:
+            self._refuse_where_it_stands(msg, energy)
             msg["fn"] = without_guard(msg["fn"])
             self._open.append((msg, msg["name"]))
 
@@ -165,12 +183,12 @@ class negative_phase(Messenger):
             return
         name = self._open.pop()[1]  # the name before handlers outside this one changed it
         site = {**msg, "name": name}
-        _refuse_many_particles(name)
         log_density = self._advance(site, energy)
         mean = _where_it_stands(msg["fn"], log_density.mean(0))
         # a value may have more batch dimensions than its distribution: NumPyro adds up log_prob over them
         batch = jnp.shape(msg["value"])[: jnp.ndim(msg["value"]) - msg["fn"].event_dim]
         mean = jnp.broadcast_to(mean, lax.broadcast_shapes(mean.shape, batch))
+        mean = mean + _fixed_support(name, energy, mean.dtype)
         numpyro.factor(f"{name_inside(self, name)}/log_normalizer", -(mean - lax.stop_gradient(mean)))
 
     def sample_chains(
@@ -194,7 +212,7 @@ class negative_phase(Messenger):
         """
 
         def step(state: dict[str, Any], key: Array) -> tuple[dict[str, Any], dict[str, Array]]:
-            with trace() as sites, seed(rng_seed=key), substitute(data={**params, **state}):
+            with trace() as sites, seed(rng_seed=key), substitute(data={**params, **state}), substitute(substitute_fn=_feasible):
                 self(*args, **kwargs)
             state = {name: sites[name]["value"] for name in state}
             return state, {name.removesuffix("/chains"): state[name]["x"] for name in state if name.endswith("/chains")}
@@ -211,7 +229,8 @@ class negative_phase(Messenger):
             raise ValueError(f"site '{name}': its negative chains need a random key. Run the model under numpyro.handlers.seed.")
         start_key, run_key = jax.random.split(key)
         start = self._start(site, energy, start_key)
-        fresh = sampler.init(energy.to_chain(start, sampler))
+        log_prob = energy.chain_log_prob(sampler)
+        fresh = sampler.init(energy.to_chain(start, sampler), log_prob)
         kept = {field: value for field, value in fresh._asdict().items() if field != "position"}
         count = jnp.zeros((), jnp.int32)
         chains = mutable(f"{name_inside(self, name)}/chains", {"x": start, "num_updates": count, "status": count, **kept})
@@ -222,7 +241,7 @@ class negative_phase(Messenger):
             )
         position = energy.to_chain(chains["x"] if self.persistent else start, sampler)
         state = fresh._replace(position=position, **{field: chains[field] for field in kept})
-        state = sampler.run(run_key, energy.chain_log_prob(sampler), state)
+        state = sampler.run(run_key, log_prob, state)
         x = lax.stop_gradient(energy.from_chain(state.position, sampler))
         chains.update({"x": x, "num_updates": chains["num_updates"] + 1, **{field: getattr(state, field) for field in kept}})
         log_density = energy._log_density(x)
@@ -237,12 +256,15 @@ class negative_phase(Messenger):
         start = jnp.asarray(self.init_chains[site["name"]])
         if start.shape != shape:
             raise ValueError(f"site '{site['name']}': init_chains has shape {start.shape}, it must be {shape}.")
+        inside = energy.support(start)
+        if not isinstance(inside, jax.core.Tracer) and not inside.all():
+            raise ValueError(f"site '{site['name']}': init_chains has values outside the support {energy.support}, or nan.")
         return start
 
     def _sampler_of(self, name: str) -> Sampler:
         if isinstance(self.sampler, Mapping):
             return self.sampler.get(name, MALA())
-        return MALA() if self.sampler is None else self.sampler
+        return self.sampler
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
         """What only the whole model shows: which site depends on which, and whether every name given is a site.
@@ -262,6 +284,58 @@ class negative_phase(Messenger):
         if not named <= set(sites):
             raise ValueError(f"no energy site is called {sorted(named - set(sites))}: the model has {sites}.")
         return None
+
+    def _refuse_where_it_stands(self, msg: Message, energy: TiltedDistribution) -> None:
+        name, objective = msg["name"], calling_objective()
+        if objective is not None and type(objective).loss_with_mutable_state is ELBO.loss_with_mutable_state:
+            raise ValueError(
+                f"site '{name}': {type(objective).__name__} keeps no mutable state, and so no negative chains. "
+                "Use Trace_ELBO() or TraceMeanField_ELBO()."
+            )
+        if objective is not None and objective.num_particles != 1:
+            raise ValueError(
+                f"site '{name}': {type(objective).__name__}(num_particles={objective.num_particles}) drops mutable state, so the "
+                "negative chains would start afresh at every step. Use num_particles=1 and a larger batch or more steps."
+            )
+        if called_by_mcmc():
+            raise ValueError(
+                f"site '{name}': negative_phase learns parameters by gradient, and MCMC needs the density itself. Give MCMC the "
+                "model without it: an energy with fixed parameters is right as it is."
+            )
+        if msg.get("_control_flow_done"):
+            raise NormalizerError(
+                f"site '{name}': inside control_flow.scan it cannot be told whether its unknown normaliser depends on the carry. "
+                "Write the steps as a plate, or as a Python loop over sites with names of their own."
+            )
+        plate = in_subsampled_plate(energy.batch_shape)
+        if plate is not None and self.persistent:
+            raise ValueError(
+                f"site '{name}': it has an energy of its own for every row of the subsampled plate '{plate}', so that a "
+                "persistent chain would belong to another energy at every step. Use persistent=False with as many steps as "
+                "the chains need from their start, or do not subsample."
+            )
+
+
+def _kind(leaf: Any) -> Any:
+    """What of an argument decides what a model does: shape and dtype of an array, else the object."""
+    return (jnp.shape(leaf), jnp.result_type(leaf)) if isinstance(leaf, (jax.Array, np.ndarray)) else (type(leaf), repr(leaf))
+
+
+def _feasible(msg: Message) -> Array | None:
+    """A value for a latent energy site where its draw is not wanted."""
+    if msg["type"] != "sample" or msg["value"] is not None or energy_site(msg["fn"]) is None:
+        return None
+    return msg["fn"].support.feasible_like(jnp.zeros(msg["fn"].shape()))
+
+
+def _fixed_support(name: str, energy: TiltedDistribution, dtype: Any) -> Array:
+    """0, and an error where the support depends on a parameter: the chains' mean lacks the gradient of its boundary."""
+    bounds = [bound for bound in jax.tree.leaves(energy.support) if jnp.issubdtype(jnp.result_type(bound), jnp.floating)]
+    message = (
+        f"site '{name}': its support {energy.support} depends on a parameter, and the negative phase has no gradient for the "
+        "boundary of a support. Fix the support, and transform the site with TransformedDistribution instead."
+    )
+    return refuse_gradient(message, dtype, [jnp.asarray(bound) for bound in bounds])
 
 
 def _where_it_stands(fn: Distribution, log_normalizer: Array) -> Array:
@@ -314,19 +388,12 @@ def _require_finite(msg: Message) -> None:
         return
     finite = np.isfinite(np.asarray(value))
     finite = finite.reshape((*finite.shape[: finite.ndim - fn.event_dim], -1)).all(-1)
-    if isinstance(fn, MaskedDistribution):
-        finite = finite | ~np.asarray(fn._mask)
+    mask = fn._mask if isinstance(fn, MaskedDistribution) else True
+    if finite.all() or isinstance(mask, jax.core.Tracer):
+        return
+    finite = finite | ~np.asarray(mask)
     if not finite.all():
         raise ValueError(
             f"site '{msg['name']}': {int((~finite).sum())} of {finite.size} observed events are NaN or infinite. "
             "Remove them, or mask them out with numpyro.handlers.mask."
-        )
-
-
-def _refuse_many_particles(name: str) -> None:
-    objective = calling_objective()
-    if objective is not None and objective.num_particles != 1:
-        raise ValueError(
-            f"site '{name}': {type(objective).__name__}(num_particles={objective.num_particles}) drops mutable state, so the "
-            "negative chains would start afresh at every step. Use num_particles=1 and a larger batch or more steps."
         )

@@ -34,7 +34,7 @@ def to_inference_data(
     ``posterior``             ``chain`` (1), ``draw``, site dims         draws from the guide
     ``posterior_predictive``  ``chain`` (1), ``draw``, site dims         draws of the data
     ``prior``                 ``chain``, ``draw``, site dims             the negative chains: draws from the learnt prior
-    ``sample_stats_prior``    ``energy_site``                            ``num_updates`` and the sampler's statistics
+    ``sample_stats_prior``    ``energy_site``                            ``num_updates``, the sampler's statistics (batch means)
     ``observed_data``         site dims                                  the data
     ``fit``                   ``step``                                   ``loss`` at every step
     ========================  =========================================  ====================================================
@@ -52,8 +52,8 @@ def to_inference_data(
     :param coords: coordinate values by dim.
     :param dims: names of the dims of a site, plates first, without ``chain`` and ``draw``.
     :return: an ``arviz.InferenceData`` (ArviZ 0) or an ``xarray.DataTree`` (ArviZ 1).
-    :raises ValueError: if ``state`` holds no negative chains; if ``chains`` or ``dims`` names an unknown site; if ``dims``
-        gives a site the wrong number of names.
+    :raises ValueError: if ``state`` holds no negative chains; if ``chains`` or ``dims`` names an unknown site, or ``coords``
+        an unknown dim; if ``dims`` gives a site the wrong number of names.
 
     .. doctest::
 
@@ -71,11 +71,12 @@ def to_inference_data(
     groups: dict[str, dict[str, np.ndarray]] = {
         "posterior": _one_chain(posterior),
         "posterior_predictive": _one_chain(posterior_predictive),
-        "prior": _as_numpy(chains or where_they_stand),
+        "prior": _as_numpy({**where_they_stand, **(chains or {})}),
         "observed_data": _as_numpy(observed_data),
     }
     _require_known("dims", dims or {}, {name for group in groups.values() for name in group})
     names = _dim_names(groups, dims or {})
+    _require_known("coords", coords or {}, {"chain", "draw", *(dim for named in names.values() for dim in named)}, "dim")
     datasets = {group: _dataset(group, variables, names, coords or {}) for group, variables in groups.items() if variables}
     datasets["sample_stats_prior"] = _sampler_statistics(kept)
     if losses is not None:
@@ -92,10 +93,10 @@ def _negative_chains(state: Any) -> dict[str, dict[str, Any]]:
     return {name.removesuffix("/chains"): jax.device_get(mutable_state[name]) for name in names}
 
 
-def _require_known(argument: str, named: Mapping[str, Any], known: Any) -> None:
+def _require_known(argument: str, named: Mapping[str, Any], known: Any, kind: str = "site") -> None:
     unknown = [name for name in named if name not in known]
     if unknown:
-        raise ValueError(f"{argument} names {unknown}, which is no site here: the sites are {sorted(known)}.")
+        raise ValueError(f"{argument} names {unknown}, which is no {kind} here: the {kind}s are {sorted(known)}.")
 
 
 def _as_numpy(variables: Mapping[str, Array] | None) -> dict[str, np.ndarray]:
@@ -146,8 +147,8 @@ def _sampler_statistics(kept: dict[str, dict[str, Any]]) -> Any:
     import xarray as xr
 
     sites = list(kept)
-    statistics = sorted({key for values in kept.values() for key, value in values.items() if np.ndim(value) == 0})
-    columns = {key: ("energy_site", [float(kept[site].get(key, np.nan)) for site in sites]) for key in statistics}
+    statistics = sorted({key for values in kept.values() for key in values if key != "x"})
+    columns = {key: ("energy_site", [float(np.mean(kept[site].get(key, np.nan))) for site in sites]) for key in statistics}
     return xr.Dataset(columns, coords={"energy_site": sites})
 
 

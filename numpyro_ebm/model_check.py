@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+from numpyro.distributions import ImproperUniform
 from numpyro.infer.inspect import get_model_relations
 from numpyro.primitives import Messenger
 
@@ -88,7 +89,7 @@ class _record_sites(Messenger):
     """Notes what stands at each sample site while NumPyro traces the model, and gives flat and energy sites a value."""
 
     def __init__(self, fn: Callable[..., Any]) -> None:
-        self.found: dict[str, tuple[Any, bool]] = {}
+        self.found: dict[str, tuple[Any, bool, bool]] = {}  # distribution, whether observed, whether inside scan
         super().__init__(fn)
 
     def process_message(self, msg: dict[str, Any]) -> None:
@@ -99,7 +100,7 @@ class _record_sites(Messenger):
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "sample":
-            self.found[msg["name"]] = (_core(msg["fn"]), msg["is_observed"])
+            self.found[msg["name"]] = (_core(msg["fn"]), msg["is_observed"], msg.get("_control_flow_done", False))
 
 
 def _core(fn: Any) -> Any:
@@ -108,14 +109,17 @@ def _core(fn: Any) -> Any:
     return next((part for part in parts if isinstance(part, TiltedDistribution)), parts[-1])
 
 
-def _report_site(name: str, found: dict[str, tuple[Any, bool]], relations: dict[str, Any]) -> SiteReport:
-    fn = found[name][0]
+def _report_site(name: str, found: dict[str, tuple[Any, bool, bool]], relations: dict[str, Any]) -> SiteReport:
+    fn, _, in_scan = found[name]
     kind = type(fn).__name__
     parents = _parents(name, relations["sample_sample"], relations["sample_dist"])
     params = tuple(relations["sample_param"][name])
     latents = tuple(parent for parent in parents if not found[parent][1])
     flat = [parent for parent in (*parents, name) if isinstance(found[parent][0], BaseMeasure)]
     if isinstance(fn, TiltedDistribution) and not fn.is_normalized:
+        if in_scan:
+            verdict = "unknown normaliser inside scan: negative_phase cannot tell whether it depends on the carry and refuses it"
+            return SiteReport(name, kind, True, params, latents, True, verdict)
         refused = bool(latents)
         return SiteReport(name, kind, True, params, latents, refused, _verdict_on_energy(params, latents))
     if kind == "Unit" and params and flat:
@@ -124,7 +128,15 @@ def _report_site(name: str, found: dict[str, tuple[Any, bool]], relations: dict[
             f"{_quoted(params)}: write it as one EnergyDistribution site to learn it under negative_phase"
         )
         return SiteReport(name, kind, False, params, latents, True, verdict)
-    return SiteReport(name, kind, False, params, latents, False, "flat" if isinstance(fn, BaseMeasure) else "normalised")
+    return SiteReport(name, kind, False, params, latents, False, _verdict_on_the_rest(fn, kind, params))
+
+
+def _verdict_on_the_rest(fn: Any, kind: str, params: tuple[str, ...]) -> str:
+    if isinstance(fn, ImproperUniform):
+        return "flat"
+    if kind != "Unit":
+        return "normalised"
+    return "factor" + (f", depends on param {_quoted(params)}: right only if it is a normalised log density" if params else "")
 
 
 def _verdict_on_energy(params: tuple[str, ...], latents: tuple[str, ...]) -> str:

@@ -89,6 +89,15 @@ def test_random_field_with_parameters_is_told_and_refused_by_the_handler():
         numpyro.handlers.seed(negative_phase(model), 0)(jnp.zeros(2))
 
 
+def test_a_factor_with_parameters_is_never_called_normalised():
+    # guards against: a tilt written as a factor, whose normaliser nobody sees
+    def model():
+        z = numpyro.sample("z", STANDARD)
+        numpyro.factor("tilt", numpyro.param("t", 0.7) * z)
+
+    assert "right only if it is a normalised log density" in _sites(model)["tilt"].verdict
+
+
 def test_nothing_is_computed():
     # guards against: a check that runs the model (an array of this size would not fit)
     def model():

@@ -179,6 +179,25 @@ def test_score_matching_through_the_parameters_passes(transform):
     np.testing.assert_allclose(gradient, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("whole", ["MixtureGeneral", "MixtureSameFamily", "ZeroInflated"])
+def test_energies_inside_mixtures_are_refused(whole):
+    # guards against: components with unknown normalisers, whose weights come out wrong even where all is fixed
+    stack = EnergyDistribution(lambda k, x: k * x**2, params=jnp.array([1.0, 10.0]), batch_shape=(2,))
+    parts = [EnergyDistribution(lambda x: x**2), EnergyDistribution(lambda x: 10 * x**2)]
+    bit = EnergyDistribution(lambda x: x * 1.0, support=constraints.boolean)
+    fn = {
+        "MixtureGeneral": lambda: dist.MixtureGeneral(dist.Categorical(probs=jnp.ones(2) / 2), parts),
+        "MixtureSameFamily": lambda: dist.MixtureSameFamily(dist.Categorical(probs=jnp.ones(2) / 2), stack),
+        "ZeroInflated": lambda: dist.ZeroInflatedDistribution(bit, gate=0.3),
+    }[whole]()
+
+    def model():
+        numpyro.sample("x", fn, obs=jnp.array(1))
+
+    with pytest.raises(NormalizerError, match="site 'x': .* mixes densities"):
+        log_density(model, (), {}, {})
+
+
 def test_per_example_gradients_by_vmap_of_grad_still_raise():
     # guards against: vmap hiding the cotangent from the guard
     def loss(theta, x):

@@ -96,6 +96,7 @@ def test_arviz_reads_and_writes_it(fit, tmp_path):
     ("options", "message"),
     [
         ({"chains": {"u": jnp.zeros((4, 1, 2))}}, r"chains names \['u'\], which is no site here: the sites are \['z'\]"),
+        ({"coords": {"latent": [0, 1]}}, r"coords names \['latent'\], which is no dim here: the dims are .*'z_dim_0'"),
         ({"dims": {"u": ["latent"]}}, r"dims names \['u'\], which is no site here: the sites are \['z'\]"),
         ({"dims": {"z": ["a", "b"]}}, r"site 'z': dims gives 2 names \['a', 'b'\] to 1 dimensions"),
     ],

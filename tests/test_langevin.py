@@ -213,7 +213,7 @@ def test_mala_is_blackjax_step_by_step():
     start = jnp.array([0.5, -0.5])
     state, accepted, rate = mala.init(start, log_density), 0, sampler.target_acceptance
     for key in jax.random.split(jax.random.split(KEY)[0], 8):
-        state, info = jax.jit(kernel, static_argnums=2)(jax.random.split(key, 1)[0], state, log_density, 0.3)
+        state, info = jax.jit(kernel, static_argnums=2)(key, state, log_density, 0.3)
         accepted, rate = accepted + int(info.is_accepted), rate + ADAPTATION_GAIN * (float(info.acceptance_rate) - rate)
     assert 0 < accepted < 8  # both branches were taken
     ours = moved(sampler, jax.vmap(log_density), sampler.init(start[None]))
@@ -276,13 +276,20 @@ def test_mala_rejects_a_move_out_of_the_support(log_prob, shape):
     assert abs(state.position.mean() - shape) < 4.5 * np.sqrt(shape / n)
 
 
-def test_elements_of_a_batched_site_share_one_acceptance():
-    # Catches a sum over chains instead of one acceptance per chain: with 400 chains nothing would ever be accepted.
-    sampler = MALA(step_size=0.3, num_steps=1, adapt=False)
-    state = moved(sampler, lambda x: -(x**2).sum(-1) / 2, sampler.init(jnp.zeros((400, 3, 2))))
-    changed = state.position != 0
-    assert (changed.all((1, 2)) | ~changed.any((1, 2))).all()
-    assert 0.5 < changed[:, 0, 0].mean() <= 1
+def test_elements_of_a_batched_site_are_accepted_by_themselves_and_have_steps_of_their_own():
+    # Catches one acceptance or one step for all: the wide element, 100 times the narrow one, would hardly move from 0 to 3.
+    curvature, n = jnp.array([1.0, 1e4]), 4000
+
+    def log_prob(x):
+        return -curvature * ((x - 3) ** 2).sum(-1) / 2
+
+    sampler = MALA(num_steps=200)
+    state = moved(sampler, log_prob, sampler.init(jnp.zeros((n, 2, 1)), log_prob))
+    assert state.step_size.shape == state.acceptance.shape == (2,)
+    assert state.step_size[0] > 1000 * state.step_size[1]
+    scaled = (state.position[..., 0] - 3) * jnp.sqrt(curvature)  # standard normal
+    np.testing.assert_allclose(scaled.mean(0), 0, atol=4.5 / np.sqrt(n))
+    np.testing.assert_allclose(scaled.var(0), 1, atol=4.5 * np.sqrt(2 / n))
 
 
 # Both

@@ -12,6 +12,7 @@ gradient raises :class:`NormalizerError` unless :class:`~numpyro_ebm.negative_ph
 """
 
 import copy
+import math
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -24,7 +25,7 @@ from numpyro.distributions import Distribution, ImproperUniform, biject_to, cons
 from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.distributions.util import sum_rightmost, validate_sample
 
-from numpyro_ebm._compat import calling_site, layers
+from numpyro_ebm._compat import calling_distribution, calling_site, layers
 from numpyro_ebm.samplers import MALA, Sampler
 
 
@@ -33,20 +34,26 @@ class NormalizerError(RuntimeError):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _unknown_log_normalizer(site: str | None, dtype: Any, params: list[Array]) -> Array:
-    """0, with a backward pass in ``params`` that raises: it is reached only if ``log Z`` would be differentiated."""
+def refuse_gradient(message: str, dtype: Any, params: list[Array]) -> Array:
+    """0, with a backward pass in ``params`` that raises :class:`NormalizerError`."""
     return jnp.zeros((), dtype)
 
 
-def _refuse(site: str | None, dtype: Any, residuals: None, cotangent: Array) -> Any:
-    raise NormalizerError(
+def _refuse(message: str, dtype: Any, residuals: None, cotangent: Array) -> Any:
+    raise NormalizerError(message)
+
+
+refuse_gradient.defvjp(lambda message, dtype, params: (jnp.zeros((), dtype), None), _refuse)
+
+
+def _unknown_log_normalizer(site: str | None, dtype: Any, params: list[Array]) -> Array:
+    return refuse_gradient(
         f"{_place(site)}: this gradient needs d log Z / d theta, the derivative of an unknown normaliser. "
         "Wrap the model in numpyro_ebm.negative_phase, or hold what the energy depends on fixed; numpyro_ebm.check_model "
-        "tells what that is."
+        "tells what that is.",
+        dtype,
+        params,
     )
-
-
-_unknown_log_normalizer.defvjp(lambda site, dtype, params: (jnp.zeros((), dtype), None), _refuse)
 
 
 def _place(site: str | None) -> str:
@@ -223,9 +230,15 @@ class TiltedDistribution(Distribution):
 
         :param value: of shape ``sample_shape + batch_shape + event_shape``.
         :return: of shape ``sample_shape + batch_shape``.
-        :raises NormalizerError: in the backward pass, if the result is differentiated in anything but ``value``.
+        :raises NormalizerError: in the backward pass, if the result is differentiated in anything but ``value``; at once
+            if the density is asked for as a component of a mixture or the like, where ``Z`` does not cancel.
         """
         value = self._events(value)
+        if self.guarded and (whole := calling_distribution((TiltedDistribution,))) is not None:
+            raise NormalizerError(
+                f"{_place(calling_site(whole))}: {type(whole).__name__} mixes densities, and the unknown normaliser of an energy "
+                "does not cancel there. Write the whole as one energy."
+            )
         # A lambda, because a bound method of a distribution that holds tracers could not be hashed.
         density, params = jax.closure_convert(lambda x: self._log_density(x), value)
         log_prob = density(value, *params)
@@ -254,13 +267,14 @@ class TiltedDistribution(Distribution):
         :return: of shape ``sample_shape + batch_shape + event_shape``, with gradients stopped.
         :raises NotImplementedError: if there is nothing to start from, or the support is discrete and no sampler is given.
         """
-        num_chains = int(np.prod(sample_shape, dtype=int))
+        num_chains = math.prod(sample_shape)
         if num_chains == 0:
             return jnp.zeros(self.shape(tuple(sample_shape)))
         start_key, run_key = jax.random.split(key)
         sampler = self.sampler or MALA(num_steps=200)
-        state = sampler.init(self.to_chain(self.initial_chains(start_key, num_chains), sampler))
-        state = sampler.run(run_key, self.chain_log_prob(sampler), state)
+        log_prob = self.chain_log_prob(sampler)
+        state = sampler.init(self.to_chain(self.initial_chains(start_key, num_chains), sampler), log_prob)
+        state = sampler.run(run_key, log_prob, state)
         return lax.stop_gradient(self.from_chain(state.position, sampler)).reshape(self.shape(tuple(sample_shape)))
 
     def initial_chains(self, key: Array, num_chains: int) -> Array:
@@ -314,6 +328,8 @@ class TiltedDistribution(Distribution):
         """The same distribution with the guard lifted: its gradients leave out ``d log Z / d theta`` silently."""
         unguarded = copy.copy(self)
         unguarded.guarded = False
+        if energy_site(self.base) is not None:
+            unguarded.base = without_guard(self.base)
         return unguarded
 
     def _events(self, value: Array) -> Array:
@@ -333,12 +349,14 @@ class TiltedDistribution(Distribution):
         batch = lax.broadcast_shapes(value.shape[: value.ndim - self.event_dim], energy_batch)
         arrays = (self._energy_arrays, self.params)
         energy = self._energy_of_event
+        # From the innermost batch dimension outwards. Arrays of size 1 there are shared, not copied.
+        stacked = [size != 1 for size in reversed(energy_batch)] + [False] * (len(batch) - len(energy_batch))
         if energy_batch:
-            arrays, ndims = jax.tree.map(jnp.asarray, arrays), iter(self._event_ndims)
-            target = batch[len(batch) - len(energy_batch) :]
-            arrays = jax.tree.map(lambda a: jnp.broadcast_to(a, target + a.shape[a.ndim - next(ndims) :]), arrays)
-        for axis in range(len(batch)):
-            energy = jax.vmap(energy, in_axes=(0 if axis < len(energy_batch) else None, 0))
+            sizes = tuple(size for size in energy_batch if size != 1)
+            ndims = iter(self._event_ndims)
+            arrays = jax.tree.map(lambda a: jnp.reshape(a, sizes + jnp.shape(a)[jnp.ndim(a) - next(ndims) :]), arrays)
+        for is_stacked in stacked:
+            energy = jax.vmap(energy, in_axes=(0 if is_stacked else None, 0))
         return self.base.log_prob(value) - energy(arrays, jnp.broadcast_to(value, batch + self.event_shape))
 
     def _energy_of_event(self, arrays: tuple[list[Any], Any], x: Array) -> Array:

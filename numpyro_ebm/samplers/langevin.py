@@ -7,7 +7,7 @@ Both move by the same proposal, with the step size :math:`h` in its one conventi
 
 .. math:: x' = x + h \, \nabla \log p(x) + \sqrt{2 h} \, \xi, \qquad \xi \sim N(0, I).
 
-A sampler is a frozen dataclass with two pure functions, ``init(position) -> state`` and
+A sampler is a frozen dataclass with two pure functions, ``init(position, log_prob) -> state`` and
 ``run(rng_key, log_prob, state) -> state``, in the shape of BlackJAX's kernels. Axis 0 of a position counts the chains;
 ``log_prob`` maps a batch of points to a batch of log densities, so a whole population costs one gradient call.
 """
@@ -36,7 +36,7 @@ class Sampler(Protocol):
     ``check(state) -> status``; see :meth:`UnadjustedLangevin.check <numpyro_ebm.UnadjustedLangevin.check>`.
     """
 
-    def init(self, position: Array) -> Any:
+    def init(self, position: Array, log_prob: LogProb) -> Any:
         """The state of chains that stand at ``position``."""
 
     def run(self, rng_key: Array, log_prob: LogProb, state: Any) -> Any:
@@ -102,7 +102,7 @@ class UnadjustedLangevin:
     def __post_init__(self) -> None:
         _validate(self.step_size, self.num_steps)
 
-    def init(self, position: Array) -> UnadjustedLangevinState:
+    def init(self, position: Array, log_prob: LogProb | None = None) -> UnadjustedLangevinState:
         """The state of chains that stand at ``position``, of shape ``(num_chains,) + batch_shape + event_shape``."""
         count = jnp.zeros((), jnp.int32)
         return UnadjustedLangevinState(position, jnp.zeros((), position.dtype), count, count)
@@ -164,9 +164,9 @@ class MALAState(NamedTuple):
 
     #: (num_chains,) + batch_shape + event_shape
     position: Array
-    #: (), the step h in use, adapted if the sampler adapts
+    #: batch_shape, the step h in use, adapted if the sampler adapts
     step_size: Array
-    #: (), running mean of the chains' acceptance probability at full steps
+    #: batch_shape, running mean of the chains' acceptance probability at full steps
     acceptance: Array
 
 
@@ -175,8 +175,8 @@ class MALA:
     r"""Metropolis-adjusted Langevin (MALA), its step size adapted to a target acceptance. The default of this package.
 
     The proposal is that of :class:`UnadjustedLangevin`; accepting it with the Metropolis-Hastings probability makes the
-    energy's law exactly stationary at every :math:`h`, so there is no variance floor. The kernel is BlackJAX's. One chain
-    moves all elements of a batched site together, so a stack of K energies shares one acceptance.
+    energy's law exactly stationary at every :math:`h`, so there is no variance floor. The proposal is BlackJAX's. Every
+    element of a batched site is accepted by itself and has a step of its own, so a stack of K energies may have K scales.
 
     The step is adapted by stochastic approximation with a constant gain,
     :math:`\log h \leftarrow \log h + \kappa (\bar a - a^*)`, :math:`\bar a` the mean acceptance over the chains. The gain
@@ -225,48 +225,74 @@ class MALA:
         if not 0 <= self.small_steps < 1:
             raise ValueError(f"small_steps is a share of the steps, at least 0 and less than 1, got {self.small_steps!r}.")
 
-    def init(self, position: Array) -> MALAState:
-        """The state of chains that stand at ``position``, of shape ``(num_chains,) + batch_shape + event_shape``."""
-        dtype = position.dtype
-        return MALAState(position, jnp.asarray(self.step_size, dtype), jnp.asarray(self.target_acceptance, dtype))
+    def init(self, position: Array, log_prob: LogProb | None = None) -> MALAState:
+        """The state of chains that stand at ``position``, of shape ``(num_chains,) + batch_shape + event_shape``.
+
+        :param log_prob: as for :meth:`run`; it tells the batch shape, ``()`` if not given.
+        """
+        batch_shape = () if log_prob is None else jax.eval_shape(log_prob, position).shape[1:]
+        step_size, acceptance = (jnp.full(batch_shape, x, position.dtype) for x in (self.step_size, self.target_acceptance))
+        return MALAState(position, step_size, acceptance)
 
     def run(self, rng_key: Array, log_prob: LogProb, state: MALAState) -> MALAState:
         """``num_steps`` steps of every chain.
 
         :param rng_key: a key of :func:`jax.random.key`.
         :param log_prob: maps ``(num_chains,) + batch_shape + event_shape`` to ``(num_chains,) + batch_shape``.
-        :param state: where the chains stand, and the step they move by.
+        :param state: where the chains stand, and the steps they move by.
         :return: the state after the last step, with gradients stopped.
         """
         if self.num_steps == 0:
             return state
-        from blackjax.mcmc import mala  # on first use: BlackJAX takes longer to import than all the rest
+        from blackjax.mcmc.diffusions import DiffusionState, overdamped_langevin  # on first use: BlackJAX is slow to import
 
-        kernel = jax.vmap(mala.build_kernel(), in_axes=(0, 0, None, None))
         dtype, default = state.position.dtype, jnp.result_type(float)  # BlackJAX draws its noise in the default dtype
         start, step_size, acceptance = lax.stop_gradient(jax.tree.map(lambda x: x.astype(default), state))
 
-        def log_density(x: Array) -> Array:
-            return log_prob(x[None].astype(dtype)).sum().astype(default)
+        def value_and_score(x: Array) -> tuple[Array, Array]:
+            log_p, pullback = jax.vjp(lambda x: log_prob(x.astype(dtype)).astype(default), x)
+            return log_p, pullback(jnp.ones_like(log_p))[0]
+
+        propose = overdamped_langevin(value_and_score)
+        chains = DiffusionState(start, *value_and_score(start))
+        batch_shape, event_dim = chains.logdensity.shape[1:], start.ndim - chains.logdensity.ndim
 
         def step(carry: tuple[Any, Array, Array], keys: tuple[Array, Array]) -> tuple[tuple[Any, Array, Array], None]:
-            chains, log_step, acceptance = carry
+            old, log_step, acceptance = carry
             key, shrink = keys
+            noise_key, accept_key = jax.random.split(key)
             h = jnp.exp(log_step) * 10.0 ** -shrink.astype(default)
-            chains, info = kernel(jax.random.split(key, len(start)), chains, log_density, h)
-            gain = jnp.where(shrink == 0, ADAPTATION_GAIN, 0.0)
-            mean = info.acceptance_rate.mean()
+            new = propose(noise_key, old, _over_events(h, event_dim))
+            probability = _acceptance(old, new, h)
+            accept = jax.random.bernoulli(accept_key, probability)
+            chains = jax.tree.map(lambda new, old: jnp.where(_over_events(accept, new.ndim - accept.ndim), new, old), new, old)
+            gain, mean = jnp.where(shrink == 0, ADAPTATION_GAIN, 0.0), probability.mean(0)
             if self.adapt:
                 log_step = log_step + gain * (mean - self.target_acceptance)
             return (chains, log_step, acceptance + gain * (mean - acceptance)), None
 
         move_key, shrink_key = jax.random.split(rng_key)
         shrink = jax.random.geometric(shrink_key, 1 - self.small_steps, (self.num_steps,)) - 1
-        chains = jax.vmap(mala.init, in_axes=(0, None))(start, log_density)
-        carry, keys = (chains, jnp.log(step_size), acceptance), jax.random.split(move_key, self.num_steps)
-        (chains, log_step, acceptance), _ = lax.scan(step, carry, (keys, shrink))
+        carry = chains, *(jnp.broadcast_to(x, batch_shape) for x in (jnp.log(step_size), acceptance))
+        (chains, log_step, acceptance), _ = lax.scan(step, carry, (jax.random.split(move_key, self.num_steps), shrink))
         state = MALAState(chains.position, jnp.exp(log_step), acceptance)
         return lax.stop_gradient(jax.tree.map(lambda x: x.astype(dtype), state))
+
+
+def _acceptance(old: Any, new: Any, h: Array) -> Array:
+    """The Metropolis-Hastings probability of every element of every chain; 0 where the proposal's density is nan."""
+
+    def log_proposal(to: Any, start: Any) -> Array:
+        distance = to.position - start.position - _over_events(h, to.position.ndim - to.logdensity.ndim) * start.logdensity_grad
+        return -(distance**2).reshape((*old.logdensity.shape, -1)).sum(-1) / (4 * h)
+
+    log_ratio = new.logdensity - old.logdensity + log_proposal(old, new) - log_proposal(new, old)
+    return jnp.where(jnp.isnan(log_ratio), 0.0, jnp.exp(jnp.minimum(log_ratio, 0.0)))
+
+
+def _over_events(x: Array, event_dim: int) -> Array:
+    """``x`` with axes of size 1 for the event."""
+    return x.reshape(x.shape + (1,) * event_dim)
 
 
 # kappa: acceptance falls by about .3 per unit of log h near its target, so the step is right within 30 steps.
