@@ -204,12 +204,14 @@ class negative_phase(Messenger):
 
         :param rng_key: a key of :func:`jax.random.key`.
         :param dict params: values of the :func:`numpyro.param` sites, ``result.params``.
-        :param dict mutable_state: ``result.state.mutable_state``.
+        :param mutable_state: ``result.state.mutable_state``, or ``result`` or ``result.state`` themselves.
         :param int num_samples: draws per chain, one after every run of the sampler.
         :param args: arguments of the model.
         :return: draws by site, of shape ``(num_chains, num_samples) + batch_shape + event_shape``, and the mutable state
             after the last.
         """
+        mutable_state = getattr(getattr(mutable_state, "state", mutable_state), "mutable_state", mutable_state)
+        params = getattr(params, "params", params)
 
         def step(state: dict[str, Any], key: Array) -> tuple[dict[str, Any], dict[str, Array]]:
             with trace() as sites, seed(rng_seed=key), substitute(data={**params, **state}), substitute(substitute_fn=_feasible):
@@ -332,8 +334,8 @@ def _fixed_support(name: str, energy: TiltedDistribution, dtype: Any) -> Array:
     """0, and an error where the support depends on a parameter: the chains' mean lacks the gradient of its boundary."""
     bounds = [bound for bound in jax.tree.leaves(energy.support) if jnp.issubdtype(jnp.result_type(bound), jnp.floating)]
     message = (
-        f"site '{name}': its support {energy.support} depends on a parameter, and the negative phase has no gradient for the "
-        "boundary of a support. Fix the support, and transform the site with TransformedDistribution instead."
+        f"site '{name}': its support depends on a parameter, and the negative phase has no gradient for the boundary of a "
+        "support. Fix the support, and transform the site with TransformedDistribution instead."
     )
     return refuse_gradient(message, dtype, [jnp.asarray(bound) for bound in bounds])
 
@@ -373,9 +375,9 @@ def _report(name: str, sampler: Any, status: int, num_updates: int) -> None:
     where = f"site '{name}', update {num_updates}"
     if status == _NOT_FINITE:
         raise RuntimeError(
-            f"{where}: the negative chains, or the energy at them, are no longer finite. The step is too large for the "
-            "energy, or the energy is not integrable, or the data or parameters were not finite before: take a smaller "
-            "step_size, a base that confines (TiltedDistribution), or a smaller learning rate."
+            f"{where}: the negative chains, or the energy at them, are no longer finite. The data or parameters "
+            "were not finite before, or the energy is not integrable, or the step is too large for it: look at the data, take "
+            "a base that confines (TiltedDistribution), a smaller learning rate, or a smaller step_size."
         )
     if status > 1:
         raise RuntimeError(f"{where}: {sampler.explain(status)}.")

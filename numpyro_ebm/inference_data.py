@@ -67,6 +67,8 @@ def to_inference_data(
     kept = _negative_chains(state)
     losses = getattr(state, "losses", None) if losses is None else losses
     where_they_stand = {site: values["x"][:, None] for site, values in kept.items()}
+    if chains is not None and not isinstance(chains, Mapping):
+        raise TypeError("chains must map sites to draws: sample_chains returns (draws, mutable_state), pass the first.")
     _require_known("chains", chains or {}, kept)
     groups: dict[str, dict[str, np.ndarray]] = {
         "posterior": _one_chain(posterior),
@@ -87,7 +89,7 @@ def to_inference_data(
 def _negative_chains(state: Any) -> dict[str, dict[str, Any]]:
     state = getattr(state, "state", state)
     mutable_state = getattr(state, "mutable_state", state)
-    names = [name for name in mutable_state or {} if name.endswith("/chains")]
+    names = [name for name in mutable_state if name.endswith("/chains")] if isinstance(mutable_state, Mapping) else []
     if not names:
         raise ValueError("the state holds no negative chains: pass the result of SVI on negative_phase(model).")
     return {name.removesuffix("/chains"): jax.device_get(mutable_state[name]) for name in names}

@@ -99,7 +99,7 @@ class _record_sites(Messenger):
             msg["value"] = whole.support.feasible_like(jnp.zeros(whole.shape()))
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] == "sample":
+        if msg["type"] == "sample" and not msg["name"].endswith("/log_normalizer"):  # what negative_phase adds
             self.found[msg["name"]] = (_core(msg["fn"]), msg["is_observed"], msg.get("_control_flow_done", False))
 
 
@@ -112,8 +112,8 @@ def _core(fn: Any) -> Any:
 def _report_site(name: str, found: dict[str, tuple[Any, bool, bool]], relations: dict[str, Any]) -> SiteReport:
     fn, _, in_scan = found[name]
     kind = type(fn).__name__
-    parents = _parents(name, relations["sample_sample"], relations["sample_dist"])
-    params = tuple(relations["sample_param"][name])
+    parents = [p for p in _parents(name, relations["sample_sample"], relations["sample_dist"]) if p in found]
+    params = tuple(sorted(relations["sample_param"][name]))
     latents = tuple(parent for parent in parents if not found[parent][1])
     flat = [parent for parent in (*parents, name) if isinstance(found[parent][0], BaseMeasure)]
     if isinstance(fn, TiltedDistribution) and not fn.is_normalized:
@@ -121,7 +121,7 @@ def _report_site(name: str, found: dict[str, tuple[Any, bool, bool]], relations:
             verdict = "unknown normaliser inside scan: negative_phase cannot tell whether it depends on the carry and refuses it"
             return SiteReport(name, kind, True, params, latents, True, verdict)
         refused = bool(latents)
-        return SiteReport(name, kind, True, params, latents, refused, _verdict_on_energy(params, latents))
+        return SiteReport(name, kind, True, params, latents, refused, _verdict_on_energy(params, latents, fn.guarded))
     if kind == "Unit" and params and flat:
         verdict = (
             f"couples the flat sites {_quoted(flat)} into a random field whose unknown normaliser depends on param "
@@ -139,12 +139,14 @@ def _verdict_on_the_rest(fn: Any, kind: str, params: tuple[str, ...]) -> str:
     return "factor" + (f", depends on param {_quoted(params)}: right only if it is a normalised log density" if params else "")
 
 
-def _verdict_on_energy(params: tuple[str, ...], latents: tuple[str, ...]) -> str:
+def _verdict_on_energy(params: tuple[str, ...], latents: tuple[str, ...], guarded: bool) -> str:
     if latents:
         return (
             f"its unknown normaliser depends on latent site {_quoted(latents)} (doubly intractable), which no engine "
             "handles: make what it depends on a numpyro.param, or fix it"
         )
+    if params and not guarded:
+        return f"unknown normaliser, depends on param {_quoted(params)}: a handler has lifted the guard"
     if params:
         return f"unknown normaliser, depends on param {_quoted(params)}: learn it under negative_phase"
     return "unknown normaliser, but fixed: every engine is right as it is"

@@ -118,3 +118,14 @@ def test_the_handler_leaves_the_sites_of_the_outer_trace_alone():
     )  # the check runs in the first call only
     assert list(first) == list(second) == ["z", "z/chains", "z/log_normalizer"]
     assert first["z"]["value"] == second["z"]["value"]
+
+
+def test_a_wrapped_model_is_reported_as_such():
+    # guards against: advice to do what is done, and rows for what the handler itself adds
+    def model():
+        tilt = numpyro.param("tilt", 0.1)
+        numpyro.sample("z", TiltedDistribution(STANDARD, lambda z: -tilt * z))
+
+    report = check_model(negative_phase(model, num_chains=3))
+    assert [site.name for site in report.sites] == ["z"]
+    assert report.sites[0].verdict.endswith("a handler has lifted the guard")

@@ -194,7 +194,7 @@ def test_energies_inside_mixtures_are_refused(whole):
     def model():
         numpyro.sample("x", fn, obs=jnp.array(1))
 
-    with pytest.raises(NormalizerError, match="site 'x': .* mixes densities"):
+    with pytest.raises(NormalizerError, match=r"site 'x': .* mixes densities"):
         log_density(model, (), {}, {})
 
 

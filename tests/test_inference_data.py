@@ -106,6 +106,12 @@ def test_unknown_sites_and_wrong_dims_are_refused(fit, options, message):
         to_inference_data(fit[0], **options)
 
 
+def test_what_sample_chains_returns_must_be_unpacked(fit):
+    result, _, draws = fit
+    with pytest.raises(TypeError, match=r"sample_chains returns \(draws, mutable_state\), pass the first"):
+        to_inference_data(result, chains=(draws, {}))
+
+
 def test_a_state_without_chains_is_refused():
     with pytest.raises(ValueError, match=r"no negative chains: pass the result of SVI on negative_phase"):
         to_inference_data({"batchnorm": {"mean": 0.0}})

@@ -554,7 +554,7 @@ def test_objectives_that_drop_the_chains_are_refused_with_the_mend(loss, message
 def test_mcmc_is_refused():
     # guards against: a parameter lifted to a latent, whose density needs the value of log Z and not its gradient alone
     lifted = lift(negative_phase(_in_plate, num_chains=5), prior={"tilt": dist.Normal(0, 3)})
-    with pytest.raises(ValueError, match="site 'z': negative_phase learns parameters.*MCMC"):
+    with pytest.raises(ValueError, match=r"site 'z': negative_phase learns parameters.*MCMC"):
         MCMC(NUTS(lifted), num_warmup=2, num_samples=2, progress_bar=False).run(jax.random.key(0), MEAN_ONE)
 
 
@@ -594,10 +594,10 @@ def test_support_that_depends_on_a_parameter_is_refused():
     def model():
         b = numpyro.param("b", 2.0, constraint=constraints.positive)
         fn = EnergyDistribution(lambda x: x, support=constraints.interval(0.0, b), initial=dist.Uniform(0, 1))
-        numpyro.sample("z", fn, obs=0.5)
+        numpyro.sample("z", fn, obs=jnp.array(0.5))
 
     svi = SVI(negative_phase(model, num_chains=5), lambda: None, optax.sgd(0.1), Trace_ELBO())
-    with pytest.raises(NormalizerError, match="site 'z': its support .* depends on a parameter.*TransformedDistribution"):
+    with pytest.raises(NormalizerError, match=r"site 'z': its support depends on a parameter.*TransformedDistribution"):
         svi.run(jax.random.key(0), 1, progress_bar=False)
 
 

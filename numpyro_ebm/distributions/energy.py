@@ -91,6 +91,8 @@ class BaseMeasure(ImproperUniform):
         *,
         validate_args: bool | None = None,
     ) -> None:
+        if not isinstance(event_shape, tuple | list):
+            raise TypeError(f"event_shape must be a tuple, got {event_shape!r}.")
         if support.event_dim > len(event_shape):
             raise ValueError(
                 f"{support} constrains events of {support.event_dim} dimensions or more, got event_shape={event_shape}."
@@ -191,6 +193,8 @@ class TiltedDistribution(Distribution):
     ) -> None:
         if not callable(energy):
             raise TypeError(f"energy must be a function of one event, got {type(energy).__name__}.")
+        if not isinstance(base, Distribution):
+            raise TypeError(f"base must be a NumPyro distribution, got {type(base).__name__}: it comes before the energy.")
         if initial is not None and initial.event_shape != base.event_shape:
             raise ValueError(f"initial has event_shape {initial.event_shape}, the base has {base.event_shape}: they must agree.")
         self.base, self.initial, self.params, self.sampler = base, initial, params, sampler
