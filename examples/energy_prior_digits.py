@@ -20,8 +20,8 @@ The same model with the normal prior, with the same networks, noise, steps and s
 360 digits that neither has seen, by the squared maximum mean discrepancy (MMD^2) [2] between those and draws of the model.
 Draws of the energy prior are the negative chains, run on for 3000 moves at the learnt weights; the second half is used.
 
-What to expect: a minute and a half on two cores. Over the seeds 0 to 4 the MMD^2 of draws is 0.4e-3 on average (0.1e-3 to
-0.6e-3; the estimate is unbiased) with the energy prior and 4.1e-3 (3.2e-3 to 4.9e-3) with the normal prior, at about the same
+What to expect: a minute and a half on two cores. Over the seeds 0 to 4 the MMD^2 of draws is 1.3e-3 on average (0.1e-3 to
+2.8e-3; the estimate is unbiased) with the energy prior and 4.1e-3 (3.2e-3 to 4.9e-3) with the normal prior, at about the same
 error of reconstruction. R-hat of the negative chains is about 1.05: the learnt prior has several modes, and a single chain is
 slow to change mode. The normal prior likes more noise; ``--noise 0.15`` shows both there.
 

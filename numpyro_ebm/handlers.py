@@ -319,8 +319,10 @@ class negative_phase(Messenger):
 
 
 def _kind(leaf: Any) -> Any:
-    """What of an argument decides what a model does: shape and dtype of an array, else the object."""
-    return (jnp.shape(leaf), jnp.result_type(leaf)) if isinstance(leaf, (jax.Array, np.ndarray)) else (type(leaf), repr(leaf))
+    """What of an argument decides which sites a model has: not the value of an array or float, but a flag or a size."""
+    if isinstance(leaf, (jax.Array, np.ndarray)):
+        return jnp.shape(leaf), jnp.result_type(leaf)
+    return type(leaf), None if isinstance(leaf, float) else repr(leaf)
 
 
 def _feasible(msg: Message) -> Array | None:
