@@ -64,7 +64,9 @@ def by_hand(images):
         return -(z**2).sum(-1) / 2 - jax.vmap(energy)(z)
 
     def move(key, energy, x, log_h):
-        value_and_score = jax.vmap(jax.value_and_grad(lambda x: log_prior(energy, x[None])[0]))
+        def value_and_score(x):
+            log_p, pullback = jax.vjp(lambda x: log_prior(energy, x), x)
+            return log_p, pullback(jnp.ones_like(log_p))[0]
 
         def step(carry, keys):
             x, log_p, score, log_h = carry
@@ -90,7 +92,8 @@ def by_hand(images):
     def loss(params, key, chains, log_h):
         energy, decoder, encoder = eqx.combine(params, static)
         chain_key, noise_key = jax.random.split(key)
-        chains, log_h = jax.lax.stop_gradient(move(chain_key, energy, chains, log_h))
+        held = eqx.combine(jax.lax.stop_gradient(params), static)[0]  # nothing is differentiated through the chains
+        chains, log_h = jax.lax.stop_gradient(move(chain_key, held, chains, log_h))
         negative = log_prior(energy, chains).mean()
         loc, log_scale = jnp.split(jax.vmap(encoder)(images), 2, axis=-1)
         noise = jax.random.normal(noise_key, loc.shape)
