@@ -5,8 +5,10 @@
 
 from numpyro_ebm.distributions import BaseMeasure, EnergyDistribution, NormalizerError, TiltedDistribution
 from numpyro_ebm.handlers import negative_phase, unnormalized
+from numpyro_ebm.infer import NonFiniteError, ParticleMMLE, ParticleState, RunResult
 from numpyro_ebm.inference_data import to_inference_data
 from numpyro_ebm.model_check import ModelReport, SiteReport, check_model
+from numpyro_ebm.optim import kinetic_langevin, kinetic_langevin_splitting, langevin
 from numpyro_ebm.samplers import MALA, UnadjustedLangevin
 
 __version__ = "0.1.0"
@@ -16,11 +18,18 @@ __all__ = [
     "BaseMeasure",
     "EnergyDistribution",
     "ModelReport",
+    "NonFiniteError",
     "NormalizerError",
+    "ParticleMMLE",
+    "ParticleState",
+    "RunResult",
     "SiteReport",
     "TiltedDistribution",
     "UnadjustedLangevin",
     "check_model",
+    "kinetic_langevin",
+    "kinetic_langevin_splitting",
+    "langevin",
     "negative_phase",
     "to_inference_data",
     "unnormalized",

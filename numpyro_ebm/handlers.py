@@ -10,10 +10,11 @@ The gradient that ``log_prob`` lacks is an expectation under the model itself,
 estimated from a population of Markov chains, the negative phase of contrastive divergence.
 """
 
+import copy
 import numbers
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ from numpyro_ebm.distributions.energy import (
     without_guard,
 )
 from numpyro_ebm.model_check import check_model
+from numpyro_ebm.program import require_finite
 from numpyro_ebm.samplers import MALA, Sampler
 
 Message = dict[str, Any]
@@ -147,6 +149,7 @@ class negative_phase(Messenger):
         self.init_chains: dict[str, Array] = dict(init_chains or {})
         self._open: list[tuple[Message, str]] = []
         self._checked: set[Any] = set()
+        self._reports: bool = True
         super().__init__(fn)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -170,7 +173,7 @@ class negative_phase(Messenger):
         if msg["type"] != "sample":
             return
         if msg["is_observed"]:
-            _require_finite(msg)
+            require_finite(msg)
         energy = energy_site(msg["fn"])
         if energy is not None and energy.guarded:
             self._refuse_where_it_stands(msg, energy)
@@ -223,6 +226,12 @@ class negative_phase(Messenger):
         state, draws = jax.jit(lambda state, keys: lax.scan(step, state, keys))(mutable_state, keys)
         return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), draws), state
 
+    def without_reports(self) -> Self:
+        """The same handler for an engine that reads the chains' ``status`` itself, and tells what is wrong between steps."""
+        silent = copy.copy(self)
+        silent._open, silent._reports = [], False
+        return silent
+
     def _advance(self, site: Message, energy: TiltedDistribution) -> Array:
         """The log density at the chains of a site, which it moves by one run of the sampler and stores in a mutable site."""
         name, sampler = site["name"], self._sampler_of(site["name"])
@@ -248,7 +257,7 @@ class negative_phase(Messenger):
         chains.update({"x": x, "num_updates": chains["num_updates"] + 1, **{field: getattr(state, field) for field in kept}})
         log_density = energy._log_density(x)
         finite = jnp.isfinite(x).all() & jnp.isfinite(log_density).all()
-        chains["status"] = _watch(name, sampler, state, finite, chains)
+        chains["status"] = _watch(name, sampler, state, finite, chains, self._reports)
         return log_density
 
     def _start(self, site: Message, energy: TiltedDistribution, key: Array) -> Array:
@@ -356,7 +365,7 @@ def _where_it_stands(fn: Distribution, log_normalizer: Array) -> Array:
     return inner
 
 
-def _watch(name: str, sampler: Sampler, state: Any, finite: Array, chains: dict[str, Any]) -> Array:
+def _watch(name: str, sampler: Sampler, state: Any, finite: Array, chains: dict[str, Any], reports: bool) -> Array:
     """Reports trouble from inside a compiled run: a warning once, an error at once. Costs nothing while all is well."""
     status = jnp.asarray(sampler.check(state) if hasattr(sampler, "check") else 0, jnp.int32)
     status = jnp.where(finite, status, _NOT_FINITE)
@@ -366,7 +375,8 @@ def _watch(name: str, sampler: Sampler, state: Any, finite: Array, chains: dict[
             _report(name, sampler, int(status), int(num_updates))
 
     old = chains["status"]
-    lax.cond(status > old, lambda *a: jax.debug.callback(report, *a), lambda *a: None, status, chains["num_updates"], old)
+    if reports:
+        lax.cond(status > old, lambda *a: jax.debug.callback(report, *a), lambda *a: None, status, chains["num_updates"], old)
     return jnp.maximum(status, old)
 
 
@@ -374,30 +384,22 @@ _NOT_FINITE = 9
 
 
 def _report(name: str, sampler: Any, status: int, num_updates: int) -> None:
-    where = f"site '{name}', update {num_updates}"
-    if status == _NOT_FINITE:
-        raise RuntimeError(
-            f"{where}: the negative chains, or the energy at them, are no longer finite. The data or parameters "
-            "were not finite before, or the energy is not integrable, or the step is too large for it: look at the data, take "
-            "a base that confines (TiltedDistribution), a smaller learning rate, or a smaller step_size."
-        )
+    message = f"site '{name}', update {num_updates}: {_explain(sampler, status)}"
     if status > 1:
-        raise RuntimeError(f"{where}: {sampler.explain(status)}.")
-    warnings.warn(f"{where}: {sampler.explain(status)}.", stacklevel=2)
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=2)
 
 
-def _require_finite(msg: Message) -> None:
-    value, fn = msg["value"], msg["fn"]
-    if isinstance(value, jax.core.Tracer) or not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
-        return
-    finite = np.isfinite(np.asarray(value))
-    finite = finite.reshape((*finite.shape[: finite.ndim - fn.event_dim], -1)).all(-1)
-    mask = fn._mask if isinstance(fn, MaskedDistribution) else True
-    if finite.all() or isinstance(mask, jax.core.Tracer):
-        return
-    finite = finite | ~np.asarray(mask)
-    if not finite.all():
-        raise ValueError(
-            f"site '{msg['name']}': {int((~finite).sum())} of {finite.size} observed events are NaN or infinite. "
-            "Remove them, or mask them out with numpyro.handlers.mask."
-        )
+def explain_chains(phase: negative_phase, name: str, status: int) -> str:
+    """What the ``status`` of a site's chains means, and the mend."""
+    return _explain(phase._sampler_of(name), status)
+
+
+def _explain(sampler: Any, status: int) -> str:
+    if status != _NOT_FINITE:
+        return f"{sampler.explain(status)}."
+    return (
+        "the negative chains, or the energy at them, are no longer finite. The data or parameters "
+        "were not finite before, or the energy is not integrable, or the step is too large for it: look at the data, take "
+        "a base that confines (TiltedDistribution), a smaller learning rate, or a smaller step_size."
+    )

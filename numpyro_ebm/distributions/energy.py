@@ -475,10 +475,15 @@ def energy_site(fn: Distribution) -> TiltedDistribution | None:
     return None if found is None or found.is_normalized else found
 
 
+def with_core(fn: Distribution, change: Callable[[Any], Distribution]) -> Distribution:
+    """A site's distribution with what plates, masks and users wrap replaced by ``change`` of it, the wrappers kept."""
+    if len(list(layers(fn))) == 1 or isinstance(fn, TiltedDistribution):
+        return change(fn)
+    changed = copy.copy(fn)
+    changed.base_dist = with_core(fn.base_dist, change)
+    return changed
+
+
 def without_guard(fn: Distribution) -> Distribution:
     """A site's distribution with the guard of its energy lifted, plates and masks kept."""
-    if isinstance(fn, TiltedDistribution):
-        return fn.unguarded()
-    lifted = copy.copy(fn)
-    lifted.base_dist = without_guard(fn.base_dist)
-    return lifted
+    return with_core(fn, lambda core: core.unguarded())

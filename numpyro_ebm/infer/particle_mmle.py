@@ -1,0 +1,742 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Maximum marginal likelihood with interacting particles: PGD, IPLA, EBIPLA, SOUL and the kinetic forms.
+
+Parameters :math:`\theta` that maximise :math:`\log p_\theta(y) = \log \int p_\theta(x, y) \, dx` by Fisher's identity
+:math:`\nabla \log p_\theta(y) = E_{p_\theta(x \mid y)} [\nabla_\theta \log p_\theta(x, y)]`, with the expectation over a cloud of
+N particles that follow the posterior by Langevin dynamics while the parameters move:
+
+.. math::
+
+    x_i &\leftarrow x_i + h \, \nabla_x \log p_\theta(x_i, y) + \sqrt{2h} \, \xi_i, \\
+    \theta &\leftarrow \theta + \frac{h}{N} \sum_i \nabla_\theta \log p_\theta(x_i, y) \; (+ \sqrt{2h / N} \, \xi_0).
+"""
+
+import numbers
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+from jax.flatten_util import ravel_pytree
+from numpyro.infer import init_to_sample
+
+from numpyro_ebm.distributions.energy import energy_site
+from numpyro_ebm.handlers import explain_chains, negative_phase, unnormalized
+from numpyro_ebm.infer.engine import Engine, Health, as_transformation
+from numpyro_ebm.infer.rows import all_batches, by_site, full_shape, gather, scatter, subsampled_indices
+from numpyro_ebm.model_check import check_model
+from numpyro_ebm.optim import kinetic_langevin, kinetic_langevin_splitting, langevin, normal_like, require_step
+from numpyro_ebm.program import (
+    Model,
+    Program,
+    constrain_params,
+    constrained,
+    draw_latents,
+    log_density_terms,
+    require_continuous,
+    require_finite,
+    run_program,
+    strong_types,
+    total,
+    unconstrain_params,
+)
+from numpyro_ebm.samplers import UnadjustedLangevin
+
+Particles = dict[str, Array]
+Schedule = Callable[[Array], Array]
+
+
+class ParticleState(NamedTuple):
+    """State of :class:`ParticleMMLE`."""
+
+    #: param sites, constrained
+    params: dict[str, Any]
+    #: param sites, unconstrained: what the optimiser moves
+    unconstrained: dict[str, Any]
+    #: what the optimiser keeps
+    optim_state: Any
+    #: latent sites, unconstrained, of shape ``(num_particles,) + batch_shape + event_shape`` with a row for all data
+    particles: Particles
+    #: what the dynamics of the particles keep, such as velocities, with a row for all data
+    dynamics_state: Any
+    #: negative chains, and other mutable sites of the model
+    mutable_state: dict[str, Any]
+    #: by latent site and element of its event: running mean of h * score**2 over particles and plates
+    stiffness: dict[str, Array]
+    #: the key of the next step
+    rng_key: Array
+    #: (), int32: steps made
+    num_steps: Array
+    #: (), int32: steps that ``stable_update`` skipped
+    num_skipped: Array
+
+
+class ParticleMMLE(Engine):
+    r"""Maximum marginal likelihood of the :func:`numpyro.param` sites of a model, its latents as interacting particles.
+
+    Used like :class:`numpyro.infer.SVI`, without a guide: every latent site is a cloud of ``num_particles`` points that
+    follow the posterior at the current parameters. Any model with continuous latents will do. Constrained latents move in
+    unconstrained space; energy priors are learnt by :class:`~numpyro_ebm.negative_phase`, which is put around the model unless it
+    is already there. In a subsampled plate every row of the data keeps its own particles, and those of the batch
+    move; the plate's scale counts for the parameters and not for the particles.
+
+    The published algorithms are settings of this engine, by the constructors :meth:`pgd`, :meth:`ipla`, :meth:`ebipla`,
+    :meth:`soul`, :meth:`pqn`, :meth:`pmgd`, :meth:`kiplmc1`, :meth:`kiplmc2` and :meth:`mpd`.
+
+    The loss is minus the mean over particles of the log joint density, up to unknown normalisers. It is no bound on the
+    likelihood, and two fits cannot be compared by it.
+
+    :param model: a NumPyro model, or :class:`negative_phase(model, ...) <numpyro_ebm.negative_phase>` to say how its negative
+        chains move.
+    :param optim: how parameters move: an optax transformation, with :func:`~numpyro_ebm.langevin` for the theory's noise, or an
+        optimiser of :mod:`numpyro.optim`.
+    :param int num_particles: particles per latent.
+    :param step_size: the step :math:`h` of the particles, or a schedule of it by the number of steps made. A particle is stable
+        below 2 / (largest curvature of its negative log posterior); see :meth:`stability_limit`.
+    :param str drift: ``"sum"``: the optimiser gets the gradient of the loss, a sum over data, at temperature
+        ``1 / num_particles``; ``"mean"``: both divided by the number of data.
+    :param str order: ``"jacobi"``: particles and parameters move from the same point; ``"gauss_seidel"``: parameters see the
+        particles moved.
+    :param str noise: with subsampling, ``"batch"``: the particles of the batch move with noise of variance 2h and the others rest
+        (Kuntz et al.); ``"all"``: the batch drifts, and all particles get noise of variance 2h / L, L the number of batches
+        in the data (Marks et al.). Without subsampling they are the same.
+    :param int num_moves: moves of the particles per step of the parameters.
+    :param bool average_moves: whether the parameters see the mean gradient over all those moves, instead of the last.
+    :param str m_step: ``"gradient"``; ``"newton"``: the optimiser gets the Newton direction; ``"maximize"``: parameters go to
+        the maximum for the current cloud, by L-BFGS, and ``optim`` is not used.
+    :param dynamics: how particles move instead of :func:`~numpyro_ebm.langevin`, such as
+        :func:`~numpyro_ebm.kinetic_langevin`.
+    :param init_strategy: a NumPyro ``init_to_...`` strategy for the particles; draws of the prior if not given, of the base
+        for an energy.
+    :param int num_data: the number of data that ``"mean"`` divides by; that of the plates that all latents share if not given.
+    :raises ValueError: for a setting out of range; when a model is first seen, naming the site, for a discrete latent, no
+        latent or no param site, a latent outside a subsampled plate, or data that are not finite.
+    :raises NonFiniteError: during a run, with the last good state.
+
+    **References**
+
+    1. Kuntz, Lim and Johansen, *Particle algorithms for maximum likelihood training of latent variable models*, AISTATS 2023.
+    2. Akyildiz et al., *Interacting particle Langevin algorithm for maximum marginal likelihood estimation*, ESAIM: PS 29
+       (2025), arXiv:2303.13429.
+    3. Marks, Wang and Akyildiz, *Energy-based interacting particle Langevin algorithm*, UAI 2026, arXiv:2510.12311.
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp, numpyro, optax
+        >>> import numpyro.distributions as dist
+        >>> from numpyro_ebm import ParticleMMLE
+        >>> def model(y):
+        ...     loc = numpyro.param("loc", 0.0)
+        ...     with numpyro.plate("data", len(y)):
+        ...         x = numpyro.sample("x", dist.Normal(loc, 1))
+        ...         numpyro.sample("y", dist.Normal(x, 1), obs=y)
+        >>> y = 3 + jax.random.normal(jax.random.key(0), (100,))
+        >>> engine = ParticleMMLE(model, optax.sgd(0.01), num_particles=20, step_size=0.1)
+        >>> result = engine.run(jax.random.key(1), 500, y, progress_bar=False)
+        >>> print(f"learnt {result.params['loc']:.1f}, exact {y.mean():.1f}")
+        learnt 3.0, exact 3.0
+        >>> engine.get_particles(result.state, y)["x"].shape
+        (20, 100)
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        optim: Any,
+        num_particles: int,
+        step_size: float | Schedule,
+        *,
+        drift: str = "sum",
+        order: str = "jacobi",
+        noise: str = "batch",
+        num_moves: int = 1,
+        average_moves: bool = False,
+        m_step: str = "gradient",
+        dynamics: optax.GradientTransformationExtraArgs | None = None,
+        init_strategy: Callable[..., Any] = init_to_sample,
+        num_data: int | None = None,
+    ) -> None:
+        super().__init__()
+        _require_positive_integer("num_particles", num_particles, "a cloud needs particles")
+        _require_positive_integer("num_moves", num_moves, "particles must move")
+        for name, value, allowed in (
+            ("drift", drift, ("sum", "mean")),
+            ("order", order, ("jacobi", "gauss_seidel")),
+            ("noise", noise, ("batch", "all")),
+            ("m_step", m_step, ("gradient", "newton", "maximize")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        if dynamics is not None and noise == "all":
+            raise ValueError("noise='all' is noise between visits of overdamped particles: use noise='batch' with other dynamics.")
+        if num_data is not None:
+            _require_positive_integer("num_data", num_data, "it divides the gradient")
+        self.model, self.optim = model, optim
+        self.num_particles, self.step_size, self.num_moves = int(num_particles), step_size, int(num_moves)
+        self.drift, self.order, self.noise, self.m_step = drift, order, noise, m_step
+        self.average_moves, self.init_strategy, self.num_data = average_moves, init_strategy, num_data
+        require_step(step_size)
+        self.dynamics = dynamics
+        self._transformation = optax.identity() if m_step == "maximize" else as_transformation(optim)
+        phase = model if isinstance(model, negative_phase) else negative_phase(model)
+        self._inner = unnormalized(phase.fn)
+        self._phase = phase.without_reports()
+
+    # The published algorithms.
+
+    @classmethod
+    def pgd(cls, model: Model, optim: Any = None, *, num_particles: int, step_size: float | Schedule, **settings: Any) -> Self:
+        """Particle gradient descent (Kuntz et al. 2023): summed drift, no noise on the parameters.
+
+        :param optim: gradient descent of step ``step_size`` if not given.
+        """
+        optim = optax.sgd(step_size) if optim is None else optim
+        return cls(model, optim, num_particles, step_size, **settings)
+
+    @classmethod
+    def ipla(cls, model: Model, *, num_particles: int, step_size: float | Schedule, **settings: Any) -> Self:
+        """The interacting particle Langevin algorithm (Akyildiz et al. 2025): PGD with noise on the parameters."""
+        return cls(model, langevin(step_size), num_particles, step_size, **settings)
+
+    @classmethod
+    def ebipla(
+        cls,
+        model: Model,
+        optim: Any = None,
+        *,
+        num_particles: int,
+        step_size: float | Schedule,
+        num_chains: int = 256,
+        prior_step_size: float = 0.01,
+        num_prior_steps: int = 60,
+        **settings: Any,
+    ) -> Self:
+        r"""The energy-based interacting particle Langevin algorithm (Marks et al. 2026, algorithms 1 and 2).
+
+        Averaged drift, noise on all particles at every step, and for an energy prior short-run chains that start afresh from
+        its base at every step. Unadjusted short-run chains are biased in what they learn (see *Conventions* in the
+        documentation): give the model as ``negative_phase(model, ...)`` for other chains.
+
+        :param optim: Langevin of step ``step_size`` with the theory's noise :math:`\sqrt{2h / (MN)}` if not given; the paper's
+            experiments use Adam.
+        :param int num_chains: negative chains at every energy site, apart from the size of the batch.
+        :param float prior_step_size: their step h.
+        :param int num_prior_steps: their number of steps.
+        """
+        if not isinstance(model, negative_phase):
+            sampler = UnadjustedLangevin(prior_step_size, num_prior_steps)
+            model = negative_phase(model, num_chains=num_chains, sampler=sampler, persistent=False)
+        optim = langevin(step_size) if optim is None else optim
+        return cls(model, optim, num_particles, step_size, **{"drift": "mean", "noise": "all", **settings})
+
+    @classmethod
+    def soul(cls, model: Model, optim: Any = None, *, num_moves: int, step_size: float | Schedule, **settings: Any) -> Self:
+        """Stochastic optimisation by unadjusted Langevin (De Bortoli et al. 2021): one chain, averaged over its moves.
+
+        :param optim: gradient descent of step ``step_size`` if not given.
+        :param int num_moves: moves of the chain per step of the parameters.
+        """
+        optim = optax.sgd(step_size) if optim is None else optim
+        settings = {"num_particles": 1, "order": "gauss_seidel", "average_moves": True, **settings}
+        return cls(model, optim, step_size=step_size, num_moves=num_moves, **settings)
+
+    @classmethod
+    def pqn(cls, model: Model, *, num_particles: int, step_size: float | Schedule, **settings: Any) -> Self:
+        """Particle quasi-Newton (Kuntz et al. 2023): PGD by the Hessian in the parameters, which must be few."""
+        return cls(model, optax.sgd(step_size), num_particles, step_size, m_step="newton", **settings)
+
+    @classmethod
+    def pmgd(cls, model: Model, *, num_particles: int, step_size: float | Schedule, **settings: Any) -> Self:
+        """Particle marginal gradient descent (Kuntz et al. 2023): parameters always at the maximum for the cloud."""
+        settings = {"order": "gauss_seidel", "m_step": "maximize", **settings}
+        return cls(model, None, num_particles, step_size, **settings)
+
+    @classmethod
+    def kiplmc1(cls, model: Model, *, num_particles: int, step_size: float, friction: float, **settings: Any) -> Self:
+        """Kinetic interacting particle Langevin, exponential integrator (Oliva and Akyildiz 2024)."""
+        move = kinetic_langevin(step_size, friction)
+        return cls(model, move, num_particles, step_size, dynamics=move, **settings)
+
+    @classmethod
+    def kiplmc2(cls, model: Model, *, num_particles: int, step_size: float, friction: float, **settings: Any) -> Self:
+        """Kinetic interacting particle Langevin, splitting integrator (Oliva and Akyildiz 2024)."""
+        move = kinetic_langevin_splitting(step_size, friction)
+        return cls(model, move, num_particles, step_size, dynamics=move, **settings)
+
+    @classmethod
+    def mpd(
+        cls,
+        model: Model,
+        optim: Any = None,
+        *,
+        num_particles: int,
+        step_size: float,
+        friction: float = 0.9,
+        inverse_mass: float = 1.0,
+        **settings: Any,
+    ) -> Self:
+        """Momentum particle descent (Lim et al. 2024): kinetic particles, parameters by Nesterov's momentum without noise."""
+        if optim is None:
+            optim = kinetic_langevin(step_size, friction, inverse_mass=inverse_mass, noise=False, lookahead=True)
+        dynamics = kinetic_langevin(step_size, friction, inverse_mass=inverse_mass)
+        return cls(model, optim, num_particles, step_size, dynamics=dynamics, **settings)
+
+    # Between runs.
+
+    def get_particles(self, state: ParticleState, *args: Any, **kwargs: Any) -> Particles:
+        """The particles, constrained, for all rows of the data.
+
+        :param args: arguments of the model.
+        :return: by latent site, of shape ``(num_particles,) + batch_shape + event_shape``.
+        """
+        data = {**state.params, **state.mutable_state}
+
+        @jax.jit
+        def values(data: Any, particles: Particles) -> Particles:
+            return jax.vmap(lambda x: constrained(self._inner, args, kwargs, state.rng_key, data=data, latents=x))(particles)
+
+        return values(data, state.particles)
+
+    def replicate(self, state: ParticleState, num_particles: int | None = None) -> ParticleState:
+        """A state with every particle copied, to go on from after a warm-up with fewer (Marks et al. 2026, algorithm 3).
+
+        Copies stay alike until noise has parted them, about 1 / (h * curvature) moves.
+
+        :param int num_particles: particles in the new state, a multiple of those in the old; this engine's if not given.
+        :raises ValueError: if it is no multiple.
+        """
+        num_particles = self.num_particles if num_particles is None else num_particles
+        old = _num_particles(state)
+        if num_particles % old:
+            raise ValueError(f"num_particles={num_particles} is no multiple of the state's {old}: copies would weigh unequally.")
+
+        def repeat(name: str, x: Array) -> Array:
+            return jnp.repeat(x, num_particles // old, 0)
+
+        return state._replace(
+            particles=by_site(repeat, state.particles, state.particles),
+            dynamics_state=by_site(repeat, state.particles, state.dynamics_state),
+        )
+
+    def stability_limit(self, state: ParticleState, *args: Any, num_iterations: int = 30, **kwargs: Any) -> float:
+        """The step above which unadjusted particles diverge where they stand: 2 / (largest curvature), by power iteration.
+
+        :param args: arguments of the model.
+        :param int num_iterations: Hessian-vector products; the estimate comes from above.
+        :return: an estimate for the particles that move in the next step; inf where no direction is curved.
+        """
+
+        @jax.jit
+        def largest_curvature(state: ParticleState) -> Array:
+            batch = _Batch(self._inner, state, state.rng_key, args, kwargs)
+            x = batch.gather(state.particles)
+
+            def minus_score(x: Particles) -> Particles:
+                return jax.tree.map(jnp.negative, batch.scores(state.unconstrained, x))
+
+            def iterate(v: Particles, _: None) -> tuple[Particles, Array]:
+                v = jax.jvp(minus_score, (x,), (v,))[1]
+                norm = optax.tree.norm(v)
+                return jax.tree.map(lambda a: a / jnp.maximum(norm, 1e-30), v), norm
+
+            v = normal_like(state.rng_key, x)
+            norm = optax.tree.norm(v)
+            return lax.scan(iterate, jax.tree.map(lambda a: a / norm, v), None, num_iterations)[1][-1]
+
+        curvature = float(largest_curvature(state))
+        return 2 / curvature if curvature > 0 else float("inf")
+
+    # What the loop needs.
+
+    def _check(self, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any], init_params: dict[str, Any] | None) -> Any:
+        given = dict(init_params or {})
+        positions = draw_latents(self._inner, args, kwargs, rng_key, data=given, init_strategy=self.init_strategy)
+        program = run_program(self._inner, args, kwargs, rng_key, data=given, latents=positions)
+        self._require_learnable(program, given)
+        for site in program.sites.values():
+            if site["type"] == "sample" and site["is_observed"]:
+                require_finite(site)
+        needs_phase = isinstance(self.model, negative_phase) or self._has_energies(program, args, kwargs)
+        return unconstrain_params(program.params, program.param_transforms), jnp.zeros((int(needs_phase), 0))
+
+    def _has_energies(self, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        sites = [name for name, site in program.sites.items() if site["type"] == "sample" and energy_site(site["fn"]) is not None]
+        try:
+            return check_model(self._phase.fn, *args, **kwargs).needs_negative_phase
+        except Exception:  # NumPyro's analysis does not cover every model: then every energy is taken to be learnt
+            return bool(sites)
+
+    def _require_learnable(self, program: Program, given: dict[str, Any]) -> None:
+        require_continuous(program)
+        if not program.latents:
+            raise ValueError("the model has no latent site, so that there are no particles: learn its parameters by SVI.")
+        if not program.params:
+            raise ValueError("the model has no param site, so that there is nothing to learn: draw its latents by MCMC.")
+        if unknown := sorted(set(given) - set(program.params)):
+            raise ValueError(f"init_params names {unknown}, which is no param site: the model has {sorted(program.params)}.")
+        for name, site in program.latents.items():
+            outside = set(program.subsampled) - {plate for plate, _ in site.plates}
+            if outside:
+                plate = min(outside)
+                raise ValueError(
+                    f"site '{name}' stands outside the subsampled plate '{plate}': its posterior depends on all rows of the data, "
+                    "and a batch would give its particles noise that is not Langevin's. Make it a numpyro.param, or do not "
+                    f"subsample '{plate}'."
+                )
+        for name, plate in program.plates.items():
+            inside = (plate.indices >= 0) & (plate.indices < plate.size)
+            if not isinstance(inside, jax.core.Tracer) and not inside.all():
+                bad = int(np.asarray(plate.indices)[~np.asarray(inside)][0])
+                raise ValueError(f"plate '{name}': index {bad} is out of range for {plate.size} rows of data.")
+        if self.drift == "mean":
+            self._num_data(program)
+
+    def _num_data(self, program: Program) -> int:
+        if self.num_data is not None:
+            return self.num_data
+        shared = set.intersection(*({plate for plate, _ in site.plates} for site in program.latents.values()))
+        if not shared:
+            raise ValueError(
+                "drift='mean' divides by the number of data, and no plate has all latent sites in it: pass num_data, or "
+                "drift='sum'."
+            )
+        return int(np.prod([program.plates[plate].size for plate in shared]))
+
+    def _start(self, rng_key: Array, params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ParticleState:
+        unconstrained, needs_phase = params
+        rng_key, run_key, draw_key = jax.random.split(rng_key, 3)
+        program = run_program(self._inner, args, kwargs, run_key)
+        data = constrain_params(unconstrained, program.param_transforms)
+        particles = self._draw_particles(draw_key, program, data, args, kwargs)
+        phase = self._phase if needs_phase.shape[0] else self._inner
+        mutable_state = run_program(phase, args, kwargs, run_key, data=data, latents=_first(particles)).mutable_state
+        stiffness = {name: jnp.zeros(x.shape[x.ndim - program.latents[name].event_dim :], x.dtype) for name, x in particles.items()}
+        count = jnp.zeros((), jnp.int32)
+        state = ParticleState(
+            params=data,
+            unconstrained=unconstrained,
+            optim_state=self._transformation.init(unconstrained),
+            particles=particles,
+            dynamics_state=() if self.dynamics is None else self.dynamics.init(particles),
+            mutable_state=mutable_state,
+            stiffness=stiffness,
+            rng_key=rng_key,
+            num_steps=count,
+            num_skipped=count,
+        )
+        return strong_types(state._replace(rng_key=None))._replace(rng_key=rng_key)
+
+    def _draw_particles(
+        self, rng_key: Array, program: Program, data: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Particles:
+        """Particles for all rows of the data, drawn batch by batch where plates are subsampled."""
+        batches = all_batches(program)
+        num_batches = max([len(rows) for rows in batches.values()], default=1)
+
+        def draw(key: Array, rows: dict[str, Array]) -> Particles:
+            keys = jax.random.split(key, self.num_particles)
+            return jax.vmap(
+                lambda key: draw_latents(self._inner, args, kwargs, key, data={**data, **rows}, init_strategy=self.init_strategy)
+            )(keys)
+
+        keys = jax.random.split(rng_key, num_batches)
+        if not batches:
+            return draw(keys[0], {})
+        shapes = jax.eval_shape(draw, keys[0], {plate: rows[0] for plate, rows in batches.items()})
+        full = {name: jnp.zeros(full_shape(x.shape, program, name), x.dtype) for name, x in shapes.items()}
+
+        def fill(store: Particles, batch: tuple[Array, dict[str, Array]]) -> tuple[Particles, None]:
+            key, rows = batch
+            return {name: scatter(program, rows, name, store[name], x) for name, x in draw(key, rows).items()}, None
+
+        return lax.scan(fill, full, (keys, batches))[0]
+
+    def _step(self, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ParticleState, Array, Health]:
+        rng_key, model_key, move_key, rest_key, optim_key = jax.random.split(state.rng_key, 5)
+        batch = _Batch(self._inner, state, model_key, args, kwargs)
+        theta, x, kept = state.unconstrained, batch.gather(state.particles), batch.gather(state.dynamics_state)
+        step_size = self._step_size(state)
+        new_x, new_kept, seen, (loss, gradient, scores) = self._move(batch, theta, x, kept, step_size, move_key)
+        mutable_state = batch.program.mutable_state
+        if _has_chains(state):
+            of_normalizer, mutable_state = self._negative_phase(batch, state)
+            gradient = jax.tree.map(jnp.subtract, gradient, of_normalizer)
+        new_theta, optim_state = self._move_params(batch, theta, seen, gradient, state.optim_state, optim_key)
+        stiffness = _running_stiffness(batch, state, scores, step_size)
+        health = _health(batch, loss, new_theta, new_x, mutable_state)
+        good = ~jnp.any(jnp.stack(list(health.values())) > 0)
+
+        def keep(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
+
+        particles = batch.scatter(state.particles, keep(new_x, x))  # only the batch's rows are compared: the rest stay in place
+        if self.noise == "all" and batch.indices:
+            particles = self._shake(rest_key, batch, particles, jnp.where(good, step_size, 0.0))
+        theta = keep(new_theta, theta)
+        state = ParticleState(
+            params=constrain_params(theta, batch.program.param_transforms),
+            unconstrained=theta,
+            optim_state=keep(optim_state, state.optim_state),
+            particles=particles,
+            dynamics_state=batch.scatter(state.dynamics_state, keep(new_kept, kept)),
+            mutable_state=keep(mutable_state, state.mutable_state),
+            stiffness=keep(stiffness, state.stiffness),
+            rng_key=rng_key,
+            num_steps=state.num_steps + good,
+            num_skipped=state.num_skipped,
+        )
+        return state, loss, health
+
+    def _move(
+        self, batch: "_Batch", theta: Any, x: Particles, kept: Any, step_size: Any, rng_key: Array
+    ) -> tuple[Particles, Any, Particles, "_Gradients"]:
+        """Particles after their moves, what the dynamics keep, the cloud that parameters see, and the gradients there."""
+        keys = jax.random.split(rng_key, self.num_moves)
+        jacobi = self.order == "jacobi"
+        if self.num_moves == 1 and jacobi:
+            gradients = batch.gradients(theta, x)
+            return *self._push(batch, keys[0], x, kept, gradients.scores, step_size), x, gradients
+        if self.average_moves:
+            return self._move_and_average(batch, theta, x, kept, step_size, keys)
+
+        def move(carry: tuple[Particles, Any], key: Array) -> tuple[tuple[Particles, Any], None]:
+            x, kept = carry
+            return self._push(batch, key, x, kept, batch.scores(theta, x), step_size), None
+
+        (new_x, new_kept), _ = lax.scan(move, (x, kept), keys)
+        seen = x if jacobi else new_x
+        return new_x, new_kept, seen, batch.gradients(theta, seen)
+
+    def _move_and_average(
+        self, batch: "_Batch", theta: Any, x: Particles, kept: Any, step_size: Any, keys: Array
+    ) -> tuple[Particles, Any, Particles, "_Gradients"]:
+        """The same with the mean gradient over the points before the moves (Jacobi) or after them (Gauss-Seidel)."""
+        start = batch.gradients(theta, x)
+
+        def move(carry: tuple[Particles, Any, _Gradients, Any], key: Array) -> tuple[Any, None]:
+            x, kept, before, (loss, gradient) = carry
+            x, kept = self._push(batch, key, x, kept, before.scores, step_size)
+            after = batch.gradients(theta, x)
+            counted = before if self.order == "jacobi" else after
+            mean = jax.tree.map(lambda sum, new: sum + new / len(keys), (loss, gradient), (counted.loss, counted.of_params))
+            return (x, kept, after, mean), None
+
+        nothing = jax.tree.map(jnp.zeros_like, (start.loss, start.of_params))
+        (new_x, new_kept, last, (loss, gradient)), _ = lax.scan(move, (x, kept, start, nothing), keys)
+        return new_x, new_kept, x if self.order == "jacobi" else new_x, _Gradients(loss, gradient, last.scores)
+
+    def _push(
+        self, batch: "_Batch", rng_key: Array, x: Particles, kept: Any, scores: Particles, step_size: Any
+    ) -> tuple[Particles, Any]:
+        """One move of the particles of a batch."""
+        if self.dynamics is not None:
+            minus = jax.tree.map(jnp.negative, scores)
+            moves, kept = self.dynamics.update(minus, kept, x, temperature=1.0, rng_key=rng_key)
+            return optax.apply_updates(x, moves), kept
+        h = jnp.asarray(step_size)
+        x = jax.tree.map(lambda x, s: x + h.astype(x.dtype) * s, x, scores)
+        if self.noise == "batch" or not batch.indices:
+            x = jax.tree.map(lambda x, xi: x + jnp.sqrt(2 * h).astype(x.dtype) * xi, x, normal_like(rng_key, x))
+        return x, kept
+
+    def _shake(self, rng_key: Array, batch: "_Batch", particles: Particles, step_size: Array) -> Particles:
+        """Noise of variance 2h / L on all particles, batch or not (Marks et al. 2026, algorithm 2)."""
+        noise = normal_like(rng_key, particles)
+        sd = {name: jnp.sqrt(2 * step_size / batch.program.scale(name)) for name in particles}
+        return {name: x + sd[name].astype(x.dtype) * noise[name] for name, x in particles.items()}
+
+    def _negative_phase(self, batch: "_Batch", state: ParticleState) -> tuple[Any, dict[str, Any]]:
+        """The gradient of the log normalisers' terms in the parameters, and the mutable state with the chains moved.
+
+        The terms do not depend on the particles: the handler sees one run of the model, with the first.
+        """
+
+        def terms(theta: Any) -> tuple[Array, dict[str, Any]]:
+            terms, program = batch.terms(self._phase, theta, _first(batch.gather(state.particles)))
+            return total({name: term for name, term in terms.items() if name.endswith("/log_normalizer")}), program.mutable_state
+
+        return jax.grad(terms, has_aux=True)(state.unconstrained)
+
+    def _move_params(
+        self, batch: "_Batch", theta: Any, seen: Particles, gradient: Any, optim_state: Any, rng_key: Array
+    ) -> tuple[Any, Any]:
+        if self.m_step != "gradient":
+            flat, unravel = ravel_pytree(theta)
+
+            def loss(flat: Array) -> Array:
+                return batch.loss(unravel(flat), seen)
+
+            if self.m_step == "maximize":
+                return unravel(_minimize(loss, flat)), optim_state
+            gradient = unravel(jnp.linalg.solve(jax.hessian(loss)(flat), ravel_pytree(gradient)[0]))
+        num_data = self._num_data(batch.program) if self.drift == "mean" else 1
+        if self.m_step == "gradient":
+            gradient = jax.tree.map(lambda g: g / num_data, gradient)
+        temperature = 1 / (num_data * self.num_particles)
+        updates, optim_state = self._transformation.update(gradient, optim_state, theta, temperature=temperature, rng_key=rng_key)
+        return optax.apply_updates(theta, updates), optim_state
+
+    def _loss(self, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
+        batch = _Batch(self._inner, state, state.rng_key, args, kwargs)
+        return batch.loss(state.unconstrained, batch.gather(state.particles))
+
+    def _step_size(self, state: ParticleState) -> Any:
+        return self.step_size(state.num_steps) if callable(self.step_size) else self.step_size
+
+    def _warnings(self, state: ParticleState) -> list[str]:
+        found = []
+        for name, status in _chain_status(state.mutable_state).items():
+            if int(status) == 1:
+                found.append(f"site '{name}': {explain_chains(self._phase, name, 1)}")
+        if self.dynamics is None and int(state.num_steps) > 200:
+            for name, ratio in state.stiffness.items():
+                if (worst := float(jnp.max(ratio))) > STIFF:
+                    found.append(
+                        f"site '{name}': step_size is h = {float(self._step_size(state)):g}, and h times the curvature is about "
+                        f"{2 * worst / (2 + worst):.2f} for the stiffest element: at 2 the particles diverge, and from 1 on they "
+                        "are more than twice as spread as the posterior. Take a smaller step_size."
+                    )
+        return found
+
+    def _explain(self, state: ParticleState, health: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        if index := [what for what in health if what.startswith("the indices")]:
+            return f"{index[0]} are out of range. The state before is in .state."
+        if chains := [what for what, code in health.items() if what.startswith("the negative chains")]:
+            name = chains[0].split("'")[1]
+            return f"site '{name}': {explain_chains(self._phase, name, health[chains[0]])} The state before is in .state."
+        said = f"{', '.join(health)} would no longer be finite. The state before is in .state."
+        limit = self.stability_limit(state, *args, **kwargs)
+        h = float(self._step_size(state))
+        if not h < limit:
+            return f"{said} The step_size h = {h:g} is above the stability limit of about {limit:.2g} there: take half of that."
+        return f"{said} Particles are stable there (h = {h:g}, limit about {limit:.2g}): take a smaller learning rate."
+
+
+# On a quadratic h E[score^2] = hc / (1 - hc/2): 4 at hc = 4/3, where the particles' variance is three times too large.
+STIFF, STIFFNESS_RATE, STIFFNESS_CLIP = 4.0, 0.02, 20.0
+
+
+class _Gradients(NamedTuple):
+    """The loss at a cloud, and its gradients."""
+
+    loss: Array  # (), minus the mean over particles of the log joint density
+    of_params: Any  # gradient of the loss
+    scores: Particles  # of each particle, without the scale of its plates
+
+
+class _Batch:
+    """One run of a model on some rows of the data: what a step needs to know, and its log joint density."""
+
+    def __init__(self, model: Model, state: ParticleState, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.model, self.rng_key, self.args, self.kwargs = model, rng_key, args, kwargs
+        data = {**state.params, **state.mutable_state}
+        self.program = run_program(model, args, kwargs, rng_key, data=data, latents=_first(state.particles))
+        self.indices = subsampled_indices(self.program)
+        self.data = {**state.mutable_state, **self.indices}  # what another run on the same rows is given
+
+    def gather(self, stores: Any) -> Any:
+        """The batch's rows of particles, or of what is kept beside them."""
+        return by_site(lambda name, x: gather(self.program, self.indices, name, x), self.program.latents, stores)
+
+    def scatter(self, stores: Any, rows: Any) -> Any:
+        """All rows, with the batch's replaced."""
+        return by_site(lambda name, *x: scatter(self.program, self.indices, name, *x), self.program.latents, stores, rows)
+
+    def terms(self, model: Model, theta: Any, x: Particles) -> tuple[dict[str, Array], Program]:
+        data = {**constrain_params(theta, self.program.param_transforms), **self.data}
+        return log_density_terms(model, self.args, self.kwargs, self.rng_key, data=data, latents=x)
+
+    def log_joint(self, theta: Any, x: Particles) -> Array:
+        """The log joint density of every particle, of shape (num_particles,)."""
+        return jax.vmap(lambda x: total(self.terms(self.model, theta, x)[0]))(x)
+
+    def loss(self, theta: Any, x: Particles) -> Array:
+        return -self.log_joint(theta, x).mean()
+
+    def gradients(self, theta: Any, x: Particles) -> _Gradients:
+        """One backward pass for parameters and particles together."""
+        num_particles = len(jax.tree.leaves(x)[0])
+        value, (of_params, of_x) = jax.value_and_grad(lambda theta, x: self.log_joint(theta, x).sum(), (0, 1))(theta, x)
+        of_params = jax.tree.map(lambda g: -g / num_particles, of_params)
+        return _Gradients(-value / num_particles, of_params, self._unscaled(of_x))
+
+    def scores(self, theta: Any, x: Particles) -> Particles:
+        """Scores of the particles alone."""
+        return self._unscaled(jax.grad(lambda x: self.log_joint(theta, x).sum())(x))
+
+    def _unscaled(self, scores: Particles) -> Particles:
+        # A plate's scale makes a batch stand for all data, which is meant for parameters: a row's own posterior has none.
+        return {name: score / self.program.scale(name) for name, score in scores.items()}
+
+
+def _first(particles: Particles) -> Particles:
+    return {name: x[0] for name, x in particles.items()}
+
+
+def _num_particles(state: ParticleState) -> int:
+    return len(next(iter(state.particles.values())))
+
+
+def _has_chains(state: ParticleState) -> bool:
+    return any(name.endswith("/chains") for name in state.mutable_state)
+
+
+def _chain_status(mutable_state: dict[str, Any]) -> dict[str, Array]:
+    return {name.removesuffix("/chains"): value["status"] for name, value in mutable_state.items() if name.endswith("/chains")}
+
+
+def _running_stiffness(batch: _Batch, state: ParticleState, scores: Particles, step_size: Any) -> dict[str, Array]:
+    def of_site(name: str, score: Array) -> Array:
+        axes = tuple(range(score.ndim - batch.program.latents[name].event_dim))
+        new = jnp.minimum(step_size * (score**2).mean(axes), STIFFNESS_CLIP).astype(score.dtype)
+        return state.stiffness[name] + STIFFNESS_RATE * (new - state.stiffness[name])
+
+    return {name: of_site(name, score) for name, score in scores.items()}
+
+
+def _health(batch: _Batch, loss: Array, theta: Any, x: Particles, mutable_state: dict[str, Any]) -> Health:
+    """0 for everything that is finite and in range, by the words that name it in an error."""
+
+    def finite(tree: Any) -> Array:
+        leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        return 1 - jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])).astype(jnp.int32)
+
+    health = {"the loss": finite(loss)}
+    health |= {f"param '{name}'": finite(value) for name, value in theta.items()}
+    health |= {f"the particles of site '{name}'": finite(value) for name, value in x.items()}
+    for name, plate in batch.program.subsampled.items():
+        inside = (plate.indices >= 0) & (plate.indices < plate.size)
+        health[f"the indices of plate '{name}'"] = 1 - inside.all().astype(jnp.int32)
+    for name, status in _chain_status(mutable_state).items():
+        health[f"the negative chains of site '{name}'"] = jnp.where(status > 1, status, 0)
+    return health
+
+
+def _minimize(loss: Callable[[Array], Array], start: Array, max_steps: int = 50) -> Array:
+    """L-BFGS until a step is lost in rounding."""
+    solver = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(loss)
+    tolerance = 10 * jnp.finfo(start.dtype).eps
+
+    def going(carry: tuple[Array, Any, Array, Array]) -> Array:
+        x, _, size, count = carry
+        return (count < max_steps) & (size > tolerance * (1 + jnp.linalg.norm(x)))
+
+    def step(carry: tuple[Array, Any, Array, Array]) -> tuple[Array, Any, Array, Array]:
+        x, state, _, count = carry
+        value, gradient = value_and_grad(x, state=state)
+        update, state = solver.update(gradient, state, x, value=value, grad=gradient, value_fn=loss)
+        return x + update, state, jnp.linalg.norm(update), count + 1
+
+    begin = start, solver.init(start), jnp.full((), jnp.inf, start.dtype), jnp.zeros((), jnp.int32)
+    return lax.while_loop(going, step, begin)[0]
+
+
+def _require_positive_integer(name: str, value: Any, why: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}: {why}.")

@@ -1,0 +1,78 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Arrays with a row for all data, of which a step sees the rows of its batch.
+
+Under a subsampled plate a latent site keeps ``(num_particles, size of the plate, ...)`` values. The plate's own indices say
+which rows a run of the model sees; they are gathered before a step and scattered after it, in place when compiled, so that
+a step costs what its batch costs.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from numpyro_ebm.program import Program
+
+Indices = dict[str, Array]  # by subsampled plate, (subsample_size,)
+
+
+def subsampled_indices(program: Program) -> Indices:
+    """The rows that a run of the program saw, of the plates that do not show all."""
+    return {name: plate.indices for name, plate in program.subsampled.items()}
+
+
+def gather(program: Program, indices: Indices, name: str, store: Array) -> Array:
+    """The rows of one site that a batch sees."""
+    for plate, axis in program.latents[name].plates:
+        if plate in indices:
+            store = jnp.take(store, indices[plate], axis)
+    return store
+
+
+def scatter(program: Program, indices: Indices, name: str, store: Array, rows: Array) -> Array:
+    """The store of one site with the rows of a batch replaced."""
+    axes = {axis % store.ndim: indices[plate] for plate, axis in program.latents[name].plates if plate in indices}
+    if not axes:
+        return rows
+    if len(axes) == 1:
+        ((axis, index),) = axes.items()
+        return store.at[(slice(None),) * axis + (index,)].set(rows)
+    return store.at[jnp.ix_(*(axes.get(i, jnp.arange(size)) for i, size in enumerate(store.shape)))].set(rows)
+
+
+def by_site(function: Callable[..., Array], names: Any, *trees: Any) -> Any:
+    """``function(name, *leaves)`` at the leaves that belong to a site, for pytrees that hold dictionaries of sites.
+
+    Other leaves, such as counts, are those of the last tree.
+    """
+
+    def at(path: Any, *leaves: Any) -> Any:
+        name = next((key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in names), None)
+        return leaves[-1] if name is None else function(name, *leaves)
+
+    return jax.tree_util.tree_map_with_path(at, *trees)
+
+
+def full_shape(shape: tuple[int, ...], program: Program, name: str) -> tuple[int, ...]:
+    """The shape of a site's store, from that of the rows of a batch."""
+    full = list(shape)
+    for plate, axis in program.latents[name].plates:
+        full[axis] = program.plates[plate].size
+    return tuple(full)
+
+
+def all_batches(program: Program) -> Indices:
+    """Batches that show every row at least once, stacked: by subsampled plate, ``(num_batches, subsample_size)``."""
+    parts = []
+    for plate in program.subsampled.values():
+        size = len(plate.indices)
+        starts = np.arange(0, plate.size, size)[:, None]
+        parts.append((starts + np.arange(size)) % plate.size)  # the last batch begins again from the first row
+    batches = list(itertools.product(*parts))
+    return {name: jnp.asarray(np.stack([batch[i] for batch in batches])) for i, name in enumerate(program.subsampled)}

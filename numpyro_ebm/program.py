@@ -1,0 +1,330 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A NumPyro program as pure functions of its parameters, latents and data.
+
+The engines speak this language and hold no handlers of their own. Latents are in unconstrained space throughout: a site of
+support ``S`` is the image of a real array under ``biject_to(S)``, and its log Jacobian is part of the log density.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from numpyro.distributions import Distribution, MaskedDistribution, biject_to
+from numpyro.distributions.util import sum_rightmost
+from numpyro.handlers import seed, substitute, trace
+from numpyro.infer.util import compute_log_probs, helpful_support_errors
+from numpyro.primitives import Messenger
+
+from numpyro_ebm.distributions.energy import TiltedDistribution, energy_site, with_core
+
+Model = Callable[..., Any]
+Site = dict[str, Any]
+
+
+class LatentSite(NamedTuple):
+    """Where a latent site stands in its plates."""
+
+    #: (plate, axis) of every plate around the site, outermost first; the axis of the unconstrained value, from the right
+    plates: tuple[tuple[str, int], ...]
+    #: number of dims of one unconstrained event
+    event_dim: int
+
+
+class Plate(NamedTuple):
+    """A plate as one run of the program saw it."""
+
+    #: (subsample_size,) rows of the data in this run
+    indices: Array
+    #: number of rows of the data
+    size: int
+
+    @property
+    def is_subsampled(self) -> bool:
+        return self.size != len(self.indices)
+
+
+class Program(NamedTuple):
+    """What one run of a model showed: its sites, and what is needed to run it again on the same rows of the data."""
+
+    #: every site by name, as :class:`numpyro.handlers.trace` gives them
+    sites: dict[str, Site]
+    #: latent sites by name
+    latents: dict[str, LatentSite]
+    #: plates by name
+    plates: dict[str, Plate]
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Values of the param sites, constrained."""
+        return {name: site["value"] for name, site in self.sites.items() if site["type"] == "param"}
+
+    @property
+    def param_transforms(self) -> dict[str, Any]:
+        """The transforms that take unconstrained values to the param sites."""
+        return {name: _param_transform(site) for name, site in self.sites.items() if site["type"] == "param"}
+
+    @property
+    def mutable_state(self) -> dict[str, Any]:
+        """Values of the mutable sites after the run."""
+        return {name: site["value"] for name, site in self.sites.items() if site["type"] == "mutable"}
+
+    @property
+    def subsampled(self) -> dict[str, Plate]:
+        """The plates that give a part of the data in each run."""
+        return {name: plate for name, plate in self.plates.items() if plate.is_subsampled}
+
+    def scale(self, name: str) -> float:
+        """Rows of the data per row of this run at a latent site: what subsampling multiplies its log density by."""
+        frames = self.latents[name].plates
+        return float(np.prod([self.plates[plate].size / len(self.plates[plate].indices) for plate, _ in frames]))
+
+
+def run_program(
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rng_key: Array,
+    *,
+    data: dict[str, Any] | None = None,
+    latents: dict[str, Array] | None = None,
+) -> Program:
+    """One run of a model.
+
+    :param data: values of param and mutable sites, and indices of plates, by name; the model's own where missing.
+    :param latents: unconstrained latents by name. A latent in a subsampled plate may have a row for all data: the rows of
+        this run are gathered. Sites that are missing are drawn.
+    """
+    with trace() as sites, _place(latents or {}), substitute(data=_copied(data or {})), seed(rng_seed=rng_key):
+        model(*args, **kwargs)
+    return _read(sites)
+
+
+def draw_latents(
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rng_key: Array,
+    *,
+    data: dict[str, Any],
+    init_strategy: Callable[..., Any],
+) -> dict[str, Array]:
+    """Unconstrained latents to start from, by NumPyro's ``init_strategy``; energy sites give draws of their base."""
+    drawn = _draw(init_strategy)
+    with drawn, substitute(data=_copied(data)), seed(rng_seed=rng_key):
+        model(*args, **kwargs)
+    return drawn.positions
+
+
+def log_density_terms(
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rng_key: Array,
+    *,
+    data: dict[str, Any],
+    latents: dict[str, Array],
+    jacobian: bool = True,
+) -> tuple[dict[str, Array], Program]:
+    """The log density of every site, not summed and scaled by its plates, and the run that gave it.
+
+    :param jacobian: whether a latent's term has the log Jacobian of its transform, which makes it a density of the
+        unconstrained value.
+    """
+    place = _place(latents, substitute(seed(model, rng_key), data=_copied(data)))
+    terms, sites = compute_log_probs(place, args, kwargs, {}, sum_log_prob=False)
+    if jacobian:
+        terms = {name: term + place.log_dets.get(name, 0.0) for name, term in terms.items()}
+    return terms, _read(sites)
+
+
+def total(terms: dict[str, Array]) -> Array:
+    """The log density of all sites together, a scalar."""
+    return sum((jnp.sum(term) for term in terms.values()), jnp.zeros(()))
+
+
+def per_row(terms: dict[str, Array], program: Program, plate: str) -> Array:
+    """The log density of every row of a plate, of shape ``(rows,)``; every term must lie in that plate.
+
+    The plate's own scale is taken out: the sum over rows is the log density of these rows alone.
+    """
+    frames = {name: {f.name: f.dim for f in site.get("cond_indep_stack", ())} for name, site in program.sites.items()}
+    size, rows = program.plates[plate].size, len(program.plates[plate].indices)
+    out = jnp.zeros(())
+    for name, term in terms.items():
+        if plate not in frames[name]:
+            raise ValueError(f"site '{name}' stands outside plate '{plate}': the rows of the plate do not factorise.")
+        term = jnp.moveaxis(jnp.atleast_1d(term), frames[name][plate], 0)
+        out = out + term.reshape(len(term), -1).sum(-1)
+    return jnp.broadcast_to(out * (rows / size), (rows,))
+
+
+@contextmanager
+def whole_plates() -> Iterator[None]:
+    """Runs programs on all rows of the data: subsampled plates give every row once, in order."""
+    with _whole_plates():
+        yield
+
+
+def constrained(
+    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], rng_key: Array, *, data: dict[str, Any], latents: dict[str, Array]
+) -> dict[str, Array]:
+    """The values of latent sites that stand at unconstrained ``latents``, for all rows of the data."""
+    with whole_plates():
+        program = run_program(model, args, kwargs, rng_key, data=data, latents=latents)
+    return {name: program.sites[name]["value"] for name in latents}
+
+
+def constrain_params(unconstrained: dict[str, Any], transforms: dict[str, Any]) -> dict[str, Any]:
+    """Param sites at unconstrained values."""
+    return {name: transforms[name](value) if name in transforms else value for name, value in unconstrained.items()}
+
+
+def unconstrain_params(params: dict[str, Any], transforms: dict[str, Any]) -> dict[str, Any]:
+    """Unconstrained values of param sites, with their weak types made strong so that nothing is compiled twice."""
+    values = {name: transforms[name].inv(value) for name, value in params.items()}
+    return strong_types(values)
+
+
+def strong_types(tree: Any) -> Any:
+    """Arrays of the same dtypes, none of them weakly typed."""
+    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.result_type(x)), tree)
+
+
+def is_latent(site: Site) -> bool:
+    """Whether a site is a sample site without data."""
+    return site["type"] == "sample" and not site["is_observed"]
+
+
+def transform_of(site: Site) -> Any:
+    """The transform from an unconstrained array to a latent site; an error that names the site if there is none."""
+    with helpful_support_errors(site):
+        return biject_to(site["fn"].support)
+
+
+def require_continuous(program: Program) -> None:
+    """Refuses models with a discrete latent.
+
+    :raises ValueError: naming the site.
+    """
+    for name in program.latents:
+        fn = program.sites[name]["fn"]
+        if fn.support.is_discrete:
+            raise ValueError(
+                f"site '{name}': a latent with {type(fn).__name__} is discrete and has no score to move by. Sum it out (a mixture "
+                "such as MixtureSameFamily does it), make it continuous, or observe it."
+            )
+
+
+def require_finite(site: Site) -> None:
+    """Refuses data that are NaN or infinite and not masked; says nothing while data are traced.
+
+    :raises ValueError: naming the site.
+    """
+    value, fn = site["value"], site["fn"]
+    if isinstance(value, jax.core.Tracer) or not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
+        return
+    finite = np.isfinite(np.asarray(value))
+    finite = finite.reshape((*finite.shape[: finite.ndim - fn.event_dim], -1)).all(-1)
+    mask = fn._mask if isinstance(fn, MaskedDistribution) else True
+    if finite.all() or isinstance(mask, jax.core.Tracer):
+        return
+    finite = finite | ~np.asarray(mask)
+    if not finite.all():
+        raise ValueError(
+            f"site '{site['name']}': {int((~finite).sum())} of {finite.size} observed events are NaN or infinite. "
+            "Remove them, or mask them out with numpyro.handlers.mask."
+        )
+
+
+class _place(Messenger):
+    """Puts latents at unconstrained positions, and keeps the log Jacobians, scaled as the sites are."""
+
+    def __init__(self, latents: dict[str, Array], fn: Model | None = None) -> None:
+        self.latents = latents
+        self.log_dets: dict[str, Array] = {}
+        self.indices: dict[str, Array] = {}
+        super().__init__(fn)
+
+    def process_message(self, msg: Site) -> None:
+        if not is_latent(msg) or msg["name"] not in self.latents:
+            return
+        transform, position = transform_of(msg), self.latents[msg["name"]]
+        for frame, (plate, axis) in zip(msg["cond_indep_stack"], _axes(msg, transform), strict=True):
+            if position.shape[axis] != frame.size:
+                position = jnp.take(position, self.indices[plate], axis)
+        msg["value"] = value = transform(position)
+        log_det = transform.log_abs_det_jacobian(position, value)
+        log_det = sum_rightmost(log_det, jnp.ndim(log_det) - jnp.ndim(value) + msg["fn"].event_dim)
+        self.log_dets[msg["name"]] = log_det if msg["scale"] is None else msg["scale"] * log_det
+
+    def postprocess_message(self, msg: Site) -> None:
+        if msg["type"] == "plate":
+            self.indices[msg["name"]] = msg["value"]
+
+
+class _draw(Messenger):
+    """Starts latents by an ``init_strategy`` and keeps their unconstrained positions."""
+
+    def __init__(self, strategy: Callable[..., Any], fn: Model | None = None) -> None:
+        self.strategy = strategy
+        self.positions: dict[str, Array] = {}
+        super().__init__(fn)
+
+    def process_message(self, msg: Site) -> None:
+        if not is_latent(msg) or msg["fn"].support.is_discrete:  # discrete latents are refused with their name, later
+            return
+        msg["value"] = self.strategy({**msg, "fn": with_core(msg["fn"], _start_of)})
+        self.positions[msg["name"]] = transform_of(msg).inv(msg["value"])
+
+
+def _start_of(fn: Distribution) -> Distribution:
+    """Where an energy site starts, as its negative chains do; other distributions as they are."""
+    if not isinstance(fn, TiltedDistribution) or energy_site(fn) is None:
+        return fn
+    source = fn.base if fn.initial is None else fn.initial
+    return with_core(source.expand(fn.batch_shape), _start_of)
+
+
+class _whole_plates(Messenger):
+    def process_message(self, msg: Site) -> None:
+        if msg["type"] == "plate":
+            size = msg["args"][0]
+            msg["args"], msg["value"] = (size, size), jnp.arange(size)
+
+
+def _read(sites: dict[str, Site]) -> Program:
+    latents = {}
+    for name, site in sites.items():
+        if is_latent(site):
+            transform = None if site["fn"].support.is_discrete else transform_of(site)
+            latents[name] = LatentSite(_axes(site, transform), _event_dim(site["fn"], transform))
+    plates = {name: Plate(site["value"], site["args"][0]) for name, site in sites.items() if site["type"] == "plate"}
+    return Program(sites, latents, plates)
+
+
+def _axes(site: Site, transform: Any) -> tuple[tuple[str, int], ...]:
+    event_dim = _event_dim(site["fn"], transform)
+    return tuple((frame.name, frame.dim - event_dim) for frame in site["cond_indep_stack"])
+
+
+def _event_dim(fn: Distribution, transform: Any) -> int:
+    """Number of dims of one unconstrained event: a transform may change it, as that of a covariance matrix does."""
+    return fn.event_dim if transform is None else fn.event_dim - transform.codomain.event_dim + transform.domain.event_dim
+
+
+def _param_transform(site: Site) -> Any:
+    from numpyro.distributions import constraints
+
+    with helpful_support_errors(site):
+        return biject_to(site["kwargs"].get("constraint", constraints.real))
+
+
+def _copied(data: dict[str, Any]) -> dict[str, Any]:
+    """The same values in containers of their own: a program updates its mutable sites in place."""
+    return jax.tree.map(lambda x: x, data)
