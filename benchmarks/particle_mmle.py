@@ -1,0 +1,141 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a step of ``ParticleMMLE`` costs: over the same maths by hand, against the number of particles and of data.
+
+The model is a decoder of 2 layers from a latent of 10 to 64 pixels, learnt with Adam.
+
+* ``hand``: seconds per ``update`` over the same maths written by hand in JAX (particles, decoder, optimiser; no NumPyro).
+* ``particles``, ``data``: seconds per step and megabytes of the state against the number of particles and of data, and the
+  slope of log seconds against log size: 1 is linear, less where a fixed cost still counts.
+* ``minibatch``: batches of 256 out of 100 000 data with 10 particles each, over batches of 256 out of 1 000: 1 if a step
+  costs what its batch costs. The second ratio is over a hand-written step on an array of 256 rows with no store at all.
+
+What is compared is timed in turn, A B A B, so that the ratio holds when the machine's speed drifts. Run ``make bench``, or
+``python benchmarks/particle_mmle.py --help``.
+"""
+
+import argparse
+import time
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+from numpyro.contrib.module import eqx_module
+
+from numpyro_ebm import ParticleMMLE
+
+LATENT, PIXELS, NOISE, STEP_SIZE = 10, 64, 0.25, 1e-3
+OPTIM = optax.adam(1e-3)
+DECODER = eqx.nn.MLP(LATENT, PIXELS, 128, 2, jax.nn.silu, key=jax.random.key(0))
+
+
+def model(images, batch_size=None):
+    decoder = eqx_module("decoder", DECODER)
+    with numpyro.plate("data", len(images), subsample_size=batch_size):
+        batch = numpyro.subsample(images, event_dim=1)
+        z = numpyro.sample("z", dist.Normal(0, 1).expand([LATENT]).to_event(1))
+        numpyro.sample("y", dist.Normal(jax.vmap(decoder)(z), NOISE).to_event(1), obs=batch)
+
+
+def by_engine(images, num_particles, batch_size=None):
+    """A state, and the engine's step as a function of it."""
+    engine = ParticleMMLE(model, OPTIM, num_particles, STEP_SIZE)
+    state = engine.init(jax.random.key(1), images, batch_size=batch_size)
+    return state, lambda state: engine.update(state, images, batch_size=batch_size)
+
+
+def by_hand(images, num_particles):
+    params, static = eqx.partition(DECODER, eqx.is_inexact_array)
+
+    def log_joint(params, z):
+        mean = jax.vmap(eqx.combine(params, static))(z)
+        log_prior = -(z**2 + jnp.log(2 * jnp.pi)).sum() / 2
+        return log_prior - (((images - mean) / NOISE) ** 2 + jnp.log(2 * jnp.pi * NOISE**2)).sum() / 2
+
+    def update(state):
+        params, optim_state, z, key = state
+        key, noise_key = jax.random.split(key)
+        value, (of_params, score) = jax.value_and_grad(lambda p, z: jax.vmap(log_joint, (None, 0))(p, z).sum(), (0, 1))(params, z)
+        updates, optim_state = OPTIM.update(jax.tree.map(lambda g: -g / num_particles, of_params), optim_state, params)
+        z = z + STEP_SIZE * score + jnp.sqrt(2 * STEP_SIZE) * jax.random.normal(noise_key, z.shape)
+        return (optax.apply_updates(params, updates), optim_state, z, key), -value / num_particles
+
+    z = jax.random.normal(jax.random.key(2), (num_particles, len(images), LATENT))
+    return (params, OPTIM.init(params), z, jax.random.key(1)), update
+
+
+def timed(state, update, num_steps):
+    """A function that makes ``num_steps`` steps in one compiled loop and returns the seconds per step."""
+    run = jax.jit(lambda state: jax.lax.scan(lambda state, _: update(state), state, length=num_steps), donate_argnums=0)
+    box = [run(jax.tree.map(jnp.copy, state))[0]]
+
+    def seconds():
+        start = time.perf_counter()
+        box[0] = jax.block_until_ready(run(box[0])[0])
+        return (time.perf_counter() - start) / num_steps
+
+    seconds()
+    return seconds
+
+
+def in_turn(*timers, repeats):
+    return np.array([[timer() for timer in timers] for _ in range(repeats)])
+
+
+def megabytes(state):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)) / 1e6
+
+
+def slope(sizes, seconds):
+    return np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
+
+
+def show_ratio(title, times, column=0, over=1):
+    ratios = times[:, column] / times[:, over]
+    medians = np.median(times, 0) * 1e3
+    print(
+        f"{title:<52}{np.median(ratios):7.3f} (from {ratios.min():.3f} to {ratios.max():.3f}); "
+        f"{medians[column]:.2f} against {medians[over]:.2f} ms"
+    )
+
+
+def main(args):
+    print(f"device {jax.devices()[0].device_kind}; medians of {args.repeats} rounds of {args.num_steps} steps")
+    key, size = jax.random.key(3), 256
+    images = jax.random.uniform(key, (size, PIXELS))
+    times = in_turn(*(timed(*make(images, 10), args.num_steps) for make in (by_engine, by_hand)), repeats=args.repeats)
+    show_ratio("hand: one step of the engine over the maths by hand", times)
+
+    for title, sizes, make in (
+        ("particles", args.particles, lambda n: by_engine(images, n)),
+        ("data", args.data, lambda n: by_engine(jax.random.uniform(key, (n, PIXELS)), 4)),
+    ):
+        problems = [make(n) for n in sizes]
+        times = np.median(in_turn(*(timed(*p, max(args.num_steps // 5, 1)) for p in problems), repeats=args.repeats), 0)
+        for n, (state, _), seconds in zip(sizes, problems, times, strict=True):
+            print(f"{title}: {n:>7} {seconds * 1e3:9.2f} ms a step {megabytes(state):9.2f} MB of state")
+        print(f"{title}: slope of log seconds {slope(sizes, times):.2f}")
+
+    many = jax.random.uniform(key, (args.many, PIXELS))
+    problems = by_engine(many, 10, size), by_engine(many[:1000], 10, size), by_hand(images, 10)
+    times = in_turn(*(timed(*p, args.num_steps) for p in problems), repeats=args.repeats)
+    show_ratio(f"minibatch: {args.many} data over 1000", times)
+    show_ratio(f"minibatch: {args.many} data over a batch by hand", times, 0, 2)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--num-steps", type=int, default=50, help="steps in one timed loop")
+    parser.add_argument("--repeats", type=int, default=11, help="rounds of timed loops")
+    parser.add_argument("--many", type=int, default=100_000, help="data of the minibatch comparison")
+    parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
+    args = parser.parse_args()
+    args.particles, args.data = (1, 2, 4, 8, 16, 32), (256, 1024, 4096, 16384)
+    if args.smoke:
+        args.num_steps, args.repeats, args.many, args.particles, args.data = 2, 2, 2000, (1, 2), (256, 512)
+    main(args)
