@@ -26,7 +26,7 @@ Schedule = Callable[[Array], Array]
 class LangevinState(NamedTuple):
     """State of :func:`langevin`."""
 
-    count: Array  # (), int32: steps done, for a schedule
+    num_steps: Array  # (), int32: steps done, for a schedule
 
 
 class KineticLangevinState(NamedTuple):
@@ -70,11 +70,11 @@ def langevin(step_size: float | Schedule) -> optax.GradientTransformationExtraAr
         updates: Any, state: LangevinState, params: Any = None, *, temperature: Any = None, rng_key: Any = None, **extra: Any
     ) -> tuple[Any, LangevinState]:
         _require_extra("langevin", temperature, rng_key)
-        h = step_size(state.count) if callable(step_size) else step_size
+        h = step_size(state.num_steps) if callable(step_size) else step_size
         noise = normal_like(rng_key, updates)
         sd = jnp.sqrt(jnp.asarray(2 * h * temperature))
         updates = jax.tree.map(lambda g, xi: -h * g + sd.astype(g.dtype) * xi, updates, noise)
-        return updates, LangevinState(state.count + 1)
+        return updates, LangevinState(state.num_steps + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -203,7 +203,8 @@ def normal_like(rng_key: Array, tree: Any) -> Any:
     """Standard normal noise of the shapes and dtypes of a pytree, every array with a key of its own."""
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(rng_key, len(leaves))
-    return structure.unflatten([jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)])
+    noise = [jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, noise)
 
 
 def _integrated_variance(a: float) -> float:
@@ -220,7 +221,7 @@ def require_step(step_size: Any) -> None:
 
 
 def _require_positive(name: str, value: Any) -> None:
-    if not (isinstance(value, numbers.Real) and math.isfinite(value) and value > 0):
+    if not (isinstance(value, numbers.Real) and math.isfinite(value) and float(value) > 0):
         raise ValueError(f"{name} must be a positive finite number, got {value!r}.")
 
 

@@ -192,8 +192,13 @@ def unconstrain_params(params: dict[str, Any], transforms: dict[str, Any]) -> di
 
 
 def strong_types(tree: Any) -> Any:
-    """Arrays of the same dtypes, none of them weakly typed."""
-    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.result_type(x)), tree)
+    """Arrays of the same dtypes, none of them weakly typed: a weak type that a step makes strong would compile it twice."""
+
+    def strong(x: Any) -> Any:
+        is_key = jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
+        return x if is_key else jax.lax.convert_element_type(x, jnp.result_type(x))
+
+    return jax.tree.map(strong, tree)
 
 
 def is_latent(site: Site) -> bool:

@@ -361,10 +361,11 @@ class ParticleMMLE(Engine):
         for site in program.sites.values():
             if site["type"] == "sample" and site["is_observed"]:
                 require_finite(site)
-        needs_phase = isinstance(self.model, negative_phase) or self._has_energies(program, args, kwargs)
-        return unconstrain_params(program.params, program.param_transforms), jnp.zeros((int(needs_phase), 0))
+        return unconstrain_params(program.params, program.param_transforms)
 
-    def _has_energies(self, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _needs_phase(self, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if isinstance(self.model, negative_phase):
+            return True
         sites = [name for name, site in program.sites.items() if site["type"] == "sample" and energy_site(site["fn"]) is not None]
         try:
             return check_model(self._phase.fn, *args, **kwargs).needs_negative_phase
@@ -382,11 +383,11 @@ class ParticleMMLE(Engine):
         for name, site in program.latents.items():
             outside = set(program.subsampled) - {plate for plate, _ in site.plates}
             if outside:
-                plate = min(outside)
+                around = min(outside)
                 raise ValueError(
-                    f"site '{name}' stands outside the subsampled plate '{plate}': its posterior depends on all rows of the data, "
+                    f"site '{name}' stands outside the subsampled plate '{around}': its posterior depends on all rows of the data, "
                     "and a batch would give its particles noise that is not Langevin's. Make it a numpyro.param, or do not "
-                    f"subsample '{plate}'."
+                    f"subsample '{around}'."
                 )
         for name, plate in program.plates.items():
             inside = (plate.indices >= 0) & (plate.indices < plate.size)
@@ -408,19 +409,18 @@ class ParticleMMLE(Engine):
         return int(np.prod([program.plates[plate].size for plate in shared]))
 
     def _start(self, rng_key: Array, params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ParticleState:
-        unconstrained, needs_phase = params
         rng_key, run_key, draw_key = jax.random.split(rng_key, 3)
         program = run_program(self._inner, args, kwargs, run_key)
-        data = constrain_params(unconstrained, program.param_transforms)
+        data = constrain_params(params, program.param_transforms)
         particles = self._draw_particles(draw_key, program, data, args, kwargs)
-        phase = self._phase if needs_phase.shape[0] else self._inner
+        phase = self._phase if self._needs_phase(program, args, kwargs) else self._inner
         mutable_state = run_program(phase, args, kwargs, run_key, data=data, latents=_first(particles)).mutable_state
         stiffness = {name: jnp.zeros(x.shape[x.ndim - program.latents[name].event_dim :], x.dtype) for name, x in particles.items()}
         count = jnp.zeros((), jnp.int32)
         state = ParticleState(
             params=data,
-            unconstrained=unconstrained,
-            optim_state=self._transformation.init(unconstrained),
+            unconstrained=params,
+            optim_state=self._transformation.init(params),
             particles=particles,
             dynamics_state=() if self.dynamics is None else self.dynamics.init(particles),
             mutable_state=mutable_state,
@@ -429,7 +429,7 @@ class ParticleMMLE(Engine):
             num_steps=count,
             num_skipped=count,
         )
-        return strong_types(state._replace(rng_key=None))._replace(rng_key=rng_key)
+        return strong_types(state)
 
     def _draw_particles(
         self, rng_key: Array, program: Program, data: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
