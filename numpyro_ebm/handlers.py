@@ -32,11 +32,13 @@ from numpyro_ebm.distributions.energy import (
     NormalizerError,
     TiltedDistribution,
     energy_site,
+    is_flat,
     refuse_gradient,
     without_guard,
 )
 from numpyro_ebm.model_check import check_model
 from numpyro_ebm.program import require_finite
+from numpyro_ebm.random_field import FIELD, RandomField, record_run
 from numpyro_ebm.samplers import MALA, Sampler
 
 Message = dict[str, Any]
@@ -79,10 +81,19 @@ class negative_phase(Messenger):
     3. adds the factor ``"<site>/log_normalizer"``, :math:`-(m - \mathrm{stop\_gradient}(m))` with :math:`m` the chains'
        mean unnormalised log density: its value is 0, its gradient the estimate of :math:`-\nabla \log Z`.
 
-    The factor stands in the site's plates, so each of M latents pays its own normaliser, and subsampling and
+    The factor of a site stands in its plates, so each of M latents pays its own normaliser, and subsampling and
     :class:`numpyro.handlers.scale` weigh it as they weigh the site. The chains come back in ``SVIState.mutable_state`` and
     go on in the next ``run(..., init_state=...)``. **The loss is still unnormalised**: it is off by the unknown
     :math:`\log Z`, and two fits cannot be compared by it.
+
+    A model in which a :func:`numpyro.factor` with parameters couples :class:`~numpyro_ebm.BaseMeasure` sites is a **random
+    field**: it denotes the exponential of all its log terms over one joint normaliser. It has one population, the mutable site
+    ``"random_field/chains"``, whose ``x`` is a dictionary of joint values of all sample sites, latent and observed, of shape
+    ``(num_replicates,)`` + that of the site in one run of the model; and one factor, ``"random_field/log_normalizer"``. If all
+    sites lie in one plate, each of its rows is a field and a chain by itself, and ``num_replicates`` is ``num_chains`` over the
+    number of rows, rounded up. Under subsampling the chains belong to no row of the data: a field with covariates or
+    parameters of its own for every row stops the run unless ``persistent=False``. Chains start at the values of the run,
+    data and latents: short-run is then contrastive divergence, which is biased.
 
     :param fn: the model.
     :param int num_chains: chains at each energy site. The variance that they add to the gradient falls as
@@ -92,11 +103,14 @@ class negative_phase(Messenger):
     :param bool persistent: whether chains go on from where the last step left them (persistent contrastive divergence) or
         start afresh from ``initial`` or the base every time (short-run).
     :param init_chains: a mapping from site names to where chains start, of shape ``(num_chains,) + batch_shape +
-        event_shape``; draws of the site's ``initial`` or base if not given.
+        event_shape``; draws of the site's ``initial`` or base if not given. For a random field
+        ``{"random_field": {site: values, ...}}``, with values as in ``x`` above.
     :raises ValueError: if ``num_chains`` is not a positive integer; while the model is traced, naming the site, if observed
         data are not finite, ``init_chains`` names no energy site or has another shape, the state holds chains of another
-        shape, or the objective averages over ``num_particles > 1``, which would drop the chains.
-    :raises NormalizerError: if the normaliser of a site depends on another latent site.
+        shape, a random field has masked sites or sites outside a subsampled plate, or the objective averages over
+        ``num_particles > 1``, which would drop the chains.
+    :raises NormalizerError: if the normaliser of a site depends on another latent site, or a random field has discrete or
+        energy sites.
     :raises RuntimeError: during a run, through JAX, when chains turn non-finite or run away.
 
     **References**
@@ -105,6 +119,7 @@ class negative_phase(Messenger):
     2. Nijkamp et al., *Learning non-convergent non-persistent short-run MCMC toward energy-based model*, NeurIPS 2019,
        arXiv:1904.09770.
     3. Pang et al., *Learning latent space energy-based prior model*, NeurIPS 2020, arXiv:2006.08205, eq. 7.
+    4. Tang et al., *Particle dynamics for latent-variable energy-based models*, 2025, arXiv:2510.15447: the pool of a field.
 
     .. doctest::
 
@@ -135,7 +150,7 @@ class negative_phase(Messenger):
         num_chains: int = 256,
         sampler: Sampler | Mapping[str, Sampler] | None = None,
         persistent: bool = True,
-        init_chains: Mapping[str, Array] | None = None,
+        init_chains: Mapping[str, Array | Mapping[str, Array]] | None = None,
     ) -> None:
         if not isinstance(num_chains, numbers.Integral) or isinstance(num_chains, bool) or num_chains < 1:
             raise ValueError(f"num_chains must be a positive integer, got {num_chains!r}: every energy site needs chains.")
@@ -146,22 +161,44 @@ class negative_phase(Messenger):
         self.num_chains: int = int(num_chains)
         self.persistent: bool = persistent
         self.sampler: Sampler | Mapping[str, Sampler] = MALA() if sampler is None else sampler
-        self.init_chains: dict[str, Array] = dict(init_chains or {})
+        self.init_chains: dict[str, Any] = dict(init_chains or {})
         self._open: list[tuple[Message, str]] = []
-        self._checked: set[Any] = set()
+        self._checked: dict[Any, bool | None] = {}  # by the kind of arguments: whether the model is a random field, if known
         self._reports: bool = True
         super().__init__(fn)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kind = jax.tree.structure((args, kwargs)), tuple(_kind(leaf) for leaf in jax.tree.leaves((args, kwargs)))
-        if self.fn is None or kind in self._checked:
+        if self.fn is None:
             return super().__call__(*args, **kwargs)
-        unchecked = self._check(args, kwargs)
-        result = super().__call__(*args, **kwargs)  # what is wrong with the model itself is raised here, in its own words
-        self._checked.add(kind)
+        if kind in self._checked:
+            return self._run(self._checked[kind], args, kwargs)
+        is_field, unchecked = self._check(args, kwargs)
+        result = self._run(is_field, args, kwargs)  # what is wrong with the model itself is raised here, in its own words
+        self._checked[kind] = is_field
         if unchecked is not None:
             warnings.warn(f"negative_phase could not check which sites depend on which: {unchecked}", stacklevel=2)
         return result
+
+    def _run(self, is_field: bool | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model, and after it the normaliser of the random field that it may be."""
+        if is_field is False:
+            return super().__call__(*args, **kwargs)
+        seen = record_run()
+        with self:
+            with seen:
+                result = self.fn(*args, **kwargs)
+            if is_field or seen.looks_like_a_field:
+                self._add_field_normalizer(seen, args, kwargs)
+        return result
+
+    def _add_field_normalizer(self, seen: record_run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _refuse_who_runs_it(FIELD)
+        field_key, start_key, run_key = jax.random.split(_chain_key(FIELD), 3)
+        field = RandomField(self.fn, args, kwargs, field_key, seen, self.num_chains)
+        start = field.start(start_key, self.init_chains.get(FIELD, {}))
+        mean = self._advance(FIELD, field, start, run_key).mean(0)
+        numpyro.factor(f"{FIELD}/log_normalizer", -(mean - lax.stop_gradient(mean)))
 
     def __enter__(self) -> Any:
         if self.fn is None:
@@ -186,7 +223,8 @@ class negative_phase(Messenger):
             return
         name = self._open.pop()[1]  # the name before handlers outside this one changed it
         site = {**msg, "name": name}
-        log_density = self._advance(site, energy)
+        start_key, run_key = jax.random.split(_chain_key(name))
+        log_density = self._advance(name, energy, self._start(site, energy, start_key), run_key)
         mean = _where_it_stands(msg["fn"], log_density.mean(0))
         # a value may have more batch dimensions than its distribution: NumPyro adds up log_prob over them
         batch = jnp.shape(msg["value"])[: jnp.ndim(msg["value"]) - msg["fn"].event_dim]
@@ -211,7 +249,7 @@ class negative_phase(Messenger):
         :param int num_samples: draws per chain, one after every run of the sampler.
         :param args: arguments of the model.
         :return: draws by site, of shape ``(num_chains, num_samples) + batch_shape + event_shape``, and the mutable state
-            after the last.
+            after the last. Every site of a random field has draws, of shape ``(num_replicates, num_samples)`` + its own.
         """
         mutable_state = getattr(getattr(mutable_state, "state", mutable_state), "mutable_state", mutable_state)
         params = getattr(params, "params", params)
@@ -220,7 +258,7 @@ class negative_phase(Messenger):
             with trace() as sites, seed(rng_seed=key), substitute(data={**params, **state}), substitute(substitute_fn=_feasible):
                 self(*args, **kwargs)
             state = {name: sites[name]["value"] for name in state}
-            return state, {name.removesuffix("/chains"): state[name]["x"] for name in state if name.endswith("/chains")}
+            return state, positions({name: state[name] for name in state if name.endswith("/chains")})
 
         keys = jax.random.split(rng_key, num_samples)
         state, draws = jax.jit(lambda state, keys: lax.scan(step, state, keys))(mutable_state, keys)
@@ -232,22 +270,20 @@ class negative_phase(Messenger):
         silent._open, silent._reports = [], False
         return silent
 
-    def _advance(self, site: Message, energy: TiltedDistribution) -> Array:
-        """The log density at the chains of a site, which it moves by one run of the sampler and stores in a mutable site."""
-        name, sampler = site["name"], self._sampler_of(site["name"])
-        key = numpyro.prng_key()
-        if key is None:
-            raise ValueError(f"site '{name}': its negative chains need a random key. Run the model under numpyro.handlers.seed.")
-        start_key, run_key = jax.random.split(key)
-        start = self._start(site, energy, start_key)
+    def _advance(self, name: str, energy: Any, start: Any, run_key: Array) -> Array:
+        """The log density at the chains of a site, which it moves by one run of the sampler and stores in a mutable site.
+
+        :param energy: a :class:`TiltedDistribution`, whose chains are an array, or a :class:`RandomField`, whose are one by site.
+        """
+        sampler = self._sampler_of(name)
         log_prob = energy.chain_log_prob(sampler)
         fresh = sampler.init(energy.to_chain(start, sampler), log_prob)
         kept = {field: value for field, value in fresh._asdict().items() if field != "position"}
         count = jnp.zeros((), jnp.int32)
         chains = mutable(f"{name_inside(self, name)}/chains", {"x": start, "num_updates": count, "status": count, **kept})
-        if chains["x"].shape != start.shape:
+        if _shapes(chains["x"]) != _shapes(start):
             raise ValueError(
-                f"site '{name}': the state holds chains of shape {chains['x'].shape}, this handler keeps {start.shape}. "
+                f"site '{name}': the state holds chains of shape {_shapes(chains['x'])}, this handler keeps {_shapes(start)}. "
                 "Use the same num_chains, or begin from a fresh state."
             )
         position = energy.to_chain(chains["x"] if self.persistent else start, sampler)
@@ -255,9 +291,12 @@ class negative_phase(Messenger):
         state = sampler.run(run_key, log_prob, state)
         x = lax.stop_gradient(energy.from_chain(state.position, sampler))
         chains.update({"x": x, "num_updates": chains["num_updates"] + 1, **{field: getattr(state, field) for field in kept}})
-        log_density = energy._log_density(x)
-        finite = jnp.isfinite(x).all() & jnp.isfinite(log_density).all()
-        chains["status"] = _watch(name, sampler, state, finite, chains, self._reports)
+        log_density: Array = energy._log_density(x)
+        finite = jnp.all(jnp.stack([jnp.isfinite(array).all() for array in jax.tree.leaves((x, log_density))]))
+        trouble = jnp.where(finite, 0, _NOT_FINITE)
+        if isinstance(energy, RandomField) and self.persistent:
+            trouble = jnp.maximum(trouble, jnp.where(energy.mixes_fields(x), _MIXED_FIELDS, 0))
+        chains["status"] = _watch(name, sampler, state, trouble, chains, self._reports)
         return log_density
 
     def _start(self, site: Message, energy: TiltedDistribution, key: Array) -> Array:
@@ -277,42 +316,29 @@ class negative_phase(Messenger):
             return self.sampler.get(name, MALA())
         return self.sampler
 
-    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
+    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool | None, Exception | None]:
         """What only the whole model shows: which site depends on which, and whether every name given is a site.
 
-        :return: what kept NumPyro's analysis, which does not cover every model that SVI can run, from telling.
+        :return: whether the model is a random field with parameters; or what kept NumPyro's analysis, which does not cover
+            every model that SVI can run, from telling.
         """
         try:
             with block():
                 report = check_model(self.fn, *args, **kwargs)
         except Exception as error:
-            return error
+            return None, error
         refused = [site for site in report.sites if site.refused]
         if refused:
             raise NormalizerError("\n".join(f"site '{site.name}': {site.verdict}" for site in refused))
-        sites = [site.name for site in report.sites if site.is_energy]
+        sites = [site.name for site in report.sites if site.is_energy] + [FIELD] * report.is_random_field
         named = {*self.init_chains, *(self.sampler if isinstance(self.sampler, Mapping) else ())}
         if not named <= set(sites):
             raise ValueError(f"no energy site is called {sorted(named - set(sites))}: the model has {sites}.")
-        return None
+        return report.is_random_field, None
 
     def _refuse_where_it_stands(self, msg: Message, energy: TiltedDistribution) -> None:
-        name, objective = msg["name"], calling_objective()
-        if objective is not None and type(objective).loss_with_mutable_state is ELBO.loss_with_mutable_state:
-            raise ValueError(
-                f"site '{name}': {type(objective).__name__} keeps no mutable state, and so no negative chains. "
-                "Use Trace_ELBO() or TraceMeanField_ELBO()."
-            )
-        if objective is not None and objective.num_particles != 1:
-            raise ValueError(
-                f"site '{name}': {type(objective).__name__}(num_particles={objective.num_particles}) drops mutable state, so the "
-                "negative chains would start afresh at every step. Use num_particles=1 and a larger batch or more steps."
-            )
-        if called_by_mcmc():
-            raise ValueError(
-                f"site '{name}': negative_phase learns parameters by gradient, and MCMC needs the density itself. Give MCMC the "
-                "model without it: an energy with fixed parameters is right as it is."
-            )
+        name = msg["name"]
+        _refuse_who_runs_it(name)
         if msg.get("_control_flow_done"):
             raise NormalizerError(
                 f"site '{name}': inside control_flow.scan it cannot be told whether its unknown normaliser depends on the carry. "
@@ -327,6 +353,44 @@ class negative_phase(Messenger):
             )
 
 
+def _refuse_who_runs_it(name: str) -> None:
+    objective = calling_objective()
+    if objective is not None and type(objective).loss_with_mutable_state is ELBO.loss_with_mutable_state:
+        raise ValueError(
+            f"site '{name}': {type(objective).__name__} keeps no mutable state, and so no negative chains. "
+            "Use Trace_ELBO() or TraceMeanField_ELBO()."
+        )
+    if objective is not None and objective.num_particles != 1:
+        raise ValueError(
+            f"site '{name}': {type(objective).__name__}(num_particles={objective.num_particles}) drops mutable state, so the "
+            "negative chains would start afresh at every step. Use num_particles=1 and a larger batch or more steps."
+        )
+    if called_by_mcmc():
+        raise ValueError(
+            f"site '{name}': negative_phase learns parameters by gradient, and MCMC needs the density itself. Give MCMC the "
+            "model without it: an energy with fixed parameters is right as it is."
+        )
+
+
+def _chain_key(name: str) -> Array:
+    key = numpyro.prng_key()
+    if key is None:
+        raise ValueError(f"site '{name}': its negative chains need a random key. Run the model under numpyro.handlers.seed.")
+    return key
+
+
+def _shapes(x: Any) -> Any:
+    return jax.tree.map(jnp.shape, x)
+
+
+def positions(chains: Mapping[str, Mapping[str, Any]]) -> dict[str, Array]:
+    """Where chains stand, by sample site, from their mutable sites: those of a random field are values of many sites."""
+    found: dict[str, Array] = {}
+    for name, kept in chains.items():
+        found |= kept["x"] if isinstance(kept["x"], Mapping) else {name.removesuffix("/chains"): kept["x"]}
+    return found
+
+
 def _kind(leaf: Any) -> Any:
     """What of an argument decides which sites a model has: not the value of an array or float, but a flag or a size."""
     if isinstance(leaf, (jax.Array, np.ndarray)):
@@ -335,8 +399,10 @@ def _kind(leaf: Any) -> Any:
 
 
 def _feasible(msg: Message) -> Array | None:
-    """A value for a latent energy site where its draw is not wanted."""
-    if msg["type"] != "sample" or msg["value"] is not None or energy_site(msg["fn"]) is None:
+    """A value for a latent energy or flat site where its draw is not wanted."""
+    if msg["type"] != "sample" or msg["value"] is not None:
+        return None
+    if energy_site(msg["fn"]) is None and not is_flat(msg["fn"]):
         return None
     return msg["fn"].support.feasible_like(jnp.zeros(msg["fn"].shape()))
 
@@ -365,10 +431,10 @@ def _where_it_stands(fn: Distribution, log_normalizer: Array) -> Array:
     return inner
 
 
-def _watch(name: str, sampler: Sampler, state: Any, finite: Array, chains: dict[str, Any], reports: bool) -> Array:
+def _watch(name: str, sampler: Sampler, state: Any, trouble: Array, chains: dict[str, Any], reports: bool) -> Array:
     """Reports trouble from inside a compiled run: a warning once, an error at once. Costs nothing while all is well."""
     status = jnp.asarray(sampler.check(state) if hasattr(sampler, "check") else 0, jnp.int32)
-    status = jnp.where(finite, status, _NOT_FINITE)
+    status = jnp.where(trouble > 0, trouble, status)
 
     def report(status: np.ndarray, num_updates: np.ndarray, old: np.ndarray) -> None:
         if int(status) > int(old):  # under vmap both branches of the condition run
@@ -380,7 +446,7 @@ def _watch(name: str, sampler: Sampler, state: Any, finite: Array, chains: dict[
     return jnp.maximum(status, old)
 
 
-_NOT_FINITE = 9
+_MIXED_FIELDS, _NOT_FINITE = 8, 9
 
 
 def _report(name: str, sampler: Any, status: int, num_updates: int) -> None:
@@ -396,6 +462,11 @@ def explain_chains(phase: negative_phase, name: str, status: int) -> str:
 
 
 def _explain(sampler: Any, status: int) -> str:
+    if status == _MIXED_FIELDS:
+        return (
+            "the rows of its subsampled plate have fields of their own (covariates or parameters differ between rows), so that a "
+            "persistent chain would belong to another field at every step. Use persistent=False, or do not subsample."
+        )
     if status != _NOT_FINITE:
         return f"{sampler.explain(status)}."
     return (

@@ -1,98 +1,226 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Fits and chains as ArviZ data.
+"""Fits, particles and chains as ArviZ data.
 
 The negative chains of a latent site are draws from its learnt prior, so they are the group ``prior``, with the chains
-that the fit ran side by side as ArviZ's ``chain``: R-hat and ESS of that group say whether the chains mix.
+that the fit ran side by side as ArviZ's ``chain``: R-hat and ESS of that group say whether the chains mix. Particles are
+another thing. They share the parameters that they move, and are draws of one run: ArviZ's ``draw``.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
+from numpyro.distributions import Unit
+from numpyro.infer import init_to_sample
+
+from numpyro_ebm._compat import layers
+from numpyro_ebm.handlers import negative_phase, positions
+from numpyro_ebm.program import Site, constrained, draw_latents, run_program, whole_plates
 
 
 def to_inference_data(
     state: Any,
     *,
+    model: Callable[..., Any] | None = None,
+    model_args: tuple[Any, ...] = (),
+    model_kwargs: Mapping[str, Any] | None = None,
     chains: Mapping[str, Array] | None = None,
     posterior: Mapping[str, Array] | None = None,
     posterior_predictive: Mapping[str, Array] | None = None,
+    batch_ndims: int = 1,
     observed_data: Mapping[str, Array] | None = None,
     losses: Array | None = None,
+    trace: Mapping[str, Array] | None = None,
     coords: Mapping[str, Sequence[Any]] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
 ) -> Any:
-    """ArviZ data of a fit under :class:`~numpyro_ebm.negative_phase`.
+    """ArviZ data of a fit by :class:`~numpyro_ebm.ParticleMMLE`, or by ``SVI`` under :class:`~numpyro_ebm.negative_phase`.
 
     ========================  =========================================  ====================================================
     group                     dims of a variable                         what it holds
     ========================  =========================================  ====================================================
-    ``posterior``             ``chain`` (1), ``draw``, site dims         draws from the guide
-    ``posterior_predictive``  ``chain`` (1), ``draw``, site dims         draws of the data
+    ``posterior``             ``chain``, ``draw``, site dims             draws of the latents; particles of a run as draws
+    ``posterior_predictive``  ``chain``, ``draw``, site dims             draws of the data
     ``prior``                 ``chain``, ``draw``, site dims             the negative chains: draws from the learnt prior
     ``sample_stats_prior``    ``energy_site``                            ``num_updates``, the sampler's statistics (batch means)
     ``observed_data``         site dims                                  the data
-    ``fit``                   ``step``                                   ``loss`` at every step
+    ``fit``                   ``step``, site dims                        ``loss`` and param sites at every step
     ========================  =========================================  ====================================================
 
-    The dims of a site are called ``<site>_dim_0``, ``<site>_dim_1`` and so on, unless ``dims`` names them. The chains of a
-    site in a plate lack the plate's dim: they have the site's last ones. Only the groups that are given are made.
+    With ``model`` the dims of a site are called after its plates, as ``from_numpyro`` calls them, and the posterior of
+    :class:`~numpyro_ebm.ParticleMMLE` and the observed data need not be given. Dims that neither a plate nor ``dims`` names are
+    called ``<site>_dim_0``, ``<site>_dim_1`` and so on. The chains of a site in a plate lack the plate's dim: they have the
+    site's last ones. Only the groups that there is something for are made.
 
-    :param state: an ``SVIRunResult``, an ``SVIState``, or a mutable state.
+    Particles share the parameters of their run, so that they are draws and not chains. In a state of several runs, made by
+    :func:`jax.vmap` over the engine, every run is a ``chain``.
+
+    :param state: the result of a run or its state, by ``ParticleMMLE`` or ``SVI``, or a mutable state.
+    :param model: the model, such as ``engine.model``.
+    :param tuple model_args: its arguments.
+    :param dict model_kwargs: its keyword arguments.
     :param chains: draws by site of :meth:`negative_phase.sample_chains <numpyro_ebm.negative_phase.sample_chains>`, of shape
         ``(num_chains, num_samples) + batch_shape + event_shape``; where the chains stand in ``state`` if not given.
-    :param posterior: draws by site, of shape ``(num_samples,) + batch_shape + event_shape``.
+    :param posterior: draws by site, of shape ``(num_samples,) + batch_shape + event_shape``; the particles of ``state`` if not
+        given.
     :param posterior_predictive: draws by site, of the same form.
-    :param observed_data: data by site.
-    :param losses: the loss at every step, of shape ``(num_steps,)``; those of ``state`` if it is an ``SVIRunResult``.
+    :param int batch_ndims: leading dims of these draws, as in ``Predictive``: 2 for draws of
+        :func:`~numpyro_ebm.sample_posterior`, of shape ``(num_chains, num_samples) + batch_shape + event_shape``.
+    :param observed_data: data by site; those of ``model`` if not given.
+    :param losses: the loss at every step, of shape ``(num_steps,)``; those of ``state`` if it is a result.
+    :param trace: param sites at every step, of shape ``(num_steps,) + shape``; those that ``state`` collected if it is a result
+        of ``run(..., collect=engine.get_params)``.
     :param coords: coordinate values by dim.
     :param dims: names of the dims of a site, plates first, without ``chain`` and ``draw``.
     :return: an ``arviz.InferenceData`` (ArviZ 0) or an ``xarray.DataTree`` (ArviZ 1).
-    :raises ValueError: if ``state`` holds no negative chains; if ``chains`` or ``dims`` names an unknown site, or ``coords``
+    :raises ValueError: if there is nothing to show; if ``chains`` or ``dims`` names an unknown site, or ``coords``
         an unknown dim; if ``dims`` gives a site the wrong number of names.
 
     .. doctest::
 
-        >>> import jax.numpy as jnp
-        >>> from numpyro_ebm import to_inference_data
-        >>> mutable_state = {"z/chains": {"x": jnp.zeros((100, 2)), "num_updates": jnp.array(50)}}
-        >>> data = to_inference_data(mutable_state, dims={"z": ["latent"]})
-        >>> data["prior"]["z"].dims
-        ('chain', 'draw', 'latent')
+        >>> import jax, jax.numpy as jnp, numpyro, optax
+        >>> import numpyro.distributions as dist
+        >>> from numpyro_ebm import ParticleMMLE, to_inference_data
+        >>> def model(y):
+        ...     loc = numpyro.param("loc", 0.0)
+        ...     with numpyro.plate("school", len(y)):
+        ...         x = numpyro.sample("x", dist.Normal(loc, 1))
+        ...         numpyro.sample("y", dist.Normal(x, 1), obs=y)
+        >>> y = jnp.array([1.0, 5.0, 3.0])
+        >>> engine = ParticleMMLE(model, optax.adam(0.1), num_particles=20, step_size=0.1)
+        >>> result = engine.run(jax.random.key(0), 100, y, collect=engine.get_params, progress_bar=False)
+        >>> data = to_inference_data(result, model=model, model_args=(y,), coords={"school": ["a", "b", "c"]})
+        >>> dict(data["posterior"]["x"].sizes)
+        {'chain': 1, 'draw': 20, 'school': 3}
+        >>> data["observed_data"]["y"].sel(school="b").item(), dict(data["fit"]["loc"].sizes)
+        (5.0, {'step': 100})
     """
-    kept = _negative_chains(state)
-    losses = getattr(state, "losses", None) if losses is None else losses
-    where_they_stand = {site: values["x"][:, None] for site, values in kept.items()}
+    if batch_ndims not in (1, 2):
+        raise ValueError(f"batch_ndims must be 1, for draws, or 2, for chains of draws, got {batch_ndims!r}.")
     if chains is not None and not isinstance(chains, Mapping):
         raise TypeError("chains must map sites to draws: sample_chains returns (draws, mutable_state), pass the first.")
-    _require_known("chains", chains or {}, kept)
+    kept = _negative_chains(state)
+    where_they_stand = {site: x[:, None] for site, x in positions(kept).items()}
+    _require_known("chains", chains or {}, where_they_stand)
+    seen = _Seen() if model is None else _look(state, model, model_args, dict(model_kwargs or {}))
     groups: dict[str, dict[str, np.ndarray]] = {
-        "posterior": _one_chain(posterior),
-        "posterior_predictive": _one_chain(posterior_predictive),
+        "posterior": seen.posterior if posterior is None else _by_chain(posterior, batch_ndims),
+        "posterior_predictive": _by_chain(posterior_predictive, batch_ndims),
         "prior": _as_numpy({**where_they_stand, **(chains or {})}),
-        "observed_data": _as_numpy(observed_data),
+        "observed_data": seen.observed_data if observed_data is None else _as_numpy(observed_data),
+        "fit": _fit(state, losses, trace),
     }
-    _require_known("dims", dims or {}, {name for group in groups.values() for name in group})
-    names = _dim_names(groups, dims or {})
-    _require_known("coords", coords or {}, {"chain", "draw", *(dim for named in names.values() for dim in named)}, "dim")
-    datasets = {group: _dataset(group, variables, names, coords or {}) for group, variables in groups.items() if variables}
-    datasets["sample_stats_prior"] = _sampler_statistics(kept)
-    if losses is not None:
-        datasets["fit"] = _dataset("fit", {"loss": np.asarray(losses)}, {"loss": ()}, {})
+    _require_something(state, groups)
+    leading = {group: _leading(group, state) for group in groups}
+    _require_known("dims", dims or {}, {name for group in groups.values() for name in group} - {"loss"})
+    names = _dim_names(groups, leading, seen.dims, dims or {})
+    dim_names = {dim for of_group in leading.values() for dim in of_group} | {dim for named in names.values() for dim in named}
+    _require_known("coords", coords or {}, dim_names, "dim")
+    datasets = {group: _dataset(leading[group], variables, names, coords or {}) for group, variables in groups.items() if variables}
+    if kept:
+        datasets["sample_stats_prior"] = _sampler_statistics(kept)
     return _container(datasets)
 
 
+class _Seen(NamedTuple):
+    """What the model tells of its sites."""
+
+    posterior: dict[str, np.ndarray] = {}
+    observed_data: dict[str, np.ndarray] = {}
+    dims: dict[str, tuple[str, ...]] = {}
+
+
+def _look(state: Any, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
+    """One run of the model on all its data, at the parameters of the state."""
+    model = model.fn if isinstance(model, negative_phase) else model
+    key, inner = jax.random.key(0), _state(state)
+    params = getattr(inner, "params", None) or getattr(state, "params", None) or {}
+    data = {**params, **(getattr(inner, "mutable_state", None) or {})}
+    of_one = jax.tree.map(lambda x: x[0], data) if _is_many_runs(state) else data
+    with whole_plates():
+        latents = draw_latents(model, args, kwargs, key, data=of_one, init_strategy=init_to_sample)
+        sites = run_program(model, args, kwargs, key, data=of_one, latents=latents).sites
+    posterior = {}
+    if (particles := getattr(inner, "particles", None)) is not None:
+        cloud = jax.vmap(lambda data, x: constrained(model, args, kwargs, key, data=data, latents=x), (None, 0))
+        cloud = jax.jit(jax.vmap(cloud) if _is_many_runs(state) else cloud)
+        posterior = _by_chain(cloud(data, particles), 2 if _is_many_runs(state) else 1)
+    named = {name: _site_dims(site) for name, site in sites.items() if site["type"] in ("sample", "deterministic")}
+    data_sites = [name for name, site in sites.items() if site["type"] == "sample" and site["is_observed"]]
+    observed = {name: np.asarray(sites[name]["value"]) for name in data_sites if not _is_factor(sites[name])}
+    return _Seen(posterior, observed, named)
+
+
+def _site_dims(site: Site) -> tuple[str, ...]:
+    """The names of a site's dims: its plates where they stand, the site's ``infer={"event_dims": [...]}``, or numbers."""
+    shape = np.shape(site["value"])
+    names = [f"{site['name']}_dim_{i}" for i in range(len(shape))]
+    named_events = list(site.get("infer", {}).get("event_dims", []))
+    # the events of a deterministic site are what is right of its plates
+    event_dims = [site["fn"].event_dim] if site["type"] == "sample" else range(len(shape))
+    frames = {frame.dim: frame for frame in site["cond_indep_stack"]}
+    for event_dim in event_dims:
+        axes = {dim - event_dim + len(shape): frame for dim, frame in frames.items()}
+        if all(axis >= 0 and shape[axis] == frame.size for axis, frame in axes.items()):
+            for axis, frame in axes.items():
+                names[axis] = frame.name
+            if event_dim and event_dim == len(named_events):
+                names[-event_dim:] = named_events
+            break
+    return tuple(names)
+
+
+def _is_factor(site: Site) -> bool:
+    return isinstance(list(layers(site["fn"]))[-1], Unit)
+
+
+def _state(state: Any) -> Any:
+    return getattr(state, "state", state)
+
+
+def _is_many_runs(state: Any) -> bool:
+    """Whether a state is that of several runs of an engine, stacked."""
+    return np.ndim(getattr(_state(state), "num_steps", 0)) == 1
+
+
 def _negative_chains(state: Any) -> dict[str, dict[str, Any]]:
-    state = getattr(state, "state", state)
-    mutable_state = getattr(state, "mutable_state", state)
+    """What mutable sites keep of negative chains, by site; chains of several runs side by side."""
+    mutable_state = getattr(_state(state), "mutable_state", _state(state))
     names = [name for name in mutable_state if name.endswith("/chains")] if isinstance(mutable_state, Mapping) else []
-    if not names:
-        raise ValueError("the state holds no negative chains: pass the result of SVI on negative_phase(model).")
-    return {name.removesuffix("/chains"): jax.device_get(mutable_state[name]) for name in names}
+    kept = {name.removesuffix("/chains"): dict(jax.device_get(mutable_state[name])) for name in names}
+    if _is_many_runs(state):
+        for values in kept.values():
+            values["x"] = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), values["x"])
+    return kept
+
+
+def _fit(state: Any, losses: Array | None, trace: Mapping[str, Array] | None) -> dict[str, np.ndarray]:
+    """The loss and param sites at every step."""
+    losses = getattr(state, "losses", None) if losses is None else losses
+    if trace is None:
+        collected, params = getattr(state, "collected", None), getattr(state, "params", {})
+        trace = collected if isinstance(collected, Mapping) and set(collected) <= set(params) else {}
+        trace = {name: value for name, value in trace.items() if isinstance(value, (np.ndarray, Array))}
+    if losses is not None and "loss" in trace:
+        raise ValueError("param 'loss' has the name that the losses have in the group 'fit': pass trace= without it, or rename it.")
+    return _as_numpy({**({} if losses is None else {"loss": losses}), **trace})
+
+
+def _require_something(state: Any, groups: dict[str, dict[str, np.ndarray]]) -> None:
+    if hasattr(_state(state), "particles") and not groups["posterior"]:
+        raise ValueError(
+            "the particles in the state are unconstrained: pass model=engine.model and model_args=(its arguments), or "
+            "posterior=engine.get_particles(state, ...)."
+        )
+    if not any(variables for group, variables in groups.items() if group != "fit"):
+        raise ValueError(
+            "the state holds no negative chains: pass the result of SVI on negative_phase(model) or of ParticleMMLE, or draws as "
+            "posterior=."
+        )
 
 
 def _require_known(argument: str, named: Mapping[str, Any], known: Any, kind: str = "site") -> None:
@@ -105,38 +233,52 @@ def _as_numpy(variables: Mapping[str, Array] | None) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in (variables or {}).items()}
 
 
-def _one_chain(variables: Mapping[str, Array] | None) -> dict[str, np.ndarray]:
-    return {name: value[None] for name, value in _as_numpy(variables).items()}
+def _by_chain(variables: Mapping[str, Array] | None, batch_ndims: int) -> dict[str, np.ndarray]:
+    return {name: value[None] if batch_ndims == 1 else value for name, value in _as_numpy(variables).items()}
 
 
-_LEADING = {"observed_data": (), "fit": ("step",)}  # other groups lead with chain and draw
+def _leading(group: str, state: Any) -> tuple[str, ...]:
+    if group == "fit":
+        return ("chain", "step") if _is_many_runs(state) else ("step",)
+    return () if group == "observed_data" else ("chain", "draw")
 
 
-def _leading(group: str) -> tuple[str, ...]:
-    return _LEADING.get(group, ("chain", "draw"))
-
-
-def _dim_names(groups: dict[str, dict[str, np.ndarray]], dims: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+def _dim_names(
+    groups: dict[str, dict[str, np.ndarray]],
+    leading: dict[str, tuple[str, ...]],
+    seen: Mapping[str, tuple[str, ...]],
+    dims: Mapping[str, Sequence[str]],
+) -> dict[str, tuple[str, ...]]:
     """The names of a site's dims. The chains of a site lack its plates, so the group that has most dims counts."""
     shapes: dict[str, tuple[int, ...]] = {}
     for group, variables in groups.items():
         for name, value in variables.items():
-            shapes[name] = max(shapes.get(name, ()), value.shape[len(_leading(group)) :], key=len)
+            shapes[name] = max(shapes.get(name, ()), value.shape[len(leading[group]) :], key=len)
     for name, named in dims.items():
         if len(named) != len(shapes[name]):
             raise ValueError(
                 f"site '{name}': dims gives {len(named)} names {list(named)} to {len(shapes[name])} dimensions "
                 f"of shape {shapes[name]}."
             )
-    return {name: tuple(dims.get(name, [f"{name}_dim_{i}" for i in range(len(shape))])) for name, shape in shapes.items()}
+
+    def of_site(name: str, ndim: int) -> tuple[str, ...]:
+        if name in dims:
+            return tuple(dims[name])
+        known = seen.get(name, ())
+        return known[len(known) - ndim :] if len(known) >= ndim else tuple(f"{name}_dim_{i}" for i in range(ndim))
+
+    return {name: of_site(name, len(shape)) for name, shape in shapes.items()}
 
 
 def _dataset(
-    group: str, variables: dict[str, np.ndarray], names: Mapping[str, tuple[str, ...]], coords: Mapping[str, Sequence[Any]]
+    leading: tuple[str, ...],
+    variables: dict[str, np.ndarray],
+    names: Mapping[str, tuple[str, ...]],
+    coords: Mapping[str, Sequence[Any]],
 ) -> Any:
     import xarray as xr
 
-    leading, arrays = _leading(group), {}
+    arrays = {}
     for name, value in variables.items():
         ndim = value.ndim - len(leading)
         dims = (*leading, *names[name][len(names[name]) - ndim :])  # the last ones, where plates are missing

@@ -35,6 +35,8 @@ class SiteReport:
     refused: bool
     #: what learning it takes, in words
     verdict: str
+    #: the flat sites that it couples into a random field with parameters, if it is a factor that does
+    couples: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,12 @@ class ModelReport:
     @property
     def needs_negative_phase(self) -> bool:
         """Whether plain ``SVI`` would need a derivative of an unknown normaliser."""
-        return any(site.is_energy and site.params for site in self.sites)
+        return self.is_random_field or any(site.is_energy and site.params for site in self.sites)
+
+    @property
+    def is_random_field(self) -> bool:
+        """Whether factors couple flat sites into a random field with parameters: the model has one joint normaliser."""
+        return any(site.couples and not site.refused for site in self.sites)
 
     def __str__(self) -> str:
         rows = [("site", "distribution", "verdict"), *((s.name, s.distribution, s.verdict) for s in self.sites)]
@@ -82,7 +89,7 @@ def check_model(model: Callable[..., Any], *args: Any, **kwargs: Any) -> ModelRe
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"init_to_median\(\) skipping")  # the recorder gave the site its value
         relations = get_model_relations(recorder, model_args=args, model_kwargs=kwargs)
-    return ModelReport(tuple(_report_site(name, recorder.found, relations) for name in recorder.found))
+    return ModelReport(tuple(_report_site(name, recorder, relations) for name in recorder.found))
 
 
 class _record_sites(Messenger):
@@ -90,6 +97,7 @@ class _record_sites(Messenger):
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.found: dict[str, tuple[Any, bool, bool]] = {}  # distribution, whether observed, whether inside scan
+        self.has_pool = False  # whether a handler inside has added the normaliser of a random field
         super().__init__(fn)
 
     def process_message(self, msg: dict[str, Any]) -> None:
@@ -99,7 +107,11 @@ class _record_sites(Messenger):
             msg["value"] = whole.support.feasible_like(jnp.zeros(whole.shape()))
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] == "sample" and not msg["name"].endswith("/log_normalizer"):  # what negative_phase adds
+        if msg["type"] != "sample":
+            return
+        if msg["name"].endswith("/log_normalizer"):  # what negative_phase adds
+            self.has_pool |= msg["name"].endswith("random_field/log_normalizer")
+        else:
             self.found[msg["name"]] = (_core(msg["fn"]), msg["is_observed"], msg.get("_control_flow_done", False))
 
 
@@ -109,7 +121,8 @@ def _core(fn: Any) -> Any:
     return next((part for part in parts if isinstance(part, TiltedDistribution)), parts[-1])
 
 
-def _report_site(name: str, found: dict[str, tuple[Any, bool, bool]], relations: dict[str, Any]) -> SiteReport:
+def _report_site(name: str, recorder: _record_sites, relations: dict[str, Any]) -> SiteReport:
+    found = recorder.found
     fn, _, in_scan = found[name]
     kind = type(fn).__name__
     parents = [p for p in _parents(name, relations["sample_sample"], relations["sample_dist"]) if p in found]
@@ -122,13 +135,37 @@ def _report_site(name: str, found: dict[str, tuple[Any, bool, bool]], relations:
             return SiteReport(name, kind, True, params, latents, True, verdict)
         refused = bool(latents)
         return SiteReport(name, kind, True, params, latents, refused, _verdict_on_energy(params, latents, fn.guarded))
-    if kind == "Unit" and params and flat:
-        verdict = (
-            f"couples the flat sites {_quoted(flat)} into a random field whose unknown normaliser depends on param "
-            f"{_quoted(params)}: write it as one EnergyDistribution site to learn it under negative_phase"
-        )
-        return SiteReport(name, kind, False, params, latents, True, verdict)
+    if kind == "Unit" and flat and (all_params := _params_behind(name, relations)):
+        why = _why_no_field(found)
+        field = f"couples the flat sites {_quoted(flat)} into a random field whose unknown normaliser depends on param "
+        mend = "a handler adds it" if recorder.has_pool else why or "learn it under negative_phase"
+        couples = () if recorder.has_pool else tuple(flat)
+        return SiteReport(name, kind, False, params, latents, why is not None, f"{field}{_quoted(all_params)}: {mend}", couples)
     return SiteReport(name, kind, False, params, latents, False, _verdict_on_the_rest(fn, kind, params))
+
+
+def _params_behind(name: str, relations: dict[str, Any]) -> tuple[str, ...]:
+    """The param sites of a site's density and of those that it depends on, directly or not."""
+    behind, found = [name], set[str]()
+    for site in behind:
+        found.update(relations["sample_param"][site])
+        behind.extend(parent for parent in relations["sample_sample"][site] if parent not in behind)
+    return tuple(sorted(found))
+
+
+def _why_no_field(found: dict[str, tuple[Any, bool, bool]]) -> str | None:
+    """Why the sites of a model cannot be the values of a random field's pool, and the mend."""
+    for name, (fn, _, in_scan) in found.items():
+        if in_scan:
+            return f"site '{name}' stands inside scan, where it cannot be told what depends on what: write the steps as a plate"
+        if isinstance(fn, TiltedDistribution) and not fn.is_normalized:
+            return f"site '{name}' is an energy site: make it a BaseMeasure and put its energy into a factor"
+        if type(fn).__name__ != "Unit" and fn.support.is_discrete:
+            return (
+                f"site '{name}' is discrete, and the pool of a field moves by scores: sum it out of the energy, or write the field "
+                "as one EnergyDistribution site with a sampler of your own"
+            )
+    return None
 
 
 def _verdict_on_the_rest(fn: Any, kind: str, params: tuple[str, ...]) -> str:

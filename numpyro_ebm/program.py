@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 from jax import Array
 from numpyro.distributions import Distribution, MaskedDistribution, biject_to
 from numpyro.distributions.util import sum_rightmost
@@ -30,7 +31,7 @@ Site = dict[str, Any]
 class LatentSite(NamedTuple):
     """Where a latent site stands in its plates."""
 
-    #: (plate, axis) of every plate around the site, outermost first; the axis of the unconstrained value, from the right
+    #: (plate, axis) of every plate around the site, innermost first; the axis of the unconstrained value, from the right
     plates: tuple[tuple[str, int], ...]
     #: number of dims of one unconstrained event
     event_dim: int
@@ -47,6 +48,13 @@ class Plate(NamedTuple):
     @property
     def is_subsampled(self) -> bool:
         return self.size != len(self.indices)
+
+    @property
+    def is_row(self) -> Array:
+        """Whether each index is that of a row; where all rows are given, of the row at its place, since none is gathered."""
+        if self.is_subsampled:
+            return (self.indices >= 0) & (self.indices < self.size)
+        return self.indices == jnp.arange(self.size)
 
 
 class Program(NamedTuple):
@@ -68,6 +76,11 @@ class Program(NamedTuple):
     def param_transforms(self) -> dict[str, Any]:
         """The transforms that take unconstrained values to the param sites."""
         return {name: _param_transform(site) for name, site in self.sites.items() if site["type"] == "param"}
+
+    @property
+    def observed(self) -> dict[str, Site]:
+        """Sample sites with data, factors among them."""
+        return {name: site for name, site in self.sites.items() if site["type"] == "sample" and site["is_observed"]}
 
     @property
     def mutable_state(self) -> dict[str, Any]:
@@ -115,10 +128,16 @@ def draw_latents(
     init_strategy: Callable[..., Any],
 ) -> dict[str, Array]:
     """Unconstrained latents to start from, by NumPyro's ``init_strategy``; energy sites give draws of their base."""
-    drawn = _draw(init_strategy)
-    with drawn, substitute(data=_copied(data)), seed(rng_seed=rng_key):
+
+    def start(site: Site) -> Any:
+        if not is_latent(site) or site["fn"].support.is_discrete:  # discrete latents are refused with their name, later
+            return None
+        return init_strategy({**site, "fn": with_core(site["fn"], _start_of)})
+
+    with trace() as sites, substitute(substitute_fn=start), substitute(data=_copied(data)), seed(rng_seed=rng_key):
         model(*args, **kwargs)
-    return drawn.positions
+    latents = {name: site for name, site in sites.items() if is_latent(site) and not site["fn"].support.is_discrete}
+    return {name: transform_of(site).inv(site["value"]) for name, site in latents.items()}
 
 
 def log_density_terms(
@@ -133,13 +152,11 @@ def log_density_terms(
 ) -> tuple[dict[str, Array], Program]:
     """The log density of every site, not summed and scaled by its plates, and the run that gave it.
 
-    :param jacobian: whether a latent's term has the log Jacobian of its transform, which makes it a density of the
+    :param jacobian: whether there is a term for the log Jacobian of each latent's transform, which makes it a density of the
         unconstrained value.
     """
-    place = _place(latents, substitute(seed(model, rng_key), data=_copied(data)))
+    place = _place(latents, substitute(seed(model, rng_key), data=_copied(data)), jacobian=jacobian)
     terms, sites = compute_log_probs(place, args, kwargs, {}, sum_log_prob=False)
-    if jacobian:
-        terms = {name: term + place.log_dets.get(name, 0.0) for name, term in terms.items()}
     return terms, _read(sites)
 
 
@@ -226,20 +243,26 @@ def require_continuous(program: Program) -> None:
             )
 
 
+def finite_events(site: Site, xp: Any = jnp) -> Any:
+    """Whether each event of an observed site is finite or masked.
+
+    :param xp: :mod:`numpy` for an answer that is known while a program is traced.
+    """
+    value, fn = site["value"], site["fn"]
+    finite = xp.isfinite(xp.asarray(value))
+    finite = finite.all(tuple(range(finite.ndim - fn.event_dim, finite.ndim)))
+    return finite | ~xp.asarray(fn._mask) if isinstance(fn, MaskedDistribution) else finite
+
+
 def require_finite(site: Site) -> None:
     """Refuses data that are NaN or infinite and not masked; says nothing while data are traced.
 
     :raises ValueError: naming the site.
     """
-    value, fn = site["value"], site["fn"]
-    if isinstance(value, jax.core.Tracer) or not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
+    mask = getattr(site["fn"], "_mask", None)
+    if isinstance(site["value"], jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
         return
-    finite = np.isfinite(np.asarray(value))
-    finite = finite.reshape((*finite.shape[: finite.ndim - fn.event_dim], -1)).all(-1)
-    mask = fn._mask if isinstance(fn, MaskedDistribution) else True
-    if finite.all() or isinstance(mask, jax.core.Tracer):
-        return
-    finite = finite | ~np.asarray(mask)
+    finite = finite_events(site, np)
     if not finite.all():
         raise ValueError(
             f"site '{site['name']}': {int((~finite).sum())} of {finite.size} observed events are NaN or infinite. "
@@ -247,45 +270,33 @@ def require_finite(site: Site) -> None:
         )
 
 
-class _place(Messenger):
-    """Puts latents at unconstrained positions, and keeps the log Jacobians, scaled as the sites are."""
+class _place(substitute):
+    """Puts latents at unconstrained positions, and adds their log Jacobians as NumPyro's ``potential_energy`` does."""
 
-    def __init__(self, latents: dict[str, Array], fn: Model | None = None) -> None:
-        self.latents = latents
-        self.log_dets: dict[str, Array] = {}
+    def __init__(self, latents: dict[str, Array], fn: Model | None = None, *, jacobian: bool = True) -> None:
+        self.latents, self.jacobian = latents, jacobian
         self.indices: dict[str, Array] = {}
-        super().__init__(fn)
+        super().__init__(fn, substitute_fn=self._value)
 
-    def process_message(self, msg: Site) -> None:
-        if not is_latent(msg) or msg["name"] not in self.latents:
-            return
-        transform, position = transform_of(msg), self.latents[msg["name"]]
-        for frame, (plate, axis) in zip(msg["cond_indep_stack"], _axes(msg, transform), strict=True):
+    def _value(self, site: Site) -> Array | None:
+        if not is_latent(site) or site["name"] not in self.latents:
+            return None
+        transform, position = transform_of(site), self.latents[site["name"]]
+        if "_scan_current_index" in site["infer"]:
+            position = position[site["infer"]["_scan_current_index"]]
+        for frame, (plate, axis) in zip(site["cond_indep_stack"], _axes(site, transform), strict=True):
             if position.shape[axis] != frame.size:
                 position = jnp.take(position, self.indices[plate], axis)
-        msg["value"] = value = transform(position)
-        log_det = transform.log_abs_det_jacobian(position, value)
-        log_det = sum_rightmost(log_det, jnp.ndim(log_det) - jnp.ndim(value) + msg["fn"].event_dim)
-        self.log_dets[msg["name"]] = log_det if msg["scale"] is None else msg["scale"] * log_det
+        value = transform(position)
+        if self.jacobian:
+            log_det = transform.log_abs_det_jacobian(position, value)
+            log_det = sum_rightmost(log_det, jnp.ndim(log_det) - jnp.ndim(value) + site["fn"].event_dim)
+            numpyro.factor(f"_{site['name']}_log_det", log_det)
+        return value
 
     def postprocess_message(self, msg: Site) -> None:
         if msg["type"] == "plate":
             self.indices[msg["name"]] = msg["value"]
-
-
-class _draw(Messenger):
-    """Starts latents by an ``init_strategy`` and keeps their unconstrained positions."""
-
-    def __init__(self, strategy: Callable[..., Any], fn: Model | None = None) -> None:
-        self.strategy = strategy
-        self.positions: dict[str, Array] = {}
-        super().__init__(fn)
-
-    def process_message(self, msg: Site) -> None:
-        if not is_latent(msg) or msg["fn"].support.is_discrete:  # discrete latents are refused with their name, later
-            return
-        msg["value"] = self.strategy({**msg, "fn": with_core(msg["fn"], _start_of)})
-        self.positions[msg["name"]] = transform_of(msg).inv(msg["value"])
 
 
 def _start_of(fn: Distribution) -> Distribution:
@@ -304,12 +315,13 @@ class _whole_plates(Messenger):
 
 
 def _read(sites: dict[str, Site]) -> Program:
+    plates = {name: Plate(site["value"], site["args"][0]) for name, site in sites.items() if site["type"] == "plate"}
     latents = {}
     for name, site in sites.items():
         if is_latent(site):
             transform = None if site["fn"].support.is_discrete else transform_of(site)
-            latents[name] = LatentSite(_axes(site, transform), _event_dim(site["fn"], transform))
-    plates = {name: Plate(site["value"], site["args"][0]) for name, site in sites.items() if site["type"] == "plate"}
+            axes = tuple(at for at in _axes(site, transform) if at[0] in plates)  # those inside a scan are not seen
+            latents[name] = LatentSite(axes, _event_dim(site["fn"], transform))
     return Program(sites, latents, plates)
 
 

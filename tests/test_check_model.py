@@ -74,19 +74,53 @@ def test_dependence_on_observed_data_is_not_refused():
     assert not _sites(model, jnp.array(0.5))["z"].refused
 
 
-def test_random_field_with_parameters_is_told_and_refused_by_the_handler():
-    # guards against: a joint energy in a factor, which no guard sees, learnt without its normaliser
+def _field(support):
     def model(v):
         W = numpyro.param("W", jnp.ones((2, 3)))
-        h = numpyro.sample("h", BaseMeasure(constraints.boolean, (3,)))
+        h = numpyro.sample("h", BaseMeasure(support, (3,)))
         v = numpyro.sample("v", BaseMeasure(constraints.real, (2,)), obs=v)
         numpyro.factor("coupling", v @ W @ h - (v**2).sum() / 2)
 
-    sites = _sites(model, jnp.zeros(2))
+    return model
+
+
+def test_random_field_with_parameters_is_told_and_needs_the_negative_phase():
+    # guards against: a joint energy in a factor, which no guard sees, learnt without its normaliser
+    report = check_model(_field(constraints.real), jnp.zeros(2))
+    sites = {site.name: site for site in report.sites}
     assert sites["h"].verdict == sites["v"].verdict == "flat"
+    assert (sites["coupling"].couples, sites["coupling"].refused) == (("h", "v"), False)
     assert "random field" in sites["coupling"].verdict
-    with pytest.raises(NormalizerError, match="site 'coupling': couples the flat sites 'h', 'v'"):
-        numpyro.handlers.seed(negative_phase(model), 0)(jnp.zeros(2))
+    assert "learn it under negative_phase" in sites["coupling"].verdict
+    assert report.is_random_field
+    assert report.needs_negative_phase
+
+
+def test_random_field_of_discrete_sites_is_refused_by_the_handler():
+    # guards against: a discrete field, whose pool nothing moves, taken for one that is learnt
+    assert not check_model(_field(constraints.boolean), jnp.zeros(2)).is_random_field
+    with pytest.raises(NormalizerError, match=r"site 'coupling': couples the flat sites 'h', 'v'.*site 'h' is discrete"):
+        numpyro.handlers.seed(negative_phase(_field(constraints.boolean)), 0)(jnp.zeros(2))
+
+
+def test_a_wrapped_random_field_has_its_normaliser():
+    # guards against: a second wrapping that adds the normaliser again
+    inner = numpyro.handlers.substitute(negative_phase(_field(constraints.real), num_chains=3), data={"h": jnp.ones(3)})
+    report = check_model(inner, jnp.zeros(2))
+    assert not report.is_random_field
+    assert report.sites[-1].verdict.endswith("a handler adds it")
+
+
+def test_fixed_random_field_needs_nothing():
+    # guards against: chains for a normaliser that is a constant
+    def model(v):
+        h = numpyro.sample("h", BaseMeasure())
+        numpyro.factor("coupling", -(h**4))
+        numpyro.sample("v", dist.Normal(numpyro.param("w", 1.0) * h, 1), obs=v)
+
+    report = check_model(model, jnp.array(0.3))
+    assert not report.needs_negative_phase
+    assert report.sites[1].verdict == "factor"
 
 
 def test_a_factor_with_parameters_is_never_called_normalised():

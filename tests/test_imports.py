@@ -14,7 +14,19 @@ import pytest
 import numpyro_ebm
 
 PACKAGE = Path(numpyro_ebm.__file__).parent
-FLOORS = {"_compat": 0, "samplers": 0, "distributions": 1, "model_check": 2, "handlers": 3, "inference_data": 4}
+FLOORS = {
+    "_compat": 0,
+    "samplers": 0,
+    "optim": 0,
+    "datasets": 0,
+    "distributions": 1,
+    "model_check": 2,
+    "program": 2,
+    "random_field": 3,
+    "handlers": 4,
+    "inference_data": 5,
+    "infer": 6,
+}
 
 
 def _floor(module):

@@ -14,7 +14,7 @@ import pytest
 from numpyro.infer import SVI, Predictive, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
-from numpyro_ebm import TiltedDistribution, negative_phase, to_inference_data
+from numpyro_ebm import ParticleMMLE, TiltedDistribution, negative_phase, sample_posterior, to_inference_data
 
 Y = jnp.arange(5.0)[:, None] + jnp.zeros(2)
 
@@ -115,3 +115,122 @@ def test_what_sample_chains_returns_must_be_unpacked(fit):
 def test_a_state_without_chains_is_refused():
     with pytest.raises(ValueError, match=r"no negative chains: pass the result of SVI on negative_phase"):
         to_inference_data({"batchnorm": {"mean": 0.0}})
+
+
+# Particles.
+
+
+def _schools(y=None, num_data=None, batch_size=None):
+    loc = numpyro.param("loc", jnp.zeros(2))
+    with numpyro.plate("school", num_data if y is None else len(y), subsample_size=batch_size):
+        x = numpyro.sample("x", dist.Normal(loc, 1).to_event(1))
+        scale = numpyro.sample("scale", dist.Gamma(2, 2))
+        numpyro.deterministic("twice", 2 * x)
+        numpyro.factor("penalty", -(x**2).sum(-1))
+        y = None if y is None else numpyro.subsample(y, event_dim=1)
+        numpyro.sample("y", dist.Normal(x, 1 + scale[:, None]).to_event(1), obs=y, infer={"event_dims": ["test"]})
+
+
+@pytest.fixture(scope="module")
+def cloud():
+    engine = ParticleMMLE(_schools, optax.adam(0.1), num_particles=6, step_size=0.01)
+    return engine, engine.run(jax.random.key(0), 12, Y, batch_size=3, collect=engine.get_params, progress_bar=False)
+
+
+def _of(engine, result, **options):
+    return to_inference_data(result, model=engine.model, model_args=(Y,), model_kwargs={"batch_size": 3}, **options)
+
+
+def test_particles_are_draws_of_one_chain_with_the_names_of_plates(cloud):
+    # catches particles as chains (R-hat would mean nothing), unconstrained values, a batch instead of all rows, factors as data
+    engine, result = cloud
+    data = _of(engine, result, coords={"school": list("abcde")})
+    assert _groups(data) == {"posterior", "observed_data", "fit"}
+    assert data["posterior"]["x"].dims == ("chain", "draw", "school", "x_dim_1")
+    assert data["posterior"]["scale"].dims == ("chain", "draw", "school")
+    particles = engine.get_particles(result.state, Y, batch_size=3)
+    for name in ("x", "scale"):
+        np.testing.assert_allclose(data["posterior"][name].values[0], particles[name], rtol=1e-6)
+    assert list(data["observed_data"].data_vars) == ["y"]
+    assert data["observed_data"]["y"].dims == ("school", "test")
+    np.testing.assert_array_equal(data["observed_data"]["y"].values, Y)
+    assert list(data["posterior"]["school"].values) == list("abcde")
+    assert dict(data["fit"]["loc"].sizes) == {"step": 12, "loc_dim_0": 2}
+    np.testing.assert_array_equal(data["fit"]["loc"].values[-1], result.params["loc"])
+    np.testing.assert_array_equal(data["fit"]["loss"].values, result.losses)
+
+
+def test_predictions_and_names_of_the_user_go_with_particles(cloud):
+    engine, result = cloud
+    particles = engine.get_particles(result.state, Y)
+    predicted = Predictive(_schools, params=result.params, posterior_samples=particles)(jax.random.key(1), num_data=5)
+    assert predicted["y"].shape == (6, 5, 2)
+    data = _of(engine, result.state, posterior_predictive=predicted, dims={"x": ["school", "trait"]})
+    assert data["posterior"]["x"].dims == ("chain", "draw", "school", "trait")
+    assert data["posterior_predictive"]["y"].dims == ("chain", "draw", "school", "test")
+    assert data["posterior_predictive"]["twice"].dims == ("chain", "draw", "school", "twice_dim_1")
+    np.testing.assert_array_equal(data["posterior_predictive"]["y"].values[0], predicted["y"])
+
+
+def test_draws_at_fixed_parameters_are_chains_that_arviz_summarises(cloud):
+    # catches chains and draws exchanged, and a container that az.summary or az.plot_forest cannot read
+    engine, result = cloud
+    particles = engine.get_particles(result.state, Y)
+    draws = sample_posterior(jax.random.key(1), _schools, result.params, Y, start=particles, num_samples=20, num_warmup=10)
+    predicted = Predictive(_schools, params=result.params, posterior_samples=draws, batch_ndims=2)(jax.random.key(1), num_data=5)
+    data = _of(engine, result, posterior=draws, posterior_predictive=predicted, batch_ndims=2)
+    assert dict(data["posterior"]["scale"].sizes) == {"chain": 6, "draw": 20, "school": 5}
+    assert dict(data["posterior_predictive"]["y"].sizes) == {"chain": 6, "draw": 20, "school": 5, "test": 2}
+    summary = az.summary(data, var_names=["scale"], round_to="none")
+    assert list(summary.index) == [f"scale[{i}]" for i in range(5)]
+    np.testing.assert_allclose(summary["mean"].astype(float), draws["scale"].mean((0, 1)), rtol=1e-5)
+    assert np.isfinite(summary["r_hat"].astype(float)).all()
+
+
+def test_forest_of_particles_is_drawn(cloud):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    engine, result = cloud
+    az.plot_forest(_of(engine, result), var_names=["scale"], combined=True)
+    matplotlib.pyplot.close("all")
+
+
+def test_every_run_of_a_stacked_state_is_a_chain():
+    # catches runs flattened into draws, and negative chains of several runs taken for draws
+    def step(state):
+        state, losses = jax.lax.scan(lambda state, _: engine.update(state, Y), state, None, 4)
+        return state, losses
+
+    engine = ParticleMMLE(negative_phase(_model, num_chains=3), optax.adam(0.1), num_particles=6, step_size=0.01)
+    states, losses = jax.vmap(lambda key: step(engine.init(key, Y)))(jax.random.split(jax.random.key(0), 2))
+    data = to_inference_data(states, model=engine.model, model_args=(Y,), losses=losses)
+    assert dict(data["posterior"]["z"].sizes) == {"chain": 2, "draw": 6, "data": 5, "z_dim_1": 2}
+    np.testing.assert_allclose(data["posterior"]["z"].values, states.particles["z"], rtol=1e-6)
+    assert dict(data["prior"]["z"].sizes) == {"chain": 6, "draw": 1, "z_dim_1": 2}
+    np.testing.assert_array_equal(data["prior"]["z"].values[3, 0], states.mutable_state["z/chains"]["x"][1, 0])
+    assert dict(data["fit"]["loss"].sizes) == {"chain": 2, "step": 4}
+
+
+def test_plates_name_the_dims_of_an_svi_fit(fit):
+    # catches names of plates given to negative chains, which have none
+    result, posterior, _ = fit
+    data = to_inference_data(result, model=negative_phase(_model), model_args=(Y,), posterior=posterior)
+    assert data["posterior"]["z"].dims == ("chain", "draw", "data", "z_dim_1")
+    assert data["prior"]["z"].dims == ("chain", "draw", "z_dim_1")
+    assert data["observed_data"]["y"].dims == ("data", "y_dim_1")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"the particles in the state are unconstrained: pass model=engine.model"),
+        ({"posterior": {"x": jnp.zeros((6, 5, 2))}, "batch_ndims": 3}, r"batch_ndims must be 1, for draws, or 2"),
+        (
+            {"posterior": {"x": jnp.zeros((6, 5, 2))}, "trace": {"loss": jnp.zeros(12)}},
+            r"param 'loss' has the name that the losses",
+        ),
+    ],
+)
+def test_what_particles_lack_is_told(cloud, options, message):
+    with pytest.raises(ValueError, match=message):
+        to_inference_data(cloud[1], **options)

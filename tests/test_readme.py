@@ -82,6 +82,24 @@ def test_conventions_page_runs_and_short_runs_are_biased_by_the_formula(capsys):
     assert "refused" in capsys.readouterr().out
 
 
+def test_particles_page_runs_and_learns_the_closed_forms(capsys):
+    page = run("docs/particles.md")
+    y = page["y"]
+    assert page["particles"]["x"].shape == (20, 200)
+    # the printed fits: standard deviations from the particles are about .02, and a step of .05 widens a posterior by 1/8
+    printed = [
+        [float(word) for word in line.replace(",", "").split() if "." in word] for line in capsys.readouterr().out.splitlines()
+    ]
+    loc, scale, batches, limit, tilt = printed
+    assert loc == pytest.approx([float(y.mean())] * 2, abs=0.1)
+    assert scale == pytest.approx([float(page["exact"])] * 2, abs=0.1)
+    assert batches == pytest.approx([float(y.mean()), float(page["exact"])], abs=0.15)
+    assert limit == [2 / 8]  # curvature 1 / .5^2 of prior and likelihood each
+    assert tilt == pytest.approx([float(y.mean())] * 2, abs=0.15)
+    assert page["state"].num_steps == 40
+    assert page["result"].state.particles["x"].shape == (10, 200)
+
+
 def test_silent_error_is_what_the_readme_says():
     script = runpy.run_path(str(ROOT / "docs" / "silent_error.py"))
     assert "negative_phase" not in script  # NumPyro alone

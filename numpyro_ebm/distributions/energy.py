@@ -475,6 +475,11 @@ def energy_site(fn: Distribution) -> TiltedDistribution | None:
     return None if found is None or found.is_normalized else found
 
 
+def is_flat(fn: Distribution) -> bool:
+    """Whether a site's distribution is a flat measure, under what plates and masks wrap around it."""
+    return isinstance(list(layers(fn))[-1], BaseMeasure)
+
+
 def with_core(fn: Distribution, change: Callable[[Any], Distribution]) -> Distribution:
     """A site's distribution with what plates, masks and users wrap replaced by ``change`` of it, the wrappers kept."""
     if len(list(layers(fn))) == 1 or isinstance(fn, TiltedDistribution):

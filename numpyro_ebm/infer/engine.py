@@ -12,7 +12,7 @@ freshly built one.
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 State = Any
 Health = dict[str, Array]  # by what it is the health of: 0 where all is well, else a code
 
-BUFFER = 512  # steps that one call of the compiled loop can make
+MAX_STEPS_PER_CALL = 1024  # of the compiled loop, which has a buffer for their losses
+MAX_BUFFER = 2**24  # bytes of that buffer where ``collect`` returns much
 SECONDS_PER_CHUNK = 0.3  # how long a chunk may take before the bar moves
 
 
@@ -63,17 +64,19 @@ class Engine(ABC):
 
     def __init__(self) -> None:
         self._loop = jax.jit(self._run_chunk, static_argnames=("static", "stable", "collect"), donate_argnames=("state",))
-        self._once = jax.jit(partial(self._run_chunk, collect=None, size=1), static_argnames=("static", "stable"))
+        self._once = jax.jit(partial(self._run_chunk, collect=None, max_steps=1), static_argnames=("static", "stable"))
         self._begin = jax.jit(self._start_arrays, static_argnames="static")
-        self._loss_now = jax.jit(self._evaluate_arrays, static_argnames="static")
+        self._loss_now = compiled(self._loss)
 
     @abstractmethod
-    def _check(self, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any], init_params: dict[str, Any] | None) -> Any:
-        """What can be told before anything is compiled: raises for bad input; returns the parameters to start from."""
+    def _start(
+        self, rng_key: Array, init_params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[State, Array]:
+        """The first state, and whether the data can be learnt from; traced. Raises for a model that no data could teach."""
 
     @abstractmethod
-    def _start(self, rng_key: Array, params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> State:
-        """The first state; traced."""
+    def _refuse(self, rng_key: Array, init_params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raises for data that :meth:`_start` cannot learn from, naming the site and the mend; not traced."""
 
     @abstractmethod
     def _step(self, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[State, Array, Health]:
@@ -99,9 +102,12 @@ class Engine(ABC):
         :param dict init_params: values of :func:`numpyro.param` sites to start from, instead of the model's own.
         :raises ValueError: for whatever the model or data cannot be learnt with, naming the site and the mend.
         """
-        params = self._check(rng_key, args, kwargs, init_params)
+        init_params = dict(init_params or {})
         dynamic, static = _split(args, kwargs)
-        return self._begin(rng_key, params, dynamic, static)
+        state, good = self._begin(rng_key, init_params, dynamic, static)
+        if not isinstance(good, jax.core.Tracer) and not good:
+            self._refuse(rng_key, init_params, args, kwargs)
+        return state
 
     def update(self, state: State, *args: Any, **kwargs: Any) -> tuple[State, Array]:
         """One step.
@@ -119,8 +125,7 @@ class Engine(ABC):
 
     def evaluate(self, state: State, *args: Any, **kwargs: Any) -> Array:
         """The loss at a state, which is not changed."""
-        dynamic, static = _split(args, kwargs)
-        return self._loss_now(state, dynamic, static)
+        return self._loss_now(state, args, kwargs)
 
     def get_params(self, state: State) -> dict[str, Any]:
         """Values of the :func:`numpyro.param` sites, constrained, as ``Predictive`` takes them."""
@@ -153,8 +158,7 @@ class Engine(ABC):
         :param dict init_params: values of :func:`numpyro.param` sites to start from.
         :param collect: a function of the state; what it returns is recorded after every step. Pass the same function again
             to avoid a second compilation.
-        :param callbacks: functions ``callback(step, state, losses)`` called after every chunk, with the losses so far, which
-            must not keep the state: it is overwritten.
+        :param callbacks: functions ``callback(step, state, losses)`` called after every chunk, with the losses so far.
         :param int chunk_size: steps per chunk; if not given, a twentieth of the run with callbacks, and as many as take a
             fraction of a second without.
         :raises ValueError: if ``num_steps`` or ``chunk_size`` is not a positive integer.
@@ -164,94 +168,113 @@ class Engine(ABC):
         if chunk_size is not None:
             _require_count("chunk_size", chunk_size)
         state = self.init(rng_key, *args, init_params=init_params, **kwargs) if init_state is None else init_state
-        state = jax.tree.map(lambda x: jnp.asarray(x).copy(), state)  # the loop overwrites what it is given
+        state = _copy(state)  # the loop overwrites what it is given
         dynamic, static = _split(args, kwargs)
+        settings = {"static": static, "stable": stable_update, "collect": collect}
         pace = _Pace(chunk_size or (max(1, num_steps // 20) if callbacks else None))
-        losses, collected, done, warned = [], [], 0, set[str]()
+        records, done, warned = [], 0, set[str]()
         with tqdm(total=num_steps, disable=not progress_bar) as bar:
             while done < num_steps:
-                size = min(pace.next(), num_steps - done)
-                state, count, chunk, extra, health = self._chunk(state, size, dynamic, static, stable_update, collect)
+                state, record, health = self._chunk(state, min(pace.next(), num_steps - done), dynamic, settings)
+                records.append(record)
+                count = len(record.loss)
                 pace.tell(count)
                 done += count
-                losses.append(chunk)
-                collected.append(extra)
-                if count < size:
-                    bad = {name: int(code) for name, code in health.items() if code}
-                    raise NonFiniteError(f"step {done + 1}: {self._explain(state, bad, args, kwargs)}", state, done + 1)
+                if health:
+                    raise NonFiniteError(f"step {done + 1}: {self._explain(state, health, args, kwargs)}", state, done + 1)
                 for message in set(self._warnings(state)) - warned:
                     warnings.warn(message, stacklevel=2)
                     warned.add(message)
                 bar.update(count)
-                bar.set_postfix_str(f"loss: {chunk[-1]:.4f}", refresh=False)
+                bar.set_postfix_str(f"loss: {record.loss[-1]:.4f}", refresh=False)
                 for callback in callbacks:
-                    callback(done, state, np.concatenate(losses))
-        stacked = jax.tree.map(lambda *xs: np.concatenate(xs), *collected) if collect else None
-        return RunResult(self.get_params(state), state, jnp.asarray(np.concatenate(losses)), stacked)
+                    callback(done, _copy(state), _joined(records).loss)
+        record = _joined(records)
+        return RunResult(self.get_params(state), state, jnp.asarray(record.loss), record.collected)
 
     def _chunk(
-        self, state: State, size: int, dynamic: Any, static: Any, stable: bool, collect: Any
-    ) -> tuple[State, int, np.ndarray, Any, dict[str, Any]]:
-        """``size`` steps, by as many calls of the compiled loop as its buffer asks for."""
-        losses, collected, done, health = [], [], 0, {}
-        while done < size:
-            part = min(size - done, BUFFER)
-            state, count, loss, extra, health = self._loop(state, part, dynamic, static=static, stable=stable, collect=collect)
+        self, state: State, num_steps: int, dynamic: Any, settings: dict[str, Any]
+    ) -> tuple[State, "_Record", dict[str, int]]:
+        """``num_steps`` steps, or those before the first bad one and what is bad about it."""
+        records, done, bad = [], 0, dict[str, int]()
+        while done < num_steps and not bad:
+            state, count, record, health = self._loop(state, num_steps - done, dynamic, **settings)
             count, health = jax.device_get((count, health))
-            losses.append(np.asarray(loss[:count]))
-            collected.append(jax.tree.map(lambda x, count=count: np.asarray(x[:count]), extra))
+            records.append(jax.tree.map(lambda x, count=count: np.asarray(x)[:count].copy(), record))
             done += int(count)
-            if count < part:
-                break
-        return state, done, np.concatenate(losses), jax.tree.map(lambda *xs: np.concatenate(xs), *collected), health
+            if not settings["stable"]:
+                bad = {name: int(code) for name, code in health.items() if code}
+        return state, _joined(records), bad
 
     def _run_chunk(
-        self, state: State, num_steps: Array, dynamic: Any, *, static: Hashable, stable: bool, collect: Any, size: int = BUFFER
-    ) -> tuple[State, Array, Array, Any, Health]:
-        """Up to ``num_steps`` steps, stopped before the first bad one unless ``stable``."""
+        self,
+        state: State,
+        num_steps: Array,
+        dynamic: Any,
+        *,
+        static: "_Static",
+        stable: bool,
+        collect: Any,
+        max_steps: int = MAX_STEPS_PER_CALL,
+    ) -> tuple[State, Array, "_Record", Health]:
+        """Up to ``num_steps`` steps, as many as the buffer holds, stopped before the first bad one unless ``stable``."""
         args, kwargs = _join(dynamic, static)
 
-        def one(state: State) -> tuple[State, tuple[Array, Health, Any]]:
+        def one(state: State) -> tuple[State, _Record, Health]:
             new, loss, health = self._step(state, args, kwargs)
             bad = _is_bad(health)
             if stable:
                 new = new._replace(num_skipped=new.num_skipped + bad)
-            loss = jnp.where(bad, jnp.nan, loss)
-            return new, (loss, health, collect(new) if collect else None)
-
-        _, (loss, health, extra) = jax.eval_shape(one, state)
-        buffers = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), (loss, extra))
-        healthy = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), health)
+            collected = jax.tree.map(_as_array, collect(new)) if collect else None
+            return new, _Record(jnp.where(bad, jnp.nan, loss), collected), health
 
         def going(carry: Any) -> Array:
             done, _, _, health = carry
-            bad = _is_bad(health)
-            return (done < num_steps) & (~bad | stable)
+            return (done < num_steps) & (done < max_steps) & (stable | ~_is_bad(health))
 
         def body(carry: Any) -> Any:
-            done, state, buffers, _ = carry
-            state, (loss, health, extra) = one(state)
-            buffers = jax.tree.map(lambda buffer, x: buffer.at[done].set(x), buffers, (loss, extra))
-            return done + 1, state, buffers, health
+            done, state, buffer, _ = carry
+            state, record, health = one(state)
+            buffer = jax.tree.map(lambda kept, x: lax.dynamic_update_index_in_dim(kept, x, done, 0), buffer, record)
+            return done + 1, state, buffer, health
 
+        _, record, health = jax.eval_shape(one, state)
+        max_steps = min(max_steps, max(1, MAX_BUFFER // sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(record))))
+        buffer = jax.tree.map(lambda x: jnp.zeros((max_steps, *x.shape), x.dtype), record)
+        health = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), health)
         # A while loop, not a scan: its body is compiled alike whatever the number of steps.
-        start = (jnp.zeros((), jnp.int32), state, buffers, healthy)
-        done, state, (losses, collected), health = lax.while_loop(going, body, start)
-        bad = _is_bad(health)
-        return state, done - (bad & (not stable)), losses, collected, health
+        done, state, buffer, health = lax.while_loop(going, body, (jnp.zeros((), jnp.int32), state, buffer, health))
+        return state, done - (_is_bad(health) & (not stable)), buffer, health
 
     def _update(self, state: State, args: tuple[Any, ...], kwargs: dict[str, Any], stable: bool) -> tuple[State, Array]:
         dynamic, static = _split(args, kwargs)
-        state, _, losses, _, _ = self._once(state, jnp.ones((), jnp.int32), dynamic, static=static, stable=stable)
-        return state, losses[0]
+        state, _, record, _ = self._once(state, 1, dynamic, static=static, stable=stable)
+        return state, record.loss[0]
 
-    def _start_arrays(self, rng_key: Array, params: Any, dynamic: Any, static: Hashable) -> State:
+    def _start_arrays(self, rng_key: Array, init_params: Any, dynamic: Any, static: "_Static") -> tuple[State, Array]:
         args, kwargs = _join(dynamic, static)
-        return self._start(rng_key, params, args, kwargs)
+        return self._start(rng_key, init_params, args, kwargs)
 
-    def _evaluate_arrays(self, state: State, dynamic: Any, static: Hashable) -> Array:
-        args, kwargs = _join(dynamic, static)
-        return self._loss(state, args, kwargs)
+
+class _Record(NamedTuple):
+    """What is kept of every step."""
+
+    loss: Array
+    collected: Any
+
+
+def _joined(records: Sequence[_Record]) -> _Record:
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *records)
+
+
+def _as_array(x: Any) -> Array:
+    """What ``collect`` returned, and a random key by its numbers."""
+    x = jnp.asarray(x)
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
+def _copy(state: State) -> State:
+    return jax.tree.map(lambda x: jnp.asarray(x).copy(), state)
 
 
 def _is_bad(health: Health) -> Array:
@@ -271,7 +294,17 @@ class _Pace:
 
     def tell(self, count: int) -> None:
         seconds = time.perf_counter() - self.start
-        self.size = min(4 * self.size, max(1, int(count * SECONDS_PER_CHUNK / max(seconds, 1e-9))), BUFFER)
+        self.size = min(4 * self.size, max(1, int(count * SECONDS_PER_CHUNK / max(seconds, 1e-9))))
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function(state, args, kwargs)``, compiled once for all arguments of a model that have the same shapes."""
+
+    @partial(jax.jit, static_argnames="static")
+    def on_arrays(state: State, dynamic: Any, static: _Static) -> Any:
+        return function(state, *_join(dynamic, static))
+
+    return lambda state, args, kwargs: on_arrays(state, *_split(args, kwargs))
 
 
 def as_transformation(optim: Any) -> optax.GradientTransformationExtraArgs:
@@ -296,6 +329,7 @@ class _Static(NamedTuple):
 
     structure: Any
     leaves: tuple[Any, ...]
+    types: tuple[type, ...]  # since 1 == 1.0 == True
 
 
 _ARRAY = object()
@@ -305,16 +339,21 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Array], 
     """The arrays of a call's arguments, and the rest."""
     leaves, structure = jax.tree.flatten((args, kwargs))
     is_array = [isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves]
-    static = tuple(_ARRAY if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
+    rest = tuple(_ARRAY if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
+    static = _Static(structure, rest, tuple(type(leaf) for leaf in rest))
+    for part in (*rest, structure):
+        _require_hashable(part)
+    return [jnp.asarray(leaf) for leaf, array in zip(leaves, is_array, strict=True) if array], static
+
+
+def _require_hashable(part: Any) -> None:
     try:
-        hash(static)
+        hash(part)
     except TypeError:
-        unhashable = next(leaf for leaf in static if not isinstance(leaf, Hashable))
         raise TypeError(
-            f"an argument of the model, a {type(unhashable).__name__}, is neither an array nor hashable, and so cannot be compiled "
+            f"an argument of the model, a {type(part).__name__}, is neither an array nor hashable, and so cannot be compiled "
             "in. Pass arrays, numbers, strings, functions or pytrees of these."
         ) from None
-    return [jnp.asarray(leaf) for leaf, array in zip(leaves, is_array, strict=True) if array], _Static(structure, static)
 
 
 def _join(dynamic: Sequence[Array], static: _Static) -> tuple[tuple[Any, ...], dict[str, Any]]:

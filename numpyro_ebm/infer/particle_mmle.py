@@ -20,14 +20,15 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import optax
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 from numpyro.infer import init_to_sample
 
-from numpyro_ebm.distributions.energy import energy_site
+from numpyro_ebm.distributions.energy import energy_site, is_flat
 from numpyro_ebm.handlers import explain_chains, negative_phase, unnormalized
-from numpyro_ebm.infer.engine import Engine, Health, as_transformation
+from numpyro_ebm.infer.engine import Engine, Health, as_transformation, compiled
 from numpyro_ebm.infer.rows import all_batches, by_site, full_shape, gather, scatter, subsampled_indices
 from numpyro_ebm.model_check import check_model
 from numpyro_ebm.optim import kinetic_langevin, kinetic_langevin_splitting, langevin, normal_like, require_step
@@ -37,6 +38,7 @@ from numpyro_ebm.program import (
     constrain_params,
     constrained,
     draw_latents,
+    finite_events,
     log_density_terms,
     require_continuous,
     require_finite,
@@ -185,6 +187,7 @@ class ParticleMMLE(Engine):
         self._transformation = optax.identity() if m_step == "maximize" else as_transformation(optim)
         phase = model if isinstance(model, negative_phase) else negative_phase(model)
         self._inner = unnormalized(phase.fn)
+        self._values, self._curvature = compiled(self._constrained_particles), compiled(self._largest_curvature)
         self._phase = phase.without_reports()
 
     # The published algorithms.
@@ -294,13 +297,7 @@ class ParticleMMLE(Engine):
         :param args: arguments of the model.
         :return: by latent site, of shape ``(num_particles,) + batch_shape + event_shape``.
         """
-        data = {**state.params, **state.mutable_state}
-
-        @jax.jit
-        def values(data: Any, particles: Particles) -> Particles:
-            return jax.vmap(lambda x: constrained(self._inner, args, kwargs, state.rng_key, data=data, latents=x))(particles)
-
-        return values(data, state.particles)
+        return self._values(state, args, kwargs)
 
     def replicate(self, state: ParticleState, num_particles: int | None = None) -> ParticleState:
         """A state with every particle copied, to go on from after a warm-up with fewer (Marks et al. 2026, algorithm 3).
@@ -323,54 +320,78 @@ class ParticleMMLE(Engine):
             dynamics_state=by_site(repeat, state.particles, state.dynamics_state),
         )
 
-    def stability_limit(self, state: ParticleState, *args: Any, num_iterations: int = 30, **kwargs: Any) -> float:
+    def stability_limit(self, state: ParticleState, *args: Any, **kwargs: Any) -> float:
         """The step above which unadjusted particles diverge where they stand: 2 / (largest curvature), by power iteration.
 
         :param args: arguments of the model.
-        :param int num_iterations: Hessian-vector products; the estimate comes from above.
-        :return: an estimate for the particles that move in the next step; inf where no direction is curved.
+        :return: an estimate for the particles that move in the next step, from above; inf where no direction is curved.
         """
-
-        @jax.jit
-        def largest_curvature(state: ParticleState) -> Array:
-            batch = _Batch(self._inner, state, state.rng_key, args, kwargs)
-            x = batch.gather(state.particles)
-
-            def minus_score(x: Particles) -> Particles:
-                return jax.tree.map(jnp.negative, batch.scores(state.unconstrained, x))
-
-            def iterate(v: Particles, _: None) -> tuple[Particles, Array]:
-                v = jax.jvp(minus_score, (x,), (v,))[1]
-                norm = optax.tree.norm(v)
-                return jax.tree.map(lambda a: a / jnp.maximum(norm, 1e-30), v), norm
-
-            v = normal_like(state.rng_key, x)
-            norm = optax.tree.norm(v)
-            return lax.scan(iterate, jax.tree.map(lambda a: a / norm, v), None, num_iterations)[1][-1]
-
-        curvature = float(largest_curvature(state))
+        curvature = float(self._curvature(state, args, kwargs))
         return 2 / curvature if curvature > 0 else float("inf")
+
+    def _constrained_particles(self, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Particles:
+        data = {**state.params, **state.mutable_state}
+        return jax.vmap(lambda x: constrained(self._inner, args, kwargs, state.rng_key, data=data, latents=x))(state.particles)
+
+    def _largest_curvature(self, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
+        batch = _Batch(self._inner, state, state.rng_key, args, kwargs)
+        x = batch.gather(state.particles)
+
+        def minus_score(x: Particles) -> Particles:
+            return jax.tree.map(jnp.negative, batch.scores(state.unconstrained, x))
+
+        def iterate(v: Particles, _: None) -> tuple[Particles, Array]:
+            v = jax.jvp(minus_score, (x,), (v,))[1]
+            norm = optax.tree.norm(v)
+            return jax.tree.map(lambda a: a / jnp.maximum(norm, 1e-30), v), norm
+
+        v = normal_like(state.rng_key, x)
+        norm = optax.tree.norm(v)
+        return lax.scan(iterate, jax.tree.map(lambda a: a / norm, v), None, NUM_POWER_ITERATIONS)[1][-1]
 
     # What the loop needs.
 
-    def _check(self, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any], init_params: dict[str, Any] | None) -> Any:
-        given = dict(init_params or {})
-        positions = draw_latents(self._inner, args, kwargs, rng_key, data=given, init_strategy=self.init_strategy)
-        program = run_program(self._inner, args, kwargs, rng_key, data=given, latents=positions)
-        self._require_learnable(program, given)
-        for site in program.sites.values():
-            if site["type"] == "sample" and site["is_observed"]:
-                require_finite(site)
-        return unconstrain_params(program.params, program.param_transforms)
+    def _refuse(self, rng_key: Array, init_params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        latents = draw_latents(self._inner, args, kwargs, rng_key, data=init_params, init_strategy=self.init_strategy)
+        program = run_program(self._inner, args, kwargs, rng_key, data=init_params, latents=latents)
+        for name, plate in program.plates.items():
+            if not plate.is_row.all():
+                bad = int(plate.indices[~plate.is_row][0])
+                wrong = "is out of range" if plate.is_subsampled else "is not at its place, where no row is left out,"
+                raise ValueError(f"plate '{name}': index {bad} {wrong} for {plate.size} rows of data.")
+        finite = jax.jit(lambda data, latents: self._finite_batches(program, rng_key, data, latents, args, kwargs))
+        worst = jnp.argmin(finite(init_params, latents))
+        rows = {plate: index[worst] for plate, index in all_batches(program).items()}
+        program = run_program(self._inner, args, kwargs, rng_key, data={**init_params, **rows}, latents=latents)
+        for site in program.observed.values():
+            require_finite(site)
+
+    def _finite_batches(
+        self,
+        program: Program,
+        rng_key: Array,
+        data: dict[str, Any],
+        latents: dict[str, Array],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Array:
+        """Whether the observed data of each batch are finite, of shape (num_batches,)."""
+
+        def finite(rows: dict[str, Array]) -> Array:
+            seen = run_program(self._inner, args, kwargs, rng_key, data={**data, **rows}, latents=latents)
+            return jnp.asarray([finite_events(site).all() for site in seen.observed.values()]).all()
+
+        batches = all_batches(program)
+        return lax.map(finite, batches) if batches else finite({})[None]
 
     def _needs_phase(self, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if isinstance(self.model, negative_phase):
             return True
-        sites = [name for name, site in program.sites.items() if site["type"] == "sample" and energy_site(site["fn"]) is not None]
+        fns = [site["fn"] for site in program.sites.values() if site["type"] == "sample"]
         try:
             return check_model(self._phase.fn, *args, **kwargs).needs_negative_phase
-        except Exception:  # NumPyro's analysis does not cover every model: then every energy is taken to be learnt
-            return bool(sites)
+        except Exception:  # NumPyro's analysis does not cover every model: then every energy and field is taken to be learnt
+            return any(energy_site(fn) is not None or is_flat(fn) for fn in fns)
 
     def _require_learnable(self, program: Program, given: dict[str, Any]) -> None:
         require_continuous(program)
@@ -389,11 +410,6 @@ class ParticleMMLE(Engine):
                     "and a batch would give its particles noise that is not Langevin's. Make it a numpyro.param, or do not "
                     f"subsample '{around}'."
                 )
-        for name, plate in program.plates.items():
-            inside = (plate.indices >= 0) & (plate.indices < plate.size)
-            if not isinstance(inside, jax.core.Tracer) and not inside.all():
-                bad = int(np.asarray(plate.indices)[~np.asarray(inside)][0])
-                raise ValueError(f"plate '{name}': index {bad} is out of range for {plate.size} rows of data.")
         if self.drift == "mean":
             self._num_data(program)
 
@@ -408,9 +424,14 @@ class ParticleMMLE(Engine):
             )
         return int(np.prod([program.plates[plate].size for plate in shared]))
 
-    def _start(self, rng_key: Array, params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ParticleState:
+    def _start(
+        self, rng_key: Array, init_params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[ParticleState, Array]:
+        positions = draw_latents(self._inner, args, kwargs, rng_key, data=init_params, init_strategy=self.init_strategy)
+        program = run_program(self._inner, args, kwargs, rng_key, data=init_params, latents=positions)
+        self._require_learnable(program, init_params)
+        params = unconstrain_params(program.params, program.param_transforms)
         rng_key, run_key, draw_key = jax.random.split(rng_key, 3)
-        program = run_program(self._inner, args, kwargs, run_key)
         data = constrain_params(params, program.param_transforms)
         particles = self._draw_particles(draw_key, program, data, args, kwargs)
         phase = self._phase if self._needs_phase(program, args, kwargs) else self._inner
@@ -429,7 +450,8 @@ class ParticleMMLE(Engine):
             num_steps=count,
             num_skipped=count,
         )
-        return strong_types(state)
+        good = self._finite_batches(program, rng_key, data, positions, args, kwargs).all()
+        return strong_types(state), good & jnp.asarray([plate.is_row.all() for plate in program.plates.values()]).all()
 
     def _draw_particles(
         self, rng_key: Array, program: Program, data: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -457,6 +479,11 @@ class ParticleMMLE(Engine):
         return lax.scan(fill, full, (keys, batches))[0]
 
     def _step(self, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ParticleState, Array, Health]:
+        if _num_particles(state) != self.num_particles:
+            raise ValueError(
+                f"the state has {_num_particles(state)} particles and the engine num_particles={self.num_particles}: take "
+                "engine.replicate(state)."
+            )
         rng_key, model_key, move_key, rest_key, optim_key = jax.random.split(state.rng_key, 5)
         batch = _Batch(self._inner, state, model_key, args, kwargs)
         theta, x, kept = state.unconstrained, batch.gather(state.particles), batch.gather(state.dynamics_state)
@@ -604,8 +631,13 @@ class ParticleMMLE(Engine):
         return found
 
     def _explain(self, state: ParticleState, health: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        try:
+            with numpyro.validation_enabled(False):  # parameters may be out of range by now: that is told below
+                self._refuse(state.rng_key, state.params, args, kwargs)
+        except ValueError as error:  # a run that goes on from a state may be given other data
+            return f"{error} The state before is in .state."
         if index := [what for what in health if what.startswith("the indices")]:
-            return f"{index[0]} are out of range. The state before is in .state."
+            return f"{index[0]} are out of range, or not in order. The state before is in .state."
         if chains := [what for what, code in health.items() if what.startswith("the negative chains")]:
             name = chains[0].split("'")[1]
             return f"site '{name}': {explain_chains(self._phase, name, health[chains[0]])} The state before is in .state."
@@ -619,6 +651,7 @@ class ParticleMMLE(Engine):
 
 # On a quadratic h E[score^2] = hc / (1 - hc/2): 4 at hc = 4/3, where the particles' variance is three times too large.
 STIFF, STIFFNESS_RATE, STIFFNESS_CLIP = 4.0, 0.02, 20.0
+NUM_POWER_ITERATIONS = 30
 
 
 class _Gradients(NamedTuple):
@@ -636,6 +669,7 @@ class _Batch:
         self.model, self.rng_key, self.args, self.kwargs = model, rng_key, args, kwargs
         data = {**state.params, **state.mutable_state}
         self.program = run_program(model, args, kwargs, rng_key, data=data, latents=_first(state.particles))
+        _require_same_sites(self.program, state)
         self.indices = subsampled_indices(self.program)
         self.data = {**state.mutable_state, **self.indices}  # what another run on the same rows is given
 
@@ -682,6 +716,12 @@ def _num_particles(state: ParticleState) -> int:
     return len(next(iter(state.particles.values())))
 
 
+def _require_same_sites(program: Program, state: ParticleState) -> None:
+    for kind, wanted, given in (("latent", program.latents, state.particles), ("param", program.params, state.params)):
+        if wanted.keys() != given.keys():
+            raise ValueError(f"the state is of another model: its {kind} sites are {sorted(given)}, the model's {sorted(wanted)}.")
+
+
 def _has_chains(state: ParticleState) -> bool:
     return any(name.endswith("/chains") for name in state.mutable_state)
 
@@ -709,9 +749,8 @@ def _health(batch: _Batch, loss: Array, theta: Any, x: Particles, mutable_state:
     health = {"the loss": finite(loss)}
     health |= {f"param '{name}'": finite(value) for name, value in theta.items()}
     health |= {f"the particles of site '{name}'": finite(value) for name, value in x.items()}
-    for name, plate in batch.program.subsampled.items():
-        inside = (plate.indices >= 0) & (plate.indices < plate.size)
-        health[f"the indices of plate '{name}'"] = 1 - inside.all().astype(jnp.int32)
+    for name, plate in batch.program.plates.items():
+        health[f"the indices of plate '{name}'"] = 1 - plate.is_row.all().astype(jnp.int32)
     for name, status in _chain_status(mutable_state).items():
         health[f"the negative chains of site '{name}'"] = jnp.where(status > 1, status, 0)
     return health
@@ -721,7 +760,7 @@ def _minimize(loss: Callable[[Array], Array], start: Array, max_steps: int = 50)
     """L-BFGS until a step is lost in rounding."""
     solver = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(loss)
-    tolerance = 10 * jnp.finfo(start.dtype).eps
+    tolerance = 1e3 * jnp.finfo(start.dtype).eps
 
     def going(carry: tuple[Array, Any, Array, Array]) -> Array:
         x, _, size, count = carry

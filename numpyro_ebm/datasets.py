@@ -1,0 +1,179 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Real data of the examples, with checksums.
+
+Files are looked for in the folder that the environment variable ``NUMPYRO_EBM_DATA`` names, in ``shared/data`` beside the
+project's checkout, and in ``~/.cache/numpyro_ebm``; a file that is in none of them is downloaded into the last. A file
+with another checksum than the one that was tested is refused.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+CACHE = Path.home() / ".cache" / "numpyro_ebm"
+BESIDE = Path(__file__).parents[2] / "shared" / "data"
+
+_MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+_UCI = "https://archive.ics.uci.edu/ml/machine-learning-databases/"
+_POSTERIORDB = "https://raw.githubusercontent.com/stan-dev/posteriordb/master/posterior_database/"
+_RDATASETS = "https://vincentarelbundock.github.io/Rdatasets/csv/"
+
+# by path in the data folder: sha256, and where the public copy is
+FILES = {
+    "mnist/train-images-idx3-ubyte.gz": (
+        "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        _MNIST + "train-images-idx3-ubyte.gz",
+    ),
+    "mnist/train-labels-idx1-ubyte.gz": (
+        "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        _MNIST + "train-labels-idx1-ubyte.gz",
+    ),
+    "mnist/t10k-images-idx3-ubyte.gz": (
+        "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        _MNIST + "t10k-images-idx3-ubyte.gz",
+    ),
+    "mnist/t10k-labels-idx1-ubyte.gz": (
+        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+        _MNIST + "t10k-labels-idx1-ubyte.gz",
+    ),
+    "uci/breast-cancer-wisconsin.data": (
+        "402c585309c399237740f635ef9919dc512cca12cbeb20de5e563a4593f22b64",
+        _UCI + "breast-cancer-wisconsin/breast-cancer-wisconsin.data",
+    ),
+    "small/eight_schools_noncentered_draws.json.zip": (
+        "0858641e630c877103dba2b78beaf6bc1f39435fc43d2894c4dff5d609c7a264",
+        _POSTERIORDB + "reference_posteriors/draws/draws/eight_schools-eight_schools_noncentered.json.zip",
+    ),
+    "small/EfronMorris.csv": (
+        "18859844ec0c0d7fcfb35c1a625a75965750b026ab54cf0de7822d8c1eee33bc",
+        _RDATASETS + "pscl/EfronMorris.csv",
+    ),
+}
+
+
+class LabelledImages(NamedTuple):
+    """Images with their labels."""
+
+    images: np.ndarray  # (num_images, height, width), uint8
+    labels: np.ndarray  # (num_images,), uint8
+
+
+class Patients(NamedTuple):
+    """The Wisconsin breast cancer data, without the 16 rows that lack a value."""
+
+    features: np.ndarray  # (683, 9), float64, from 1 to 10
+    malignant: np.ndarray  # (683,), int64, 0 or 1
+
+
+class EightSchools(NamedTuple):
+    """Effects of coaching in eight schools, and draws of a full Bayesian analysis (posteriordb, 10 chains of 1000)."""
+
+    effect: np.ndarray  # (8,)
+    standard_error: np.ndarray  # (8,)
+    draws: dict[str, np.ndarray]  # "theta" (10, 1000, 8), "mu" (10, 1000), "tau" (10, 1000)
+
+
+class Batters(NamedTuple):
+    """Efron and Morris's batters of 1970: hits in 45 at-bats, and the rest of the season."""
+
+    name: list[str]
+    early: np.ndarray  # (18,), average over 45 at-bats
+    rest: np.ndarray  # (18,), average over the rest of the season
+    num_rest: np.ndarray  # (18,), at-bats of the rest
+
+
+def mnist(train: bool = True) -> LabelledImages:
+    """Handwritten digits (LeCun et al. 1998): 60 000 images of 28 x 28 pixels to train on, 10 000 to test on.
+
+    :raises FileNotFoundError: if the files are nowhere and cannot be downloaded.
+    :raises ValueError: if a file has a wrong checksum.
+    """
+    part = "train" if train else "t10k"
+    return LabelledImages(_idx(f"mnist/{part}-images-idx3-ubyte.gz"), _idx(f"mnist/{part}-labels-idx1-ubyte.gz"))
+
+
+def breast_cancer_wisconsin() -> Patients:
+    """Nine scores of a biopsy each, and whether the tumour was malignant (Wolberg and Mangasarian 1990).
+
+    :raises FileNotFoundError: if the file is nowhere and cannot be downloaded.
+    :raises ValueError: if the file has a wrong checksum.
+    """
+    rows = [line.split(",") for line in _read("uci/breast-cancer-wisconsin.data").decode().split()]
+    table = np.array([row for row in rows if "?" not in row], float)
+    return Patients(table[:, 1:10], (table[:, 10] == 4).astype(int))
+
+
+def eight_schools() -> EightSchools:
+    """Eight schools (Rubin 1981) with the reference draws of posteriordb.
+
+    :raises FileNotFoundError: if the file of the draws is nowhere and cannot be downloaded.
+    :raises ValueError: if it has a wrong checksum.
+    """
+    archive = zipfile.ZipFile(io.BytesIO(_read("small/eight_schools_noncentered_draws.json.zip")))
+    chains = json.loads(archive.read(archive.namelist()[0]))
+    theta = np.stack([[chain[f"theta[{j}]"] for j in range(1, 9)] for chain in chains]).transpose(0, 2, 1)
+    draws = {"theta": theta, **{name: np.array([chain[name] for chain in chains]) for name in ("mu", "tau")}}
+    effect, standard_error = np.array([28.0, 8, -3, 7, -1, 1, 18, 12]), np.array([15.0, 10, 16, 11, 9, 11, 10, 18])
+    return EightSchools(effect, standard_error, draws)
+
+
+def efron_morris() -> Batters:
+    """Batting averages of 18 players (Efron and Morris 1975).
+
+    :raises FileNotFoundError: if the file is nowhere and cannot be downloaded.
+    :raises ValueError: if the file has a wrong checksum.
+    """
+    rows = list(csv.DictReader(io.StringIO(_read("small/EfronMorris.csv").decode())))
+    early, rest, num_rest = (np.array([float(row[column]) for row in rows]) for column in ("y", "p", "n"))
+    return Batters([row["name"] for row in rows], early, rest, num_rest)
+
+
+def _idx(path: str) -> np.ndarray:
+    """An idx file: byte 3 is the number of axes, then their sizes as big-endian int32, then uint8 values."""
+    content = gzip.decompress(_read(path))
+    ndim = content[3]
+    shape = np.frombuffer(content, ">i4", ndim, 4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape)
+
+
+def _read(path: str) -> bytes:
+    """A file with the right checksum."""
+    sha256, url = FILES[path]
+    folders = [os.environ.get("NUMPYRO_EBM_DATA"), BESIDE, CACHE]
+    found = next((Path(folder) / path for folder in folders if folder and (Path(folder) / path).exists()), None)
+    content = _download(path, url) if found is None else found.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"{found or url} is not the file that was tested, its sha256 is not {sha256}: remove it and get it anew.")
+    if found is None:
+        _keep(CACHE / path, content)
+    return content
+
+
+def _download(path: str, url: str) -> bytes:
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            return response.read()
+    except (urllib.error.URLError, OSError) as error:
+        raise FileNotFoundError(
+            f"{path} is in none of $NUMPYRO_EBM_DATA, {BESIDE} and {CACHE}, and {url} cannot be reached ({error}): download it "
+            "and put it there, or set NUMPYRO_EBM_DATA to a folder that has it."
+        ) from error
+
+
+def _keep(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_bytes(content)
+    part.replace(path)  # whole, or not at all

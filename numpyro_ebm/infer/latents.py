@@ -1,0 +1,574 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Latents of a model whose parameters are fixed: draws of their posterior, and its mode.
+
+These are functions of ``(model, params, data)`` and belong to no engine. At fixed parameters particles are independent
+Markov chains, which they are not during a fit, so that R-hat and ESS mean what they usually do. Where the posterior is a
+product over the rows of a plate, every row is accepted by itself and has a step size of its own: the step then does not
+shrink with the number of data.
+"""
+
+import dataclasses
+import math
+import numbers
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+from jax.flatten_util import ravel_pytree
+from numpyro.infer import init_to_sample
+
+from numpyro_ebm.distributions.energy import NormalizerError, energy_site
+from numpyro_ebm.handlers import negative_phase, unnormalized
+from numpyro_ebm.infer.engine import as_transformation
+from numpyro_ebm.program import (
+    Model,
+    Program,
+    constrain_params,
+    constrained,
+    draw_latents,
+    log_density_terms,
+    per_row,
+    require_continuous,
+    require_finite,
+    run_program,
+    total,
+    unconstrain_params,
+    whole_plates,
+)
+from numpyro_ebm.samplers import MALA, Sampler
+
+Latents = dict[str, Array]
+
+
+def sample_posterior(
+    rng_key: Array,
+    model: Model,
+    params: Mapping[str, Any],
+    *args: Any,
+    num_samples: int,
+    num_warmup: int = 200,
+    num_chains: int | None = None,
+    thinning: int = 1,
+    sampler: Sampler | Literal["nuts"] | None = None,
+    start: Mapping[str, Array] | None = None,
+    mutable_state: Mapping[str, Any] | None = None,
+    init_strategy: Callable[..., Any] = init_to_sample,
+    **kwargs: Any,
+) -> Latents:
+    """Draws of the latents from their posterior at fixed parameters, for the data of a fit or for new data.
+
+    Subsampled plates show all their rows. Energy sites need no normaliser here and are taken as they are.
+
+    :param rng_key: a key of :func:`jax.random.key`.
+    :param model: a NumPyro model, under :class:`~numpyro_ebm.negative_phase` or not.
+    :param dict params: values of all :func:`numpyro.param` sites, ``result.params``; others are ignored.
+    :param args: arguments of the model.
+    :param int num_samples: draws that are kept of every chain.
+    :param int num_warmup: transitions before the first draw. Only in them is the step size adapted.
+    :param int num_chains: independent chains; as many as ``start`` has if it is given, else 4.
+    :param int thinning: transitions per draw.
+    :param sampler: :class:`~numpyro_ebm.MALA` if not given; :class:`~numpyro_ebm.UnadjustedLangevin` goes on as the particles
+        of a fit do, with their bias in the step size. One transition is one run of it, ``num_steps`` steps. Rows of a plate
+        that all latents share move independently. ``"nuts"`` moves all latents of a chain together, by BlackJAX with window
+        adaptation.
+    :param start: latents to start from, constrained, of shape ``(num_chains,) + batch_shape + event_shape``, such as
+        :meth:`ParticleMMLE.get_particles <numpyro_ebm.ParticleMMLE.get_particles>` gives.
+    :param mutable_state: values of the model's own :func:`numpyro.primitives.mutable` sites.
+    :param init_strategy: a NumPyro ``init_to_...`` strategy to start from without ``start``.
+    :param kwargs: keyword arguments of the model.
+    :return: by latent site, constrained, of shape ``(num_chains, num_samples) + batch_shape + event_shape``. ``Predictive``
+        takes them with ``batch_ndims=2``.
+    :raises ValueError: for counts out of range, missing parameters, discrete latents, a ``start`` of another shape, a density
+        that is not finite where chains start, or draws that are not finite, naming the site.
+    :raises NormalizerError: if an energy's normaliser depends on another latent.
+
+    **References**
+
+    1. Roberts and Tweedie, *Exponential convergence of Langevin distributions and their discrete approximations*,
+       Bernoulli 2 (1996).
+    2. Hoffman and Gelman, *The No-U-Turn sampler*, JMLR 15 (2014), arXiv:1111.4246.
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp, numpyro
+        >>> import numpyro.distributions as dist
+        >>> from numpyro_ebm import sample_posterior
+        >>> def model(y):
+        ...     loc = numpyro.param("loc", 0.0)
+        ...     with numpyro.plate("data", len(y)):
+        ...         x = numpyro.sample("x", dist.Normal(loc, 1))
+        ...         numpyro.sample("y", dist.Normal(x, 1), obs=y)
+        >>> draws = sample_posterior(jax.random.key(0), model, {"loc": 1.0}, jnp.array([1.0, 5.0]), num_samples=2000)
+        >>> draws["x"].shape
+        (4, 2000, 2)
+        >>> print(draws["x"].mean((0, 1)).round(1))
+        [1. 3.]
+    """
+    posterior, draws = draw_posterior(
+        rng_key,
+        model,
+        params,
+        args,
+        kwargs,
+        num_samples=num_samples,
+        num_warmup=num_warmup,
+        num_chains=num_chains,
+        thinning=thinning,
+        sampler=sampler,
+        start=start,
+        mutable_state=mutable_state,
+        init_strategy=init_strategy,
+    )
+    return jax.jit(jax.vmap(jax.vmap(posterior.constrained)))(draws)
+
+
+class MapEstimate(NamedTuple):
+    """What :func:`find_map` found."""
+
+    #: by latent site, constrained, of shape ``batch_shape + event_shape``
+    latents: Latents
+    #: log density of the latents and data there, up to unknown normalisers: ``(rows,)`` if the rows of a plate factorise,
+    #: else a scalar
+    log_density: Array
+
+
+def find_map(
+    rng_key: Array,
+    model: Model,
+    params: Mapping[str, Any],
+    *args: Any,
+    num_starts: int | None = None,
+    num_steps: int = 1000,
+    optim: Any = None,
+    start: Mapping[str, Array] | None = None,
+    mutable_state: Mapping[str, Any] | None = None,
+    init_strategy: Callable[..., Any] = init_to_sample,
+    **kwargs: Any,
+) -> MapEstimate:
+    r"""The most probable latents at fixed parameters, :math:`\arg\max_x \log p_\theta(x, y)`.
+
+    The density is that of the constrained values: the search is in unconstrained space, without the Jacobian. Where the rows
+    of a plate that all latents share factorise, the best start is kept row by row.
+
+    :param rng_key: a key of :func:`jax.random.key`.
+    :param model: a NumPyro model, under :class:`~numpyro_ebm.negative_phase` or not.
+    :param dict params: values of all :func:`numpyro.param` sites, ``result.params``; others are ignored.
+    :param args: arguments of the model.
+    :param int num_starts: searches to begin; as many as ``start`` has if it is given, else 4.
+    :param int num_steps: steps of the optimiser.
+    :param optim: an optax transformation or an optimiser of :mod:`numpyro.optim`; Adam with a step that falls from 0.1 to 0
+        along a cosine if not given.
+    :param start: latents to start from, constrained, of shape ``(num_starts,) + batch_shape + event_shape``, such as
+        particles.
+    :param mutable_state: values of the model's own :func:`numpyro.primitives.mutable` sites.
+    :param init_strategy: a NumPyro ``init_to_...`` strategy to start from without ``start``.
+    :param kwargs: keyword arguments of the model.
+    :return: latents by site and their log density. It warns where the density still rises.
+    :raises ValueError: as :func:`sample_posterior` does, and if no start reached a finite density.
+    :raises NormalizerError: if an energy's normaliser depends on another latent.
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp, numpyro
+        >>> import numpyro.distributions as dist
+        >>> from numpyro_ebm import find_map
+        >>> def model(y):
+        ...     loc = numpyro.param("loc", 0.0)
+        ...     with numpyro.plate("data", len(y)):
+        ...         x = numpyro.sample("x", dist.Normal(loc, 1))
+        ...         numpyro.sample("y", dist.Normal(x, 1), obs=y)
+        >>> found = find_map(jax.random.key(0), model, {"loc": 1.0}, jnp.array([1.0, 5.0]))
+        >>> print(found.latents["x"].round(1), found.log_density.shape)
+        [1. 3.] (2,)
+    """
+    _require_count("num_steps", num_steps)
+    model_key, start_key = jax.random.split(rng_key)
+    posterior = Posterior(model_key, model, params, args, kwargs, mutable_state)
+    positions = posterior.start(start_key, start, num_starts, "num_starts", init_strategy)
+    optim = optax.adam(optax.cosine_decay_schedule(0.1, num_steps)) if optim is None else as_transformation(optim)
+
+    def log_density(x: Array) -> Array:
+        return posterior.row_log_density(posterior.from_rows(x), jacobian=False)
+
+    @jax.jit
+    def search(positions: Array) -> tuple[Latents, Array, Array]:
+        x, value = jax.vmap(lambda x: _climb(log_density, x, optim, num_steps))(positions)
+        best = value.argmax(0)
+        x = jnp.take_along_axis(x, best[None, ..., None], 0)[0]
+        return posterior.constrained(posterior.from_rows(x)), value.max(0), _gain_ahead(log_density, x)
+
+    latents, value, gain = search(positions)
+    if not np.isfinite(value).all():
+        raise ValueError(f"no start reached a finite log density{posterior.rows_where(~np.isfinite(value))}: give start=.")
+    if (unfinished := ~(np.asarray(gain) < MAP_TOLERANCE)).any():
+        warnings.warn(
+            f"the log density still rises{posterior.rows_where(unfinished)}: take more num_steps, or a larger step of optim. "
+            "A density without a mode rises for ever.",
+            stacklevel=2,
+        )
+    return MapEstimate(latents, value)
+
+
+MAP_TOLERANCE = 0.01  # nats that one more line search may gain before find_map warns
+
+
+def _climb(log_density: Callable[[Array], Array], x: Array, optim: Any, num_steps: int) -> tuple[Array, Array]:
+    """The best position that an optimiser meets on its way, row by row, and its log density."""
+
+    def descent(x: Array) -> tuple[Array, Array]:
+        value = log_density(x)
+        return -value.sum(), value
+
+    def keep(best: tuple[Array, Array], x: Array, value: Array) -> tuple[Array, Array]:
+        better = value >= best[1] - 4 * jnp.finfo(value.dtype).eps * jnp.abs(value)  # of equals, the later one
+        return jnp.where(better[..., None], x, best[0]), jnp.where(better, value, best[1])
+
+    def step(carry: tuple[Array, Any, tuple[Array, Array]], _: None) -> tuple[Any, None]:
+        x, state, best = carry
+        (_, value), gradient = jax.value_and_grad(descent, has_aux=True)(x)
+        best = keep(best, x, value)
+        updates, state = optim.update(gradient, state, x)
+        return (optax.apply_updates(x, updates), state, best), None
+
+    nothing = x, jnp.full(x.shape[:-1], -jnp.inf, jax.eval_shape(log_density, x).dtype)
+    (x, _, best), _ = lax.scan(step, (x, optim.init(x), nothing), None, num_steps)
+    return keep(best, x, log_density(x))
+
+
+def _gain_ahead(log_density: Callable[[Array], Array], x: Array) -> Array:
+    """What a Newton step along the gradient would gain, row by row; inf where the density does not bend down along it."""
+    score = jax.grad(lambda x: log_density(x).sum())
+    g, bend = jax.jvp(score, (x,), (score(x),))
+    slope, bend = (g * g).sum(-1), -(g * bend).sum(-1)
+    tiny = jnp.finfo(x.dtype).tiny
+    return jnp.where(slope < tiny**0.25, 0.0, jnp.where(bend > 0, slope**2 / (2 * jnp.maximum(bend, tiny)), jnp.inf))
+
+
+class Posterior:
+    """The latents of a model at fixed parameters, on all rows of the data.
+
+    For samplers they are one array of shape ``(rows, dim)``, with the rows of the plate that all latents share, or ``(dim,)``
+    where no plate's rows are independent: the log density then has shape ``(rows,)`` or ``()``.
+    """
+
+    def __init__(
+        self,
+        rng_key: Array,
+        model: Model,
+        params: Mapping[str, Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        mutable_state: Mapping[str, Any] | None,
+    ) -> None:
+        self.args, self.kwargs, self.rng_key = args, kwargs, rng_key
+        self.guarded = model.fn if isinstance(model, negative_phase) else model
+        self.model = unnormalized(self.guarded)
+        self.data = {**params, **(mutable_state or {})}
+        latents = self.draw(rng_key, init_to_sample)
+        with whole_plates():
+            self.program: Program = run_program(self.model, args, kwargs, rng_key, data=self.data, latents=latents)
+        self._require_drawable(params, latents)
+        self.params = self.program.params
+        self._shapes = {name: latents[name] for name in sorted(latents)}
+        self.plate = self._common_plate(latents)
+
+    def draw(self, rng_key: Array, init_strategy: Callable[..., Any]) -> Latents:
+        """Unconstrained latents to start from."""
+        with whole_plates():
+            return draw_latents(self.model, self.args, self.kwargs, rng_key, data=self.data, init_strategy=init_strategy)
+
+    def terms(
+        self, latents: Latents, params: Mapping[str, Any] | None = None, *, jacobian: bool = True, guarded: bool = False
+    ) -> dict[str, Array]:
+        """The log density of every site at unconstrained latents, at these parameters or at others."""
+        model, data = self.guarded if guarded else self.model, {**self.data, **(params or {})}
+        with whole_plates():
+            terms = log_density_terms(model, self.args, self.kwargs, self.rng_key, data=data, latents=latents)[0]
+        jacobians = {f"_{name}_log_det" for name in latents}
+        return {name: term for name, term in terms.items() if jacobian or name not in jacobians}
+
+    def row_log_density(self, latents: Latents, params: Mapping[str, Any] | None = None, *, jacobian: bool = True) -> Array:
+        """The log density that depends on latents, ``(rows,)``, or ``()`` where rows are not independent."""
+        terms = self.terms(latents, params, jacobian=jacobian)
+        return total(terms) if self.plate is None else self._rows_and_rest(terms, self.plate)[0]
+
+    def constrained(self, latents: Latents) -> Latents:
+        """The values of the latent sites."""
+        return constrained(self.model, self.args, self.kwargs, self.rng_key, data=self.data, latents=latents)
+
+    def to_rows(self, latents: Latents) -> Array:
+        """Unconstrained latents as one array of shape ``(rows, dim)`` or ``(dim,)``."""
+        if self.plate is None:
+            return ravel_pytree(latents)[0]
+        parts = [jnp.moveaxis(latents[name], self._axis(name), 0) for name in self._shapes]
+        return jnp.concatenate([part.reshape(len(part), -1) for part in parts], -1)
+
+    def from_rows(self, x: Array) -> Latents:
+        """The inverse of :meth:`to_rows`."""
+        if self.plate is None:
+            return ravel_pytree(self._shapes)[1](x)
+        latents, done = {}, 0
+        for name, like in self._shapes.items():
+            moved = jnp.moveaxis(like, self._axis(name), 0).shape
+            size = math.prod(moved[1:])
+            part = x[:, done : done + size].reshape(moved).astype(like.dtype)
+            latents[name], done = jnp.moveaxis(part, 0, self._axis(name)), done + size
+        return latents
+
+    def start(
+        self,
+        rng_key: Array,
+        start: Mapping[str, Array] | None,
+        number: int | None,
+        counted: str,
+        init_strategy: Callable[..., Any],
+    ) -> Array:
+        """Where chains or searches start, of shape ``(number, rows, dim)`` or ``(number, dim)``."""
+        if number is not None:
+            _require_count(counted, number)
+        if start is None:
+            keys = jax.random.split(rng_key, number or 4)
+            latents = jax.jit(jax.vmap(lambda key: self.draw(key, init_strategy)))(keys)
+        else:
+            latents = self._unconstrained(start, number, counted)
+        positions, value = jax.jit(jax.vmap(lambda x: (self.to_rows(x), self.row_log_density(x))))(latents)
+        if not (finite := np.isfinite(value)).all():
+            raise ValueError(
+                f"the log density is not finite at {int((~finite).sum())} of {finite.size} places to start"
+                f"{self.rows_where((~finite).any(0))}: give start=, or another init_strategy."
+            )
+        return positions
+
+    def rows_where(self, where: Any) -> str:
+        """Words for the rows where something is the case."""
+        if self.plate is None:
+            return ""
+        rows = np.flatnonzero(where)
+        more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+        return f" in rows {', '.join(map(str, rows[:3]))}{more} of plate '{self.plate}'"
+
+    def require_constant_normalizers(self, density: Callable[[Any], dict[str, Array]], at: Any, message: str) -> None:
+        """Refuses energies whose unknown normaliser depends on what a guarded density is a function of."""
+        for name, site in self.program.sites.items():
+            if site["type"] != "sample" or energy_site(site["fn"]) is None:
+                continue
+            try:
+                jax.eval_shape(jax.grad(lambda at, name=name: density(at)[name].sum()), at)
+            except NormalizerError as error:
+                raise NormalizerError(f"site '{name}': {message}") from error
+
+    def _axis(self, name: str) -> int:
+        return dict(self.program.latents[name].plates)[self.plate]  # type: ignore[index]
+
+    def _require_drawable(self, params: Mapping[str, Any], latents: Latents) -> None:
+        require_continuous(self.program)
+        if not self.program.latents:
+            raise ValueError("the model has no latent site, so that there is no posterior to look at.")
+        if missing := sorted(set(self.program.params) - set(params)):
+            raise ValueError(f"params lacks {missing}: give the values of all param sites, {sorted(self.program.params)}.")
+        for site in self.program.sites.values():
+            if site["type"] == "sample" and site["is_observed"]:
+                require_finite(site)
+        self.require_constant_normalizers(
+            lambda latents: self.terms(latents, guarded=True),
+            latents,
+            "its unknown normaliser depends on a latent, whose posterior would need its value (doubly intractable). Hold what "
+            "the energy depends on fixed, or make it a numpyro.param.",
+        )
+
+    def _common_plate(self, latents: Latents) -> str | None:
+        """The largest plate with all latents in it whose rows are independent."""
+        shared = set.intersection(*({plate for plate, _ in site.plates} for site in self.program.latents.values()))
+        for plate in sorted(shared, key=lambda plate: (-self.program.plates[plate].size, plate)):
+            if self._factorises(plate, latents):
+                return plate
+        return None
+
+    def _factorises(self, plate: str, latents: Latents) -> bool:
+        """Whether the density is a product over rows.
+
+        NumPyro takes the user's word for it, which a sum over a plate's rows breaks. Where it is true, weighing the rows'
+        log densities weighs the rows' scores by the same numbers, and what stands outside the plate has no score.
+        """
+        weights = 1 + jax.random.uniform(self.rng_key, (self.program.plates[plate].size,))
+
+        @jax.jit
+        def scores(latents: Latents) -> tuple[Latents, Latents, Latents]:
+            def weighed(latents: Latents, weights: Array) -> Array:
+                return (self._rows_and_rest(self.terms(latents), plate)[0] * weights).sum()
+
+            of_rest = jax.grad(lambda latents: self._rows_and_rest(self.terms(latents), plate)[1])(latents)
+            return jax.grad(weighed)(latents, weights), jax.grad(weighed)(latents, jnp.ones_like(weights)), of_rest
+
+        all_scores = scores(latents)
+        for name, site in self.program.latents.items():
+            axis = dict(site.plates)[plate]
+            found, plain, of_rest = (np.moveaxis(np.asarray(score[name]), axis, 0) for score in all_scores)
+            wanted = plain * np.asarray(weights).reshape(-1, *(1,) * (plain.ndim - 1))
+            tolerance = float(jnp.finfo(plain.dtype).eps) ** 0.5 * np.abs(wanted).max()
+            if not (np.abs(found - wanted) <= tolerance).all() or of_rest.any():
+                return False
+        return True
+
+    def _rows_and_rest(self, terms: dict[str, Array], plate: str) -> tuple[Array, Array]:
+        """The log density of every row of a plate, and of what stands outside it."""
+        inside = {}
+        for name, term in terms.items():
+            if any(frame.name == plate for frame in self.program.sites[name].get("cond_indep_stack", ())):
+                inside[name] = term
+        return per_row(inside, self.program, plate), total({name: term for name, term in terms.items() if name not in inside})
+
+    def _unconstrained(self, start: Mapping[str, Array], number: int | None, counted: str) -> Latents:
+        """Given latents, checked and unconstrained."""
+        if set(start) != set(self._shapes):
+            raise ValueError(f"start has the sites {sorted(start)}, the latents of the model are {sorted(self._shapes)}.")
+        number = len(next(iter(start.values()))) if number is None else number
+        for name, value in start.items():
+            shape = (number, *jnp.shape(self.program.sites[name]["value"]))
+            if jnp.shape(value) != shape:
+                raise ValueError(f"site '{name}': start has shape {jnp.shape(value)}, with {counted}={number} it must be {shape}.")
+        given = {name: jnp.asarray(value) for name, value in start.items()}
+        latents = jax.jit(jax.vmap(lambda values: self.draw(self.rng_key, lambda site: values[site["name"]])))(given)
+        for name, position in latents.items():
+            if not np.isfinite(position).all():
+                raise ValueError(f"site '{name}': start has values that are not finite, or not inside the support.")
+        return latents
+
+    # Parameters, for derivatives in them.
+
+    def theta(self) -> Any:
+        """The parameters, unconstrained."""
+        return unconstrain_params(self.params, self.program.param_transforms)
+
+    def params_at(self, theta: Any) -> dict[str, Any]:
+        """The parameters at unconstrained values."""
+        return constrain_params(theta, self.program.param_transforms)
+
+
+def draw_posterior(
+    rng_key: Array,
+    model: Model,
+    params: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    num_samples: int,
+    num_warmup: int,
+    num_chains: int | None,
+    thinning: int,
+    sampler: Sampler | Literal["nuts"] | None,
+    start: Mapping[str, Array] | None,
+    mutable_state: Mapping[str, Any] | None,
+    init_strategy: Callable[..., Any],
+) -> tuple[Posterior, Latents]:
+    """The posterior and unconstrained draws of it, ``(num_chains, num_samples) + ...``; see :func:`sample_posterior`."""
+    sampler = MALA() if sampler is None else sampler
+    if sampler != "nuts" and (isinstance(sampler, (type, str)) or not (hasattr(sampler, "init") and hasattr(sampler, "run"))):
+        raise TypeError(f"sampler must be a sampler such as MALA(), or 'nuts', got {sampler!r}.")
+    _require_count("num_samples", num_samples)
+    _require_count("thinning", thinning)
+    _require_count("num_warmup", num_warmup, least=1 if sampler == "nuts" else 0)
+    model_key, start_key, run_key = jax.random.split(rng_key, 3)
+    posterior = Posterior(model_key, model, params, args, kwargs, mutable_state)
+    positions = posterior.start(start_key, start, num_chains, "num_chains", init_strategy)
+    log_density = jax.vmap(lambda x: posterior.row_log_density(posterior.from_rows(x)))
+
+    def draw(key: Array, positions: Array) -> tuple[Array, Array]:
+        if isinstance(sampler, str):
+            return _run_nuts(key, log_density, positions, num_warmup, num_samples, thinning)
+        return _run_sampler(key, sampler, log_density, positions, num_warmup, num_samples, thinning)
+
+    draws, status = jax.jit(draw)(run_key, positions)
+    latents = jax.jit(jax.vmap(jax.vmap(posterior.from_rows)))(draws)
+    for name, values in latents.items():
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"site '{name}': the draws are not finite, because chains ran away: take a smaller step_size, or MALA()."
+            )
+    if int(status):
+        warnings.warn(_explain(sampler, int(status), num_samples * len(positions) * thinning), stacklevel=3)
+    return posterior, latents
+
+
+def _run_sampler(
+    rng_key: Array,
+    sampler: Any,
+    log_density: Callable[[Array], Array],
+    positions: Array,
+    num_warmup: int,
+    num_samples: int,
+    thinning: int,
+) -> tuple[Array, Array]:
+    """Draws of a sampler, whose step is adapted in the warmup and held afterwards: a step that goes on to adapt is no chain."""
+    held = dataclasses.replace(sampler, adapt=False) if getattr(sampler, "adapt", False) else sampler
+
+    def warm(state: Any, key: Array) -> tuple[Any, None]:
+        return sampler.run(key, log_density, state), None
+
+    def move(state: Any, key: Array) -> tuple[Any, None]:
+        return held.run(key, log_density, state), None
+
+    def draw(state: Any, key: Array) -> tuple[Any, Array]:
+        state = lax.scan(move, state, jax.random.split(key, thinning))[0]
+        return state, state.position
+
+    warm_key, draw_key = jax.random.split(rng_key)
+    state = lax.scan(warm, sampler.init(positions, log_density), jax.random.split(warm_key, num_warmup))[0]
+    state, draws = lax.scan(draw, state, jax.random.split(draw_key, num_samples))
+    status = sampler.check(state) if hasattr(sampler, "check") else jnp.zeros((), jnp.int32)
+    return jnp.moveaxis(draws, 1, 0), status
+
+
+def _run_nuts(
+    rng_key: Array,
+    log_density: Callable[[Array], Array],
+    positions: Array,
+    num_warmup: int,
+    num_samples: int,
+    thinning: int,
+) -> tuple[Array, Array]:
+    """Draws of BlackJAX's NUTS, every chain adapted by itself, and the number of transitions that diverged."""
+    import blackjax  # on first use: slow to import
+
+    shape = positions.shape[1:]
+
+    def of_chain(position: Array) -> Array:
+        return log_density(position.reshape(1, *shape)).sum()
+
+    def chain(key: Array, position: Array) -> tuple[Array, Array]:
+        warm_key, draw_key = jax.random.split(key)
+        warmup = blackjax.window_adaptation(blackjax.nuts, of_chain)
+        (state, parameters), _ = warmup.run(warm_key, position.reshape(-1), num_steps=num_warmup)
+        kernel = blackjax.nuts(of_chain, **parameters)
+
+        def move(state: Any, key: Array) -> tuple[Any, Array]:
+            state, info = kernel.step(key, state)
+            return state, info.is_divergent
+
+        def draw(state: Any, key: Array) -> tuple[Any, tuple[Array, Array]]:
+            state, divergent = lax.scan(move, state, jax.random.split(key, thinning))
+            return state, (state.position, divergent.sum())
+
+        _, (draws, divergent) = lax.scan(draw, state, jax.random.split(draw_key, num_samples))
+        return draws.reshape(num_samples, *shape), divergent.sum()
+
+    draws, divergent = jax.vmap(chain)(jax.random.split(rng_key, len(positions)), positions)
+    return draws, divergent.sum()
+
+
+def _explain(sampler: Any, status: int, num_transitions: int) -> str:
+    if sampler == "nuts":
+        return f"{status} of {num_transitions} transitions of NUTS diverged: the draws may miss where the posterior is narrow."
+    return f"{sampler.explain(status)}."
+
+
+def _require_count(name: str, value: Any, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")

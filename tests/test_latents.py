@@ -1,0 +1,529 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Latents and the uncertainty of parameters after a fit, against closed forms and quadrature."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
+from numpyro.distributions import constraints
+from numpyro.infer import Predictive
+from numpyro.infer.util import log_density
+
+from numpyro_ebm import (
+    MALA,
+    BaseMeasure,
+    NormalizerError,
+    ParticleMMLE,
+    TiltedDistribution,
+    UnadjustedLangevin,
+    convergence,
+    find_map,
+    negative_phase,
+    sample_posterior,
+    standard_errors,
+)
+from numpyro_ebm.infer.latents import Posterior
+
+KEY = jax.random.key(0)
+Y = jnp.array([-1.0, 0.5, 2.0, 4.0])
+
+
+def population(y, noise=1.0, batch_size=None):
+    """x_d ~ N(loc, scale), y_d ~ N(x_d, noise): the posterior of a row is normal."""
+    loc = numpyro.param("loc", 0.0)
+    scale = numpyro.param("scale", 1.0, constraint=constraints.positive)
+    with numpyro.plate("data", len(y), subsample_size=batch_size):
+        y, noise = (numpyro.subsample(jnp.broadcast_to(a, y.shape), event_dim=0) for a in (y, noise))
+        x = numpyro.sample("x", dist.Normal(loc, scale))
+        numpyro.sample("y", dist.Normal(x, noise), obs=y)
+
+
+def tree(y):
+    """A global latent over local ones, all normal: no plate has all latents."""
+    loc = numpyro.param("loc", 0.0)
+    top = numpyro.sample("top", dist.Normal(loc, 1))
+    with numpyro.plate("data", len(y)):
+        x = numpyro.sample("x", dist.Normal(top, 1))
+        numpyro.sample("y", dist.Normal(x, 1), obs=y)
+
+
+def counts(y):
+    """Rates and counts: the posterior of a rate is Gamma(3 + y, rate + 1)."""
+    rate = numpyro.param("rate", 2.0, constraint=constraints.positive)
+    with numpyro.plate("data", len(y)):
+        x = numpyro.sample("x", dist.Gamma(3, rate))
+        numpyro.sample("y", dist.Poisson(x), obs=y)
+
+
+def assert_moments(draws, mean, cov):
+    """Means and variances of draws (num_chains, num_samples, dim), within 5 standard errors by their effective number."""
+    draws = np.asarray(draws, np.float64)
+    sd = np.sqrt(np.diagonal(cov))
+    z = (draws - mean) / sd
+    assert np.all(np.abs(z.mean((0, 1))) < 5 / np.sqrt(effective_sample_size(draws)))
+    products = np.einsum("csi,csj->csij", z, z)
+    correlation = cov / np.outer(sd, sd)
+    error = 5 * np.sqrt((1 + correlation**2) / effective_sample_size(products))
+    assert np.all(np.abs(products.mean((0, 1)) - correlation) < error)
+
+
+def tree_posterior(y, loc):
+    """Mean and covariance of (top, x_1, ..., x_D)."""
+    precision = np.diag([1.0 + len(y)] + [2.0] * len(y))
+    precision[0, 1:] = precision[1:, 0] = -1
+    cov = np.linalg.inv(precision)
+    return cov @ np.concatenate([[loc], y]), cov
+
+
+# Draws.
+
+
+def test_every_row_of_a_plate_has_a_step_of_its_own():
+    # catches one acceptance or one step size for all rows: posterior scales of .01 and 5 would not mix in 300 draws
+    noise, params = jnp.array([0.01, 0.1, 1.0, 100.0]), {"loc": 1.0, "scale": 5.0}
+    draws = sample_posterior(KEY, population, params, Y, noise, num_samples=300, num_chains=8)["x"]
+    assert draws.shape == (8, 300, 4)
+    variance = 1 / (1 / 25 + 1 / noise**2)
+    assert_moments(draws, variance * (1 / 25 + Y / noise**2), np.diag(variance))
+    assert np.all(split_gelman_rubin(np.asarray(draws)) < 1.05)
+    assert np.all(effective_sample_size(np.asarray(draws)) > 1000)
+
+
+def test_subsampled_plates_give_all_rows_without_their_scale():
+    # catches a density that counts a row L times (variance 1/2L), or rows of one batch only
+    draws = sample_posterior(KEY, population, {"loc": 1.0, "scale": 1.0}, Y, 1.0, batch_size=2, num_samples=300, num_chains=8)
+    assert_moments(draws["x"], (Y + 1) / 2, np.eye(4) / 2)
+
+
+@pytest.mark.parametrize("sampler", [MALA(num_steps=20), "nuts"], ids=["mala", "nuts"])
+def test_latents_without_a_common_plate_move_jointly(sampler):
+    # catches a global latent accepted row by row, and for NUTS latents taken apart in the wrong order
+    draws = sample_posterior(KEY, tree, {"loc": 1.0}, Y, sampler=sampler, num_samples=500, num_chains=4)
+    together = jnp.concatenate([draws["top"][..., None], draws["x"]], -1)
+    assert_moments(together, *tree_posterior(np.asarray(Y), 1.0))
+
+
+def test_rows_that_a_sum_couples_are_found_out():
+    # catches trust in the plate: row by row acceptance would leave another law than the joint one
+    def coupled(y):
+        with numpyro.plate("data", len(y)):
+            x = numpyro.sample("x", dist.Normal(0, 1))
+            numpyro.factor("coupling", -(x.sum() ** 2) / 4)
+            numpyro.sample("y", dist.Normal(x, 1), obs=y)
+
+    assert Posterior(KEY, coupled, {}, (Y,), {}, None).plate is None
+    assert Posterior(KEY, population, {"loc": 0.0, "scale": 1.0}, (Y,), {}, None).plate == "data"
+    cov = np.linalg.inv(2 * np.eye(4) + 4 / 2 * np.ones((4, 4)))  # the factor stands in the plate: four times
+    draws = sample_posterior(KEY, coupled, {}, Y, num_samples=400, num_chains=8)["x"]
+    assert_moments(draws, cov @ np.asarray(Y), cov)
+
+
+def test_a_term_outside_the_plate_does_not_couple_rows():
+    # catches a penalty on parameters that makes all rows move jointly
+    def penalised(y):
+        loc = numpyro.param("loc", 0.0)
+        numpyro.factor("penalty", -(jnp.asarray(loc) ** 2))
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(numpyro.sample("x", dist.Normal(loc, 1)), 1), obs=y)
+
+    assert Posterior(KEY, penalised, {"loc": 0.0}, (Y,), {}, None).plate == "data"
+
+
+def test_two_sites_and_two_plates_keep_their_elements():
+    # catches rows mixed up between sites and axes: every element has a posterior mean of its own
+    target = jnp.arange(24.0).reshape(2, 3, 4)
+
+    def model():
+        with numpyro.plate("columns", 3, dim=-1), numpyro.plate("rows", 2, dim=-2):
+            u = numpyro.sample("u", dist.Normal(0, 100).expand([4]).to_event(1))
+            v = numpyro.sample("v", dist.Normal(0, 100))
+            numpyro.sample("seen_u", dist.Normal(u, 0.01).to_event(1), obs=target)
+            numpyro.sample("seen_v", dist.Normal(v, 0.01), obs=-target[..., 0])
+
+    posterior = Posterior(KEY, model, {}, (), {}, None)
+    assert posterior.plate == "columns"
+    found = find_map(KEY, model, {}, start={"u": jnp.zeros((1, 2, 3, 4)), "v": jnp.zeros((1, 2, 3))}, optim=_newton_like())
+    np.testing.assert_allclose(found.latents["u"], target, atol=1e-4)
+    np.testing.assert_allclose(found.latents["v"], -target[..., 0], atol=1e-4)
+    assert found.log_density.shape == (3,)
+
+
+def _newton_like():
+    import optax
+
+    return optax.sgd(0.9e-4)  # the curvature is 1e4 everywhere
+
+
+def test_constrained_latents_have_their_own_law():
+    # catches a missing Jacobian, which would turn Gamma(3 + y, 3) into Gamma(2 + y, 3)
+    y = jnp.array([0.0, 2.0, 7.0])
+    draws = sample_posterior(KEY, counts, {"rate": 2.0}, y, num_samples=400, num_chains=8)["x"]
+    assert_moments(draws, (3 + y) / 3, np.diag((3 + y) / 9))
+
+
+def test_more_langevin_has_its_known_variance():
+    # catches MALA's correction or adaptation under an unadjusted sampler: variance 1/(c(1 - hc/2)), here 5/6 and not 1/2
+    sampler = UnadjustedLangevin(step_size=0.4, num_steps=5)
+    with pytest.warns(UserWarning, match="variance floor"):
+        draws = sample_posterior(
+            KEY, population, {"loc": 1.0, "scale": 1.0}, Y, sampler=sampler, num_samples=400, num_chains=8, thinning=2
+        )
+    assert_moments(draws["x"], (Y + 1) / 2, np.eye(4) * 5 / 6)
+
+
+def test_chains_start_where_particles_stand_and_predict():
+    # catches chains that start elsewhere, and draws or particles that Predictive cannot read
+    engine = ParticleMMLE.pgd(population, num_particles=6, step_size=0.02)
+    result = engine.run(KEY, 20, Y, progress_bar=False)
+    particles = engine.get_particles(result.state, Y)
+    still = UnadjustedLangevin(step_size=1e-12, num_steps=1)
+    draws = sample_posterior(KEY, engine.model, result.params, Y, start=particles, sampler=still, num_samples=2)
+    np.testing.assert_allclose(draws["x"], jnp.repeat(particles["x"][:, None], 2, 1), atol=1e-4)
+    kept = sample_posterior(KEY, engine.model, result.params, Y, start=particles, num_samples=3)
+    predict = Predictive(_predicted, params=result.params, posterior_samples=kept, batch_ndims=2)
+    assert predict(KEY, 4)["y"].shape == (6, 3, 4)
+    by_particle = Predictive(_predicted, params=result.params, posterior_samples=particles)(KEY, 4)["y"]
+    assert by_particle.shape == (6, 4)
+    np.testing.assert_allclose(by_particle, particles["x"], atol=5)  # noise of standard deviation 1 around each particle
+
+
+def _predicted(num_data):
+    with numpyro.plate("data", num_data):
+        x = numpyro.sample("x", dist.Normal(numpyro.param("loc", 0.0), numpyro.param("scale", 1.0)))
+        numpyro.sample("y", dist.Normal(x, 1))
+
+
+def test_energy_prior_at_fixed_parameters_gives_its_posterior():
+    # catches a guard that refuses a fixed energy, and chains of negative_phase that need not run
+    def model(y):
+        tilt = numpyro.param("tilt", 0.0)
+        with numpyro.plate("data", len(y)):
+            x = numpyro.sample("x", TiltedDistribution(dist.Normal(0, 1), lambda x: -tilt * x))
+            numpyro.sample("y", dist.Normal(x, 1), obs=y)
+
+    draws = sample_posterior(KEY, negative_phase(model), {"tilt": 3.0}, Y, num_samples=300, num_chains=8)
+    assert_moments(draws["x"], (Y + 3) / 2, np.eye(4) / 2)
+    with pytest.raises(NormalizerError, match=r"site 'x': the second derivative of its unknown normaliser"):
+        standard_errors(KEY, negative_phase(model), {"tilt": 3.0}, Y, num_samples=2, num_warmup=0)
+
+
+def test_normaliser_that_depends_on_a_latent_is_refused():
+    # catches draws of a latent whose posterior lacks the normaliser it decides
+    def model(y):
+        u = numpyro.sample("u", dist.Normal(0, 1))
+        numpyro.sample("y", TiltedDistribution(dist.Normal(0, 1), lambda x: jnp.exp(u) * x**2), obs=y)
+
+    with pytest.raises(NormalizerError, match=r"site 'y': its unknown normaliser depends on a latent"):
+        sample_posterior(KEY, model, {}, 1.0, num_samples=2)
+
+
+# The mode.
+
+
+def test_map_is_the_mode_of_the_constrained_law():
+    # catches a Jacobian in the density: the mode of Gamma(3 + y, 3) is (2 + y)/3, with the Jacobian (3 + y)/3
+    y = jnp.array([0.0, 2.0, 7.0])
+    found = find_map(KEY, counts, {"rate": 2.0}, y)
+    np.testing.assert_allclose(found.latents["x"], (2 + y) / 3, rtol=1e-3)
+    exact = dist.Gamma(3, 2).log_prob((2 + y) / 3) + dist.Poisson((2 + y) / 3).log_prob(y)
+    np.testing.assert_allclose(found.log_density, exact, rtol=1e-4)
+
+
+def test_best_start_is_kept_row_by_row():
+    # catches one best start for all rows: 8 starts have no one with all 12 rows in their better well
+    sign = jnp.where(jnp.arange(12) % 3 == 0, 1.0, -1.0)
+
+    def wells():
+        with numpyro.plate("data", 12):
+            x = numpyro.sample("x", dist.Normal(0, 3))
+            numpyro.factor("wells", -4 * (x**2 - 1) ** 2 + sign * x)
+
+    found = find_map(KEY, wells, {}, num_starts=12, num_steps=400)
+    assert jnp.sign(found.latents["x"]).tolist() == sign.tolist()
+
+
+def test_joint_map_solves_the_normal_equations():
+    # catches rows taken apart where a global latent joins them
+    found = find_map(KEY, tree, {"loc": 1.0}, Y, num_starts=2)
+    mean, _ = tree_posterior(np.asarray(Y), 1.0)
+    np.testing.assert_allclose(jnp.append(found.latents["top"], found.latents["x"]), mean, atol=2e-3)
+    whole = numpyro.handlers.substitute(tree, data={**found.latents, "loc": 1.0})
+    np.testing.assert_allclose(found.log_density, log_density(whole, (Y,), {}, {})[0], rtol=1e-5)
+
+
+def test_map_tells_where_it_has_not_arrived():
+    with pytest.warns(UserWarning, match=r"still rises in rows 0, 1, 2 and 1 more of plate 'data': take more num_steps"):
+        find_map(KEY, population, {"loc": 50.0, "scale": 1.0}, Y, start={"x": jnp.zeros((1, 4))}, num_steps=3)
+
+
+# Standard errors.
+
+
+def population_information(theta, y):
+    """Of the exact marginal y ~ N(loc, scale^2 + 1), in loc and log scale."""
+
+    def log_likelihood(theta):
+        return dist.Normal(theta[0], jnp.sqrt(jnp.exp(2 * theta[1]) + 1)).log_prob(y).sum()
+
+    return -jax.hessian(log_likelihood)(theta)
+
+
+def assert_information(found, exact, names):
+    """The information and the standard errors from it, within 5 of their own Monte Carlo errors, which are small."""
+    np.testing.assert_allclose(found.information, exact, atol=0.02 * np.abs(exact).max())
+    cov = np.linalg.inv(exact)
+    for i, (name, jacobian) in enumerate(names.items()):
+        wanted = np.sqrt(cov[i, i]) * jacobian
+        noise = found.monte_carlo_errors[name]
+        assert noise < 0.02 * wanted
+        assert abs(found.standard_errors[name] - wanted) < 5 * noise
+
+
+@pytest.fixture(scope="module")
+def at_the_maximum():
+    y = 2 + 2 * jax.random.normal(jax.random.key(5), (50,))
+    params = {"loc": y.mean(), "scale": jnp.sqrt(y.var() - 1)}
+    return y, params, standard_errors(KEY, population, params, y, num_samples=250, num_chains=16)
+
+
+def test_standard_errors_of_location_and_scale_are_exact(at_the_maximum):
+    # catches a missing covariance term (loc: 1/sqrt(D) times the scale), and an error of log scale given for one of scale
+    y, params, found = at_the_maximum
+    v = y.var()
+    exact = {"loc": jnp.sqrt(v / 50), "scale": v / (params["scale"] * jnp.sqrt(100))}
+    for name, value in exact.items():
+        assert found.standard_errors[name].shape == ()
+        assert abs(found.standard_errors[name] - value) < 5 * found.monte_carlo_errors[name]
+        np.testing.assert_allclose(
+            found.standard_errors[name] ** 2, jnp.diagonal(found.covariance)[list(exact).index(name)], rtol=1e-5
+        )
+    theta = jnp.array([params["loc"], jnp.log(params["scale"])])
+    assert_information(found, population_information(theta, y), {"loc": 1, "scale": params["scale"]})
+
+
+def test_information_is_observed_off_the_maximum(at_the_maximum):
+    # catches the second moment of scores instead of their covariance, which differ where the mean score is not 0
+    y, _, _ = at_the_maximum
+    params = {"loc": 2.5, "scale": 2.2}
+    found = standard_errors(KEY, population, params, y, num_samples=250, num_chains=16)
+    exact = population_information(jnp.array([2.5, jnp.log(2.2)]), y)
+    assert abs(exact[0, 1]) > 0.1 * exact[0, 0]
+    assert_information(found, exact, {"loc": 1, "scale": 2.2})
+
+
+def test_toy_has_standard_error_root_two_over_d():
+    # F1 of the particle papers: I = D/2. Over 24 data sets of chains, errors are as large as the Monte Carlo error says.
+    def toy(y):
+        loc = numpyro.param("loc", jnp.zeros(24))
+        with numpyro.plate("sets", 24), numpyro.plate("data", 10):
+            x = numpyro.sample("x", dist.Normal(loc, 1))
+            numpyro.sample("y", dist.Normal(x, 1), obs=y)
+
+    y = jax.random.normal(KEY, (10, 24))
+    found = standard_errors(jax.random.key(1), toy, {"loc": y.mean(0)}, y, num_samples=100, num_chains=16)
+    z = (found.standard_errors["loc"] - np.sqrt(2 / 10)) / found.monte_carlo_errors["loc"]
+    # z has Student's law with 15 degrees of freedom: standard deviation 1.07, its estimate from 24 off by .17
+    assert 0.4 < np.sqrt((z**2).mean()) < 1.75
+    np.testing.assert_allclose(found.standard_errors["loc"], np.sqrt(2 / 10), rtol=0.05)
+
+
+def test_standard_errors_by_quadrature_where_posteriors_are_not_normal():
+    # catches a Laplace approximation in disguise, and scores of one row given to another
+    def schools(y, exposure):
+        loc, scale = numpyro.param("loc", 0.0), numpyro.param("scale", 1.0, constraint=constraints.positive)
+        with numpyro.plate("school", len(y)):
+            x = numpyro.sample("x", dist.Normal(loc, scale))
+            numpyro.sample("y", dist.Poisson(exposure * jnp.exp(x)), obs=y)
+
+    y, exposure = jnp.array([1.0, 12.0, 0.0, 3.0, 40.0, 2.0, 9.0, 5.0]), jnp.array([1.0, 2, 1, 3, 4, 1, 1, 5])
+    nodes = jnp.linspace(-8, 8, 401)[:, None]  # not Gauss-Hermite: its nodes are wider than the narrowest posterior here
+
+    def log_likelihood(theta):
+        terms = dist.Poisson(exposure * jnp.exp(theta[0] + jnp.exp(theta[1]) * nodes)).log_prob(y)
+        return jax.nn.logsumexp(terms + dist.Normal(0, 1).log_prob(nodes), 0).sum()
+
+    theta = jnp.array([0.6, jnp.log(0.9)])
+    found = standard_errors(KEY, schools, {"loc": 0.6, "scale": 0.9}, y, exposure, num_samples=400, num_chains=16)
+    assert_information(found, -jax.hessian(log_likelihood)(theta), {"loc": 1, "scale": 0.9})
+
+
+def test_standard_error_with_a_global_latent():
+    # catches rows where there are none: y ~ N(loc, I + 11'), information D/(1 + D)
+    def shared(y):
+        x = numpyro.sample("x", dist.Normal(numpyro.param("loc", 0.0), 1))
+        numpyro.sample("y", dist.Normal(x, 1).expand([4]).to_event(1), obs=y)
+
+    found = standard_errors(KEY, shared, {"loc": 1.0}, Y, num_samples=1000, num_chains=16)
+    assert_information(found, np.array([[4 / 5]]), {"loc": 1})
+
+
+def test_simplex_params_get_as_many_standard_errors_as_they_have_elements():
+    # catches errors of the two unconstrained values given for three shares; multinomial: var p_i = p_i (1 - p_i) / n
+    def model(y):
+        share = numpyro.param("share", jnp.ones(3) / 3, constraint=constraints.simplex)
+        numpyro.sample("x", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Multinomial(probs=share, total_count=10), obs=y)
+
+    share = jnp.array([0.2, 0.3, 0.5])
+    found = standard_errors(KEY, model, {"share": share}, 10 * share, num_samples=2, num_warmup=1)
+    np.testing.assert_allclose(found.standard_errors["share"], jnp.sqrt(share * (1 - share) / 10), rtol=1e-3)
+    np.testing.assert_allclose(found.monte_carlo_errors["share"], 0, atol=1e-4)
+
+
+def _unidentified(y):
+    a, b = numpyro.param("a", 0.0), numpyro.param("b", 0.0)
+    with numpyro.plate("data", len(y)):
+        numpyro.sample("y", dist.Normal(numpyro.sample("x", dist.Normal(a + b, 1)), 1), obs=y)
+
+
+def _unused(y):
+    numpyro.param("idle", 0.0)
+    population(y)
+
+
+def _field(y):
+    w = numpyro.param("w", 1.0)
+    with numpyro.plate("data", len(y)):
+        h = numpyro.sample("h", BaseMeasure(constraints.real, ()))
+        v = numpyro.sample("v", BaseMeasure(constraints.real, ()), obs=y)
+        numpyro.factor("coupling", -(h**2) - v**2 + w * h * v)
+
+
+@pytest.mark.parametrize(
+    ("model", "params", "error", "message"),
+    [
+        (_unidentified, {"a": 1.0, "b": 0.5}, ValueError, r"param '[ab]': the observed information is not positive definite"),
+        (population, {"loc": 1.0, "scale": 0.05}, ValueError, r"param 'scale': .* not at a maximum"),
+        (_unused, {"loc": 1.0, "scale": 1.0, "idle": 0.0}, ValueError, r"param 'idle': the log density does not bend in it"),
+        (_field, {"w": 1.0}, NormalizerError, r"site 'coupling': it makes the model a random field"),
+    ],
+    ids=["unidentified", "far_from_a_maximum", "unused", "random_field"],
+)
+def test_information_that_is_none_is_refused(model, params, error, message):
+    with pytest.raises(error, match=message):
+        standard_errors(KEY, model, params, Y, num_samples=40, num_chains=4)
+
+
+# Convergence.
+
+
+def test_ipla_spreads_as_its_exact_discrete_law():
+    # F1: Var loc = .1126761 at D = 4, N = 5, h = .1; the theory for h -> 0 is (2/D)/N = .1
+    def toy(y):
+        loc = numpyro.param("loc", 0.0)
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(numpyro.sample("x", dist.Normal(loc, 1)), 1), obs=y)
+
+    engine = ParticleMMLE.ipla(toy, num_particles=5, step_size=0.1)
+    result = engine.run(KEY, 60_000, Y, collect=engine.get_params, progress_bar=False)
+    report = convergence(result.collected, burn_in=200, num_particles=5, standard_errors={"loc": np.sqrt(2 / 4)})
+    np.testing.assert_allclose(report.theory["loc"], np.sqrt(0.1))
+    # slowest eigenvalue 1 - .1 (3 - sqrt 5): squares forget in 12.6 steps, the standard deviation is known to 1.0 %
+    np.testing.assert_allclose(report.ratio["loc"], np.sqrt(1.126761), rtol=0.041)
+    assert abs(report.mean["loc"] - Y.mean()) < 4 * report.mcse["loc"]
+    np.testing.assert_allclose(report.mcse["loc"], report.sd["loc"] * np.sqrt(25.2 / 59_800), rtol=0.2)
+    assert report.r_hat["loc"] < 1.01
+
+
+def test_error_of_the_mean_knows_autocorrelation():
+    # catches sd / sqrt(n), which is 4.4 times too small here: AR(1), (1 + r)/(1 - r) = 19 for r = .9
+    rng = np.random.default_rng(0)
+    trace = np.zeros((40_000, 2))
+    for t in range(1, len(trace)):
+        trace[t] = 0.9 * trace[t - 1] + np.sqrt(1 - 0.81) * rng.normal(size=2)
+    report = convergence({"a": trace}, burn_in=0)
+    np.testing.assert_allclose(report.mcse["a"], np.sqrt(19 / 40_000), rtol=0.15)
+    np.testing.assert_allclose(report.ess["a"], 40_000 / 19, rtol=0.3)
+    assert report.theory is None
+
+
+def test_report_has_exact_numbers_and_prints_a_table():
+    # catches a wrong burn-in, ddof, or an order of elements that is not the param's
+    trace = {"w": np.stack([np.arange(8.0), np.full(8, 3.0)], 1), "s": np.array([9.0, 9, 9, 9, 1, -1, 1, -1])}
+    report = convergence(trace, num_particles=4, standard_errors={"w": np.array([1.0, 2.0]), "s": 0.5})
+    np.testing.assert_allclose(report.running_mean["w"], [[4, 3], [4.5, 3], [5, 3], [5.5, 3]])
+    np.testing.assert_allclose(report.sd["s"], np.sqrt(4 / 3))
+    np.testing.assert_allclose(report.theory["w"], [0.5, 1.0])
+    np.testing.assert_allclose(report.ratio["s"], np.sqrt(4 / 3) / 0.25)
+    assert report.mcse["w"][1] == 0  # what does not move is known
+    assert report.r_hat["w"][0] > 1.5  # a trend is no stationary law
+    lines = str(report).splitlines()
+    assert [line.split()[0] for line in lines[:2]] == ["param", "s"]
+    assert lines[2].startswith("w[0]")
+    assert lines[2].split()[1:4:2] == ["5.5", "1.291"]
+    assert lines[3].split()[1] == "3"
+
+
+def test_long_params_are_cut_in_print_and_nested_ones_named():
+    trace = {"net$params": {"w": np.random.default_rng(0).normal(size=(50, 4, 5)), "b": np.zeros((50,))}}
+    text = str(convergence(trace))
+    assert "net$params.w[0, 1]" in text
+    assert "net$params.w: 10 more" in text
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"num_samples": 0}, r"num_samples must be an integer of at least 1, got 0"),
+        ({"num_samples": 1, "thinning": 1.5}, r"thinning must be an integer"),
+        ({"num_samples": 1, "num_chains": 0}, r"num_chains must be an integer of at least 1"),
+        ({"num_samples": 1, "num_warmup": 0, "sampler": "nuts"}, r"num_warmup must be an integer of at least 1"),
+        ({"num_samples": 1, "start": {"z": Y}}, r"start has the sites \['z'\], the latents of the model are \['x'\]"),
+        ({"num_samples": 1, "start": {"x": Y}}, r"site 'x': start has shape \(4,\), with num_chains=4 it must be \(4, 4\)"),
+        ({"num_samples": 1, "start": {"x": jnp.full((2, 4), jnp.nan)}}, r"site 'x': start has values that are not finite"),
+        ({"num_samples": 1, "start": {"x": jnp.full((2, 4), 1e30)}}, r"not finite at 2 of 2|not finite at 8 of 8 places"),
+    ],
+)
+def test_bad_calls_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        sample_posterior(KEY, population, {"loc": 0.0, "scale": 1.0}, Y, **call)
+
+
+def test_bad_models_are_refused():
+    def discrete(y):
+        numpyro.sample("k", dist.Bernoulli(0.5))
+
+    def nothing(y):
+        numpyro.sample("y", dist.Normal(0, 1).expand([4]).to_event(1), obs=y)
+
+    call = {"num_samples": 1}
+    with pytest.raises(ValueError, match=r"site 'k': a latent with Bernoulli\w* is discrete"):
+        sample_posterior(KEY, discrete, {}, Y, **call)
+    with pytest.raises(ValueError, match="no latent site"):
+        sample_posterior(KEY, nothing, {}, Y, **call)
+    with pytest.raises(ValueError, match=r"params lacks \['scale'\]"):
+        sample_posterior(KEY, population, {"loc": 0.0}, Y, **call)
+    with pytest.raises(ValueError, match=r"site 'y': 1 of 4 observed events are NaN"):
+        sample_posterior(KEY, population, {"loc": 0.0, "scale": 1.0}, Y.at[0].set(jnp.nan), **call)
+    with pytest.raises(TypeError, match=r"sampler must be a sampler such as MALA\(\), or 'nuts', got 'hmc'"):
+        sample_posterior(KEY, population, {"loc": 0.0, "scale": 1.0}, Y, sampler="hmc", **call)
+
+
+def test_chains_that_run_away_are_an_error():
+    sampler = UnadjustedLangevin(step_size=50.0, num_steps=10)
+    with pytest.raises(ValueError, match=r"site 'x': the draws are not finite"):
+        sample_posterior(KEY, population, {"loc": 0.0, "scale": 1.0}, Y, sampler=sampler, num_samples=20)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"burn_in": 7}, r"burn_in=7 leaves 3 of 10 steps"),
+        ({"standard_errors": {"a": 1.0}}, r"num_particles must be a positive integer"),
+        ({"standard_errors": {"b": 1.0}, "num_particles": 2}, r"param 'a': its standard error is missing"),
+        ({"standard_errors": {"a": np.ones(2)}, "num_particles": 2}, r"param 'a': its standard error has shape \(2,\)"),
+    ],
+)
+def test_bad_readouts_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        convergence({"a": np.arange(10.0)}, **call)
+    with pytest.raises(TypeError, match=r"run\(..., collect=engine.get_params\).collected"):
+        convergence(None)
