@@ -55,10 +55,9 @@ import optax
 from jax import Array
 from numpyro.contrib.module import eqx_module
 from numpyro.infer import SVI, Predictive, Trace_ELBO
-from numpyro.infer.svi import SVIRunResult
 from sklearn.datasets import load_digits
 
-from numpyro_ebm import MALA, TiltedDistribution, check_model, negative_phase, to_inference_data
+from numpyro_ebm import MALA, ParticleMMLE, TiltedDistribution, check_model, find_map, negative_phase, to_inference_data
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -68,7 +67,9 @@ NUM_TRAIN = 1437  # of 1797, the others are held out
 BATCH_SIZE, NUM_STEPS = 256, 3000
 LEARNING_RATE, ENERGY_LEARNING_RATE = 1e-3, 5e-4  # the slower the energy, the better its chains keep up
 NUM_CHAINS, MALA_STEPS = 256, 10  # negative chains, and their moves between two updates
-NUM_DRAWS = 300  # per negative chain, after the fit
+NUM_PARTICLES = 4  # of EBIPLA, per digit
+PARTICLE_STEP, LAST_PARTICLE_STEP = 1e-2, 3e-3  # the decoder grows steeper, and the particles stable only below 2 / curvature
+NUM_DRAWS, NUM_POSTERIOR_DRAWS = 300, 20  # per negative chain, and per digit by the guide, after the fit
 
 
 class Digits(NamedTuple):
@@ -91,10 +92,13 @@ class Nets(NamedTuple):
 class Fit(NamedTuple):
     """One of the two models, learnt."""
 
-    result: SVIRunResult
+    engine: str
+    result: Any  # with the fields params, state and losses, whatever the engine
     nets: Nets
     prior_draws: Array  # (num_draws, 8)
-    seconds: float  # of SVI, compilation included
+    posterior_draws: Array  # (num_draws, 1437, 8), latents of the training digits: particles, or draws of the guide
+    reconstructions: Array  # (360, 64), of the held-out digits
+    seconds: float  # of the engine, compilation included
 
 
 def load_data(seed: int) -> Digits:
@@ -164,11 +168,42 @@ def make_optimizer(num_steps: int) -> optax.GradientTransformation:
     return optax.partition({"energy": adam(ENERGY_LEARNING_RATE), "rest": adam(LEARNING_RATE)}, label)
 
 
-def run_svi(rng_key: Array, program: Any, digits: Digits, nets: Nets, num_steps: int, **kwargs: Any) -> tuple[SVIRunResult, float]:
-    svi = SVI(program, guide, make_optimizer(num_steps), Trace_ELBO())
+def run(engine: Any, rng_key: Array, digits: Digits, nets: Nets, num_steps: int, **kwargs: Any) -> tuple[Any, float]:
+    """The result of an engine on the training digits, and its seconds."""
     start = time.perf_counter()
-    result = svi.run(rng_key, num_steps, digits.train, nets, batch_size=BATCH_SIZE, **kwargs)
+    result = engine.run(rng_key, num_steps, digits.train, nets, batch_size=BATCH_SIZE, **kwargs)
     return jax.block_until_ready(result), time.perf_counter() - start
+
+
+def fit_by_svi(rng_key: Array, program: Any, digits: Digits, nets: Nets, num_steps: int, **kwargs: Any) -> tuple[Any, Array, float]:
+    """The result of SVI, draws of its guide for the training digits, and its seconds."""
+    run_key, draw_key = jax.random.split(rng_key)
+    svi = SVI(program, guide, make_optimizer(num_steps), Trace_ELBO())
+    result, seconds = run(svi, run_key, digits, nets, num_steps, **kwargs)
+    draws = Predictive(guide, params=result.params, num_samples=NUM_POSTERIOR_DRAWS)(draw_key, digits.train, nets)
+    return result, draws["z"], seconds
+
+
+def fit_by_ebipla(
+    rng_key: Array, program: Any, digits: Digits, nets: Nets, num_steps: int, num_particles: int
+) -> tuple[Any, Array, float]:
+    """The result of EBIPLA, its particles for the training digits, and its seconds.
+
+    The parameters see the particles of the batch moved ("gauss_seidel"), and particles rest between their batches.
+    """
+    step_size = optax.exponential_decay(PARTICLE_STEP, num_steps, LAST_PARTICLE_STEP / PARTICLE_STEP)
+    settings = {"num_particles": num_particles, "step_size": step_size, "order": "gauss_seidel", "noise": "batch"}
+    engine = ParticleMMLE.ebipla(program, make_optimizer(num_steps), **settings)
+    result, seconds = run(engine, rng_key, digits, nets, num_steps)
+    limit = engine.stability_limit(result.state, digits.train, nets)
+    print(f"The particles' last step is {LAST_PARTICLE_STEP:g}; the worst of them would diverge above {limit:.2g}.")
+    return result, engine.get_particles(result.state, digits.train, nets)["z"], seconds
+
+
+def reconstruct(rng_key: Array, params: dict[str, Any], digits: Digits, nets: Nets, energy_prior: bool = True) -> Array:
+    """The held-out digits decoded from their most probable latents: an encoder is not needed, and none is judged."""
+    found = find_map(rng_key, model, params, digits.held_out, nets, energy_prior=energy_prior)
+    return decode(trained(nets, params).decoder, found.latents["z"])
 
 
 def late_draws(rng_key: Array, chains: Array) -> Array:
@@ -201,19 +236,20 @@ def median_distance(x: Array) -> float:
 def print_table(rng_key: Array, fits: dict[str, Fit], digits: Digits) -> None:
     held_out, bandwidth = digits.held_out, median_distance(digits.held_out)
     num_samples = min(NUM_TRAIN, *(len(fit.prior_draws) for fit in fits.values()))
-    print(f"\n{num_samples} draws of each model against {len(held_out)} held-out digits.")
     noise = fits["normal prior"].nets.noise
+    print(f"\n{num_samples} draws of each model against {len(held_out)} held-out digits.")
     print(f"MMD^2: unbiased, RBF kernel at the median held-out distance {bandwidth:.2f}. 'draws' are the model's, with noise")
     print(f"sigma = {noise}; 'means' are the decoder's means of the same latents, as in samples.png. Equal laws give 0 on average.")
-    print(f"{'':<14}{'MMD^2 draws':>13}{'MMD^2 means':>13}{'reconstruction MSE':>20}{'seconds of fit':>16}")
+    print("Reconstruction is at the most probable latents of the held-out digits.")
+    print(f"{'':<14}{'engine':>8}{'MMD^2 draws':>13}{'MMD^2 means':>13}{'reconstruction MSE':>20}{'seconds of fit':>16}")
     for name, fit in fits.items():
         means = decode(fit.nets.decoder, fit.prior_draws[:num_samples])
         draws = means + fit.nets.noise * jax.random.normal(rng_key, means.shape)
-        error = jnp.mean((decode(fit.nets.decoder, encode(fit.nets.encoder, held_out)[0]) - held_out) ** 2)
         discrepancies = [mmd2(samples, held_out, bandwidth) for samples in (draws, means)]
-        print(f"{name:<14}{discrepancies[0]:>13.2e}{discrepancies[1]:>13.2e}{error:>20.5f}{fit.seconds:>16.1f}")
+        error = jnp.mean((fit.reconstructions - held_out) ** 2)
+        print(f"{name:<14}{fit.engine:>8}{discrepancies[0]:>13.2e}{discrepancies[1]:>13.2e}{error:>20.5f}{fit.seconds:>16.1f}")
     floor = mmd2(digits.train, held_out, bandwidth)
-    print(f"{'training data':<14}{floor:>13.2e}{floor:>13.2e}")
+    print(f"{'training data':<14}{'':>8}{floor:>13.2e}{floor:>13.2e}")
 
 
 def print_mixing(data: Any) -> None:
@@ -242,17 +278,17 @@ def plot_samples(path: Path, fits: dict[str, Fit], held_out: Array, side: int = 
 
 
 def plot_priors(path: Path, fits: dict[str, Fit], digits: Digits) -> None:
-    """The encoded training digits along their two widest directions, over the prior's energy there.
+    """The training digits' posterior draws along their two widest directions, over the prior's energy there.
 
     The other directions are integrated out: the energy is minus the log of a kernel density estimate of the prior's draws in
     the plane. (On a slice, the digits would lie in front of and behind what is shown.)
     """
     figure, axes = plt.subplots(1, len(fits), figsize=(5.8 * len(fits), 5), layout="constrained")
     for axis, (name, fit) in zip(axes, fits.items(), strict=True):
-        encoded = encode(fit.nets.encoder, digits.train)[0]
-        centre = encoded.mean(0)
-        plane = jnp.linalg.svd(encoded - centre, full_matrices=False)[2][:2]
-        points, draws = (np.asarray((z - centre) @ plane.T) for z in (encoded, fit.prior_draws[:10_000]))
+        latents = fit.posterior_draws[0]
+        centre = latents.mean(0)
+        plane = jnp.linalg.svd(latents - centre, full_matrices=False)[2][:2]
+        points, draws = (np.asarray((z - centre) @ plane.T) for z in (latents, fit.prior_draws[:10_000]))
         limit = 1.1 * np.abs(np.concatenate([points, draws])).max()
         ticks = np.linspace(-limit, limit, 120)
         bandwidth = 0.2 * points.std()
@@ -261,7 +297,7 @@ def plot_priors(path: Path, fits: dict[str, Fit], digits: Digits) -> None:
         levels = np.linspace(0, 6, 13)
         contour = axis.contourf(ticks, ticks, energy - energy.min(), levels, cmap="Greys_r", vmin=-5, vmax=6)
         scatter = axis.scatter(*points.T, c=digits.train_labels, cmap="tab10", s=6, linewidth=0, vmin=-0.5, vmax=9.5)
-        axis.set(title=name, xlabel="first principal direction", aspect="equal")
+        axis.set(title=f"{name} ({fit.engine})", xlabel="first principal direction", aspect="equal")
     axes[0].set_ylabel("second principal direction")
     figure.colorbar(contour, ax=axes, label="energy above its minimum (white: 6 or more)", aspect=30, pad=0.02)
     figure.colorbar(scatter, ax=axes, label="digit", ticks=range(10), aspect=30, pad=0.02)
@@ -270,55 +306,65 @@ def plot_priors(path: Path, fits: dict[str, Fit], digits: Digits) -> None:
 
 
 def plot_losses(path: Path, fits: dict[str, Fit]) -> None:
-    curves = {name: np.asarray(fit.result.losses) / NUM_TRAIN for name, fit in fits.items()}
-    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, losses in curves.items():
-        label = f"{name} (up to log Z)" if name == "energy prior" else name
-        axis.plot(np.arange(len(losses)) + 1, losses, label=label, linewidth=0.8)
-    every = np.concatenate(list(curves.values()))
-    axis.set_ylim(every.min() - 3, np.quantile(every, 0.96))  # the first steps are far above
-    axis.set(xlabel="step", ylabel="loss (negative ELBO) per digit")
-    axis.legend(frameon=False)
-    axis.grid(alpha=0.3)
+    """Every engine's own loss: SVI's is a negative ELBO, EBIPLA's a log density at the particles, without their entropy."""
+    labels = {"ebipla": "minus log joint density per digit, up to log Z", "svi": "negative ELBO per digit"}
+    figure, axes = plt.subplots(1, len(fits), figsize=(5.4 * len(fits), 4), layout="constrained")
+    for axis, (name, fit) in zip(axes, fits.items(), strict=True):
+        losses = np.asarray(fit.result.losses) / NUM_TRAIN
+        axis.plot(np.arange(len(losses)) + 1, losses, linewidth=0.8)
+        axis.set_ylim(losses.min() - 3, np.quantile(losses, 0.96))  # the first steps are far above
+        up_to = ", up to log Z" if fit.engine == "svi" and name == "energy prior" else ""
+        axis.set(title=f"{name} ({fit.engine})", xlabel="step", ylabel=labels[fit.engine] + up_to)
+        axis.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def fit_normal_prior(rng_key: Array, digits: Digits, nets: Nets, num_steps: int) -> Fit:
     print("\nSVI with the normal prior")
-    svi_key, draw_key = jax.random.split(rng_key)
-    result, seconds = run_svi(svi_key, model, digits, nets, num_steps, energy_prior=False)
-    return Fit(result, trained(nets, result.params), normal_prior().sample(draw_key, (10_000,)), seconds)
+    fit_key, draw_key, map_key = jax.random.split(rng_key, 3)
+    result, posterior, seconds = fit_by_svi(fit_key, model, digits, nets, num_steps, energy_prior=False)
+    prior_draws = normal_prior().sample(draw_key, (10_000,))
+    reconstructions = reconstruct(map_key, result.params, digits, nets, energy_prior=False)
+    return Fit("svi", result, trained(nets, result.params), prior_draws, posterior, reconstructions, seconds)
 
 
-def fit_energy_prior(rng_key: Array, digits: Digits, nets: Nets, num_steps: int, num_draws: int) -> tuple[Fit, Array]:
-    """The fit, and its negative chains run on for ``num_draws`` draws each, of shape ``(256, num_draws, 8)``."""
-    print("\nSVI with the energy prior")
-    svi_key, chain_key, draw_key = jax.random.split(rng_key, 3)
+def fit_energy_prior(
+    rng_key: Array, digits: Digits, nets: Nets, num_steps: int, num_draws: int, num_particles: int | None
+) -> tuple[Fit, Array]:
+    """The fit, by SVI if there are no particles, and its negative chains run on, of shape ``(256, num_draws, 8)``."""
+    fit_key, chain_key, draw_key, map_key = jax.random.split(rng_key, 4)
     program = negative_phase(model, num_chains=NUM_CHAINS, sampler=MALA(num_steps=MALA_STEPS))
-    result, seconds = run_svi(svi_key, program, digits, nets, num_steps)
+    if num_particles is None:
+        print("\nSVI with the energy prior")
+        result, posterior, seconds = fit_by_svi(fit_key, program, digits, nets, num_steps)
+    else:
+        print(f"\nEBIPLA with the energy prior, {num_particles} particles per digit")
+        result, posterior, seconds = fit_by_ebipla(fit_key, program, digits, nets, num_steps, num_particles)
     chains, _ = program.sample_chains(chain_key, result.params, result.state.mutable_state, num_draws, digits.train, nets)
-    return Fit(result, trained(nets, result.params), late_draws(draw_key, chains["z"]), seconds), chains["z"]
+    engine, prior_draws = "svi" if num_particles is None else "ebipla", late_draws(draw_key, chains["z"])
+    reconstructions = reconstruct(map_key, result.params, digits, nets)
+    return Fit(engine, result, trained(nets, result.params), prior_draws, posterior, reconstructions, seconds), chains["z"]
 
 
 def main(args: argparse.Namespace) -> None:
     num_steps, num_draws = (20, 10) if args.smoke else (args.num_steps, NUM_DRAWS)
+    num_particles = args.num_particles if args.engine == "ebipla" else None
     args.output.mkdir(parents=True, exist_ok=True)
-    net_key, fit_key, noise_key, posterior_key = jax.random.split(jax.random.key(args.seed), 4)
+    net_key, fit_key, noise_key = jax.random.split(jax.random.key(args.seed), 3)
     digits, nets = load_data(args.seed), make_nets(net_key, args.noise)
     print(check_model(model, digits.train, nets))
 
-    energy_fit, chains = fit_energy_prior(fit_key, digits, nets, num_steps, num_draws)
+    energy_fit, chains = fit_energy_prior(fit_key, digits, nets, num_steps, num_draws, num_particles)
     fits = {"energy prior": energy_fit, "normal prior": fit_normal_prior(fit_key, digits, nets, num_steps)}
     print_table(noise_key, fits, digits)
 
-    posterior = Predictive(guide, params=energy_fit.result.params, num_samples=100)(posterior_key, digits.held_out, nets)
     data = to_inference_data(
         energy_fit.result,
         chains={"z": chains},
-        posterior={"z": posterior["z"]},
-        observed_data={"image": digits.held_out},
-        dims={"image": ["digit", "pixel"]},
+        posterior={"z": energy_fit.posterior_draws},
+        observed_data={"image": digits.train},
+        dims={"z": ["digit", "latent"], "image": ["digit", "pixel"]},
     )
     data.to_netcdf(str(args.output / "energy_prior_digits.nc"))
     print_mixing(data)
@@ -331,9 +377,11 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="A learnt energy prior for handwritten digits")
+    parser.add_argument("--engine", choices=["ebipla", "svi"], default="ebipla", help="what learns the energy prior")
+    parser.add_argument("--num-particles", type=int, default=NUM_PARTICLES, help="of EBIPLA, per digit")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--noise", type=float, default=0.12, help="sigma of the likelihood, on pixels in [0, 1]")
-    parser.add_argument("--num-steps", type=int, default=NUM_STEPS, help="SVI steps of each fit")
+    parser.add_argument("--num-steps", type=int, default=NUM_STEPS, help="steps of each fit")
     parser.add_argument("--output", type=Path, default=Path("outputs/energy_prior_digits"))
     parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
     main(parser.parse_args())

@@ -172,10 +172,10 @@ def per_row(terms: dict[str, Array], program: Program, plate: str) -> Array:
     """
     frames = {name: {f.name: f.dim for f in site.get("cond_indep_stack", ())} for name, site in program.sites.items()}
     size, rows = program.plates[plate].size, len(program.plates[plate].indices)
+    if outside := [name for name in terms if plate not in frames[name]]:  # a site comes after its log Jacobian
+        raise ValueError(f"site '{outside[-1]}' stands outside plate '{plate}': the rows of the plate do not factorise.")
     out = jnp.zeros(())
     for name, term in terms.items():
-        if plate not in frames[name]:
-            raise ValueError(f"site '{name}' stands outside plate '{plate}': the rows of the plate do not factorise.")
         term = jnp.moveaxis(jnp.atleast_1d(term), frames[name][plate], 0)
         out = out + term.reshape(len(term), -1).sum(-1)
     return jnp.broadcast_to(out * (rows / size), (rows,))

@@ -85,7 +85,7 @@ def _ipla(watch=_unwatched):
 
 
 def _kinetic(watch=_unwatched):
-    return ParticleMMLE.kiplmc1(watch(_normal), num_particles=3, step_size=0.3, friction=1.5)
+    return ParticleMMLE.kiplmc1(watch(_normal), num_particles=3, step_size=0.1, friction=1.5)
 
 
 def _ebipla(watch=_unwatched, optim=None):

@@ -289,9 +289,9 @@ def test_particles_learn_the_maximum_likelihood_estimate(subsample_size):
     model = _boltzmann_field if subsample_size is None else negative_phase(_boltzmann_field, num_chains=300)
     engine = ParticleMMLE(model, optax.adam(0.005), num_particles=20, step_size=0.3)
     result = engine.run(
-        jax.random.key(1), 4000, y, subsample_size, progress_bar=False, collect=lambda state: _statistics(state.params)
+        jax.random.key(1), 3000, y, subsample_size, progress_bar=False, collect=lambda state: _statistics(state.params)
     )
-    _assert_at_the_best(result.collected[1000:])
+    _assert_at_the_best(result.collected[500:])
 
 
 def test_svi_learns_the_maximum_likelihood_estimate():
