@@ -125,15 +125,15 @@ def make_split(data: LabelledImages, seed: int) -> Split:
     return Split(x[:NUM_TRAIN], y[:NUM_TRAIN], x[NUM_TRAIN:], y[NUM_TRAIN:], pictures[NUM_TRAIN:])
 
 
-def make_engines() -> dict[str, ParticleMMLE]:
-    rates = {"alpha": optax.sgd(STEP_SIZE / (NUM_PIXELS * NUM_HIDDEN)), "beta": optax.sgd(STEP_SIZE / (2 * NUM_HIDDEN))}
+def make_engines(step_size: float) -> dict[str, ParticleMMLE]:
+    rates = {"alpha": optax.sgd(step_size / (NUM_PIXELS * NUM_HIDDEN)), "beta": optax.sgd(step_size / (2 * NUM_HIDDEN))}
     per_weight = optax.partition(rates, {name: name for name in rates})
-    cloud: dict[str, Any] = {"num_particles": NUM_PARTICLES, "step_size": STEP_SIZE}
+    cloud: dict[str, Any] = {"num_particles": NUM_PARTICLES, "step_size": step_size}
     return {
         "PGD": ParticleMMLE.pgd(model, per_weight, **cloud),
         "PQN": ParticleMMLE.pqn(model, **cloud),
         "PMGD": ParticleMMLE.pmgd(model, **cloud),
-        "SOUL": ParticleMMLE.soul(model, per_weight, num_moves=SOUL_MOVES, step_size=STEP_SIZE),
+        "SOUL": ParticleMMLE.soul(model, per_weight, num_moves=SOUL_MOVES, step_size=step_size),
     }
 
 
@@ -160,7 +160,7 @@ def run_engine(rng_key: Array, engine: ParticleMMLE, split: Split, num_steps: in
     result = engine.run(run_key, num_steps, split.x, split.y, **settings)
     weights = engine.get_particles(result.state, split.x, split.y)
     if engine.num_particles == 1:  # SOUL's posterior is the last stretch of its chain
-        sampler = UnadjustedLangevin(STEP_SIZE, num_steps=1)
+        sampler = UnadjustedLangevin(engine.step_size, num_steps=1)
         more: dict[str, Any] = {"num_samples": SOUL_MOVES, "num_warmup": 0, "sampler": sampler, "start": weights}
         draws = sample_posterior(draw_key, model, result.params, split.x, split.y, **more)
         weights = {name: values[0] for name, values in draws.items()}
@@ -168,25 +168,24 @@ def run_engine(rng_key: Array, engine: ParticleMMLE, split: Split, num_steps: in
     return Run(result.collected, np.array(steps), np.array(curve), score, time.perf_counter() - begin)
 
 
-def print_table(runs: dict[str, list[Run]], num_steps: int) -> None:
+def print_table(runs: dict[str, list[Run]], step_size: float, num_steps: int) -> None:
+    num_test = NUM_IMAGES - NUM_TRAIN
     print(
-        f"\nMNIST {CLASSES[0]} against {CLASSES[1]}, {NUM_TRAIN} images to learn from and {NUM_IMAGES - NUM_TRAIN} to test on, drawn anew"
+        f"\nMNIST {CLASSES[0]} against {CLASSES[1]}: {NUM_TRAIN} images to learn from and {num_test} to test on, drawn anew for each split."
     )
-    print(
-        f"for every split; {num_steps} steps. Mean +- standard deviation over splits. Seconds are the median, the first run compiles."
-    )
+    print(f"h = {step_size:g}, {num_steps} steps. Mean +- standard deviation over splits; the median of seconds.")
     columns = f"{'LPPD':>19}{'test error':>19}{'alpha':>16}{'beta':>16}{'seconds':>9}"
     print(f"{'':<6}{'splits':>6}{columns}   published: LPPD, error, s")
     for name, rows in runs.items():
-        values = [[r.score.lppd for r in rows], [r.score.error for r in rows]]
-        values += [[r.params[which][-1] for r in rows] for which in ("alpha", "beta")]
-        texts = [f"{np.mean(x):.4f} +- {np.std(x):.4f}" for x in values[:2]] + [
-            f"{np.mean(x):.3f} +- {np.std(x):.3f}" for x in values[2:]
-        ]
+        texts = [spread([run.score.lppd for run in rows], 4), spread([run.score.error for run in rows], 4)]
+        texts += [spread([run.params[which][-1] for run in rows], 3) for which in ("alpha", "beta")]
         seconds = np.median([run.seconds for run in rows])
-        print(
-            f"{name:<6}{len(rows):>6}{texts[0]:>19}{texts[1]:>19}{texts[2]:>16}{texts[3]:>16}{seconds:>9.0f}   {', '.join(PUBLISHED[name])}"
-        )
+        row = f"{name:<6}{len(rows):>6}{texts[0]:>19}{texts[1]:>19}{texts[2]:>16}{texts[3]:>16}{seconds:>9.0f}"
+        print(f"{row}   {', '.join(PUBLISHED[name])}")
+
+
+def spread(values: Any, digits: int) -> str:
+    return f"{np.mean(values):.{digits}f} +- {np.std(values):.{digits}f}"
 
 
 def plot_parameters(path: Path, runs: dict[str, Run]) -> None:
@@ -249,7 +248,7 @@ def load(smoke: bool) -> LabelledImages:
 
 def main(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
-    data, engines = load(args.smoke), make_engines()
+    data, engines = load(args.smoke), make_engines(args.step_size)
     num_steps = 2 if args.smoke else args.num_steps
     engines = {name: engines[name] for name in args.methods}
     splits = [make_split(data, args.seed + i) for i in range(1 if args.smoke else args.num_splits)]
@@ -263,7 +262,7 @@ def main(args: argparse.Namespace) -> None:
             print(
                 f"{name}, split {i}: LPPD {run.score.lppd:.4f}, test error {run.score.error:.4f}, {run.seconds:.0f} s", flush=True
             )
-    print_table(runs, num_steps)
+    print_table(runs, args.step_size, num_steps)
 
     first = {name: rows[0] for name, rows in runs.items()}
     plot_parameters(args.output / "parameters.png", first)
@@ -278,6 +277,7 @@ if __name__ == "__main__":
     parser.add_argument("--num-splits", type=int, default=5, help="of PGD")
     parser.add_argument("--num-other-splits", type=int, default=2, help="of the other methods")
     parser.add_argument("--num-steps", type=int, default=NUM_STEPS)
+    parser.add_argument("--step-size", type=float, default=STEP_SIZE, help="h, of particles and parameters")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/bnn_mnist"))
     parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")

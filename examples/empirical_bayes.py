@@ -22,9 +22,9 @@ the likelihood is too flat in :math:`\tau` to outweigh that.
 
 *Schools* (Rubin [2]): the marginal likelihood of eight schools is highest at :math:`\tau = 0`, where all effects are equal. No
 engine can do better than the likelihood it maximises. With standardised effects the particles head for 0; with the effects
-themselves they stall near 3, where the likelihood is so flat that the bias of the step outweighs it. The intervals that follow from plugging
-:math:`\tau = 0` in are far too narrow, which the full Bayesian draws show. This is a limit of maximum likelihood and not of
-particles: with eight units, put a prior on :math:`\tau` and use MCMC.
+themselves they stall near 3, where the likelihood is so flat that the bias of the step outweighs it. The intervals that follow
+from plugging :math:`\tau = 0` in are far too narrow, which the full Bayesian draws show. This is a limit of maximum likelihood
+and not of particles: with eight units, put a prior on :math:`\tau` and use MCMC.
 
 What to expect: half a minute on two cores. It prints two tables and writes ``batters.png`` and ``schools.png`` to ``--output``.
 
@@ -135,9 +135,8 @@ def batters(rng_key: Array, data: Batters, num_steps: int, path: Path) -> None:
         "particles": shrunk,
     }
     print(f"Batters: mu {found['mu']:.3f} (exact {exact.mu:.3f}), tau {found['tau']:.3f} (exact {exact.tau:.3f});")
-    print(
-        f"standard errors by Louis' identity: mu {float(error.standard_errors['mu']):.3f}, tau {float(error.standard_errors['tau']):.3f}."
-    )
+    errors = {name: float(value) for name, value in error.standard_errors.items()}
+    print(f"standard errors by Louis' identity: mu {errors['mu']:.3f}, tau {errors['tau']:.3f}.")
     print("Root mean squared error for the rest of the season:")
     for name, prediction in predictions.items():
         print(f"  {name:<28}{np.sqrt(((prediction - data.rest) ** 2).mean()):.4f}")

@@ -22,6 +22,7 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.util import compute_log_probs, helpful_support_errors
 from numpyro.primitives import Messenger
 
+from numpyro_ebm._compat import layers
 from numpyro_ebm.distributions.energy import TiltedDistribution, energy_site, with_core
 
 Model = Callable[..., Any]
@@ -238,7 +239,7 @@ def require_continuous(program: Program) -> None:
         fn = program.sites[name]["fn"]
         if fn.support.is_discrete:
             raise ValueError(
-                f"site '{name}': a latent with {type(fn).__name__} is discrete and has no score to move by. Sum it out (a mixture "
+                f"site '{name}': a latent with {type(list(layers(fn))[-1]).__name__} is discrete and has no score to move by. Sum it out (a mixture "
                 "such as MixtureSameFamily does it), make it continuous, or observe it."
             )
 

@@ -218,6 +218,8 @@ def test_plates_name_the_dims_of_an_svi_fit(fit):
     assert data["posterior"]["z"].dims == ("chain", "draw", "data", "z_dim_1")
     assert data["prior"]["z"].dims == ("chain", "draw", "z_dim_1")
     assert data["observed_data"]["y"].dims == ("data", "y_dim_1")
+    prior = to_inference_data(result, model=negative_phase(_model), model_args=(Y,))["prior"]
+    assert prior["z"].dims == ("chain", "draw", "z_dim_1")
 
 
 @pytest.mark.parametrize(

@@ -294,14 +294,14 @@ def population_information(theta, y):
     return -jax.hessian(log_likelihood)(theta)
 
 
-def assert_information(found, exact, names):
+def assert_information(found, exact, names, most_noise=0.02):
     """The information and the standard errors from it, within 5 of their own Monte Carlo errors, which are small."""
     np.testing.assert_allclose(found.information, exact, atol=0.02 * np.abs(exact).max())
     cov = np.linalg.inv(exact)
     for i, (name, jacobian) in enumerate(names.items()):
         wanted = np.sqrt(cov[i, i]) * jacobian
         noise = found.monte_carlo_errors[name]
-        assert noise < 0.02 * wanted
+        assert noise < most_noise * wanted
         assert abs(found.standard_errors[name] - wanted) < 5 * noise
 
 
@@ -312,21 +312,10 @@ def test_information_is_that_of_the_marginal_off_the_maximum_too():
     found = standard_errors(KEY, population, {"loc": 2.5, "scale": 2.2}, y, num_samples=250, num_chains=16)
     exact = population_information(theta, y)
     assert abs(exact[0, 1]) > 0.1 * exact[0, 0]
-    assert_information(found, exact, {"loc": 1, "scale": 2.2})
+    assert_information(found, exact, {"loc": 1, "scale": 2.2}, most_noise=0.005)  # .002 by rows, .014 by their sum
     assert found.standard_errors["scale"].shape == ()
     variances = [found.standard_errors["loc"] ** 2, found.standard_errors["scale"] ** 2]
     np.testing.assert_allclose(jnp.diagonal(found.covariance), jnp.array(variances), rtol=1e-5)
-
-
-def test_standard_errors_of_a_scale_at_the_maximum():
-    # y ~ N(loc, v), v = scale^2 + 1: sd of loc sqrt(v / D), of scale v / (scale sqrt(2 D)), and no correlation
-    y = 1 + 1.5 * jax.random.normal(jax.random.key(6), (30,))
-    scale, v = jnp.sqrt(y.var() - 1), y.var()
-    found = standard_errors(KEY, population, {"loc": y.mean(), "scale": scale}, y, num_samples=250, num_chains=16)
-    exact = {"loc": jnp.sqrt(v / 30), "scale": v / (scale * jnp.sqrt(60))}
-    for name, value in exact.items():
-        assert found.monte_carlo_errors[name] < 0.02 * value
-        assert abs(found.standard_errors[name] - value) < 5 * found.monte_carlo_errors[name]
 
 
 def test_toy_has_standard_error_root_two_over_d():

@@ -139,7 +139,7 @@ def test_starts_follow_the_strategy():
     at = init_to_value(values={"x": jnp.full((3, 2), 2.0)})
     np.testing.assert_allclose(_start(_in_plates, strategy=at)["x"], np.full((3, 2), np.log(2)), rtol=1e-6)
     median = _start(_scaled, strategy=init_to_median(num_samples=1001))["x"]
-    np.testing.assert_allclose(np.exp(median), np.full(3, 0.674), rtol=0.12)  # that of a half normal, within 4 standard errors
+    np.testing.assert_allclose(np.exp(median), np.full(3, 0.674), rtol=0.15)  # that of a half normal, within 4 standard errors
     assert len(np.unique(_start(_scaled, strategy=init_to_sample)["x"])) == 3
     assert jnp.abs(_start(_time_series, strategy=init_to_uniform(radius=0.01))["x"]).max() < 0.01
 

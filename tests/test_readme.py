@@ -31,10 +31,10 @@ def run(page):
 
 @pytest.fixture(scope="module")
 def readme():
-    precision, quickstart = ({"__name__": f"README_{i}"} for i in range(2))
-    for block, namespace in zip(blocks("README.md"), (precision, quickstart), strict=True):
-        exec(block, namespace)  # each block stands alone: a reader may paste either
-    return precision, quickstart
+    namespaces = [{"__name__": f"README_{i}"} for i in range(3)]
+    for block, namespace in zip(blocks("README.md"), namespaces, strict=True):
+        exec(block, namespace)  # each block stands alone: a reader may paste any
+    return namespaces
 
 
 def test_readme_learns_the_maximum_likelihood_precision(readme):
@@ -51,6 +51,13 @@ def test_readme_quickstart_finds_both_modes_of_the_latent(readme):
     assert abs(jnp.abs(chains).mean() - jnp.abs(latent).mean()) < 0.1
     assert (jnp.abs(chains) < 0.5).mean() < 0.05
     assert 0.3 < (chains > 0).mean() < 0.7
+
+
+def test_readme_engine_learns_the_exact_tilt(readme):
+    # Fisher information 1/2 per datum; 256 chains leave the tilt noisy by 1 / sqrt(256)
+    y = readme[2]["y"]
+    assert readme[2]["particles"].shape == (10, 400)
+    assert abs(readme[2]["result"].params["tilt"] - y.mean()) < 4 / jnp.sqrt(256)
 
 
 def test_readme_quickstart_has_at_most_25_lines():
