@@ -41,6 +41,7 @@ against the step; ``digits.png``, test images that the networks get wrong or are
 
 import argparse
 import time
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +64,6 @@ CLASSES = (4, 9)
 NUM_IMAGES, NUM_TRAIN = 1000, 800
 NUM_PIXELS, NUM_HIDDEN = 784, 40
 STEP_SIZE, NUM_STEPS, NUM_PARTICLES = 0.1, 500, 100
-SOUL_MOVES = 100  # of its one chain per step of the parameters: as much work as the particles make
 EVERY = 10  # steps between two looks at the test images
 PUBLISHED = {  # Kuntz et al.: LPPD, test error, seconds
     "PGD": ("-.0954", ".0235", "75"),
@@ -125,15 +125,15 @@ def make_split(data: LabelledImages, seed: int) -> Split:
     return Split(x[:NUM_TRAIN], y[:NUM_TRAIN], x[NUM_TRAIN:], y[NUM_TRAIN:], pictures[NUM_TRAIN:])
 
 
-def make_engines(step_size: float) -> dict[str, ParticleMMLE]:
+def make_engines(step_size: float, num_particles: int) -> dict[str, ParticleMMLE]:
     rates = {"alpha": optax.sgd(step_size / (NUM_PIXELS * NUM_HIDDEN)), "beta": optax.sgd(step_size / (2 * NUM_HIDDEN))}
     per_weight = optax.partition(rates, {name: name for name in rates})
-    cloud: dict[str, Any] = {"num_particles": NUM_PARTICLES, "step_size": step_size}
+    cloud: dict[str, Any] = {"num_particles": num_particles, "step_size": step_size}
     return {
         "PGD": ParticleMMLE.pgd(model, per_weight, **cloud),
         "PQN": ParticleMMLE.pqn(model, **cloud),
         "PMGD": ParticleMMLE.pmgd(model, **cloud),
-        "SOUL": ParticleMMLE.soul(model, per_weight, num_moves=SOUL_MOVES, step_size=step_size),
+        "SOUL": ParticleMMLE.soul(model, per_weight, num_moves=num_particles, step_size=step_size),
     }
 
 
@@ -161,17 +161,26 @@ def run_engine(rng_key: Array, engine: ParticleMMLE, split: Split, num_steps: in
     weights = engine.get_particles(result.state, split.x, split.y)
     if engine.num_particles == 1:  # SOUL's posterior is the last stretch of its chain
         sampler = UnadjustedLangevin(engine.step_size, num_steps=1)
-        more: dict[str, Any] = {"num_samples": SOUL_MOVES, "num_warmup": 0, "sampler": sampler, "start": weights}
+        more: dict[str, Any] = {"num_samples": engine.num_moves, "num_warmup": 0, "sampler": sampler, "start": weights}
         draws = sample_posterior(draw_key, model, result.params, split.x, split.y, **more)
         weights = {name: values[0] for name, values in draws.items()}
     score = jax.block_until_ready(judge(weights["w"], weights["v"], split.x_test, split.y_test))
     return Run(result.collected, np.array(steps), np.array(curve), score, time.perf_counter() - begin)
 
 
+def warn_of_step(engine: ParticleMMLE, split: Split, step_size: float) -> None:
+    """Tells once what the engine would say at every run: that the step is too large for the particles."""
+    data = split.x, split.y
+    limit = engine.stability_limit(engine.init(jax.random.key(0), *data), *data)
+    print(f"h = {step_size:g}; where the particles start, the stiffest of them is stable only below h = {limit:.1g}.")
+    if step_size > limit:
+        warnings.filterwarnings("ignore", "site 'v'|site 'w'|the chains", UserWarning)
+
+
 def print_table(runs: dict[str, list[Run]], step_size: float, num_steps: int) -> None:
     num_test = NUM_IMAGES - NUM_TRAIN
     print(
-        f"\nMNIST {CLASSES[0]} against {CLASSES[1]}: {NUM_TRAIN} images to learn from and {num_test} to test on, drawn anew for each split."
+        f"\nMNIST {CLASSES[0]} against {CLASSES[1]}: {NUM_TRAIN} images to learn from and {num_test} to test on, drawn per split."
     )
     print(f"h = {step_size:g}, {num_steps} steps. Mean +- standard deviation over splits; the median of seconds.")
     columns = f"{'LPPD':>19}{'test error':>19}{'alpha':>16}{'beta':>16}{'seconds':>9}"
@@ -248,10 +257,12 @@ def load(smoke: bool) -> LabelledImages:
 
 def main(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
-    data, engines = load(args.smoke), make_engines(args.step_size)
+    data, engines = load(args.smoke), make_engines(args.step_size, 5 if args.smoke else NUM_PARTICLES)
     num_steps = 2 if args.smoke else args.num_steps
     engines = {name: engines[name] for name in args.methods}
     splits = [make_split(data, args.seed + i) for i in range(1 if args.smoke else args.num_splits)]
+    warn_of_step(next(iter(engines.values())), splits[0], args.step_size)
+
     runs: dict[str, list[Run]] = {}
     for name, engine in engines.items():
         num_splits = len(splits) if name == "PGD" else min(len(splits), args.num_other_splits)

@@ -236,10 +236,11 @@ def require_continuous(program: Program) -> None:
     :raises ValueError: naming the site.
     """
     for name in program.latents:
-        fn = program.sites[name]["fn"]
-        if fn.support.is_discrete:
+        whole = program.sites[name]["fn"]
+        if whole.support.is_discrete:
+            *_, fn = layers(whole)
             raise ValueError(
-                f"site '{name}': a latent with {type(list(layers(fn))[-1]).__name__} is discrete and has no score to move by. Sum it out (a mixture "
+                f"site '{name}': a latent with {type(fn).__name__} is discrete and has no score to move by. Sum it out (a mixture "
                 "such as MixtureSameFamily does it), make it continuous, or observe it."
             )
 

@@ -398,13 +398,15 @@ def test_stability_limit_is_that_of_the_particles():
 
 
 def simulate(engine, num_chains, num_steps, *args):
-    """The last states of independent fits."""
+    """The last states of independent fits, in single precision."""
 
     def end(key):
         state = engine.init(key, *args)
-        return lax.scan(lambda state, _: (engine.update(state, *args)[0], None), state, length=num_steps)[0]
+        return lax.scan(lambda state, _: (engine._step(state, args, {})[0], None), state, length=num_steps)[0]
 
-    return jax.jit(jax.vmap(end))(jax.random.split(KEY, num_chains))
+    with jax.enable_x64(False):
+        args = jax.tree.map(jnp.asarray, args)
+        return jax.jit(jax.vmap(end))(jax.random.split(KEY, num_chains))
 
 
 SIMULATED = {
@@ -648,10 +650,10 @@ def roots(drift, low, high, *settings):
     settings = tuple(jnp.asarray(column) for column in settings)
     values_on = compiled(jax.vmap(jax.vmap(drift, (0, *(None for _ in settings)))))
     low, high = (np.full(len(settings[0]), end) for end in (low, high))
-    for _ in range(8):
+    for section in range(8):
         grid = np.linspace(low, high, 40, axis=1)
         turns = np.diff(np.sign(values_on(grid, *settings)), axis=1) != 0
-        assert (turns.sum(1) <= 1).all()
+        assert section > 0 or (turns.sum(1) <= 1).all()  # later ones end in rounding
         first, rows = turns.argmax(1), np.arange(len(grid))
         found = turns.any(1)
         low, high = np.where(found, grid[rows, first], np.nan), np.where(found, grid[rows, first + 1], np.nan)
@@ -663,8 +665,8 @@ def roots(drift, low, high, *settings):
 FIXED_POINTS = [
     (0.1, 0.0, 0.47237),
     (0.05, 0.0, 0.48606),
-    (1e-9, 0.1, 0.53208),
-    (1e-9, 0.05, 0.51497),
+    (1e-6, 0.1, 0.53208),
+    (1e-6, 0.05, 0.51497),
     (0.05, 0.05, 0.49963),
     (0.1, 0.1, 0.49845),
 ]
@@ -735,7 +737,8 @@ def test_the_biased_fixed_point_is_where_training_ends():
     engine = ParticleMMLE.ebipla(
         precise, optax.sgd(0.5), num_particles=10, step_size=0.1, num_chains=200, prior_step_size=0.1, num_prior_steps=20
     )
-    taus = engine.run(KEY, 3000, y, progress_bar=False, collect=lambda state: state.params["tau"]).collected
+    with jax.enable_x64(False):
+        taus = engine.run(KEY, 3000, y, progress_bar=False, collect=lambda state: state.params["tau"]).collected
     parts = np.asarray(taus)[600:].reshape(24, 100).mean(1)  # 100 steps apart they are independent
     assert abs(parts.mean() - 0.3567) < 5 * parts.std() / np.sqrt(len(parts)) + 0.003  # the curvature's share, about 1 / 200
     assert parts.std() / np.sqrt(len(parts)) < 0.005
@@ -864,50 +867,42 @@ def test_permuting_the_data_with_their_particles_leaves_the_parameters():
     np.testing.assert_allclose(permuted.offset, plain.offset[z], atol=1e-12)
 
 
-def _regression(t):
-    """Two parameters whose Hessian is not diagonal: the maximum for a cloud is least squares on its mean."""
-    a, b = numpyro.param("a", 0.5), numpyro.param("b", -1.0)
-    with numpyro.plate("data", len(t)):
-        x = numpyro.sample("x", dist.Normal(a + b * t, 0.7))
-        numpyro.sample("y", dist.Normal(x, 1), obs=jnp.sin(t))
-
-
 T = np.array([-1.0, 0.2, 1.5, 4.0])
 
 
+def regression(t):
+    """The maximum for a cloud is least squares on its mean, with a Hessian that is not diagonal, and the spread around it."""
+    a, b = numpyro.param("a", 0.5), numpyro.param("b", -1.0)
+    sd = numpyro.param("sd", 3.0, constraint=constraints.positive)
+    with numpyro.plate("data", len(t)):
+        x = numpyro.sample("x", dist.Normal(a + b * t, sd))
+        numpyro.sample("y", dist.Normal(x, 1), obs=jnp.sin(t))
+
+
 def _least_squares(x):
-    return np.linalg.lstsq(np.stack([np.ones(4), T], 1), np.asarray(x).mean(0), rcond=None)[0]
+    """Intercept, slope and spread."""
+    a, b = np.linalg.lstsq(np.stack([np.ones(4), T], 1), np.asarray(x).mean(0), rcond=None)[0]
+    return np.array([a, b, np.sqrt(np.mean(np.square(x - (a + b * T))))])
 
 
-@pytest.mark.parametrize("drift", ["sum", "mean"])
-def test_pqn_goes_a_step_towards_least_squares(drift):
+def test_pqn_goes_a_step_along_the_direction_of_newton():
     # guards against: a diagonal Hessian, a direction divided by the number of data, the cloud after its move
-    engine = ParticleMMLE.pqn(_regression, num_particles=3, step_size=0.2, drift=drift)
+    def loss(theta, x):
+        return -dist.Normal(theta[0] + theta[1] * T, jnp.exp(theta[2])).log_prob(x).sum(-1).mean()
+
+    engine = ParticleMMLE.pqn(regression, num_particles=3, step_size=0.2, drift="mean")
     start = engine.init(KEY, T)
     end, _ = engine.update(start, T)
-    before = np.array([0.5, -1.0])
-    target = before + 0.2 * (_least_squares(start.particles["x"]) - before)
-    np.testing.assert_allclose([end.params["a"], end.params["b"]], target, rtol=1e-10)
+    before, x = jnp.array([0.5, -1.0, jnp.log(3.0)]), start.particles["x"]
+    direction = jnp.linalg.solve(jax.hessian(loss)(before, x), jax.grad(loss)(before, x))
+    np.testing.assert_allclose([end.unconstrained[name] for name in ("a", "b", "sd")], before - 0.2 * direction, rtol=1e-10)
 
 
 def test_pmgd_stands_at_the_maximum_for_its_cloud():
-    # guards against: the cloud before its move, L-BFGS stopped early
-    engine = ParticleMMLE.pmgd(_regression, num_particles=3, step_size=0.2)
+    # guards against: the cloud before its move, L-BFGS stopped early, a maximum of the constrained spread
+    engine = ParticleMMLE.pmgd(regression, num_particles=3, step_size=0.2)
     state, _ = engine.update(engine.init(KEY, T), T)
-    np.testing.assert_allclose([state.params["a"], state.params["b"]], _least_squares(state.particles["x"]), rtol=1e-8)
-
-
-def test_pmgd_finds_a_maximum_that_is_not_of_a_quadratic():
-    # sd^2 = mean of x^2, through the log transform of sd. Guards against: a single Newton step
-    def model(y):
-        sd = numpyro.param("sd", 5.0, constraint=constraints.positive)
-        with numpyro.plate("data", len(y)):
-            x = numpyro.sample("x", dist.Normal(0, sd))
-            numpyro.sample("y", dist.Normal(x, 1), obs=y)
-
-    engine = ParticleMMLE.pmgd(model, num_particles=3, step_size=0.1)
-    state, _ = engine.update(engine.init(KEY, Y), Y)
-    np.testing.assert_allclose(state.params["sd"], np.sqrt(np.mean(np.square(state.particles["x"]))), rtol=1e-7)
+    np.testing.assert_allclose([state.params[name] for name in ("a", "b", "sd")], _least_squares(state.particles["x"]), rtol=1e-7)
 
 
 # ---- Kinetic dynamics ----------------------------------------------------------------------------------------------------

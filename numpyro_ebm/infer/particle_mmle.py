@@ -620,7 +620,7 @@ class ParticleMMLE(Engine):
         for name, status in _chain_status(state.mutable_state).items():
             if int(status) == 1:
                 found.append(f"site '{name}': {explain_chains(self._phase, name, 1)}")
-        if self.dynamics is None and int(state.num_steps) > 200:
+        if self.dynamics is None:
             for name, ratio in state.stiffness.items():
                 if (worst := float(jnp.max(ratio))) > STIFF:
                     found.append(
@@ -651,6 +651,7 @@ class ParticleMMLE(Engine):
 
 # On a quadratic h E[score^2] = hc / (1 - hc/2): 4 at hc = 4/3, where the particles' variance is three times too large.
 STIFF, STIFFNESS_RATE, STIFFNESS_CLIP = 4.0, 0.02, 20.0
+STIFFNESS_DELAY = 100  # visits of a row before its scores are taken for those of the posterior
 NUM_POWER_ITERATIONS = 30
 
 
@@ -734,7 +735,8 @@ def _running_stiffness(batch: _Batch, state: ParticleState, scores: Particles, s
     def of_site(name: str, score: Array) -> Array:
         axes = tuple(range(score.ndim - batch.program.latents[name].event_dim))
         new = jnp.minimum(step_size * (score**2).mean(axes), STIFFNESS_CLIP).astype(score.dtype)
-        return state.stiffness[name] + STIFFNESS_RATE * (new - state.stiffness[name])
+        on_its_way = state.num_steps < STIFFNESS_DELAY * batch.program.scale(name)  # steep places are passed, and not kept
+        return state.stiffness[name] + jnp.where(on_its_way, 0, STIFFNESS_RATE) * (new - state.stiffness[name])
 
     return {name: of_site(name, score) for name, score in scores.items()}
 
