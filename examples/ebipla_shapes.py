@@ -96,6 +96,15 @@ class Shape(NamedTuple):
         return self.curve(rng, num_points) + self.spread * rng.standard_normal((num_points, 2))
 
 
+class Task(NamedTuple):
+    """Points to learn from, and how well they can be learnt."""
+
+    points: Array  # (10_000, 2)
+    test: np.ndarray  # (10_000, 2), fresh points of the same law
+    grid: "Grid"  # for quadrature
+    best: float  # log-likelihood per fresh point under the law itself
+
+
 class Nets(NamedTuple):
     """Decoder and energy; the energy is None for the normal prior."""
 
@@ -204,36 +213,29 @@ def make_engine(nets: Nets, num_particles: int, num_steps: int, paper: bool) -> 
     return ParticleMMLE.ebipla(program, optim, order="gauss_seidel", noise="batch", **settings)
 
 
-def fit(
-    rng_key: Array, shape: Shape, points: Array, test: np.ndarray, nets: Nets, num_particles: int, num_steps: int, paper: bool
-) -> Fit:
+def fit(rng_key: Array, task: Task, nets: Nets, num_particles: int, num_steps: int, paper: bool) -> Fit:
     run_key, chain_key, noise_key = jax.random.split(rng_key, 3)
     engine = make_engine(nets, num_particles, num_steps, paper)
-    grid = grid_over(np.asarray(points))
-    best = log_likelihood(true_density(shape, grid), grid, test)
-    steps, curve = [], []
+    data, steps, curve = (task.points, nets, BATCH_SIZE), [], []
 
     def look(step: int, state: ParticleState, losses: Array) -> None:
         now = trained(nets, state.params)
-        divergence = best - log_likelihood(model_density(now, grid), grid, test)
-        particles = engine.get_particles(state, points, nets, batch_size=BATCH_SIZE)["x"]
+        particles = engine.get_particles(state, *data)["x"]
         steps.append(step)
-        curve.append((divergence, float(misfit(now.decoder, particles, points))))
+        curve.append((divergence(now, task), float(misfit(now.decoder, particles, task.points))))
 
     begin = time.perf_counter()
-    result = engine.run(run_key, num_steps, points, nets, batch_size=BATCH_SIZE, callbacks=[look], progress_bar=False)
+    result = engine.run(run_key, num_steps, *data, callbacks=[look], progress_bar=False)
     seconds = time.perf_counter() - begin
-    nets = trained(nets, result.params)
-    limit = engine.stability_limit(result.state, points, nets, batch_size=BATCH_SIZE)
+    fitted = trained(nets, result.params)
     if nets.energy is None:
-        latents = normal_prior().sample(chain_key, (len(points),))
+        latents = normal_prior().sample(chain_key, (NUM_POINTS,))
     else:
-        num_draws = len(points) // NUM_CHAINS
-        chains, _ = engine.model.sample_chains(chain_key, result, result, num_draws, points, nets, batch_size=BATCH_SIZE)
+        chains, _ = engine.model.sample_chains(chain_key, result, result, NUM_POINTS // NUM_CHAINS, *data)
         latents = chains["x"].reshape(-1, 2)
-    means = jax.vmap(nets.decoder)(latents)
+    means = jax.vmap(fitted.decoder)(latents)
     draws = np.asarray(means + SIGMA * jax.random.normal(noise_key, means.shape))
-    return Fit(nets, draws, steps, curve, float(engine.step_size), limit, seconds)
+    return Fit(fitted, draws, steps, curve, float(engine.step_size), engine.stability_limit(result.state, *data), seconds)
 
 
 @eqx.filter_jit
@@ -248,9 +250,16 @@ def grid_over(points: np.ndarray, margin: float = 1.0) -> Grid:
     return Grid(low, (int(rows), int(columns)))
 
 
+def make_task(shape: Shape, seed: int) -> Task:
+    rng = np.random.default_rng(seed)
+    points, test = shape.draw(rng, NUM_POINTS), shape.draw(rng, NUM_POINTS)
+    grid = grid_over(points)
+    return Task(jnp.asarray(points, jnp.float32), test, grid, log_likelihood(true_density(shape, grid), grid, test))
+
+
 def true_density(shape: Shape, grid: Grid) -> np.ndarray:
     """The density of the law that makes the data: its curve on the grid, blurred by its noise."""
-    curve = shape.curve(np.random.default_rng(0), 4_000_000)
+    curve = shape.curve(np.random.default_rng(0), 1_000_000)
     edges = [low + CELL * (np.arange(n + 1) - 0.5) for low, n in zip(grid.low, grid.shape, strict=True)]
     counts, *_ = np.histogram2d(*curve.T, bins=edges)
     return gaussian_filter(counts / counts.sum() / CELL**2, shape.spread / CELL, mode="constant")
@@ -281,6 +290,11 @@ def log_likelihood(density: np.ndarray, grid: Grid, points: np.ndarray) -> float
     return float(np.log(p + 1e-30).mean())
 
 
+def divergence(nets: Nets, task: Task) -> float:
+    """The Kullback-Leibler divergence of the model from the law of the data, estimated on the fresh points."""
+    return task.best - log_likelihood(model_density(nets, task.grid), task.grid, task.test)
+
+
 def sliced_w2(a: np.ndarray, b: np.ndarray, num_directions: int = 100) -> float:
     """The Wasserstein distance of order 2 of equally many points, along directions averaged over the half circle."""
     angles = np.pi * np.arange(num_directions) / num_directions
@@ -288,24 +302,21 @@ def sliced_w2(a: np.ndarray, b: np.ndarray, num_directions: int = 100) -> float:
     return float(np.sqrt(((np.sort(a @ directions, 0) - np.sort(b @ directions, 0)) ** 2).mean()))
 
 
-def print_table(name: str, fits: dict[str, Fit], shape: Shape, points: np.ndarray, test: np.ndarray) -> None:
-    grid = grid_over(points)
-    best = log_likelihood(true_density(shape, grid), grid, test)
-    print(f"\n{name}: log-likelihood per fresh point under the law that made it {best:.3f}")
-    print(f"{'':<16}{'log-likelihood':>15}{'KL':>8}{'sliced W2':>11}{'V':>7}{'h':>10}{'limit of h':>12}{'seconds':>9}")
+def print_table(name: str, fits: dict[str, Fit], task: Task) -> None:
+    print(f"\n{name}: log-likelihood per fresh point under the law that made it {task.best:.3f}")
+    print(f"{'':<14}{'log-likelihood':>15}{'KL':>8}{'sliced W2':>11}{'V':>8}{'h':>10}{'limit of h':>12}{'seconds':>9}")
     for label, one in fits.items():
-        log_p = log_likelihood(model_density(one.nets, grid), grid, test)
-        row = f"{label:<16}{log_p:>15.3f}{best - log_p:>8.3f}{sliced_w2(one.draws, test):>11.4f}{one.curve[-1][1]:>7.3f}"
+        kl = divergence(one.nets, task)
+        row = f"{label:<14}{task.best - kl:>15.3f}{kl:>8.3f}{sliced_w2(one.draws, task.test):>11.4f}{one.curve[-1][1]:>8.3f}"
         print(f"{row}{one.step_size:>10.1e}{one.limit:>12.1e}{one.seconds:>9.0f}")
-    print(f"{'the data':<16}{'':>15}{'':>8}{sliced_w2(points, test):>11.4f}", flush=True)
+    print(f"{'the data':<14}{'':>15}{'':>8}{sliced_w2(np.asarray(task.points), task.test):>11.4f}", flush=True)
 
 
-def plot_shapes(path: Path, fits: dict[str, Fit], data: dict[str, np.ndarray]) -> None:
+def plot_shapes(path: Path, fits: dict[str, Fit], tasks: dict[str, Task]) -> None:
     figure, axes = plt.subplots(len(fits), 3, figsize=(10.5, 3.4 * len(fits)), layout="constrained", squeeze=False)
     for row, (name, one) in zip(axes, fits.items(), strict=True):
-        points = data[name]
-        grid = grid_over(points)
-        for axis, cloud, title in zip(row, (points, one.draws), ("data", "draws of the model"), strict=False):
+        grid = tasks[name].grid
+        for axis, cloud, title in zip(row, (tasks[name].points, one.draws), ("data", "draws of the model"), strict=False):
             axis.scatter(*cloud[:5000].T, s=1, alpha=0.5, linewidth=0, color="tab:blue", rasterized=True)
             axis.set_title(f"{name}: {title}")
         x, y = grid.points[:, 0, 0], grid.points[0, :, 1]
@@ -339,21 +350,18 @@ def plot_learning(path: Path, fits: dict[str, Fit]) -> None:
 def main(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     num_steps = 4 if args.smoke else args.num_epochs * NUM_POINTS // BATCH_SIZE
-    shapes = {name: SHAPES[name] for name in args.shapes}
-    learnt, data = dict[str, Fit](), dict[str, np.ndarray]()
-    for name, shape in shapes.items():
-        rng = np.random.default_rng(args.seed)
-        data[name], test = shape.draw(rng, NUM_POINTS), shape.draw(rng, NUM_POINTS)
-        points = jnp.asarray(data[name], jnp.float32)
+    tasks = {name: make_task(SHAPES[name], args.seed) for name in (args.shapes[:1] if args.smoke else args.shapes)}
+    learnt = {}
+    for name, task in tasks.items():
         fits = {}
         for label, energy_prior in (("energy prior", True), ("normal prior", False)):
-            nets = make_nets(jax.random.key(args.seed), points, energy_prior, tilted=not (args.paper and energy_prior))
-            few = num_steps if energy_prior else min(num_steps, 500)
-            key = jax.random.key(args.seed + 1)
-            fits[label] = fit(key, shape, points, test, nets, args.num_particles, few, args.paper and energy_prior)
-        print_table(name, fits, shape, data[name], test)
+            paper = args.paper and energy_prior
+            nets = make_nets(jax.random.key(args.seed), task.points, energy_prior, tilted=not paper)
+            few = num_steps if energy_prior else min(num_steps, 500)  # the normal prior is learnt long before
+            fits[label] = fit(jax.random.key(args.seed + 1), task, nets, args.num_particles, few, paper)
+        print_table(name, fits, task)
         learnt[name] = fits["energy prior"]
-    plot_shapes(args.output / "shapes.png", learnt, data)
+    plot_shapes(args.output / "shapes.png", learnt, tasks)
     plot_learning(args.output / "learning.png", learnt)
     print(f"The figures are in {args.output}")
 

@@ -70,6 +70,7 @@ NUM_CHAINS, MALA_STEPS = 256, 10  # negative chains, and their moves between two
 NUM_PARTICLES = 4  # of EBIPLA, per digit
 PARTICLE_STEP, LAST_PARTICLE_STEP = 1e-2, 3e-3  # the decoder grows steeper, and the particles stable only below 2 / curvature
 NUM_DRAWS, NUM_POSTERIOR_DRAWS = 300, 20  # per negative chain, and per digit by the guide, after the fit
+NUM_SEARCHES, SEARCH_STEPS = 4, 500  # for the most probable latents of a held-out digit
 
 
 class Digits(NamedTuple):
@@ -187,22 +188,26 @@ def fit_by_svi(rng_key: Array, program: Any, digits: Digits, nets: Nets, num_ste
 def fit_by_ebipla(
     rng_key: Array, program: Any, digits: Digits, nets: Nets, num_steps: int, num_particles: int
 ) -> tuple[Any, Array, float]:
-    """The result of EBIPLA, its particles for the training digits, and its seconds.
-
-    The parameters see the particles of the batch moved ("gauss_seidel"), and particles rest between their batches.
-    """
+    """The result of EBIPLA, its particles for the training digits, and its seconds. Particles rest between their batches."""
     step_size = optax.exponential_decay(PARTICLE_STEP, num_steps, LAST_PARTICLE_STEP / PARTICLE_STEP)
-    settings = {"num_particles": num_particles, "step_size": step_size, "order": "gauss_seidel", "noise": "batch"}
-    engine = ParticleMMLE.ebipla(program, make_optimizer(num_steps), **settings)
+    optim = make_optimizer(num_steps)
+    engine = ParticleMMLE.ebipla(program, optim, num_particles=num_particles, step_size=step_size, noise="batch")
     result, seconds = run(engine, rng_key, digits, nets, num_steps)
     limit = engine.stability_limit(result.state, digits.train, nets)
     print(f"The particles' last step is {LAST_PARTICLE_STEP:g}; the worst of them would diverge above {limit:.2g}.")
     return result, engine.get_particles(result.state, digits.train, nets)["z"], seconds
 
 
-def reconstruct(rng_key: Array, params: dict[str, Any], digits: Digits, nets: Nets, energy_prior: bool = True) -> Array:
-    """The held-out digits decoded from their most probable latents: an encoder is not needed, and none is judged."""
-    found = find_map(rng_key, model, params, digits.held_out, nets, energy_prior=energy_prior)
+def reconstruct(
+    rng_key: Array, params: dict[str, Any], posterior_draws: Array, digits: Digits, nets: Nets, energy_prior: bool = True
+) -> Array:
+    """The held-out digits decoded from their most probable latents, so that no encoder is judged.
+
+    The searches begin at draws of the most similar training digits.
+    """
+    distances = squared_distances(np.asarray(digits.held_out), np.asarray(digits.train))
+    start = {"z": posterior_draws[0, distances.argsort(-1)[:, :NUM_SEARCHES].T]}
+    found = find_map(rng_key, model, params, digits.held_out, nets, energy_prior=energy_prior, start=start, num_steps=SEARCH_STEPS)
     return decode(trained(nets, params).decoder, found.latents["z"])
 
 
@@ -325,7 +330,7 @@ def fit_normal_prior(rng_key: Array, digits: Digits, nets: Nets, num_steps: int)
     fit_key, draw_key, map_key = jax.random.split(rng_key, 3)
     result, posterior, seconds = fit_by_svi(fit_key, model, digits, nets, num_steps, energy_prior=False)
     prior_draws = normal_prior().sample(draw_key, (10_000,))
-    reconstructions = reconstruct(map_key, result.params, digits, nets, energy_prior=False)
+    reconstructions = reconstruct(map_key, result.params, posterior, digits, nets, energy_prior=False)
     return Fit("svi", result, trained(nets, result.params), prior_draws, posterior, reconstructions, seconds)
 
 
@@ -343,7 +348,7 @@ def fit_energy_prior(
         result, posterior, seconds = fit_by_ebipla(fit_key, program, digits, nets, num_steps, num_particles)
     chains, _ = program.sample_chains(chain_key, result.params, result.state.mutable_state, num_draws, digits.train, nets)
     engine, prior_draws = "svi" if num_particles is None else "ebipla", late_draws(draw_key, chains["z"])
-    reconstructions = reconstruct(map_key, result.params, digits, nets)
+    reconstructions = reconstruct(map_key, result.params, posterior, digits, nets)
     return Fit(engine, result, trained(nets, result.params), prior_draws, posterior, reconstructions, seconds), chains["z"]
 
 

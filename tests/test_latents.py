@@ -312,7 +312,7 @@ def test_information_is_that_of_the_marginal_off_the_maximum_too():
     found = standard_errors(KEY, population, {"loc": 2.5, "scale": 2.2}, y, num_samples=250, num_chains=16)
     exact = population_information(theta, y)
     assert abs(exact[0, 1]) > 0.1 * exact[0, 0]
-    assert_information(found, exact, {"loc": 1, "scale": 2.2}, most_noise=0.005)  # .002 by rows, .014 by their sum
+    assert_information(found, exact, {"loc": 1, "scale": 2.2}, most_noise=0.005)  # .002 by rows, .008 to .011 by their sum
     assert found.standard_errors["scale"].shape == ()
     variances = [found.standard_errors["loc"] ** 2, found.standard_errors["scale"] ** 2]
     np.testing.assert_allclose(jnp.diagonal(found.covariance), jnp.array(variances), rtol=1e-5)

@@ -463,12 +463,13 @@ def test_replicated_state_goes_on_with_copies_that_part():
 
 def test_mutable_site_of_the_user_goes_through_the_steps():
     def model(y):
-        count = numpyro.primitives.mutable("count", {"n": jnp.zeros((), jnp.int32)})
+        count = numpyro.primitives.mutable("count", {"n": 0})
         count["n"] = count["n"] + 1
         _hierarchical(y)
 
     engine = _engine(model)
     start = engine.init(KEY, Y)
+    assert not start.mutable_state["count"]["n"].weak_type  # as that of Python's 0 is, which would compile twice
     state = _run(engine, 5, Y, init_state=start).state
     assert int(state.mutable_state["count"]["n"] - start.mutable_state["count"]["n"]) == 5
     assert not any("chains" in name for name in state.mutable_state)

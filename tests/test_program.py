@@ -165,16 +165,16 @@ def test_runs_on_the_same_key_are_the_same_and_leave_the_data_alone():
     """Catches a mutable site updated in place in what the caller gave."""
 
     def model():
-        state = numpyro.primitives.mutable("count", {"n": 0})
-        state["n"] = state["n"] + 1
+        state = numpyro.primitives.mutable("count", {"inner": {"n": 0}})
+        state["inner"]["n"] = state["inner"]["n"] + 1
         numpyro.deterministic("noise", jax.random.normal(numpyro.prng_key()))
         numpyro.param("p", 1.5)
 
-    given = {"count": {"n": 4}, "p": 2.5}
+    given = {"count": {"inner": {"n": 4}}, "p": 2.5}
     a, b = (run_program(model, (), {}, KEY, data=given) for _ in range(2))
     assert a.sites["noise"]["value"] == b.sites["noise"]["value"]
-    assert a.mutable_state == b.mutable_state == {"count": {"n": 5}}
-    assert given == {"count": {"n": 4}, "p": 2.5}
+    assert a.mutable_state == b.mutable_state == {"count": {"inner": {"n": 5}}}
+    assert given == {"count": {"inner": {"n": 4}}, "p": 2.5}
     assert a.params == {"p": 2.5}
 
 
