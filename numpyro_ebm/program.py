@@ -22,7 +22,7 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.util import compute_log_probs, helpful_support_errors
 from numpyro.primitives import Messenger
 
-from numpyro_ebm._compat import layers
+from numpyro_ebm._compat import in_subsampled_plate, layers
 from numpyro_ebm.distributions.energy import TiltedDistribution, energy_site, with_core
 
 Model = Callable[..., Any]
@@ -272,6 +272,15 @@ def require_finite(site: Site) -> None:
         )
 
 
+def _require_all_rows(site: Site) -> None:
+    plate = in_subsampled_plate(site["fn"].batch_shape)
+    if plate is not None:
+        raise ValueError(
+            f"site '{site['name']}': plate '{plate}' is subsampled inside control_flow.scan, where it cannot be told which rows a "
+            "step sees. Do not subsample it, or write the steps as a Python loop."
+        )
+
+
 class _place(substitute):
     """Puts latents at unconstrained positions, and adds their log Jacobians as NumPyro's ``potential_energy`` does."""
 
@@ -285,6 +294,7 @@ class _place(substitute):
             return None
         transform, position = transform_of(site), self.latents[site["name"]]
         if "_scan_current_index" in site["infer"]:
+            _require_all_rows(site)
             position = position[site["infer"]["_scan_current_index"]]
         for frame, (plate, axis) in zip(site["cond_indep_stack"], _axes(site, transform), strict=True):
             if position.shape[axis] != frame.size:

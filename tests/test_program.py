@@ -356,3 +356,18 @@ def test_scanned_site_in_a_plate_outside_the_program_keeps_its_axes():
     with trace() as sites, seed(rng_seed=KEY):
         _time_series()
     assert sites["gain"]["value"].shape == (6, 2)
+
+
+def test_plate_subsampled_inside_a_scan_is_refused():
+    """Its rows are not seen from outside: particles would stay with the place in the batch instead of the row."""
+
+    def model():
+        def step(x, y):
+            with numpyro.plate("sensors", 4, subsample_size=2):
+                gain = numpyro.sample("gain", dist.Normal(x, 1))
+            return gain.sum(), None
+
+        scan(step, jnp.zeros(()), Y)
+
+    with pytest.raises(ValueError, match="site 'gain': plate 'sensors' is subsampled inside"):
+        run_program(model, (), {}, KEY, latents=_start(model))

@@ -97,14 +97,17 @@ def test_particles_page_runs_and_learns_the_closed_forms(capsys):
     printed = [
         [float(word) for word in line.replace(",", "").split() if "." in word] for line in capsys.readouterr().out.splitlines()
     ]
-    loc, scale, batches, limit, tilt = printed
+    loc, scale, batches, limit, tilt, error = printed[:6]
     assert loc == pytest.approx([float(y.mean())] * 2, abs=0.1)
     assert scale == pytest.approx([float(page["exact"])] * 2, abs=0.1)
     assert batches == pytest.approx([float(y.mean()), float(page["exact"])], abs=0.15)
     assert limit == [2 / 8]  # curvature 1 / .5^2 of prior and likelihood each
     assert tilt == pytest.approx([float(y.mean())] * 2, abs=0.15)
     assert page["state"].num_steps == 40
-    assert page["result"].state.particles["x"].shape == (10, 200)
+    assert error == pytest.approx([float(jnp.sqrt(y.var() / 200))] * 2, abs=2e-3)  # some per cent of noise, and rounding
+    assert page["draws"]["x"].shape == (50, 200, 200)
+    assert page["held_out"]["x"].shape == (4, 200, 2)
+    assert page["data"]["posterior"]["x"].dims == ("chain", "draw", "groups")
 
 
 def test_silent_error_is_what_the_readme_says():

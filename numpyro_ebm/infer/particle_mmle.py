@@ -646,7 +646,10 @@ class ParticleMMLE(Engine):
         h = float(self._step_size(state))
         if not h < limit:
             return f"{said} The step_size h = {h:g} is above the stability limit of about {limit:.2g} there: take half of that."
-        return f"{said} Particles are stable there (h = {h:g}, limit about {limit:.2g}): take a smaller learning rate."
+        return (
+            f"{said} Particles are stable there (h = {h:g}, limit about {limit:.2g}): take a smaller learning rate, or a smaller "
+            "step_size if the density has narrower places elsewhere."
+        )
 
 
 # On a quadratic h E[score^2] = hc / (1 - hc/2): 4 at hc = 4/3, where the particles' variance is three times too large.
