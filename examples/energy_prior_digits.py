@@ -353,7 +353,7 @@ def fit_energy_prior(
 
 
 def main(args: argparse.Namespace) -> None:
-    num_steps, num_draws = (20, 10) if args.smoke else (args.num_steps, NUM_DRAWS)
+    num_steps, num_draws = (50, 10) if args.smoke else (args.num_steps, NUM_DRAWS)
     num_particles = args.num_particles if args.engine == "ebipla" else None
     args.output.mkdir(parents=True, exist_ok=True)
     net_key, fit_key, noise_key = jax.random.split(jax.random.key(args.seed), 3)

@@ -90,9 +90,9 @@ def kinetic_langevin(
 
     .. math::
 
-        x' &= x + \big[(1 - e) v - \big(h - \tfrac{1 - e}{\gamma \eta}\big) g\big] / \gamma + \xi_x, \qquad
+        x' &= x + [(1 - e) v - (h - \tfrac{1 - e}{\gamma \eta}) g] / \gamma + \xi_x, \qquad
         v' = e v - \tfrac{1 - e}{\gamma \eta} g + \xi_v, \\
-        \mathrm{Var}\, \xi_x &= \tfrac{T}{\gamma} \big(2h - \tfrac{3 - 4e + e^2}{\gamma \eta}\big), \quad
+        \mathrm{Var}\, \xi_x &= \tfrac{T}{\gamma} (2h - \tfrac{3 - 4e + e^2}{\gamma \eta}), \quad
         \mathrm{Var}\, \xi_v = T \tfrac{1 - e^2}{\eta}, \quad \mathrm{Cov}(\xi_x, \xi_v) = T \tfrac{(1 - e)^2}{\gamma \eta}.
 
     Velocities start at 0. With ``inverse_mass`` 1 this is KIPLMC1; the momentum particle descent of Lim et al. has
@@ -160,7 +160,7 @@ def kinetic_langevin_splitting(step_size: float, friction: float) -> optax.Gradi
         v' &= d^2 v - \tfrac{d h}{2} (g(x) + g(x')) + \bar d \sqrt T (d \xi + \xi').
 
     The gradient at :math:`x'` is that of the next step, so each step costs one: the state keeps :math:`v'` without its last
-    term, which the next step adds first. Velocities start at 0.
+    term, which the next step adds first. What is kept starts at 0, and so the first velocity is that of half a kick.
 
     :param float step_size: the step :math:`h`.
     :param float friction: :math:`\gamma`.
