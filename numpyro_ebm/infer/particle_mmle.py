@@ -68,7 +68,7 @@ class ParticleState(NamedTuple):
     dynamics_state: Any
     #: negative chains, and other mutable sites of the model
     mutable_state: dict[str, Any]
-    #: by latent site and element of its event: running mean of h * score**2 over particles and plates
+    #: by latent site and element of its event: running mean over plates of h times the particles' variance of the score
     stiffness: dict[str, Array]
     #: the key of the next step
     rng_key: Array
@@ -647,12 +647,12 @@ class ParticleMMLE(Engine):
         if not h < limit:
             return f"{said} The step_size h = {h:g} is above the stability limit of about {limit:.2g} there: take half of that."
         return (
-            f"{said} Particles are stable there (h = {h:g}, limit about {limit:.2g}): take a smaller learning rate, or a smaller "
-            "step_size if the density has narrower places elsewhere."
+            f"{said} Particles are stable there at fixed parameters (h = {h:g}, limit about {limit:.2g}): take a smaller learning "
+            "rate, which is the step_size too where parameters move by it, or a smaller step_size for places that are steeper."
         )
 
 
-# On a quadratic h E[score^2] = hc / (1 - hc/2): 4 at hc = 4/3, where the particles' variance is three times too large.
+# On a quadratic h Var(score) = hc / (1 - hc/2): 4 at hc = 4/3, where the particles' variance is three times too large.
 STIFF, STIFFNESS_RATE, STIFFNESS_CLIP = 4.0, 0.02, 20.0
 STIFFNESS_DELAY = 100  # visits of a row before its scores are taken for those of the posterior
 NUM_POWER_ITERATIONS = 30
@@ -736,8 +736,10 @@ def _chain_status(mutable_state: dict[str, Any]) -> dict[str, Array]:
 
 def _running_stiffness(batch: _Batch, state: ParticleState, scores: Particles, step_size: Any) -> dict[str, Array]:
     def of_site(name: str, score: Array) -> Array:
-        axes = tuple(range(score.ndim - batch.program.latents[name].event_dim))
-        new = jnp.minimum(step_size * (score**2).mean(axes), STIFFNESS_CLIP).astype(score.dtype)
+        # about the particles' mean: what all share is travel, or parameters that swing, and no stiffness of theirs
+        variance = score.var(0, ddof=1) if len(score) > 1 else score[0] ** 2
+        variance = variance.mean(tuple(range(variance.ndim - batch.program.latents[name].event_dim)))
+        new = jnp.minimum(step_size * variance, STIFFNESS_CLIP).astype(score.dtype)
         on_its_way = state.num_steps < STIFFNESS_DELAY * batch.program.scale(name)  # steep places are passed, and not kept
         return state.stiffness[name] + jnp.where(on_its_way, 0, STIFFNESS_RATE) * (new - state.stiffness[name])
 
