@@ -77,11 +77,11 @@ from numpyro_ebm import (
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-NUM_POINTS, BATCH_SIZE, NUM_EPOCHS, NUM_PARTICLES = 10_000, 1000, 200, 4
+NUM_POINTS, BATCH_SIZE, NUM_EPOCHS, NUM_PARTICLES = 10_000, 1000, 100, 4
 SIGMA = 0.05  # of the likelihood
 STEP = 0.2  # of the particles, in units of sigma^2 / |W|^2
-NUM_CHAINS, CHAIN_MOVES = 1000, 10
-ENERGY_RATE, DECODER_RATE = 2e-3, 1e-3
+NUM_CHAINS, CHAIN_MOVES = 1000, 20
+ENERGY_RATE, DECODER_RATE = 5e-3, 2e-3
 PAPER_RATE, PAPER_CHAIN_STEP, PAPER_CHAIN_MOVES = 1e-2, 0.002, 500
 CELL = 0.025  # of the grid for quadrature
 

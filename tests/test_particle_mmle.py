@@ -222,7 +222,7 @@ def test_learning_rate_that_is_too_large_is_said():
     engine = _engine(_hierarchical, optax.sgd(50.0))
     with pytest.raises(NonFiniteError, match=r"param 'loc'|the loss.*take a smaller learning rate") as error:
         _run(engine, 1_000, Y)
-    assert "Particles are stable there (h = 0.05, limit about 1)" in str(error.value)
+    assert "Particles are stable there at fixed parameters (h = 0.05, limit about 1)" in str(error.value)
 
 
 def _logistic(x, y):
