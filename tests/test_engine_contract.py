@@ -5,7 +5,6 @@
 
 import inspect
 import pickle
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -498,19 +497,9 @@ def test_progress_bar_is_shown_once_per_chunk_and_says_the_loss(any_engine, caps
     assert capsys.readouterr().err == ""
 
 
-def test_twenty_thousand_light_steps_take_no_longer_than_one_compiled_loop(any_engine):
-    """At most three times as long, host included. Catches a host round trip per step, which takes ten times as long."""
-
-    def seconds(call):
-        call()  # compiles
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    state = any_engine.init(KEY, Y)
-    whole = jax.jit(lambda state: jax.lax.scan(lambda state, _: any_engine.update(state, Y), state, None, 20_000))
-    in_chunks = seconds(lambda: any_engine.run(KEY, 20_000, Y, init_state=state, progress_bar=False).state)
-    assert in_chunks < 3 * seconds(lambda: whole(state))
+def test_light_steps_share_their_calls_of_the_compiled_loop(any_engine, monkeypatch):
+    """Catches a host round trip per step, which takes far longer than a light step."""
+    calls, loop = [], any_engine._loop
+    monkeypatch.setattr(any_engine, "_loop", lambda *args, **kwargs: calls.append(1) or loop(*args, **kwargs))
+    any_engine.run(KEY, 20_000, Y, progress_bar=False)
+    assert len(calls) < 2000
