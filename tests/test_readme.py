@@ -92,7 +92,7 @@ def test_conventions_page_runs_and_short_runs_are_biased_by_the_formula(capsys):
 def test_particles_page_runs_and_learns_the_closed_forms(capsys):
     page = run("docs/particles.md")
     y = page["y"]
-    assert page["particles"]["x"].shape == (20, 200)
+    assert page["particles"]["x"].shape == (50, 200)
     # the printed fits: standard deviations from the particles are about .02, and a step of .05 widens a posterior by 1/8
     printed = [
         [float(word) for word in line.replace(",", "").split() if "." in word] for line in capsys.readouterr().out.splitlines()

@@ -137,7 +137,7 @@ class ParticleMMLE(Engine):
         ...     with numpyro.plate("data", len(y)):
         ...         x = numpyro.sample("x", dist.Normal(loc, 1))
         ...         numpyro.sample("y", dist.Normal(x, 1), obs=y)
-        >>> y = 3 + jax.random.normal(jax.random.key(0), (100,))
+        >>> y = 2.9 + jax.random.normal(jax.random.key(0), (100,))
         >>> engine = ParticleMMLE(model, optax.sgd(0.01), num_particles=20, step_size=0.1)
         >>> result = engine.run(jax.random.key(1), 500, y, progress_bar=False)
         >>> print(f"learnt {result.params['loc']:.1f}, exact {y.mean():.1f}")
