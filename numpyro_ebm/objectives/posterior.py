@@ -1,0 +1,233 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""A guide against the posterior by their scores in the latents: the Fisher divergence, which needs no normaliser.
+
+The Kullback-Leibler divergence, up to the constant ``-log p(v)``, is :class:`numpyro.infer.Trace_ELBO`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpyro
+from jax import Array
+from numpyro.distributions import Delta
+from numpyro.handlers import substitute
+
+from numpyro_ebm._compat import calling_objective, layers
+from numpyro_ebm.program import Model, Program, Site, is_latent, log_density, run_program, transform_of
+
+Latents = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class PosteriorFisher:
+    r"""Half the Fisher divergence of a guide from the posterior, one draw per row of the data:
+
+    .. math:: \tfrac12 \|\nabla_h [\log \tilde p(v, h) - \log q(h \mid v)]\|^2, \qquad h \sim q(\cdot \mid v).
+
+    It is zero where the guide is the posterior. The visible is fixed; the gradient in the guide's parameters flows through the
+    draw and through ``log q``. ``h`` are the values of the latents as the model has them, not transformed. Bits of the model are
+    drawn relaxed by the guide, and enter by their log density at a soft value.
+
+    Energies need no :class:`~numpyro_ebm.unnormalized`: :math:`\log Z` has no gradient in ``h``, and where it has, because the
+    parameters of an energy depend on a latent, the guard refuses.
+
+    All latents must lie in the one plate whose rows are the data. :meth:`loss` stands in for ``Trace_ELBO().loss`` in
+    :class:`numpyro.infer.SVI`, to fit a guide to a model without parameters of its own: the divergence says nothing of how
+    well a model fits the data, so SVI must not move them.
+
+    **References**
+
+    1. Bao et al., *Bi-level score matching for learning energy-based latent variable models*, NeurIPS 2020,
+       arXiv:2010.07856: the lower level of the deep models.
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp, numpyro, optax
+        >>> import numpyro.distributions as dist
+        >>> from numpyro.infer import SVI
+        >>> from numpyro_ebm import PosteriorFisher
+        >>> def model(v):
+        ...     with numpyro.plate("data", len(v)):
+        ...         h = numpyro.sample("h", dist.Normal(0, 1))
+        ...         numpyro.sample("v", dist.Normal(h, 1), obs=v)
+        >>> def guide(v):
+        ...     slope = numpyro.param("slope", 0.0)
+        ...     variance = numpyro.param("variance", 1.0, constraint=dist.constraints.positive)
+        ...     with numpyro.plate("data", len(v)):
+        ...         numpyro.sample("h", dist.Normal(slope * v, jnp.sqrt(variance)))
+        >>> svi = SVI(model, guide, optax.adam(0.02), PosteriorFisher())
+        >>> result = svi.run(jax.random.key(0), 500, jnp.linspace(-2, 2, 50), progress_bar=False)
+        >>> print(f"slope {result.params['slope']:.2f}, variance {result.params['variance']:.2f}; both are 1/2")
+        slope 0.50, variance 0.50; both are 1/2
+    """
+
+    #: SVI and the handlers read these of their objective
+    can_infer_discrete: ClassVar[bool] = False
+    num_particles: ClassVar[int] = 1
+
+    def losses(self, rng_key: Array, params: dict[str, Any], model: Model, guide: Model, *args: Any, **kwargs: Any) -> Array:
+        """The loss of every row of the latents' plate, of shape ``(batch,)``; subsampling does not scale it.
+
+        :param rng_key: a key of :func:`jax.random.key`.
+        :param dict params: constrained values of the param sites of model and guide, and values of their mutable sites.
+        :param model: a NumPyro model.
+        :param guide: its guide, which samples all its latents and nothing else.
+        :param args: arguments of both.
+        :raises ValueError: naming the site, if model and guide sample different latents or shapes, a latent is discrete, not
+            reparametrised, without a density or outside the one plate of all others, or its values do not vary freely.
+        """
+        return self._losses(rng_key, params, model, guide, args, kwargs)[0]
+
+    def loss(self, rng_key: Array, params: dict[str, Any], model: Model, guide: Model, *args: Any, **kwargs: Any) -> Array:
+        """The sum of :meth:`losses` over rows, a scalar.
+
+        :raises ValueError: as :meth:`losses` does; under SVI, if the model has param sites that the guide has not.
+        """
+        return self.loss_with_mutable_state(rng_key, params, model, guide, *args, **kwargs)["loss"]
+
+    def loss_with_mutable_state(
+        self, rng_key: Array, params: dict[str, Any], model: Model, guide: Model, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """:meth:`loss`, and the values of the mutable sites after it."""
+        losses, mutable_state = self._losses(rng_key, params, model, guide, args, kwargs)
+        return {"loss": losses.sum(), "mutable_state": mutable_state or None}
+
+    def _losses(
+        self, rng_key: Array, params: dict[str, Any], model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Array, dict[str, Any]]:
+        model_key, guide_key = jax.random.split(rng_key)
+        drawn = run_program(guide, args, kwargs, guide_key, data=params)
+        _require_scores(drawn)
+        rows = _rows_of(drawn)
+        indices = {name: plate.indices for name, plate in drawn.plates.items()}
+
+        def log_ratio(h: Latents) -> tuple[Array, dict[str, Any]]:
+            data = {**params, **indices}
+            with numpyro.validation_enabled(False):  # it would make bits with a soft value impossible, and cut their gradient
+                log_p, seen = log_density(_at(h, model, drawn, rows), args, kwargs, model_key, data=data)
+            _require_no_more(drawn, seen)
+            if calling_objective() is self:  # SVI moves the params of both
+                _require_fixed_model(seen, drawn)
+            log_q, _ = log_density(guide, args, kwargs, guide_key, data={**data, **h})
+            return log_p - log_q, seen.mutable_state
+
+        # params are closed over by h and by log_ratio: the guide's reach the loss on both ways
+        scores, mutable_state = jax.grad(log_ratio, has_aux=True)(drawn.drawn)
+        squares = [_by_row(drawn, name, rows, (score / drawn.scale(name)) ** 2) for name, score in scores.items()]
+        return jnp.sum(jnp.stack(squares), 0) / 2, {**drawn.mutable_state, **mutable_state}
+
+
+def _by_row(program: Program, name: str, plate: str, value: Array) -> Array:
+    """The sum over everything but a plate of an array that is shaped like a latent, ``(rows,)``."""
+    value = jnp.moveaxis(value, _dim(program.sites[name], plate) - program.sites[name]["fn"].event_dim, 0)
+    return value.reshape(len(value), -1).sum(-1)
+
+
+def _rows_of(program: Program) -> str:
+    """The plate whose rows are the data: the one that all latents of a guide share."""
+    frames = {name: {frame.name for frame in program.sites[name]["cond_indep_stack"]} for name in program.latents}
+    shared = set.intersection(*frames.values())
+    if len(shared) == 1:
+        return shared.pop()
+    if shared:
+        raise ValueError(
+            f"the guide's latents {sorted(frames)} share the plates {sorted(shared)}: it cannot be told which has the rows of the "
+            "data. Keep the plate of the rows, and make the others dimensions of the event with .to_event(...)."
+        )
+    outside = next((name for name, plates in frames.items() if not plates), None)
+    where = f"site '{outside}' stands in no plate" if outside else f"the guide's latents {sorted(frames)} share no plate"
+    raise ValueError(
+        f"{where}: the loss is by row of the data, each with latents of its own. Put all latents in the plate of the data, in "
+        "model and guide; a latent that all rows share is what a numpyro.param is for here."
+    )
+
+
+def _at(h: Latents, model: Model, drawn: Program, rows: str) -> Model:
+    """The model with its latents at the guide's draws; refuses latents that are not those of the guide."""
+
+    def value(site: Site) -> Array | None:
+        if not is_latent(site):
+            return None
+        _require_drawn(site, drawn, rows)
+        return h[site["name"]]
+
+    return substitute(model, substitute_fn=value)
+
+
+def _require_drawn(site: Site, drawn: Program, rows: str) -> None:
+    name = site["name"]
+    if name not in drawn.latents:
+        raise ValueError(f"site '{name}': the model samples it and the guide does not. Sample it in the guide, or observe it.")
+    got, wanted = jnp.shape(drawn.sites[name]["value"]), site["fn"].shape()
+    if got != wanted:
+        raise ValueError(
+            f"site '{name}': the guide gives shape {got}, the model needs {wanted}: they must sample the same event shape in the "
+            "same plates."
+        )
+    if _dim(site, rows) != _dim(drawn.sites[name], rows):
+        raise ValueError(f"site '{name}': it does not lie in plate '{rows}' in the model as it does in the guide: it must.")
+
+
+def _require_no_more(drawn: Program, model: Program) -> None:
+    if extra := [name for name in drawn.latents if name not in model.latents]:
+        raise ValueError(
+            f"site '{extra[0]}': the guide samples it and the model, which samples {sorted(model.latents)}, does not, so that the "
+            "guide has no density of the model's latents alone. Sample those directly, and nothing else."
+        )
+
+
+def _require_scores(drawn: Program) -> None:
+    """Refuses guides whose draws have no gradient in the parameters, or whose density has none in the draws."""
+    if not drawn.latents:
+        raise ValueError("the guide samples no latent: it must sample those of the model.")
+    for name in drawn.latents:
+        site = drawn.sites[name]
+        *_, core = layers(site["fn"])
+        kind = type(core).__name__
+        if site["infer"].get("is_auxiliary"):
+            raise ValueError(
+                f"site '{name}': the guide draws all latents at once from this site, which the model has not, so that it has no "
+                "density of the model's latents alone. Sample those directly; of the AutoGuides, AutoNormal does."
+            )
+        if site["fn"].support.is_discrete:
+            raise ValueError(
+                f"site '{name}': {kind} is discrete, and the loss needs a gradient in its value. Draw it relaxed in the guide, "
+                "with GumbelBernoulli for bits, or make the latent continuous."
+            )
+        if not site["fn"].has_rsample:
+            raise ValueError(
+                f"site '{name}': draws of {kind} have no gradient in its parameters. Give the guide a reparametrised distribution "
+                "such as Normal, or GumbelBernoulli for bits."
+            )
+        if isinstance(core, Delta):
+            raise ValueError(f"site '{name}': Delta has no density, and no score to compare with the posterior's. Use Normal.")
+        _require_free(site)
+
+
+def _require_free(site: Site) -> None:
+    """Refuses latents that lie on a surface, where a gradient in the value means nothing."""
+    shape = site["fn"].event_shape
+    free = transform_of(site).inverse_shape(shape)
+    if free != shape:
+        raise ValueError(
+            f"site '{site['name']}': values of shape {shape} that obey {site['fn'].support} have fewer free coordinates, {free}, "
+            "and no gradient of their own. Sample those, and transform them with numpyro.deterministic."
+        )
+
+
+def _require_fixed_model(model: Program, guide: Program) -> None:
+    if learnt := sorted(set(model.params) - set(guide.params)):
+        raise ValueError(
+            f"param site '{learnt[0]}' of the model: SVI would move it to where the posterior suits the guide, whatever the data. "
+            "Fix it, with numpyro.handlers.block(numpyro.handlers.substitute(model, data=params), hide=list(params)), or learn "
+            "it with an engine that has an objective for the model."
+        )
+
+
+def _dim(site: Site, plate: str) -> int | None:
+    """Where a plate stands among the batch dims of a site."""
+    return next((frame.dim for frame in site["cond_indep_stack"] if frame.name == plate), None)

@@ -1,0 +1,323 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Score-matching objectives: what is minimised so that a score fits that of the data, whatever the normaliser.
+
+With the score :math:`s = \nabla_v \log p` of the model and :math:`s_*` that of the data, the Fisher divergence
+
+.. math:: \tfrac12 E \|s(v) - s_*(v)\|^2 = E[\tfrac12 \|s(v)\|^2 + \mathrm{tr} \, \nabla s(v)] + \tfrac12 E \|s_*(v)\|^2
+
+needs of the data nothing but draws (Hyvärinen). An objective knows no model: it is given ``score_fn``, which maps a batch of
+visibles, of shape ``(batch,) + event_shape``, to their scores, row by row. Parameters are what ``score_fn`` closes over, and
+every loss is differentiable in them.
+"""
+
+import math
+import numbers
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+ScoreFn = Callable[[Array], Array]
+
+
+class ScoreObjective(ABC):
+    """What the score-based engines minimise: an objective of one's own gives :meth:`loss`, and more where it differs.
+
+    Objectives are frozen dataclasses: hashable, and compared by value.
+    """
+
+    #: whether :meth:`loss` takes derivatives of the score in the visible
+    differentiates_score: ClassVar[bool] = False
+    #: the smallest batch that has a loss
+    min_batch_size: ClassVar[int] = 1
+
+    @abstractmethod
+    def loss(self, score_fn: ScoreFn, rng_key: Array, v: Array, v_tilde: Array) -> Array:
+        """The loss of every row of a batch.
+
+        :param score_fn: scores of a batch, ``(batch,) + event_shape`` to the same, rows independent.
+        :param rng_key: a key of :func:`jax.random.key`.
+        :param v: visibles, of shape ``(batch,) + event_shape``.
+        :param v_tilde: the same rows as :meth:`perturb` gave them; the score is taken here.
+        :return: losses, of shape ``(batch,)``.
+        :raises ValueError: if the shapes of ``v``, ``v_tilde`` and the scores differ, or the batch is too small.
+        """
+
+    def perturb(self, rng_key: Array, v: Array) -> Array:
+        """The visibles at which the score is taken, of the shape of ``v``; ``v`` itself where the objective adds no noise.
+
+        :param rng_key: a key of :func:`jax.random.key`.
+        :param v: visibles, of shape ``(batch,) + event_shape``.
+        """
+        _require_rows(v, self.min_batch_size)
+        return v
+
+    def weight(self, batch_size: int) -> Array:
+        """By row, of shape ``(batch_size,)``, what a guide's loss is multiplied by when it is learnt beside this objective."""
+        return jnp.ones(batch_size)
+
+
+@dataclass(frozen=True)
+class ExactScoreMatching(ScoreObjective):
+    r"""Score matching with the exact trace, :math:`\tfrac12 \|s(v)\|^2 + \mathrm{tr} \, \nabla s(v)`.
+
+    The trace costs one derivative of the score per coordinate of the event: for small dimension, and for reference.
+
+    **References**
+
+    1. Hyvärinen, *Estimation of non-normalized statistical models by score matching*, JMLR 6 (2005).
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_ebm import ExactScoreMatching
+        >>> v = jnp.array([[0.0, 1.0], [2.0, 0.0]])
+        >>> ExactScoreMatching().loss(lambda v: -v, jax.random.key(0), v, v)  # standard normal: |v|^2 / 2 - 2
+        Array([-1.5,  0. ], dtype=float32)
+    """
+
+    differentiates_score: ClassVar[bool] = True
+
+    def loss(self, score_fn: ScoreFn, rng_key: Array, v: Array, v_tilde: Array) -> Array:
+        score, trace = _score_and_trace(_checked(score_fn), _require_pair(v, v_tilde))
+        return _half_square(score) + trace
+
+
+@dataclass(frozen=True)
+class SlicedScoreMatching(ScoreObjective):
+    r"""Sliced score matching, with :math:`E[u u^T] = I`: :math:`\tfrac12 (u^T s(v))^2 + u^T \nabla s(v) \, u`.
+
+    The variance-reduced form replaces the first term by its mean, :math:`\tfrac12 \|s(v)\|^2`. Over the directions both have
+    the expectation of :class:`ExactScoreMatching`. The variance of :math:`u^T \nabla s \, u` with :math:`H = \nabla s` is
+    :math:`2 \sum_{i \neq j} H_{ij}^2` for Rademacher directions and :math:`2 \|H\|_F^2` for Gaussian ones.
+
+    The derivative along ``u`` is taken forward over the score, which is itself a reverse-mode gradient as a rule. On an RBM's
+    free energy and an MLP that compiles to the operations of two reverse passes, and the score comes with it.
+
+    :param int num_projections: directions per row, over which the loss is averaged.
+    :param str directions: ``"rademacher"`` or ``"normal"``.
+    :param bool variance_reduced: whether to use the variance-reduced form.
+    :raises ValueError: if ``num_projections`` is not a positive integer or ``directions`` is neither.
+
+    **References**
+
+    1. Song, Garg, Shi and Ermon, *Sliced score matching: a scalable approach to density and score estimation*, UAI 2019,
+       arXiv:1905.07088.
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_ebm import SlicedScoreMatching
+        >>> v = jnp.array([[0.0, 1.0], [2.0, 0.0]])
+        >>> SlicedScoreMatching().loss(lambda v: -v, jax.random.key(0), v, v)  # exact: the Hessian is diagonal
+        Array([-1.5,  0. ], dtype=float32)
+    """
+
+    num_projections: int = 1
+    directions: str = "rademacher"
+    variance_reduced: bool = True
+    differentiates_score: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        count = self.num_projections
+        if not isinstance(count, numbers.Integral) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"num_projections must be a positive integer, got {count!r}: 1 direction per row is enough to learn.")
+        _require_one_of("directions", self.directions, tuple(_DIRECTIONS))
+
+    def loss(self, score_fn: ScoreFn, rng_key: Array, v: Array, v_tilde: Array) -> Array:
+        x, score_fn = _require_pair(v, v_tilde), _checked(score_fn)
+        u = _DIRECTIONS[self.directions](rng_key, (self.num_projections, *x.shape), x.dtype)
+        # the score does not depend on the direction: out_axes says so, and it is computed once for all of them
+        score, slope = jax.vmap(lambda u: jax.jvp(score_fn, (x,), (u,)), out_axes=(None, 0))(u)
+        curvature = _sum_event(u * slope, 2).mean(0)
+        if self.variance_reduced:
+            return _half_square(score) + curvature
+        return (_sum_event(u * score, 2) ** 2).mean(0) / 2 + curvature
+
+
+@dataclass(frozen=True)
+class DenoisingScoreMatching(ScoreObjective):
+    r"""Denoising score matching, :math:`\tfrac12 \|s(\tilde v) + (\tilde v - v) / \sigma^2\|^2` at
+    :math:`\tilde v = v + \sigma \epsilon`.
+
+    Its optimum is the score of the data with the noise on them, not that of the data.
+
+    :param float sigma: standard deviation of the noise.
+    :raises ValueError: if ``sigma`` is not a positive finite number.
+
+    **References**
+
+    1. Vincent, *A connection between score matching and denoising autoencoders*, Neural Computation 23 (2011).
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_ebm import DenoisingScoreMatching
+        >>> v, v_tilde = jnp.zeros((1, 2)), jnp.array([[0.5, 0.0]])
+        >>> DenoisingScoreMatching(sigma=0.5).loss(lambda v: -v, jax.random.key(0), v, v_tilde)
+        Array([1.125], dtype=float32)
+    """
+
+    sigma: float
+
+    def __post_init__(self) -> None:
+        _require_noise("sigma", self.sigma)
+
+    def perturb(self, rng_key: Array, v: Array) -> Array:
+        _require_rows(v)
+        return v + self.sigma * jax.random.normal(rng_key, v.shape, v.dtype)
+
+    def loss(self, score_fn: ScoreFn, rng_key: Array, v: Array, v_tilde: Array) -> Array:
+        score = _checked(score_fn)(_require_pair(v, v_tilde))
+        return _half_square(score + (v_tilde - v) / self.sigma**2)
+
+
+@dataclass(frozen=True)
+class MultiscaleDenoisingScoreMatching(ScoreObjective):
+    r"""Denoising at a spread of noise levels with one target,
+    :math:`\tfrac12 \|s(\tilde v_i) / \sigma_i + (\tilde v_i - v_i) / (\sigma_i \sigma_0^2)\|^2`,
+    :math:`\tilde v_i = v_i + \sigma_i \epsilon_i`.
+
+    The score, which knows no noise level, learns that of the data smoothed by ``sigma0``, at points near the data and far
+    away. The level of a row is fixed by its place in the batch, from ``sigma_begin`` in the first row to ``sigma_end`` in the
+    last: a stratified draw as long as the rows are shuffled, so do not sort them.
+
+    :param float sigma0: the smoothing that the score learns.
+    :param float sigma_begin: standard deviation of the noise on the first row.
+    :param float sigma_end: standard deviation of the noise on the last row.
+    :param str spacing: ``"geometric"`` or ``"linear"`` between them.
+    :raises ValueError: if a standard deviation is not a positive finite number or ``spacing`` is neither; where it is used,
+        for a batch of one row, which has no spread.
+
+    **References**
+
+    1. Li, Chen and Sommer, *Learning energy-based models in high-dimensional spaces with multi-scale denoising score
+       matching*, 2019, arXiv:1910.07762.
+    2. Bao et al., *Bi-level score matching for learning energy-based latent variable models*, NeurIPS 2020,
+       arXiv:2010.07856: the levels by place in the batch.
+
+    .. doctest::
+
+        >>> from numpyro_ebm import MultiscaleDenoisingScoreMatching
+        >>> objective = MultiscaleDenoisingScoreMatching(sigma0=0.1, sigma_begin=0.05, sigma_end=0.2)
+        >>> objective.weight(3)  # 1 / sigma
+        Array([20., 10.,  5.], dtype=float32)
+    """
+
+    sigma0: float
+    sigma_begin: float
+    sigma_end: float
+    spacing: str = "geometric"
+    min_batch_size: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        for name in ("sigma0", "sigma_begin", "sigma_end"):
+            _require_noise(name, getattr(self, name))
+        _require_one_of("spacing", self.spacing, tuple(_SPACINGS))
+
+    def perturb(self, rng_key: Array, v: Array) -> Array:
+        _require_rows(v, self.min_batch_size)
+        return v + self._sigmas_like(v) * jax.random.normal(rng_key, v.shape, v.dtype)
+
+    def loss(self, score_fn: ScoreFn, rng_key: Array, v: Array, v_tilde: Array) -> Array:
+        score = _checked(score_fn)(_require_pair(v, v_tilde, self.min_batch_size))
+        return _half_square((score + (v_tilde - v) / self.sigma0**2) / self._sigmas_like(v))
+
+    def weight(self, batch_size: int) -> Array:
+        return jnp.asarray(1 / self._sigmas(batch_size))
+
+    def _sigmas(self, batch_size: int) -> np.ndarray:
+        _require_spread(batch_size, self.min_batch_size)
+        return _SPACINGS[self.spacing](self.sigma_begin, self.sigma_end, batch_size)
+
+    def _sigmas_like(self, v: Array) -> Array:
+        """The level of every row, of shape ``(batch, 1, ..., 1)``."""
+        return jnp.asarray(self._sigmas(len(v)), v.dtype).reshape(-1, *[1] * (v.ndim - 1))
+
+
+_DIRECTIONS: dict[str, Callable[..., Array]] = {"rademacher": jax.random.rademacher, "normal": jax.random.normal}
+_SPACINGS: dict[str, Callable[..., Any]] = {"geometric": np.geomspace, "linear": np.linspace}
+
+
+def _score_and_trace(score_fn: ScoreFn, x: Array) -> tuple[Array, Array]:
+    """Scores of a batch and the traces of their Jacobians, ``(batch,)``, by forward mode along every coordinate."""
+    # Rows are independent, so one tangent serves all rows. The score is linearised once and the coordinates are gone through
+    # one by one: memory does not grow with the dimension, where vmap would hold all columns of the Jacobians. The checkpoint
+    # keeps it so when the loss is differentiated in the parameters.
+    score, push = jax.linearize(score_fn, x)
+    shape, size = x.shape, math.prod(x.shape[1:])
+
+    @jax.checkpoint
+    def add(trace: Array, i: Array) -> tuple[Array, None]:
+        direction = jnp.zeros(size, x.dtype).at[i].set(1).reshape(shape[1:])
+        column = push(jnp.broadcast_to(direction, shape))
+        return trace + column.reshape(len(x), size)[:, i], None
+
+    trace, _ = lax.scan(add, jnp.zeros(len(x), x.dtype), jnp.arange(size))
+    return score, trace
+
+
+def _checked(score_fn: ScoreFn) -> ScoreFn:
+    """A score that must have the shape of the visible: another one would be broadcast, silently."""
+
+    def score(x: Array) -> Array:
+        value = score_fn(x)
+        if jnp.shape(value) != x.shape:
+            raise ValueError(
+                f"score_fn returned shape {jnp.shape(value)} for visibles of shape {x.shape}: it must return d log p / d v, one "
+                "number per coordinate. Differentiate the sum over rows of the log density in v."
+            )
+        return value
+
+    return score
+
+
+def _require_pair(v: Array, v_tilde: Array, min_batch_size: int = 1) -> Array:
+    """``v_tilde``, if it can be the perturbed ``v``."""
+    _require_rows(v, min_batch_size)
+    if v_tilde.shape != v.shape:
+        raise ValueError(f"v_tilde has shape {v_tilde.shape} and v {v.shape}: it must be v as perturb(rng_key, v) gave it.")
+    return v_tilde
+
+
+def _require_rows(v: Array, min_batch_size: int = 1) -> None:
+    if v.ndim == 0 or not jnp.issubdtype(v.dtype, jnp.floating):
+        raise ValueError(
+            f"a visible must be a floating array of shape (batch,) + event_shape, got {v.dtype} of shape {v.shape}: a score "
+            "needs continuous rows. Convert counts and bytes, and add the batch axis in front."
+        )
+    _require_spread(len(v), min_batch_size)
+
+
+def _require_spread(batch_size: int, min_batch_size: int) -> None:
+    if batch_size < min_batch_size:
+        mend = "Use a larger batch, or DenoisingScoreMatching with one level." if batch_size else "Give at least one row."
+        raise ValueError(
+            f"a batch of {batch_size}: the spread of noise levels or the mean over rows needs {min_batch_size}. {mend}"
+        )
+
+
+def _require_noise(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or float(value) <= 0:
+        raise ValueError(f"{name} must be a positive finite number, got {value!r}: it is the standard deviation of the noise.")
+
+
+def _require_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _half_square(x: Array) -> Array:
+    """Half the squared norm of every row."""
+    return _sum_event(x**2) / 2
+
+
+def _sum_event(x: Array, batch_ndim: int = 1) -> Array:
+    return x.sum(tuple(range(batch_ndim, x.ndim)))
