@@ -28,6 +28,8 @@ BESIDE = Path(__file__).parents[2] / "shared" / "data"
 _MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 _UCI = "https://archive.ics.uci.edu/ml/machine-learning-databases/"
 _POSTERIORDB = "https://raw.githubusercontent.com/stan-dev/posteriordb/master/posterior_database/"
+_FREY = "https://cs.nyu.edu/~roweis/data/frey_rawface.mat"
+_FREY_PIXELS = "2438ba4f0d2a6bd8bac43de756141eaa33c8d248dd613d464bdb1210d9b7af78"  # sha256 of the images themselves
 _RDATASETS = "https://vincentarelbundock.github.io/Rdatasets/csv/"
 
 # by path in the data folder: sha256, and where the public copy is
@@ -140,6 +142,32 @@ def efron_morris() -> Batters:
     return Batters([row["name"] for row in rows], early, rest, num_rest)
 
 
+def frey_faces() -> np.ndarray:
+    """Brendan Frey's face, 1965 frames of a video of 28 x 20 pixels in their order (Roweis, Saul and Hinton 2001).
+
+    The data folder may hold them as ``frey/frey_faces.npz``, with the images under ``X``, or as the original
+    ``frey/frey_rawface.mat``, which is downloaded if neither is there. The checksum is that of the images.
+
+    :return: of shape (1965, 28, 20), uint8.
+    :raises FileNotFoundError: if the file is nowhere and cannot be downloaded.
+    :raises ValueError: if the images have a wrong checksum.
+    """
+    table, original = "frey/frey_faces.npz", "frey/frey_rawface.mat"
+    found = _find(table) or _find(original)
+    content = _download(original, _FREY) if found is None else found.read_bytes()
+    if found is not None and found.suffix == ".npz":
+        images = np.load(io.BytesIO(content))["X"]
+    else:
+        from scipy.io import loadmat  # JAX brings SciPy; loading its io is slow and seldom needed
+
+        images = loadmat(io.BytesIO(content))["ff"].T.reshape(-1, 28, 20)  # one column per frame
+    images = np.ascontiguousarray(images, np.uint8)
+    _require_checksum(images.tobytes(), _FREY_PIXELS, found or _FREY)
+    if found is None:
+        _keep(CACHE / original, content)
+    return images
+
+
 def _idx(path: str) -> np.ndarray:
     """An idx file: byte 3 is the number of axes, then their sizes as big-endian int32, then uint8 values."""
     content = gzip.decompress(_read(path))
@@ -151,14 +179,22 @@ def _idx(path: str) -> np.ndarray:
 def _read(path: str) -> bytes:
     """A file with the right checksum."""
     sha256, url = FILES[path]
-    folders = [os.environ.get("NUMPYRO_EBM_DATA"), BESIDE, CACHE]
-    found = next((Path(folder) / path for folder in folders if folder and (Path(folder) / path).exists()), None)
+    found = _find(path)
     content = _download(path, url) if found is None else found.read_bytes()
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"{found or url} is not the file that was tested, its sha256 is not {sha256}: remove it and get it anew.")
+    _require_checksum(content, sha256, found or url)
     if found is None:
         _keep(CACHE / path, content)
     return content
+
+
+def _find(path: str) -> Path | None:
+    folders = [os.environ.get("NUMPYRO_EBM_DATA"), BESIDE, CACHE]
+    return next((Path(folder) / path for folder in folders if folder and (Path(folder) / path).exists()), None)
+
+
+def _require_checksum(content: bytes, sha256: str, source: Path | str) -> None:
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"{source} is not the file that was tested, its sha256 is not {sha256}: remove it and get it anew.")
 
 
 def _download(path: str, url: str) -> bytes:

@@ -99,7 +99,7 @@ class negative_phase(Messenger):
     :param int num_chains: chains at each energy site. The variance that they add to the gradient falls as
         ``1 / num_chains``.
     :param sampler: how the chains move, a :class:`~numpyro_ebm.samplers.Sampler`, or a mapping from site names to samplers;
-        10 steps of :class:`~numpyro_ebm.MALA` if not given.
+        10 steps of :class:`~numpyro_ebm.MALA` if not given, of :class:`~numpyro_ebm.BlockGibbs` at the site of an RBM.
     :param bool persistent: whether chains go on from where the last step left them (persistent contrastive divergence) or
         start afresh from ``initial`` or the base every time (short-run).
     :param init_chains: a mapping from site names to where chains start, of shape ``(num_chains,) + batch_shape +
@@ -154,13 +154,13 @@ class negative_phase(Messenger):
     ) -> None:
         if not isinstance(num_chains, numbers.Integral) or isinstance(num_chains, bool) or num_chains < 1:
             raise ValueError(f"num_chains must be a positive integer, got {num_chains!r}: every energy site needs chains.")
-        samplers: list[Any] = list(sampler.values()) if isinstance(sampler, Mapping) else [sampler or MALA()]
-        for one in samplers:
+        samplers: list[Any] = list(sampler.values()) if isinstance(sampler, Mapping) else [sampler]
+        for one in samplers if sampler is not None else []:
             if isinstance(one, type) or not (hasattr(one, "init") and hasattr(one, "run")):
                 raise TypeError(f"sampler must be a sampler such as MALA(), or a mapping from site names to samplers, got {one!r}.")
         self.num_chains: int = int(num_chains)
         self.persistent: bool = persistent
-        self.sampler: Sampler | Mapping[str, Sampler] = MALA() if sampler is None else sampler
+        self.sampler: Sampler | Mapping[str, Sampler] = {} if sampler is None else sampler
         self.init_chains: dict[str, Any] = dict(init_chains or {})
         self._open: list[tuple[Message, str]] = []
         self._checked: dict[Any, bool | None] = {}  # by the kind of arguments: whether the model is a random field, if known
@@ -275,7 +275,7 @@ class negative_phase(Messenger):
 
         :param energy: a :class:`TiltedDistribution`, whose chains are an array, or a :class:`RandomField`, whose are one by site.
         """
-        sampler = self._sampler_of(name)
+        sampler = self._sampler_of(name, energy)
         log_prob = energy.chain_log_prob(sampler)
         fresh = sampler.init(energy.to_chain(start, sampler), log_prob)
         kept = {field: value for field, value in fresh._asdict().items() if field != "position"}
@@ -311,9 +311,10 @@ class negative_phase(Messenger):
             raise ValueError(f"site '{site['name']}': init_chains has values outside the support {energy.support}, or nan.")
         return start
 
-    def _sampler_of(self, name: str) -> Sampler:
+    def _sampler_of(self, name: str, energy: Any = None) -> Sampler:
         if isinstance(self.sampler, Mapping):
-            return self.sampler.get(name, MALA())
+            default: Sampler = getattr(energy, "chain_sampler", MALA())
+            return self.sampler.get(name, default)
         return self.sampler
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool | None, Exception | None]:

@@ -1,8 +1,11 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
+import io
+
 import numpy as np
 import pytest
+from scipy.io import savemat
 
 from numpyro_ebm import datasets
 
@@ -53,6 +56,39 @@ def test_efron_morris_starts_with_clemente():
     assert batters.name[0] == "Roberto Clemente"
     assert (batters.early[0], batters.rest[0], batters.num_rest[0]) == (0.4, 0.346, 367)
     assert len(batters.name) == 18
+
+
+def test_frey_faces_are_the_frames_of_the_video():
+    # Catches images read transposed or out of order: neighbouring frames are alike, and so are neighbouring pixels.
+    images = _or_skip(datasets.frey_faces)
+    assert images.shape == (1965, 28, 20)
+    assert images.dtype == np.uint8
+    assert (images.min(), images.max()) == (8, 238)
+    assert images.mean() == pytest.approx(154.461, abs=1e-3)
+    frames, pixels = images.astype(float), np.abs(np.diff(images.astype(float), axis=1)).mean()
+    assert (
+        np.abs(np.diff(frames, axis=0)).mean()
+        < 0.5 * np.abs(frames[1:] - frames[np.random.default_rng(0).permutation(1964)]).mean()
+    )
+    assert pixels < 0.5 * frames.std()
+
+
+def test_frey_faces_are_read_from_the_original_file_and_checked_by_their_pixels(monkeypatch, tmp_path):
+    # Catches the original's columns read as rows, and a changed image read as the data.
+    images = _or_skip(datasets.frey_faces)
+    original = io.BytesIO()
+    savemat(original, {"ff": images.reshape(1965, 560).T})
+    monkeypatch.setenv("NUMPYRO_EBM_DATA", str(tmp_path))
+    monkeypatch.setattr(datasets, "BESIDE", tmp_path)
+    monkeypatch.setattr(datasets, "CACHE", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"frey_rawface.mat is in none of .* set NUMPYRO_EBM_DATA"):
+        datasets.frey_faces()
+    (tmp_path / "frey").mkdir()
+    (tmp_path / "frey" / "frey_rawface.mat").write_bytes(original.getvalue())
+    np.testing.assert_array_equal(datasets.frey_faces(), images)
+    np.savez(tmp_path / "frey" / "frey_faces.npz", X=images[::-1])
+    with pytest.raises(ValueError, match=r"frey_faces.npz is not the file that was tested"):
+        datasets.frey_faces()
 
 
 def test_file_that_is_nowhere_is_named_with_the_mend(monkeypatch, tmp_path):

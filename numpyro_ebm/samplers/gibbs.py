@@ -1,0 +1,122 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Block Gibbs sampling of two layers: every hidden unit at once given the visible, then every visible given the hidden.
+
+.. math:: h \sim p(h \mid v), \qquad v' \sim p(v' \mid h).
+
+Within a layer the units of a restricted Boltzmann machine are independent given the other layer, so a sweep of a whole
+population is two matrix products and has no step size, no rejection and no score: it also moves binary events.
+"""
+
+import numbers
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+from jax import Array, lax
+from numpyro.distributions import Distribution
+
+from numpyro_ebm.samplers.langevin import LogProb
+
+
+class Layers(Protocol):
+    """What block Gibbs needs to know of a law of two layers: each given the other, as NumPyro distributions."""
+
+    def hidden_given_visible(self, v: Array) -> Distribution:
+        """The law of the hidden units at visible units ``v``."""
+
+    def visible_given_hidden(self, h: Array) -> Distribution:
+        """The law of the visible units at hidden units ``h``."""
+
+
+def block_gibbs(rng_key: Array, layers: Layers, v: Array, num_steps: int = 1) -> Array:
+    r"""``num_steps`` sweeps :math:`v \to h \to v'` of every chain, which leave :math:`p(v)` as it is.
+
+    From a batch of data this is the negative phase of CD-k; from where the last call ended, that of persistent CD.
+
+    :param rng_key: a key of :func:`jax.random.key`.
+    :param layers: the conditionals, for instance a :class:`~numpyro_ebm.GaussianBernoulliRBM`.
+    :param v: where the chains stand, of shape ``(num_chains,) + batch_shape + (num_visible,)``.
+    :param int num_steps: sweeps; 0 leaves the chains where they are.
+    :return: where they end, of the shape and dtype of ``v``. Gradients are not stopped.
+
+    **References**
+
+    1. Hinton, *Training products of experts by minimizing contrastive divergence*, Neural Computation 14 (2002).
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_ebm import GaussianBernoulliRBM, block_gibbs
+        >>> rbm = GaussianBernoulliRBM(jnp.array([[2.0], [0.0]]), jnp.zeros(2), jnp.array([-2.0]))  # h is 0 or 1 evenly
+        >>> block_gibbs(jax.random.key(0), rbm, jnp.zeros((10_000, 2)), num_steps=100).mean(0).round(1) + 0.0
+        Array([1., 0.], dtype=float32)
+    """
+
+    def sweep(v: Array, key: Array) -> tuple[Array, None]:
+        hidden_key, visible_key = jax.random.split(key)
+        h = layers.hidden_given_visible(v).sample(hidden_key)
+        return layers.visible_given_hidden(h).sample(visible_key).astype(v.dtype), None
+
+    return lax.scan(sweep, v, jax.random.split(rng_key, num_steps))[0]
+
+
+class BlockGibbsState(NamedTuple):
+    """State of :class:`~numpyro_ebm.BlockGibbs`."""
+
+    #: (num_chains,) + batch_shape + (num_visible,)
+    position: Array
+
+
+@dataclass(frozen=True)
+class BlockGibbs:
+    """Block Gibbs as a sampler: ``num_steps`` sweeps over both layers in one run. The default of the RBMs.
+
+    It moves sites whose distribution gives the law of each layer at the other (:class:`~numpyro_ebm.GaussianBernoulliRBM`,
+    :class:`~numpyro_ebm.BernoulliRBM`). Under :class:`~numpyro_ebm.negative_phase` its chains are persistent contrastive
+    divergence.
+
+    :param int num_steps: sweeps in one run; 0 leaves the chains where they are.
+    :raises ValueError: if ``num_steps`` is not a natural number.
+
+    **References**
+
+    1. Tieleman, *Training restricted Boltzmann machines using approximations to the likelihood gradient*, ICML 2008.
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_ebm import BernoulliRBM, BlockGibbs
+        >>> rbm = BernoulliRBM(jnp.zeros((3, 2)), jnp.array([-20.0, 0.0, 20.0]), jnp.zeros(2), sampler=BlockGibbs(num_steps=5))
+        >>> rbm.sample(jax.random.key(0), (1000,)).mean(0).round(1)
+        Array([0. , 0.5, 1. ], dtype=float32)
+    """
+
+    num_steps: int = 10
+    uses_score: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_steps, numbers.Integral) or isinstance(self.num_steps, bool) or self.num_steps < 0:
+            raise ValueError(f"num_steps must be a natural number, got {self.num_steps!r}.")
+
+    def init(self, position: Array, log_prob: LogProb | None = None) -> BlockGibbsState:
+        """The state of chains that stand at ``position``, of shape ``(num_chains,) + batch_shape + (num_visible,)``."""
+        return BlockGibbsState(position)
+
+    def run(self, rng_key: Array, log_prob: Any, state: BlockGibbsState) -> BlockGibbsState:
+        """``num_steps`` sweeps of every chain.
+
+        :param rng_key: a key of :func:`jax.random.key`.
+        :param log_prob: the log density of a law of two layers, with the methods of :class:`Layers`.
+        :param state: where the chains stand.
+        :return: the state after the last sweep, with gradients stopped.
+        :raises TypeError: if ``log_prob`` has no layers.
+        """
+        if not hasattr(log_prob, "hidden_given_visible"):
+            raise TypeError(
+                "BlockGibbs draws each layer of an RBM given the other, and this energy has no layers. "
+                "Use GaussianBernoulliRBM or BernoulliRBM, or another sampler, such as MALA()."
+            )
+        position = lax.stop_gradient(state.position)
+        return BlockGibbsState(lax.stop_gradient(block_gibbs(rng_key, log_prob, position, self.num_steps)))
