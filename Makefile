@@ -36,6 +36,7 @@ docs: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-examples
 	$(BIN)/python benchmarks/negative_phase.py
 	$(BIN)/python benchmarks/particle_mmle.py
+	$(BIN)/python benchmarks/score_objectives.py
 	$(BIN)/python benchmarks/import_time.py
 
 clean:

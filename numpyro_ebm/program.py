@@ -79,6 +79,11 @@ class Program(NamedTuple):
         return {name: _param_transform(site) for name, site in self.sites.items() if site["type"] == "param"}
 
     @property
+    def drawn(self) -> dict[str, Array]:
+        """Values of the latent sites, constrained."""
+        return {name: self.sites[name]["value"] for name in self.latents}
+
+    @property
     def observed(self) -> dict[str, Site]:
         """Sample sites with data, factors among them."""
         return {name: site for name, site in self.sites.items() if site["type"] == "sample" and site["is_observed"]}
@@ -159,6 +164,17 @@ def log_density_terms(
     place = _place(latents, substitute(seed(model, rng_key), data=_copied(data)), jacobian=jacobian)
     terms, sites = compute_log_probs(place, args, kwargs, {}, sum_log_prob=False)
     return terms, _read(sites)
+
+
+def log_density(
+    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], rng_key: Array, *, data: dict[str, Any]
+) -> tuple[Array, Program]:
+    """The log density of all sites together, a scalar, and the run that gave it.
+
+    :param data: values of sites by name, latents among them as the model has them: constrained, without Jacobians.
+    """
+    terms, program = log_density_terms(model, args, kwargs, rng_key, data=data, latents={})
+    return total(terms), program
 
 
 def total(terms: dict[str, Array]) -> Array:

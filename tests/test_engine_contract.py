@@ -19,7 +19,15 @@ from numpyro.distributions import constraints
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import SVI, Predictive
 
-from numpyro_ebm import ParticleMMLE, TiltedDistribution, UnadjustedLangevin, negative_phase
+from numpyro_ebm import (
+    BiSM,
+    DenoisingScoreMatching,
+    ParticleMMLE,
+    ScoreMatching,
+    TiltedDistribution,
+    UnadjustedLangevin,
+    negative_phase,
+)
 from numpyro_ebm.infer.engine import Engine, NonFiniteError, RunResult
 
 Y = jnp.array([0.4, 2.9, 1.1, 3.2, -0.6, 1.4])  # mean 1.4
@@ -38,6 +46,12 @@ class Case(NamedTuple):
     exact: dict[str, float]
     #: whether it takes an optimiser, which is then ``optax.sgd(RATE)`` if not given
     takes_optim: bool
+    #: latent sites of the model
+    latents: tuple[str, ...] = ("x",)
+    #: param sites beside 'loc' and 'spread', those of a guide
+    others: tuple[str, ...] = ()
+    #: whether ``times=2`` is the same as data that are twice as large: noise that is added to data is not
+    is_linear: bool = True
 
 
 def _normal(y, times=1, subsample_size=None):
@@ -67,6 +81,29 @@ def _spread():
     numpyro.sample("w", dist.Normal(0, spread).expand([6]).to_event(1), obs=jnp.array([1.0, -2.0, 0.5, 1.5, -1.0, 0.7]))
 
 
+def _marginal(y, times=1):
+    """Noise of .3 on the data widens spread, and leaves loc as it is."""
+    loc = numpyro.param("loc", 0.5)
+    spread = numpyro.param("spread", 2.0, constraint=constraints.positive)
+    with numpyro.plate("data", len(y)):
+        numpyro.sample("y", dist.Normal(loc, spread), obs=times * y)
+
+
+def _joint(y, times=1):
+    loc = numpyro.param("loc", 0.5)
+    spread = numpyro.param("spread", 2.0, constraint=constraints.positive)
+    with numpyro.plate("data", len(y)):
+        x = numpyro.sample("x", dist.Normal(loc, 0.5))
+        numpyro.sample("y", dist.Normal(x, spread), obs=times * y)
+
+
+def _guide(y, times=1):
+    slope, shift = numpyro.param("slope", 0.0), numpyro.param("shift", 0.5)
+    width = numpyro.param("width", 0.5, constraint=constraints.positive)
+    with numpyro.plate("data", len(y)):
+        numpyro.sample("x", dist.Normal(slope * times * y + shift, width))
+
+
 def _unwatched(model):
     return model
 
@@ -88,12 +125,30 @@ def _ebipla(watch=_unwatched, optim=None):
     return ParticleMMLE.ebipla(chains, optax.sgd(RATE) if optim is None else optim, num_particles=3, step_size=0.1)
 
 
+def _score_matching(watch=_unwatched, optim=None):
+    return ScoreMatching(watch(_marginal), optax.sgd(RATE) if optim is None else optim, DenoisingScoreMatching(0.3), batch_size=4)
+
+
+def _bism(watch=_unwatched, optim=None, **settings):
+    optim = optax.sgd(RATE) if optim is None else optim
+    settings = {"num_inner_steps": 2, "num_unroll_steps": 10, **settings}
+    return BiSM(watch(_joint), _guide, optim, optax.sgd(0.02), DenoisingScoreMatching(0.3), **settings)
+
+
+def _implicit(watch=_unwatched, optim=None):
+    return _bism(watch, optim, hypergradient="implicit", batch_size=4)
+
+
 EXACT = {"loc": 1.4}
+OF_GUIDE = ("slope", "shift", "width")
 CASES = {
     "pgd": Case(_pgd, (Y,), EXACT, True),
     "ipla": Case(_ipla, (Y,), EXACT, False),
     "ebipla": Case(_ebipla, (Y,), EXACT, True),
     "kinetic and subsampled": Case(_kinetic, (Y,), EXACT, False),
+    "score matching": Case(_score_matching, (Y,), EXACT, True, (), is_linear=False),
+    "bism": Case(_bism, (Y,), EXACT, True, others=OF_GUIDE, is_linear=False),
+    "bism, implicit": Case(_implicit, (Y,), EXACT, True, others=OF_GUIDE, is_linear=False),
 }
 
 
@@ -181,7 +236,7 @@ def test_result_begins_with_the_fields_of_svis(case, engine):
     assert result.losses.dtype == jnp.float32
     assert isinstance(result.losses, jax.Array)
     assert result.collected is None
-    assert set(result.params) == {"loc", "spread"}
+    assert set(result.params) == {"loc", "spread", *case.others}
     jax.tree.map(np.testing.assert_array_equal, result.params, engine.get_params(result.state))
 
 
@@ -284,7 +339,7 @@ def test_model_is_traced_a_few_times_and_then_never_again(case, engine, by_hand,
     _run(engine, 3, case)
     engine.stable_update(state, *case.args)
     engine.evaluate(state, *case.args)
-    assert 0 < len(calls) < 40
+    assert 0 < len(calls) < 60
     calls.clear()
     other = (case.args[0] + 1, *case.args[1:])
     engine.run(jax.random.key(1), 3, *case.args, progress_bar=False)
@@ -314,10 +369,11 @@ def test_collect_and_callbacks_see_every_step_and_chunk(case, engine, by_hand):
 def test_parameters_feed_predictive(case, engine, start):
     params = engine.get_params(start)
     draws = Predictive(engine.model, params=params, num_samples=2)(KEY, *case.args)
-    assert draws["x"].shape[0] == 2
+    assert set(case.latents) <= set(draws)
+    assert {len(value) for value in draws.values()} == {2}
     with trace() as sites, substitute(data=params), seed(rng_seed=KEY):
         engine.model(*case.args)
-    assert {name for name, site in sites.items() if site["type"] == "param"} == set(params)
+    assert {name for name, site in sites.items() if site["type"] == "param"} == set(params) - set(case.others)
 
 
 # Parameters.
@@ -388,8 +444,10 @@ def test_numpy_data_are_traced_as_jax_arrays_are(case, engine, by_hand):
 
 def test_numbers_and_flags_are_static(case, engine, start, calls):
     """``times`` is used as a Python number; 1, 1.0 and True are not taken for one another."""
-    doubled = (2 * case.args[0], *case.args[1:])
-    np.testing.assert_allclose(engine.evaluate(start, *case.args, times=2), engine.evaluate(start, *doubled), rtol=1e-5)
+    if case.is_linear:
+        doubled = (2 * case.args[0], *case.args[1:])
+        np.testing.assert_allclose(engine.evaluate(start, *case.args, times=2), engine.evaluate(start, *doubled), rtol=1e-5)
+    assert engine.evaluate(start, *case.args, times=2) != engine.evaluate(start, *case.args)
     calls.clear()
     engine.evaluate(start, *case.args, times=2.0)
     engine.evaluate(start, *case.args, times=True)

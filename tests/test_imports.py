@@ -23,8 +23,11 @@ FLOORS = {
     "model_check": 2,
     "program": 2,
     "random_field": 3,
+    "visible": 3,
     "handlers": 4,
+    "evaluate": 5,
     "inference_data": 5,
+    "objectives": 5,
     "infer": 6,
 }
 

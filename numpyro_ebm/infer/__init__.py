@@ -1,18 +1,24 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
+from numpyro_ebm.infer.bism import BiSM, BiSMState
 from numpyro_ebm.infer.engine import NonFiniteError, RunResult
 from numpyro_ebm.infer.latents import MapEstimate, find_map, sample_posterior
 from numpyro_ebm.infer.particle_mmle import ParticleMMLE, ParticleState
+from numpyro_ebm.infer.score_matching import ScoreMatching, ScoreMatchingState
 from numpyro_ebm.infer.uncertainty import ConvergenceReport, StandardErrors, convergence, standard_errors
 
 __all__ = [
+    "BiSM",
+    "BiSMState",
     "ConvergenceReport",
     "MapEstimate",
     "NonFiniteError",
     "ParticleMMLE",
     "ParticleState",
     "RunResult",
+    "ScoreMatching",
+    "ScoreMatchingState",
     "StandardErrors",
     "convergence",
     "find_map",

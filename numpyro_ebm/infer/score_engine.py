@@ -1,0 +1,149 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the engines that match scores share: batches of the visible, and what they refuse.
+
+The first argument of a model is the visible. A score is a derivative in it, which no normaliser has, so models run without
+the guard of their energies.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import optax
+from jax import Array
+
+from numpyro_ebm.distributions.energy import NormalizerError
+from numpyro_ebm.handlers import unnormalized
+from numpyro_ebm.infer.engine import Engine, Health
+from numpyro_ebm.model_check import check_model
+from numpyro_ebm.objectives.score import ScoreObjective
+from numpyro_ebm.program import Model, Program, require_finite
+from numpyro_ebm.visible import Visible, find_visible, require_rows
+
+
+class ScoreEngine(Engine):
+    """An engine that learns a model by the scores of its visible."""
+
+    def __init__(self, model: Model, objective: ScoreObjective, batch_size: int | None) -> None:
+        super().__init__()
+        if not all(hasattr(objective, name) for name in ("perturb", "loss", "weight")):
+            raise TypeError(f"objective must be a score objective such as DenoisingScoreMatching(0.1), got {objective!r}.")
+        if batch_size is not None:
+            require_natural("batch_size", batch_size, least=1)
+        self.model, self.objective, self.batch_size = model, objective, batch_size
+        self._inner = unnormalized(model)
+
+    def _batch(self, rng_key: Array, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments with a batch of rows for the visible, drawn with replacement."""
+        if self.batch_size is None:
+            return args
+        rows = jax.random.randint(rng_key, (self.batch_size,), 0, len(args[0]))
+        return args[0][rows], *args[1:]
+
+    def _first_batch(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments with the first rows of the visible: what there is to check of a model."""
+        if self.batch_size is None or not args or jnp.ndim(args[0]) == 0:
+            return args
+        if self.batch_size > len(args[0]):
+            raise ValueError(f"batch_size={self.batch_size} is more than the {len(args[0])} rows of the first argument.")
+        return args[0][: self.batch_size], *args[1:]
+
+    def _inspect(
+        self, rng_key: Array, data: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Visible, Program]:
+        """The visible and a run of the model, which is refused if no score could teach it."""
+        visible, program = find_visible(self._inner, args, kwargs, rng_key, data=data)
+        require_rows(program, visible)
+        self.objective.perturb(rng_key, args[0])  # which refuses a batch that is too small for it
+        if program.mutable_state:
+            raise ValueError(
+                f"site '{next(iter(program.mutable_state))}': mutable sites are not kept by {type(self).__name__}: use a network "
+                "without running statistics."
+            )
+        self._require_known_normalizers(args, kwargs)
+        return visible, program
+
+    def _require_known_normalizers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        try:
+            report = check_model(self.model, *args, **kwargs)
+        except Exception:  # NumPyro's analysis does not cover every model: one that it cannot read is taken at its word
+            return
+        for site in report.sites:
+            if site.is_energy and site.refused and site.latents:
+                raise NormalizerError(f"site '{site.name}': {site.verdict}")
+
+    def _refuse(self, rng_key: Array, init_params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _, program = find_visible(self._inner, args, kwargs, rng_key, data=init_params)
+        for site in program.observed.values():
+            require_finite(site)
+
+    def _explain(self, state: Any, health: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        try:
+            with numpyro.validation_enabled(False):  # parameters may be out of range by now: that is told below
+                self._refuse(state.rng_key, state.params, args, kwargs)
+        except ValueError as error:  # a run that goes on from a state may be given other data
+            return f"{error} The state before is in .state."
+        return f"{', '.join(health)} would no longer be finite. The state before is in .state. {self._mend(health)}"
+
+    def _mend(self, health: dict[str, int]) -> str:
+        return "Take a smaller learning rate, or clip the gradient (optax.clip_by_global_norm)."
+
+
+def require_params(program: Program, given: dict[str, Any], what: str = "the model") -> None:
+    """Refuses a program without anything to learn, and starting values of what it does not have.
+
+    :raises ValueError: naming the values.
+    """
+    if not program.params:
+        raise ValueError(f"{what} has no param site, so that there is nothing to learn.")
+    if unknown := sorted(set(given) - set(program.params)):
+        raise ValueError(f"init_params names {unknown}, which is no param site: {what} has {sorted(program.params)}.")
+
+
+def require_same_params(program: Program, params: dict[str, Any], what: str = "the model") -> None:
+    """Refuses a state of another program.
+
+    :raises ValueError: with the param sites of both.
+    """
+    if program.params.keys() != params.keys():
+        raise ValueError(f"the state is of another program: its params are {sorted(params)}, {what} has {sorted(program.params)}.")
+
+
+def apply_gradient(transformation: Any, gradient: Any, optim_state: Any, values: Any) -> tuple[Any, Any]:
+    """One step of an optax transformation: the new values and its new state."""
+    updates, optim_state = transformation.update(gradient, optim_state, values)
+    return optax.apply_updates(values, updates), optim_state
+
+
+def finite_health(**trees: Any) -> Health:
+    """0 for everything that is finite, by the words that name it in an error: a number, or parameters by site."""
+
+    def broken(tree: Any) -> Array:
+        leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        return 1 - jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])).astype(jnp.int32)
+
+    health: Health = {}
+    for name, tree in trees.items():
+        if isinstance(tree, dict):
+            health |= {f"param '{site}'": broken(value) for site, value in tree.items()}
+        else:
+            health[f"the {name}"] = broken(tree)
+    return health
+
+
+def keep_if_healthy(health: Health, new: Any, old: Any) -> Any:
+    """The new values where all is well, the old ones otherwise."""
+    good = ~jnp.any(jnp.stack(list(health.values())) > 0)
+    return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
+
+
+def require_natural(name: str, value: Any, *, least: int = 0) -> None:
+    """Refuses anything but an integer of at least ``least``.
+
+    :raises ValueError: naming the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of {least} or more, got {value!r}.")

@@ -1,0 +1,143 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Score matching for models without latents, or with their latents summed out.
+
+.. math:: \theta^* = \arg\min_\theta E_v \, J\big(\nabla_v \log p(v; \theta)\big)
+
+for an objective :math:`J` of the score alone, in which the normaliser of :math:`p` does not occur.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from numpyro_ebm.infer.engine import Health, as_transformation
+from numpyro_ebm.infer.score_engine import (
+    ScoreEngine,
+    apply_gradient,
+    finite_health,
+    keep_if_healthy,
+    require_params,
+    require_same_params,
+)
+from numpyro_ebm.objectives.score import ScoreObjective
+from numpyro_ebm.program import Model, Program, constrain_params, log_density, run_program, strong_types, unconstrain_params
+
+
+class ScoreMatchingState(NamedTuple):
+    """State of :class:`~numpyro_ebm.ScoreMatching`."""
+
+    #: values of the param sites, constrained
+    params: dict[str, Any]
+    #: the same, unconstrained: what the optimiser moves
+    unconstrained: dict[str, Any]
+    #: of the optimiser
+    optim_state: Any
+    #: key of the next step
+    rng_key: Array
+    #: (), int32, steps made
+    num_steps: Array
+    #: (), int32, steps that ``stable_update`` did not make
+    num_skipped: Array
+
+
+class ScoreMatching(ScoreEngine):
+    """Score matching of a model without latents, called like NumPyro's ``SVI``.
+
+    The model's first argument is a batch of the visible, ``(batch,) + event_shape``, which it observes at one site, one row per
+    element of one plate. Its log density may leave out any normaliser, as that of
+    :class:`~numpyro_ebm.EnergyDistribution` does; where latents can be summed out by hand, as in a restricted Boltzmann
+    machine, their free energy is the energy.
+
+    :param model: a NumPyro model without latent sites.
+    :param optim: an optax transformation, or an optimiser of :mod:`numpyro.optim`.
+    :param objective: what is minimised: :class:`~numpyro_ebm.ExactScoreMatching`, :class:`~numpyro_ebm.SlicedScoreMatching`,
+        :class:`~numpyro_ebm.DenoisingScoreMatching` or :class:`~numpyro_ebm.MultiscaleDenoisingScoreMatching`.
+    :param int batch_size: rows of the first argument in every step, drawn with replacement; all of them if not given.
+    :raises ValueError: from ``init``, naming the site and the mend, if the first argument does not reach exactly one
+        continuous site, row by row; if the model has latents, mutable sites, or no params; if data are not finite.
+
+    **References**
+
+    1. Hyvarinen, *Estimation of non-normalized statistical models by score matching*, JMLR 6 (2005).
+    2. Vincent, *A connection between score matching and denoising autoencoders*, Neural Computation 23 (2011).
+    3. Song et al., *Sliced score matching*, UAI 2019, arXiv:1905.07088.
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp, numpyro, optax
+        >>> from numpyro.distributions import constraints
+        >>> from numpyro_ebm import EnergyDistribution, ExactScoreMatching, ScoreMatching
+        >>> def model(v):
+        ...     precision = numpyro.param("precision", 1.0, constraint=constraints.positive)
+        ...     with numpyro.plate("data", len(v)):
+        ...         numpyro.sample("v", EnergyDistribution(lambda v: precision * v**2 / 2), obs=v)
+        >>> v = jax.random.normal(jax.random.key(0), (400,)) / 2
+        >>> engine = ScoreMatching(model, optax.adam(0.05), ExactScoreMatching())
+        >>> result = engine.run(jax.random.key(1), 500, v, progress_bar=False)
+        >>> print(f"learnt {result.params['precision']:.2f}, exact {1 / (v**2).mean():.2f}")
+        learnt 3.90, exact 3.90
+    """
+
+    def __init__(self, model: Model, optim: Any, objective: ScoreObjective, *, batch_size: int | None = None) -> None:
+        super().__init__(model, objective, batch_size)
+        self.optim = optim
+        self._transformation = as_transformation(optim)
+
+    def _start(
+        self, rng_key: Array, init_params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[ScoreMatchingState, Array]:
+        _, program = self._inspect(rng_key, init_params, self._first_batch(args), kwargs)
+        if program.latents:
+            raise ValueError(
+                f"site '{next(iter(program.latents))}': ScoreMatching has no latents. Sum them out, or learn the model by an "
+                "engine that has: BiSM with a guide, or ParticleMMLE."
+            )
+        require_params(program, init_params)
+        theta = unconstrain_params(program.params, program.param_transforms)
+        count = jnp.zeros((), jnp.int32)
+        params = constrain_params(theta, program.param_transforms)
+        state = ScoreMatchingState(params, theta, self._transformation.init(theta), rng_key, count, count)
+        return strong_types(state), jnp.isfinite(args[0]).all()
+
+    def _step(
+        self, state: ScoreMatchingState, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[ScoreMatchingState, Array, Health]:
+        rng_key, batch_key, loss_key = jax.random.split(state.rng_key, 3)
+        args = self._batch(batch_key, args)
+        program = self._read(state, args, kwargs)
+        transforms = program.param_transforms
+
+        def loss(theta: Any) -> Array:
+            return self._mean_loss(loss_key, constrain_params(theta, transforms), args, kwargs)
+
+        value, gradient = jax.value_and_grad(loss)(state.unconstrained)
+        theta, optim_state = apply_gradient(self._transformation, gradient, state.optim_state, state.unconstrained)
+        health = finite_health(loss=value, params=theta)
+        theta, optim_state = keep_if_healthy(health, (theta, optim_state), (state.unconstrained, state.optim_state))
+        params = constrain_params(theta, transforms)
+        num_steps = keep_if_healthy(health, state.num_steps + 1, state.num_steps)
+        return ScoreMatchingState(params, theta, optim_state, rng_key, num_steps, state.num_skipped), value, health
+
+    def _loss(self, state: ScoreMatchingState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
+        self._read(state, self._first_batch(args), kwargs)
+        return self._mean_loss(state.rng_key, state.params, args, kwargs)
+
+    def _mean_loss(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
+        """The objective's mean over the rows of the visible."""
+        noise_key, loss_key, _ = jax.random.split(rng_key, 3)
+        v, *rest = args
+
+        def log_p(v: Array) -> Array:
+            return log_density(self._inner, (v, *rest), kwargs, rng_key, data=params)[0]
+
+        v_tilde = self.objective.perturb(noise_key, v)
+        return self.objective.loss(jax.grad(log_p), loss_key, v, v_tilde).mean()
+
+    def _read(self, state: ScoreMatchingState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+        program = run_program(self._inner, args, kwargs, state.rng_key, data=state.params)
+        require_same_params(program, state.params)
+        return program

@@ -1,0 +1,161 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The visible of a model: the site that its first argument is the data of, whose log density has a score.
+
+Engines that match scores perturb a batch of the visible and differentiate the model in it. They need to know where it goes:
+to one continuous site, row by row, unchanged but for a linear map (any other would add its Jacobian to the log density).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import ClosedJaxpr, Var
+from numpyro.distributions import constraints
+from numpyro.handlers import substitute
+
+from numpyro_ebm._compat import layers
+from numpyro_ebm.program import Model, Program, Site, is_latent, run_program
+
+
+class Visible(NamedTuple):
+    """Where the first argument of a model goes."""
+
+    #: name of the site that observes it
+    site: str
+    #: name of the plate of its rows; None where the model has no plate around it
+    plate: str | None
+
+
+def find_visible(
+    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], rng_key: Array, *, data: dict[str, Any]
+) -> tuple[Visible, Program]:
+    """The visible of a model, and a run of the model.
+
+    :param args: arguments of the model, the first a batch of the visible, ``(batch,) + event_shape``.
+    :param data: values of sites by name. Latent sites that are missing are 0, or what of their support is near.
+    :raises ValueError: if the first argument reaches no observed site or two, a discrete or bounded one, or one by a map that
+        is not linear; if its rows are not those of one plate, or that plate is subsampled; naming the site and the mend.
+    """
+    visible = _require_batch(args)
+    program = _run(model, args, kwargs, rng_key, data)
+    _require_all_rows(program)
+
+    def observe(v: Array) -> dict[str, Array]:
+        return _observations(_run(model, (v, *args[1:]), kwargs, rng_key, data))
+
+    reached = _reached(jax.make_jaxpr(observe)(visible), 1)
+    values = _observations(program)
+    sites = [name for name, hit in zip(sorted(values), reached, strict=True) if hit]  # a dictionary's leaves are sorted
+    name = _the_only(sites, values)
+    site = program.sites[name]
+    if site["fn"].support.is_discrete:
+        *_, fn = layers(site["fn"])
+        raise ValueError(
+            f"site '{name}': a visible with {type(fn).__name__} is discrete and has no score. Learn its parameters by likelihood "
+            "(SVI, under negative_phase where the normaliser is unknown), or give the data noise and a continuous law."
+        )
+
+    if not _is_unbounded(site["fn"].support):
+        raise ValueError(
+            f"site '{name}': its support is {site['fn'].support}, and scores are matched on all of real space (there would be "
+            "terms on the boundary). Transform the data to real space before, as by a log or a logit."
+        )
+
+    def tangent(v: Array) -> Array:
+        return jax.jvp(lambda v: observe(v)[name], (v,), (jnp.ones_like(v),))[1]
+
+    if _reached(jax.make_jaxpr(tangent)(visible), 1)[0]:
+        raise ValueError(
+            f"site '{name}': its data are a function of the first argument that is not linear, whose Jacobian the log density "
+            "lacks. Transform the data before, and pass what the site observes."
+        )
+    return Visible(name, _row_plate(program, site, len(visible))), program
+
+
+def require_rows(program: Program, visible: Visible) -> None:
+    """Refuses a model whose latents do not belong to one row of the visible each.
+
+    :raises ValueError: naming the site.
+    """
+    for name, latent in program.latents.items():
+        if visible.plate is None or visible.plate not in {plate for plate, _ in latent.plates}:
+            where = f"plate '{visible.plate}'" if visible.plate else "a plate around the visible"
+            raise ValueError(
+                f"site '{name}': a latent outside {where} belongs to all rows at once, and scores are matched row by row. Put it "
+                f"and site '{visible.site}' into one plate, or make it a numpyro.param."
+            )
+
+
+def _require_batch(args: tuple[Any, ...]) -> Array:
+    what = "the first argument of the model must be the batch of the visible"
+    if not args or not isinstance(args[0], (jax.Array, jax.core.Tracer)):
+        raise ValueError(f"{what}, an array, got {type(args[0]).__name__ if args else 'no argument'}.")
+    v = args[0]
+    if v.ndim == 0 or len(v) == 0:
+        raise ValueError(f"{what}, got an array of shape {v.shape}: it has no rows.")
+    if not jnp.issubdtype(v.dtype, jnp.floating):
+        raise ValueError(f"{what}, of floating-point numbers, got {v.dtype}: scores are derivatives in it. Convert it.")
+    return v
+
+
+def _run(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], rng_key: Array, data: dict[str, Any]) -> Program:
+    def stand_in(site: Site) -> Array | None:
+        if not is_latent(site) or site["name"] in data:
+            return None
+        return site["fn"].support.feasible_like(jnp.zeros(site["fn"].shape()))
+
+    with substitute(substitute_fn=stand_in):
+        return run_program(model, args, kwargs, rng_key, data=data)
+
+
+def _observations(program: Program) -> dict[str, Array]:
+    """The data of observed sites; a factor has none."""
+    return {name: jnp.asarray(site["value"]) for name, site in program.observed.items() if jnp.size(site["value"])}
+
+
+def _reached(closed: ClosedJaxpr, num_inputs: int) -> list[bool]:
+    """Which outputs of a traced function depend on its inputs."""
+    reached: set[Var] = set(closed.jaxpr.invars[:num_inputs])
+    for equation in closed.jaxpr.eqns:
+        if any(isinstance(x, Var) and x in reached for x in equation.invars):
+            reached.update(equation.outvars)
+    return [isinstance(x, Var) and x in reached for x in closed.jaxpr.outvars]
+
+
+def _the_only(sites: list[str], values: dict[str, Array]) -> str:
+    if len(sites) == 1:
+        return sites[0]
+    what = "the first argument of the model is the visible, and"
+    if sites:
+        raise ValueError(f"{what} sites {', '.join(map(repr, sites))} all observe it: observe it once, as one event per row.")
+    others = f": its observed sites are {', '.join(map(repr, sorted(values)))}" if values else ""
+    raise ValueError(f"{what} no site observes it{others}. Write numpyro.sample(..., obs=the first argument).")
+
+
+def _is_unbounded(support: constraints.Constraint) -> bool:
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support is constraints.real or type(support) is type(constraints.real)
+
+
+def _require_all_rows(program: Program) -> None:
+    for name, plate in program.plates.items():
+        if plate.is_subsampled:
+            raise ValueError(
+                f"plate '{name}' is subsampled, and scores are matched on the rows that the first argument has: give the engine "
+                "batch_size instead of the plate subsample_size, or pass a batch to every update."
+            )
+
+
+def _row_plate(program: Program, site: Site, num_rows: int) -> str | None:
+    shape = site["fn"].batch_shape
+    rows = [frame.name for frame in site["cond_indep_stack"] if frame.dim == -len(shape) and frame.size == num_rows]
+    if not rows and (site["cond_indep_stack"] or not shape or shape[0] != num_rows):
+        raise ValueError(
+            f"site '{site['name']}': its batch shape is {shape}, and the first argument has {num_rows} rows: its leftmost "
+            f"dimension must be that of the rows, as in `with numpyro.plate('data', {num_rows})`."
+        )
+    return rows[0] if rows else None
