@@ -248,10 +248,11 @@ def main(args):
         for name, rival in rivals.items():
             show_ratio(f"{name}: K = 5, N = {num_unroll_steps}", in_turn(engine, rival, repeats=args.repeats))
     unrolled = timed(*by_engine(v, args.num_hidden, 5, 5), args.num_steps)
-    for num_cg_steps, num_hessian_draws in args.implicit:
-        settings = {"hypergradient": "implicit", "num_cg_steps": num_cg_steps, "num_hessian_draws": num_hessian_draws}
+    for curvature, num_cg_steps, num_hessian_draws in args.implicit:
+        settings = {"hypergradient": "implicit", "curvature": curvature}
+        settings |= {"num_cg_steps": num_cg_steps, "num_hessian_draws": num_hessian_draws}
         implicit = timed(*by_engine(v, args.num_hidden, 5, 0, **settings), args.num_steps)
-        title = f"implicit: {num_cg_steps} CG steps, {num_hessian_draws} draws, over N = 5"
+        title = f"implicit, {curvature}: {num_cg_steps} CG steps, {num_hessian_draws} draws, over N = 5"
         show_ratio(title, in_turn(implicit, unrolled, repeats=args.repeats))
     checkpointed = timed(*by_engine(v, args.num_hidden, 5, 5, checkpoint=True), args.num_steps)
     show_ratio("checkpoint: over none, N = 5", in_turn(checkpointed, unrolled, repeats=args.repeats))
@@ -269,9 +270,9 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=7, help="rounds of timed loops")
     parser.add_argument("--smoke", action="store_true", help="a few steps of a small machine, to see that it runs")
     args = parser.parse_args()
-    args.unroll, args.implicit = (0, 5), ((5, 8), (5, 1), (3, 2))
+    args.unroll, args.implicit = (0, 5), (("hessian", 5, 8), ("hessian", 3, 2), ("fisher", 3, 2))
     args.compile = ((5, 0, False), (5, 5, False), (50, 5, False), (5, 50, False), (5, 50, True))
     if args.smoke:
-        args.unroll, args.implicit, args.compile = (5,), ((5, 8),), ((5, 5, True),)
+        args.unroll, args.implicit, args.compile = (5,), (("fisher", 3, 2),), ((5, 5, True),)
         args.num_visible, args.num_hidden, args.num_steps, args.repeats = 20, 10, 2, 2
     main(args)
