@@ -29,13 +29,14 @@ def test_the_schedule_is_that_of_the_papers():
 
 @pytest.mark.parametrize(("c", "h", "temperature"), [(1.0, 0.1, 1.0), (3.0, 0.2, 100.0), (2.0, 0.05, 0.25)])
 def test_stationary_variance_at_a_fixed_temperature_is_exact(c, h, temperature):
-    # Catches T for sqrt(T) and a temperature on the score: one step is x -> a x + b xi, and b^2 / (1 - a^2) = T / (c (1 - hc/2)).
+    # Catches sqrt(h), T for sqrt(T), T on the score: one step is x -> a x + b xi, and b^2 / (1 - a^2) = T / (c (1 - hc/2)).
     with jax.enable_x64(True):
         start = jnp.array([[0.0], [1.0]])
         out = annealed_langevin(KEY, normal(c), start, h, [temperature])
         cold = annealed_langevin(KEY, normal(c), start, h, [0.0])
         np.testing.assert_allclose(cold, (1 - h * c) * start, rtol=1e-12)
-        b = (out - cold) / (annealed_langevin(KEY, normal(1e-30), start, 0.5, [1.0]) - start)  # noise of scale 1, same key
+        key = jax.random.split(jax.random.split(KEY, 1)[0], 1)[0]  # of the first step, of its only array
+        b = (out - cold) / jax.random.normal(key, start.shape)
         np.testing.assert_allclose(b**2 / (1 - (1 - h * c) ** 2), temperature / (c * (1 - h * c / 2)), rtol=1e-9)
 
 

@@ -372,6 +372,7 @@ def test_one_step_is_the_maths_by_hand():
     new, loss = engine.update(state, v)
     np.testing.assert_allclose(loss, value, rtol=1e-12)
     assert_close(new.phi, phi, 1e-12)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12), new.guide_optim_state, optim_state)
     assert_close(new.theta, jax.tree.map(jnp.subtract, theta, gradient), 1e-12)
 
 

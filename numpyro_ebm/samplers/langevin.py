@@ -359,13 +359,13 @@ def annealed_langevin(
     def step(x: Any, key_and_temperature: tuple[Array, Array]) -> tuple[Any, None]:
         key, temperature = key_and_temperature
         leaves, structure = jax.tree.flatten(x)
-        keys = jax.random.split(key, len(leaves))
+        keys = jax.tree.unflatten(structure, list(jax.random.split(key, len(leaves))))
 
         def move(x: Array, s: Array, key: Array) -> Array:
             noise = jax.random.normal(key, x.shape, x.dtype)
             return (x + step_size * s + jnp.sqrt(2 * step_size * temperature) * noise).astype(x.dtype)
 
-        return structure.unflatten(map(move, leaves, structure.flatten_up_to(score(x)), keys)), None
+        return jax.tree.map(move, x, score(x), keys), None
 
     keys = jax.random.split(rng_key, len(schedule))
     x, _ = lax.scan(step, lax.stop_gradient(start), (keys, schedule))
