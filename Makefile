@@ -38,6 +38,7 @@ bench: $(VENV)/.installed-examples
 	$(BIN)/python benchmarks/particle_mmle.py
 	$(BIN)/python benchmarks/score_objectives.py
 	$(BIN)/python benchmarks/bism.py
+	$(BIN)/python benchmarks/hypergradient_bias.py
 	$(BIN)/python benchmarks/import_time.py
 
 clean:

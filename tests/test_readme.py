@@ -110,6 +110,27 @@ def test_particles_page_runs_and_learns_the_closed_forms(capsys):
     assert page["data"]["posterior"]["x"].dims == ("chain", "draw", "groups")
 
 
+def test_score_matching_page_runs_and_learns_what_the_marginal_does(capsys):
+    page = run("docs/score_matching.md")
+    printed = capsys.readouterr().out.splitlines()
+    numbers = [[float(word) for word in re.findall(r"-?\d+\.\d+", line)] for line in printed]
+    a, b, data, noisy = numbers[:4]
+    assert a == pytest.approx([float(page["result"].params["a"])] * 2, abs=0.02)  # the objective's minimum, as rounded
+    assert b == pytest.approx([float(page["result"].params["b"])] * 2, abs=0.02)
+    assert noisy[1] < 0.7 * data[1]  # depth of the wells: noise of .3 on modes of width .4
+    # nats: one normal law has -1.55, the exact law -1.38, a fit by noise of .2 a little less
+    assert page["log_likelihoods"]["marginal"] > -1.42
+    assert page["log_likelihoods"]["unrolled"] > -1.44
+    assert page["log_likelihoods"]["implicit"] > -1.44
+    assert page["log_likelihoods"]["N = 0"] < -1.52
+    assert page["fits"]["N = 0"].params["hidden_bias"] == 0  # no gradient at all
+    assert page["state"].num_steps == 10
+    ones, mean, square = numbers[-3:]
+    assert ones == pytest.approx([0, 1], abs=0.1)
+    assert mean == pytest.approx([float(page["v"].mean())] * 2, abs=0.2)  # five standard errors of 1000 draws, and rounding
+    assert square[0] == pytest.approx(square[1], abs=0.1)
+
+
 def test_silent_error_is_what_the_readme_says():
     script = runpy.run_path(str(ROOT / "docs" / "silent_error.py"))
     assert "negative_phase" not in script  # NumPyro alone

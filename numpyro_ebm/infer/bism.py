@@ -89,7 +89,8 @@ class BiSM(ScoreEngine):
       conjugate gradient on products with the Hessian of the lower level on ``num_hessian_draws`` draws of its noise. With
       ``curvature="fisher"`` it is replaced by the guide's Fisher information, which is the same where the guide is the
       posterior and the lower level a Kullback-Leibler divergence: never indefinite, and far less noisy for relaxed bits, so
-      that 3 steps on 2 draws are enough.
+      that 3 steps on 2 draws are enough. Bits relaxed at temperature :math:`\tau` have :math:`1 - \tau` of the variance of bits,
+      which makes the implicit term larger by its inverse.
 
     Every step of the guide sees fresh noise. ``guide_optim`` counts its own steps: ``num_inner_steps`` of them per step.
 
