@@ -79,7 +79,7 @@ class ScoreMatching(ScoreEngine):
         >>> engine = ScoreMatching(model, optax.adam(0.05), ExactScoreMatching())
         >>> result = engine.run(jax.random.key(1), 500, v, progress_bar=False)
         >>> print(f"learnt {result.params['precision']:.2f}, exact {1 / (v**2).mean():.2f}")
-        learnt 3.90, exact 3.90
+        learnt 4.24, exact 4.24
     """
 
     def __init__(self, model: Model, optim: Any, objective: ScoreObjective, *, batch_size: int | None = None) -> None:
