@@ -78,8 +78,8 @@ class ScoreMatching(ScoreEngine):
         >>> v = jax.random.normal(jax.random.key(0), (400,)) / 2
         >>> engine = ScoreMatching(model, optax.adam(0.05), ExactScoreMatching())
         >>> result = engine.run(jax.random.key(1), 500, v, progress_bar=False)
-        >>> print(f"learnt {result.params['precision']:.2f}, exact {1 / (v**2).mean():.2f}")
-        learnt 4.24, exact 4.24
+        >>> print(f"learnt {result.params['precision']:.1f}, exact {1 / (v**2).mean():.1f}")
+        learnt 4.2, exact 4.2
     """
 
     def __init__(self, model: Model, optim: Any, objective: ScoreObjective, *, batch_size: int | None = None) -> None:
