@@ -14,7 +14,7 @@ from numpyro_ebm.distributions import (
     amortized_bernoulli,
     amortized_normal,
 )
-from numpyro_ebm.evaluate import LogNormalizer, log_normalizer
+from numpyro_ebm.evaluate import FisherDivergence, LogNormalizer, fisher_divergence, log_normalizer, marginal_score
 from numpyro_ebm.handlers import negative_phase, unnormalized
 from numpyro_ebm.infer import (
     BiSM,
@@ -28,6 +28,8 @@ from numpyro_ebm.infer import (
     ScoreMatching,
     ScoreMatchingState,
     StandardErrors,
+    VaGES,
+    VaGESState,
     convergence,
     find_map,
     sample_posterior,
@@ -38,9 +40,14 @@ from numpyro_ebm.model_check import ModelReport, SiteReport, check_model
 from numpyro_ebm.objectives import (
     DenoisingScoreMatching,
     ExactScoreMatching,
+    IMQKernel,
+    KernelSteinDiscrepancy,
+    KSDTest,
     MultiscaleDenoisingScoreMatching,
     PosteriorFisher,
+    RBFKernel,
     SlicedScoreMatching,
+    ksd_test,
 )
 from numpyro_ebm.optim import kinetic_langevin, kinetic_langevin_splitting, langevin
 from numpyro_ebm.samplers import (
@@ -66,8 +73,12 @@ __all__ = [
     "DenoisingScoreMatching",
     "EnergyDistribution",
     "ExactScoreMatching",
+    "FisherDivergence",
     "GaussianBernoulliRBM",
     "GumbelBernoulli",
+    "IMQKernel",
+    "KSDTest",
+    "KernelSteinDiscrepancy",
     "LogNormalizer",
     "MapEstimate",
     "ModelReport",
@@ -77,6 +88,7 @@ __all__ = [
     "ParticleMMLE",
     "ParticleState",
     "PosteriorFisher",
+    "RBFKernel",
     "RunResult",
     "ScoreMatching",
     "ScoreMatchingState",
@@ -85,6 +97,8 @@ __all__ = [
     "StandardErrors",
     "TiltedDistribution",
     "UnadjustedLangevin",
+    "VaGES",
+    "VaGESState",
     "amortized_bernoulli",
     "amortized_normal",
     "annealed_langevin",
@@ -94,10 +108,13 @@ __all__ = [
     "convergence",
     "denoise",
     "find_map",
+    "fisher_divergence",
     "kinetic_langevin",
     "kinetic_langevin_splitting",
+    "ksd_test",
     "langevin",
     "log_normalizer",
+    "marginal_score",
     "negative_phase",
     "sample_posterior",
     "standard_errors",

@@ -25,6 +25,7 @@ FLOORS = {
     "random_field": 3,
     "visible": 3,
     "handlers": 4,
+    "latent_score": 4,
     "evaluate": 5,
     "inference_data": 5,
     "objectives": 5,

@@ -7,6 +7,7 @@ from numpyro_ebm.infer.latents import MapEstimate, find_map, sample_posterior
 from numpyro_ebm.infer.particle_mmle import ParticleMMLE, ParticleState
 from numpyro_ebm.infer.score_matching import ScoreMatching, ScoreMatchingState
 from numpyro_ebm.infer.uncertainty import ConvergenceReport, StandardErrors, convergence, standard_errors
+from numpyro_ebm.infer.vages import VaGES, VaGESState
 
 __all__ = [
     "BiSM",
@@ -20,6 +21,8 @@ __all__ = [
     "ScoreMatching",
     "ScoreMatchingState",
     "StandardErrors",
+    "VaGES",
+    "VaGESState",
     "convergence",
     "find_map",
     "sample_posterior",

@@ -23,35 +23,13 @@ import jax.numpy as jnp
 import numpyro
 from jax import Array, lax
 from jax.scipy.sparse.linalg import cg
-from numpyro.handlers import scale
-from numpyro.infer import Trace_ELBO, TraceGraph_ELBO
-from numpyro.infer.autoguide import AutoGuide
+from numpyro.infer import TraceGraph_ELBO
 
-from numpyro_ebm._compat import layers
-from numpyro_ebm.infer.engine import Health, as_transformation
-from numpyro_ebm.infer.score_engine import (
-    ScoreEngine,
-    apply_gradient,
-    finite_health,
-    keep_if_healthy,
-    require_natural,
-    require_params,
-    require_same_params,
-)
+from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, law_of
+from numpyro_ebm.infer.score_engine import require_natural
 from numpyro_ebm.objectives.posterior import PosteriorFisher
 from numpyro_ebm.objectives.score import ScoreObjective
-from numpyro_ebm.program import (
-    Model,
-    Program,
-    constrain_params,
-    log_density,
-    log_density_terms,
-    per_row,
-    run_program,
-    strong_types,
-    unconstrain_params,
-)
-from numpyro_ebm.visible import Visible
+from numpyro_ebm.program import Model, log_density, log_density_terms, per_row, run_program
 
 
 class BiSMState(NamedTuple):
@@ -75,7 +53,7 @@ class BiSMState(NamedTuple):
     num_skipped: Array
 
 
-class BiSM(ScoreEngine):
+class BiSM(BilevelEngine):
     r"""Bi-level score matching (Bao et al. 2020): score matching of a model with latents, called like NumPyro's ``SVI``.
 
     One step on a batch of the visible, the same rows throughout: ``num_inner_steps`` steps of the guide at the model's
@@ -168,132 +146,50 @@ class BiSM(ScoreEngine):
         num_hessian_draws: int = 8,
         batch_size: int | None = None,
     ) -> None:
-        super().__init__(model, objective, batch_size)
+        super().__init__(model, guide, optim, guide_optim, objective, lower_loss, num_inner_steps, batch_size)
         if hypergradient not in ("unrolled", "implicit"):
             raise ValueError(f"hypergradient must be 'unrolled' or 'implicit', got {hypergradient!r}.")
         if curvature not in ("hessian", "fisher"):
             raise ValueError(f"curvature must be 'hessian' or 'fisher', got {curvature!r}.")
-        require_natural("num_inner_steps", num_inner_steps)
         require_natural("num_unroll_steps", num_unroll_steps)
         require_natural("num_cg_steps", num_cg_steps, least=1)
         require_natural("num_hessian_draws", num_hessian_draws, least=1)
         for name, value in (("damping", damping), ("tol", tol)):
             if not value >= 0:
                 raise ValueError(f"{name} must be a number of 0 or more, got {value!r}.")
-        self.guide, self.optim, self.guide_optim = guide, optim, guide_optim
-        self.lower_loss = Trace_ELBO() if lower_loss is None else lower_loss
-        if not hasattr(self.lower_loss, "loss"):
-            raise TypeError(
-                f"lower_loss must be one of NumPyro's ELBOs, such as Trace_ELBO(), or PosteriorFisher(), got {lower_loss!r}."
-            )
         if curvature == "fisher" and isinstance(self.lower_loss, PosteriorFisher):
             raise ValueError("curvature='fisher' is that of a Kullback-Leibler divergence: take 'hessian' with PosteriorFisher.")
-        self.num_inner_steps, self.num_unroll_steps = num_inner_steps, num_unroll_steps
-        self.hypergradient, self.checkpoint, self.curvature = hypergradient, checkpoint, curvature
+        self.num_unroll_steps, self.hypergradient = num_unroll_steps, hypergradient
+        self.checkpoint, self.curvature = checkpoint, curvature
         self.num_cg_steps, self.damping, self.tol, self.num_hessian_draws = num_cg_steps, damping, tol, num_hessian_draws
-        self._transformation, self._guide_transformation = as_transformation(optim), as_transformation(guide_optim)
 
-    def init(self, rng_key: Array, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any) -> BiSMState:
-        """The state to start from.
+    def _first_state(self, **fields: Any) -> BiSMState:
+        return BiSMState(**fields)
 
-        :param rng_key: a key of :func:`jax.random.key`.
-        :param args: arguments of the model; arrays are traced, everything else is static.
-        :param dict init_params: values of :func:`numpyro.param` sites to start from, instead of the model's and guide's own.
-        :raises ValueError: for whatever model, guide or data cannot be learnt with, naming the site and the mend.
-        """
-        if isinstance(self.guide, AutoGuide) and self.guide.prototype_trace is None:
-            run_program(self.guide, args, kwargs, rng_key)  # it keeps what it sees first, which must not be traced values
-        return super().init(rng_key, *args, init_params=init_params, **kwargs)
+    def _levels(self, state: BiSMState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Levels":
+        return _Levels(self, state, args, kwargs)
 
-    def _start(
-        self, rng_key: Array, init_params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[BiSMState, Array]:
-        batch = self._first_batch(args)
-        guide = run_program(self.guide, batch, kwargs, rng_key, data=init_params)
-        visible, model = self._inspect(rng_key, init_params, batch, kwargs)
-        self._require_pair(model, guide, visible, init_params)
-        theta = unconstrain_params(model.params, model.param_transforms)
-        phi = unconstrain_params(guide.params, guide.param_transforms)
-        params = constrain_params({**theta, **phi}, {**model.param_transforms, **guide.param_transforms})
-        optim_states = self._transformation.init(theta), self._guide_transformation.init(phi)
-        count = jnp.zeros((), jnp.int32)
-        return strong_types(BiSMState(params, theta, phi, *optim_states, rng_key, count, count)), jnp.isfinite(args[0]).all()
-
-    def _require_pair(self, model: Program, guide: Program, visible: Visible, given: dict[str, Any]) -> None:
-        """Refuses a guide that is none of the model's."""
-        require_params(model, {name: value for name, value in given.items() if name not in guide.params})
-        require_params(guide, {}, "the guide")
-        if not model.latents:
-            raise ValueError("the model has no latent site: learn it by ScoreMatching, which needs no guide.")
-        if shared := sorted(set(model.params) & set(guide.params)):
-            raise ValueError(f"model and guide share the params {shared}, which belong to one level each: name them apart.")
-        for name in model.latents:
-            if name not in guide.latents:
-                raise ValueError(f"site '{name}': the guide has no such site, it has {sorted(guide.latents)}. Sample it there.")
-            given_shape, wanted = jnp.shape(guide.sites[name]["value"]), model.sites[name]["fn"].shape()
-            if given_shape != wanted:
-                raise ValueError(
-                    f"site '{name}': the guide gives shape {given_shape}, the model needs {wanted}: they must sample the same "
-                    "event shape in the same plates."
-                )
-        for name in guide.latents:
-            site = guide.sites[name]
-            if name not in model.latents and not site["infer"].get("is_auxiliary", False):
-                raise ValueError(f"site '{name}': the guide samples it and the model has no such latent. Take it out.")
-            if not site["fn"].has_rsample:
-                self._refuse_score_function(name, site["fn"])
-
-    def _refuse_score_function(self, name: str, fn: Any) -> None:
-        *_, core = layers(fn)
+    def _require_draws(self, name: str, fn: Any) -> None:
         differentiated = self.hypergradient == "implicit" or self.num_unroll_steps > 0
-        if differentiated or not isinstance(self.lower_loss, TraceGraph_ELBO):
+        if not fn.has_rsample and (differentiated or not isinstance(self.lower_loss, TraceGraph_ELBO)):
             raise ValueError(
-                f"site '{name}': the guide draws it from {type(core).__name__}, which is not reparametrised, and BiSM "
+                f"site '{name}': the guide draws it from {law_of(fn)}, which is not reparametrised, and BiSM "
                 "differentiates through the draw. Use GumbelBernoulli for binary latents, or num_unroll_steps=0 with "
                 "lower_loss=TraceGraph_ELBO()."
             )
 
-    def _step(self, state: BiSMState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[BiSMState, Array, Health]:
-        rng_key, batch_key, inner_key, upper_key = jax.random.split(state.rng_key, 4)
-        levels = _Levels(self, state, self._batch(batch_key, args), kwargs)
-        keys = jax.random.split(inner_key, self.num_inner_steps)
-        phi, guide_optim_state = self._lower_steps(levels, state.theta, state.phi, state.guide_optim_state, keys)
-        value, gradient = self._hypergradient(levels, state.theta, phi, guide_optim_state, upper_key)
-        theta, optim_state = apply_gradient(self._transformation, gradient, state.optim_state, state.theta)
-        new = BiSMState(
-            params={**levels.theta_of(theta), **levels.phi_of(phi)},
-            theta=theta,
-            phi=phi,
-            optim_state=optim_state,
-            guide_optim_state=guide_optim_state,
-            rng_key=rng_key,
-            num_steps=state.num_steps + 1,
-            num_skipped=state.num_skipped,
-        )
-        health = finite_health(loss=value, params={**theta, **phi})
-        return keep_if_healthy(health, new, state._replace(rng_key=rng_key)), value, health
-
-    def _lower_steps(self, levels: "_Levels", theta: Any, phi: Any, optim_state: Any, keys: Array) -> tuple[Any, Any]:
-        """One step of the guide for every key, with gradients in ``theta`` if they are asked for."""
-
-        def step(carry: tuple[Any, Any], key: Array) -> tuple[tuple[Any, Any], None]:
-            phi, optim_state = carry
-            gradient = jax.grad(levels.lower, 1)(theta, phi, key)
-            return apply_gradient(self._guide_transformation, gradient, optim_state, phi), None
-
-        return lax.scan(jax.checkpoint(step) if self.checkpoint else step, (phi, optim_state), keys)[0]
-
-    def _hypergradient(self, levels: "_Levels", theta: Any, phi: Any, optim_state: Any, rng_key: Array) -> tuple[Array, Any]:
-        """The upper level and its gradient in the model's parameters, with the guide's a function of them."""
+    def _upper(
+        self, levels: "_Levels", theta: Any, phi: Any, guide_optim_state: Any, rng_key: Array
+    ) -> tuple[Array, Any, dict[str, Array]]:
         lower_key, upper_key = jax.random.split(rng_key)
         if self.hypergradient == "implicit":
-            return self._implicit(levels, theta, phi, lower_key, upper_key)
+            return *self._implicit(levels, theta, phi, lower_key, upper_key), {}
         keys = jax.random.split(lower_key, self.num_unroll_steps)
 
         def upper(theta: Any) -> Array:
-            return levels.upper(theta, self._lower_steps(levels, theta, phi, optim_state, keys)[0], upper_key)
+            return levels.upper(theta, self._lower_steps(levels, theta, phi, guide_optim_state, keys)[0], upper_key)
 
-        return jax.value_and_grad(upper)(theta)
+        return *jax.value_and_grad(upper)(theta), {}
 
     def _implicit(self, levels: "_Levels", theta: Any, phi: Any, lower_key: Array, upper_key: Array) -> tuple[Array, Any]:
         value, (direct, of_phi) = jax.value_and_grad(levels.upper, (0, 1))(theta, phi, upper_key)
@@ -326,44 +222,8 @@ class BiSM(ScoreEngine):
         return "Take smaller learning rates, or more inner steps for a guide that has lost the posterior."
 
 
-class _Levels:
-    """The two levels on one batch, as functions of unconstrained parameters: theta of the model, phi of the guide."""
-
-    def __init__(self, engine: BiSM, state: BiSMState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.model, self.guide = engine._inner, engine.guide
-        self.objective, self.lower_loss = engine.objective, engine.lower_loss
-        (self.v, *self.rest), self.kwargs = args, kwargs
-        self.rng_key = state.rng_key  # of runs whose every site has a value
-        guide = run_program(self.guide, args, kwargs, self.rng_key, data=state.params)
-        with numpyro.validation_enabled(False):
-            model = run_program(self.model, args, kwargs, self.rng_key, data={**state.params, **guide.drawn})
-        require_same_params(model, state.theta)
-        require_same_params(guide, state.phi, "the guide")
-        self._of_theta, self._of_phi = model.param_transforms, guide.param_transforms
-        self._plate, self._row_dim = _rows(model, len(self.v))
-
-    def theta_of(self, theta: Any) -> dict[str, Any]:
-        """The model's params at unconstrained values."""
-        return constrain_params(theta, self._of_theta)
-
-    def phi_of(self, phi: Any) -> dict[str, Any]:
-        """The guide's params at unconstrained values."""
-        return constrain_params(phi, self._of_phi)
-
-    def lower(self, theta: Any, phi: Any, rng_key: Array) -> Array:
-        """How far the guide is from the posterior: a mean over the rows, each with the weight of its noise level."""
-        noise_key, draw_key = jax.random.split(rng_key)
-        v = self.objective.perturb(noise_key, self.v)
-        weight = self.objective.weight(len(v)).astype(v.dtype)
-        params = {**self.theta_of(theta), **self.phi_of(phi)}
-        with numpyro.validation_enabled(False):  # a relaxed bit is no bit, and would have the log density -inf
-            if hasattr(self.lower_loss, "losses"):
-                losses = self.lower_loss.losses(draw_key, params, self.model, self.guide, v, *self.rest, **self.kwargs)
-                return (weight * losses).mean()
-            by_row = weight.reshape(-1, *[1] * (-1 - self._row_dim))
-            model, guide = scale(self.model, scale=by_row), scale(self.guide, scale=by_row)
-            loss: Array = self.lower_loss.loss(draw_key, params, model, guide, v, *self.rest, **self.kwargs)
-            return loss / len(v)
+class _Levels(Levels):
+    """The lower level with its curvature, and the upper level."""
 
     def fisher_product(self, phi: Any, keys: Array) -> Callable[[Any], Any]:
         """Products with the Fisher information of the guide, at one draw for every row and key."""
@@ -375,7 +235,7 @@ class _Levels:
             h = run_program(self.guide, args, self.kwargs, draw_key, data=self.phi_of(phi)).drawn
             data = {**self.phi_of(phi), **lax.stop_gradient(h)}
             terms, program = log_density_terms(self.guide, args, self.kwargs, draw_key, data=data, latents={})
-            return per_row(terms, program, self._plate)
+            return per_row(terms, program, self.plate)
 
         rows, slopes = jax.linearize(lambda phi: jax.vmap(lambda key: log_q(phi, key))(keys), phi)
         transposed = jax.linear_transpose(slopes, phi)
@@ -395,10 +255,3 @@ class _Levels:
             return log_p - log_q
 
         return self.objective.loss(jax.grad(log_ratio), loss_key, self.v, v_tilde).mean()
-
-
-def _rows(model: Program, num_rows: int) -> tuple[str, int]:
-    """Name and dimension of the plate of the rows, in which all latents lie."""
-    frames = [{(f.dim, f.name) for f in model.sites[name]["cond_indep_stack"] if f.size == num_rows} for name in model.latents]
-    dim, name = min(set.intersection(*frames))
-    return name, dim

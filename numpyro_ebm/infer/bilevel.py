@@ -1,0 +1,229 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the engines share that learn a model by scores beside a guide of its latents.
+
+A step has two levels, on the same rows: some steps of the guide towards the posterior, the model's parameters fixed; then one
+step of the model's. The engines differ in the upper level.
+"""
+
+from abc import abstractmethod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro
+from jax import Array, lax
+from numpyro.handlers import scale
+from numpyro.infer import Trace_ELBO
+from numpyro.infer.autoguide import AutoGuide
+
+from numpyro_ebm._compat import layers
+from numpyro_ebm.infer.engine import Health, as_transformation
+from numpyro_ebm.infer.score_engine import (
+    ScoreEngine,
+    apply_gradient,
+    finite_health,
+    keep_if_healthy,
+    require_natural,
+    require_params,
+    require_same_params,
+)
+from numpyro_ebm.objectives.score import ScoreObjective
+from numpyro_ebm.program import (
+    Model,
+    Program,
+    constrain_params,
+    run_program,
+    strong_types,
+    unconstrain_params,
+)
+from numpyro_ebm.visible import Visible
+
+
+class BilevelEngine(ScoreEngine):
+    """An engine with a guide. Its state has the fields of :class:`~numpyro_ebm.BiSMState`, and more if it likes."""
+
+    checkpoint = False
+
+    def __init__(
+        self,
+        model: Model,
+        guide: Model,
+        optim: Any,
+        guide_optim: Any,
+        objective: ScoreObjective,
+        lower_loss: Any,
+        num_inner_steps: int,
+        batch_size: int | None,
+    ) -> None:
+        super().__init__(model, objective, batch_size)
+        require_natural("num_inner_steps", num_inner_steps)
+        self.guide, self.optim, self.guide_optim, self.num_inner_steps = guide, optim, guide_optim, num_inner_steps
+        self.lower_loss = Trace_ELBO() if lower_loss is None else lower_loss
+        if not hasattr(self.lower_loss, "loss"):
+            raise TypeError(
+                f"lower_loss must be one of NumPyro's ELBOs, such as Trace_ELBO(), or PosteriorFisher(), got {lower_loss!r}."
+            )
+        self._transformation, self._guide_transformation = as_transformation(optim), as_transformation(guide_optim)
+
+    @abstractmethod
+    def _first_state(self, **fields: Any) -> Any:
+        """The state before the first step."""
+
+    @abstractmethod
+    def _levels(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Levels":
+        """The two levels on one batch."""
+
+    @abstractmethod
+    def _upper(
+        self, levels: Any, theta: Any, phi: Any, guide_optim_state: Any, rng_key: Array
+    ) -> tuple[Array, Any, dict[str, Array]]:
+        """The upper level, its gradient in the model's parameters, and other fields of the state."""
+
+    @abstractmethod
+    def _require_draws(self, name: str, fn: Any) -> None:
+        """Refuses a law of the guide that this engine cannot learn with."""
+
+    def init(self, rng_key: Array, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        """The state to start from.
+
+        :param rng_key: a key of :func:`jax.random.key`.
+        :param args: arguments of the model; arrays are traced, everything else is static.
+        :param dict init_params: values of :func:`numpyro.param` sites to start from, instead of the model's and guide's own.
+        :raises ValueError: for whatever model, guide or data cannot be learnt with, naming the site and the mend.
+        """
+        if isinstance(self.guide, AutoGuide) and self.guide.prototype_trace is None:
+            run_program(self.guide, args, kwargs, rng_key)  # it keeps what it sees first, which must not be traced values
+        return super().init(rng_key, *args, init_params=init_params, **kwargs)
+
+    def _start(
+        self, rng_key: Array, init_params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Array]:
+        batch = self._first_batch(args)
+        guide = run_program(self.guide, batch, kwargs, rng_key, data=init_params)
+        visible, model = self._inspect(rng_key, init_params, batch, kwargs)
+        self._require_pair(model, guide, visible, init_params)
+        theta = unconstrain_params(model.params, model.param_transforms)
+        phi = unconstrain_params(guide.params, guide.param_transforms)
+        count = jnp.zeros((), jnp.int32)
+        state = self._first_state(
+            params=constrain_params({**theta, **phi}, {**model.param_transforms, **guide.param_transforms}),
+            theta=theta,
+            phi=phi,
+            optim_state=self._transformation.init(theta),
+            guide_optim_state=self._guide_transformation.init(phi),
+            rng_key=rng_key,
+            num_steps=count,
+            num_skipped=count,
+        )
+        return strong_types(state), jnp.isfinite(args[0]).all()
+
+    def _require_pair(self, model: Program, guide: Program, visible: Visible, given: dict[str, Any]) -> None:
+        """Refuses a guide that is none of the model's."""
+        require_params(model, {name: value for name, value in given.items() if name not in guide.params})
+        if self.num_inner_steps:
+            require_params(guide, {}, "the guide")
+        if not model.latents:
+            raise ValueError("the model has no latent site: learn it by ScoreMatching, which needs no guide.")
+        if shared := sorted(set(model.params) & set(guide.params)):
+            raise ValueError(f"model and guide share the params {shared}, which belong to one level each: name them apart.")
+        for name in model.latents:
+            if name not in guide.latents:
+                raise ValueError(f"site '{name}': the guide has no such site, it has {sorted(guide.latents)}. Sample it there.")
+            given_shape, wanted = jnp.shape(guide.sites[name]["value"]), model.sites[name]["fn"].shape()
+            if given_shape != wanted:
+                raise ValueError(
+                    f"site '{name}': the guide gives shape {given_shape}, the model needs {wanted}: they must sample the same "
+                    "event shape in the same plates."
+                )
+        for name in guide.latents:
+            site = guide.sites[name]
+            if name not in model.latents and not site["infer"].get("is_auxiliary", False):
+                raise ValueError(f"site '{name}': the guide samples it and the model has no such latent. Take it out.")
+            self._require_draws(name, site["fn"])
+
+    def _step(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Array, Health]:
+        rng_key, batch_key, inner_key, upper_key = jax.random.split(state.rng_key, 4)
+        levels = self._levels(state, self._batch(batch_key, args), kwargs)
+        keys = jax.random.split(inner_key, self.num_inner_steps)
+        phi, guide_optim_state = self._lower_steps(levels, state.theta, state.phi, state.guide_optim_state, keys)
+        value, gradient, others = self._upper(levels, state.theta, phi, guide_optim_state, upper_key)
+        theta, optim_state = apply_gradient(self._transformation, gradient, state.optim_state, state.theta)
+        new = state._replace(
+            params={**levels.theta_of(theta), **levels.phi_of(phi)},
+            theta=theta,
+            phi=phi,
+            optim_state=optim_state,
+            guide_optim_state=guide_optim_state,
+            rng_key=rng_key,
+            num_steps=state.num_steps + 1,
+            **others,
+        )
+        health = finite_health(loss=value, params={**theta, **phi})
+        return keep_if_healthy(health, new, state._replace(rng_key=rng_key)), value, health
+
+    def _lower_steps(self, levels: "Levels", theta: Any, phi: Any, optim_state: Any, keys: Array) -> tuple[Any, Any]:
+        """One step of the guide for every key, with gradients in ``theta`` if they are asked for."""
+        if not len(keys):  # of a guide that is not learnt, the lower level need not have a gradient
+            return phi, optim_state
+
+        def step(carry: tuple[Any, Any], key: Array) -> tuple[tuple[Any, Any], None]:
+            phi, optim_state = carry
+            gradient = jax.grad(levels.lower, 1)(theta, phi, key)
+            return apply_gradient(self._guide_transformation, gradient, optim_state, phi), None
+
+        return lax.scan(jax.checkpoint(step) if self.checkpoint else step, (phi, optim_state), keys)[0]
+
+
+class Levels:
+    """A model and its guide on one batch, as functions of unconstrained parameters: theta of the model, phi of the guide."""
+
+    def __init__(self, engine: BilevelEngine, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.model, self.guide = engine._inner, engine.guide
+        self.objective, self.lower_loss = engine.objective, engine.lower_loss
+        (self.v, *self.rest), self.kwargs = args, kwargs
+        self.rng_key = state.rng_key  # of runs whose every site has a value
+        guide = run_program(self.guide, args, kwargs, self.rng_key, data=state.params)
+        with numpyro.validation_enabled(False):
+            model = run_program(self.model, args, kwargs, self.rng_key, data={**state.params, **guide.drawn})
+        require_same_params(model, state.theta)
+        require_same_params(guide, state.phi, "the guide")
+        self._of_theta, self._of_phi = model.param_transforms, guide.param_transforms
+        self.plate, self._row_dim = _rows(model, len(self.v))
+
+    def theta_of(self, theta: Any) -> dict[str, Any]:
+        """The model's params at unconstrained values."""
+        return constrain_params(theta, self._of_theta)
+
+    def phi_of(self, phi: Any) -> dict[str, Any]:
+        """The guide's params at unconstrained values."""
+        return constrain_params(phi, self._of_phi)
+
+    def lower(self, theta: Any, phi: Any, rng_key: Array) -> Array:
+        """How far the guide is from the posterior: a mean over the rows, each with the weight of its noise level."""
+        noise_key, draw_key = jax.random.split(rng_key)
+        v = self.objective.perturb(noise_key, self.v)
+        weight = self.objective.weight(len(v)).astype(v.dtype)
+        params = {**self.theta_of(theta), **self.phi_of(phi)}
+        with numpyro.validation_enabled(False):  # a relaxed bit is no bit, and would have the log density -inf
+            if hasattr(self.lower_loss, "losses"):
+                losses = self.lower_loss.losses(draw_key, params, self.model, self.guide, v, *self.rest, **self.kwargs)
+                return (weight * losses).mean()
+            by_row = weight.reshape(-1, *[1] * (-1 - self._row_dim))
+            model, guide = scale(self.model, scale=by_row), scale(self.guide, scale=by_row)
+            loss: Array = self.lower_loss.loss(draw_key, params, model, guide, v, *self.rest, **self.kwargs)
+            return loss / len(v)
+
+
+def law_of(fn: Any) -> str:
+    """The name of a site's law, under what plates and masks wrap around it."""
+    *_, core = layers(fn)
+    return type(core).__name__
+
+
+def _rows(model: Program, num_rows: int) -> tuple[str, int]:
+    """Name and dimension of the plate of the rows, in which all latents lie."""
+    frames = [{(f.dim, f.name) for f in model.sites[name]["cond_indep_stack"] if f.size == num_rows} for name in model.latents]
+    dim, name = min(set.intersection(*frames))
+    return name, dim

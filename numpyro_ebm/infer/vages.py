@@ -1,0 +1,306 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Score matching of energy-based latent variable models by variational estimates of the score and of its gradient (VaGES).
+
+.. math::
+
+    s(v; \theta) = E_{p(h|v)}[\nabla_v f], \qquad
+    \partial_\theta s = E_{p(h|v)}[\partial_\theta \nabla_v f] + \mathrm{Cov}_{p(h|v)}(\nabla_v f, \nabla_\theta f),
+    \qquad f = \log \tilde p(v, h; \theta),
+
+with draws of a guide for those of the posterior. Where bi-level score matching finds the covariance in the derivative of the
+guide's optimum, here it is estimated as it stands: nothing is differentiated through the guide or its steps.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from numpyro.distributions import constraints
+from numpyro.infer import TraceGraph_ELBO
+
+from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, law_of
+from numpyro_ebm.infer.engine import RunResult
+from numpyro_ebm.infer.score_engine import require_natural
+from numpyro_ebm.latent_score import (
+    Draws,
+    Latents,
+    ScoreFn,
+    draw,
+    effective_sample_size,
+    normalized_weights,
+    row_density,
+    variational_score,
+    weighted_score,
+)
+from numpyro_ebm.objectives.score import ScoreObjective
+from numpyro_ebm.program import Model
+
+COVARIANCES = ("unbiased", "biased", "none")
+#: an effective sample size below which weights are those of one draw
+DEGENERATE = 1.05
+
+
+class VaGESState(NamedTuple):
+    """State of :class:`~numpyro_ebm.VaGES`."""
+
+    #: values of the param sites of model and guide, constrained
+    params: dict[str, Any]
+    #: param sites of the model, unconstrained
+    theta: dict[str, Any]
+    #: param sites of the guide, unconstrained
+    phi: dict[str, Any]
+    #: of the model's optimiser
+    optim_state: Any
+    #: of the guide's optimiser
+    guide_optim_state: Any
+    #: key of the next step
+    rng_key: Array
+    #: (), int32, steps made
+    num_steps: Array
+    #: (), int32, steps that ``stable_update`` did not make
+    num_skipped: Array
+    #: (), of the importance weights in the last step, a mean over rows; NaN where there are none
+    effective_sample_size: Array
+
+
+class VaGES(BilevelEngine):
+    r"""Score matching of a model with latents by variational (gradient) estimates of the score (Bao et al. 2021).
+
+    One step on a batch of the visible: ``num_inner_steps`` steps of the guide, as in :class:`~numpyro_ebm.BiSM`; then one step
+    of the model's, by the gradient of the objective at a score that is estimated from ``num_samples`` draws L of the guide
+    for each of three factors: the score itself, and the expectation and the covariance in its gradient. For denoising
+    objectives the gradient is unbiased where the guide is the posterior, at every L of 2 or more; otherwise its bias is
+    bounded by the guide's divergence from the posterior, and does not fall with L. The same holds for objectives that
+    differentiate the score in the visible, and for the Stein discrepancy between different rows. The reported loss is the
+    objective at the estimated score; the variance of the estimate, which falls as 1/L, is in it.
+
+    Draws have no gradient: binary latents are drawn as bits in the upper level, though the guide has them relaxed in the lower
+    (:class:`~numpyro_ebm.GumbelBernoulli`), and memory does not grow with the number of inner steps.
+
+    ``importance_weighted=True``, which is not in the paper, weighs L draws by
+    :math:`\tilde p / q`, normalised by their sum, which makes value and gradient those of
+    :math:`\log \tfrac1L \sum_i \tilde p(v, h_i) / q(h_i)` with the draws fixed. The bias is of order 1/L for *any* guide that
+    covers the posterior. ``jackknife=True`` takes the leading term off, :math:`L J_L - (L - 1) \bar J_{L - 1}` over the means
+    without one draw: at a higher variance.
+
+    Model, guide and their optimisers are as for :class:`~numpyro_ebm.BiSM`.
+
+    :param model: a NumPyro model.
+    :param guide: a NumPyro guide with the latent sites of the model.
+    :param optim: an optax transformation for the model, or an optimiser of :mod:`numpyro.optim`.
+    :param guide_optim: the same for the guide.
+    :param objective: a score objective, such as :class:`~numpyro_ebm.DenoisingScoreMatching` or
+        :class:`~numpyro_ebm.KernelSteinDiscrepancy`.
+    :param lower_loss: NumPyro's ``Trace_ELBO()``, or :class:`~numpyro_ebm.PosteriorFisher`.
+    :param int num_inner_steps: steps K of the guide per step; 0 for a guide that is not learnt.
+    :param int num_samples: draws L, of each factor, or of all where they are weighted.
+    :param bool importance_weighted: whether draws weigh :math:`\tilde p / q`.
+    :param bool jackknife: whether the weighted loss is corrected for the leading term of its bias.
+    :param str covariance: ``"unbiased"``, ``"biased"`` (divided by L instead of L - 1) or ``"none"``, for comparison: the
+        gradient then lacks what BiSM's lacks without unrolling.
+    :param bool shared_samples: whether the covariance is over the draws of the expectation: 2 L draws in place of 3 L.
+    :param bool variance_reduced: whether the score's value is the mean of :math:`\nabla_v \log(\tilde p / q)`, which has the
+        same expectation and no variance where the guide is the posterior.
+    :param bool relaxed: whether bits stay relaxed in the upper level, as in the paper; their covariance is too small then.
+    :param refine: moves draws of the guide towards the posterior: ``refine(rng_key, log_prob, h)`` of a dictionary of latents
+        with draws along axis 0, and of their log density, ``(num_draws,)``. With :func:`~numpyro_ebm.annealed_langevin`:
+        ``functools.partial(annealed_langevin, step_size=5e-3, temperatures=np.full(5, 1e-6))`` is the paper's correction.
+    :param int batch_size: rows of the first argument in every step, drawn with replacement; all of them if not given.
+    :raises ValueError: for settings out of range or that exclude each other; from ``init``, as for
+        :class:`~numpyro_ebm.BiSM`.
+
+    **References**
+
+    1. Bao et al., *Variational (gradient) estimate of the score function in energy-based latent variable models*, ICML 2021,
+       arXiv:2010.08258.
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp, numpyro, optax
+        >>> import numpyro.distributions as dist
+        >>> from numpyro_ebm import DenoisingScoreMatching, VaGES
+        >>> def model(v):
+        ...     loc = numpyro.param("loc", 0.0)
+        ...     with numpyro.plate("data", len(v)):
+        ...         h = numpyro.sample("h", dist.Normal(loc, 1))
+        ...         numpyro.sample("v", dist.Normal(h, 1), obs=v)
+        >>> def guide(v):
+        ...     slope, shift = numpyro.param("slope", 0.0), numpyro.param("shift", 0.0)
+        ...     with numpyro.plate("data", len(v)):
+        ...         numpyro.sample("h", dist.Normal(slope * v + shift, jnp.sqrt(0.5)))
+        >>> v = 2.9 + jnp.sqrt(2.0) * jax.random.normal(jax.random.key(0), (1000,))
+        >>> engine = VaGES(model, guide, optax.adam(0.01), optax.adam(0.01), DenoisingScoreMatching(0.3))
+        >>> result = engine.run(jax.random.key(1), 1500, v, progress_bar=False)
+        >>> print(f"learnt {result.params['loc']:.1f}, exact {v.mean():.1f}")
+        learnt 2.9, exact 2.9
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        guide: Model,
+        optim: Any,
+        guide_optim: Any,
+        objective: ScoreObjective,
+        lower_loss: Any = None,
+        num_inner_steps: int = 5,
+        num_samples: int = 2,
+        *,
+        importance_weighted: bool = False,
+        jackknife: bool = False,
+        covariance: str = "unbiased",
+        shared_samples: bool = False,
+        variance_reduced: bool = False,
+        relaxed: bool = False,
+        refine: Callable[[Array, Callable[[Latents], Array], Latents], Latents] | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        super().__init__(model, guide, optim, guide_optim, objective, lower_loss, num_inner_steps, batch_size)
+        require_natural("num_samples", num_samples, least=1)
+        if covariance not in COVARIANCES:
+            raise ValueError(f"covariance must be one of {', '.join(map(repr, COVARIANCES))}, got {covariance!r}.")
+        self.num_samples, self.importance_weighted, self.jackknife = num_samples, importance_weighted, jackknife
+        self.covariance, self.shared_samples, self.variance_reduced = covariance, shared_samples, variance_reduced
+        self.relaxed, self.refine = relaxed, refine
+        self._require_consistent()
+
+    def _require_consistent(self) -> None:
+        """Refuses settings that exclude each other."""
+        estimates = [name for name in ("shared_samples", "variance_reduced") if getattr(self, name)]
+        estimates += ["covariance"] if self.covariance != "unbiased" else []
+        if self.importance_weighted and estimates:
+            raise ValueError(
+                f"{estimates[0]} does not go with importance_weighted=True, where all factors are of the same weighted draws."
+            )
+        if self.jackknife and not self.importance_weighted:
+            raise ValueError("jackknife corrects the bias of weights: give importance_weighted=True, or leave it out.")
+        if self.refine is not None and (self.importance_weighted or self.variance_reduced):
+            raise ValueError(
+                "refine does not go with importance_weighted or variance_reduced, which need the density of the draws: that of "
+                "moved draws is not known."
+            )
+        differentiated = getattr(self.objective, "differentiates_score", False)
+        if self.num_samples == 1 and (self.importance_weighted or self.covariance != "none" or differentiated):
+            why = "one draw has the weight 1 whatever it is" if self.importance_weighted else "a covariance needs two draws"
+            raise ValueError(f"num_samples=1: {why}, and the gradient would lack that of the posterior. Take 2 or more.")
+
+    def _first_state(self, **fields: Any) -> VaGESState:
+        return VaGESState(**fields, effective_sample_size=jnp.full((), jnp.nan, jnp.float32))
+
+    def _levels(self, state: VaGESState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Levels":
+        return _Levels(self, state, args, kwargs)
+
+    def _require_draws(self, name: str, fn: Any) -> None:
+        if self.num_inner_steps and not fn.has_rsample and not isinstance(self.lower_loss, TraceGraph_ELBO):
+            raise ValueError(
+                f"site '{name}': the guide draws it from {law_of(fn)}, which is not reparametrised, and its steps differentiate "
+                "through the draw. Use GumbelBernoulli for binary latents (they are drawn as bits in the upper level), or "
+                "lower_loss=TraceGraph_ELBO()."
+            )
+        if self.refine is not None and not _is_free(fn.support):
+            raise ValueError(
+                f"site '{name}': refine moves latents freely, and {law_of(fn)} has the support {fn.support}. Leave refine out, or "
+                "sample a real latent and transform it with numpyro.deterministic."
+            )
+
+    def run(self, rng_key: Array, num_steps: int, *args: Any, **kwargs: Any) -> RunResult:
+        """As ``SVI.run``.
+
+        :raises NonFiniteError: as every engine does, with the last good state.
+        """
+        result = super().run(rng_key, num_steps, *args, **kwargs)
+        size = float(result.state.effective_sample_size)
+        if self.importance_weighted and size < DEGENERATE:
+            warnings.warn(
+                f"the importance weights have an effective sample size of {size:.2f} of {self.num_samples} draws: one draw has "
+                "all the weight, so that the gradient lacks the posterior's covariance. Take a guide nearer to the posterior (more "
+                "inner steps, a larger family), or more draws.",
+                stacklevel=2,
+            )
+        return result
+
+    def _upper(
+        self, levels: "_Levels", theta: Any, phi: Any, guide_optim_state: Any, rng_key: Array
+    ) -> tuple[Array, Any, dict[str, Array]]:
+        (value, size), gradient = jax.value_and_grad(levels.upper, has_aux=True)(theta, phi, rng_key)
+        return value, gradient, {"effective_sample_size": size.astype(jnp.float32)}
+
+    def _loss(self, state: VaGESState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
+        return _Levels(self, state, args, kwargs).upper(state.theta, state.phi, state.rng_key)[0]
+
+    def _mend(self, health: dict[str, int]) -> str:
+        if self.importance_weighted:
+            return "Take smaller learning rates; or, where all weights underflow, a guide that covers the posterior."
+        return "Take smaller learning rates, or more inner steps for a guide that has lost the posterior."
+
+
+class _Levels(Levels):
+    """The lower level, and the objective at an estimated score."""
+
+    def __init__(self, engine: VaGES, state: VaGESState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__(engine, state, args, kwargs)
+        self.engine = engine
+        log_p = row_density(self.model, tuple(self.rest), kwargs, self.rng_key, self.plate)
+        self.log_p = lambda theta, v, h: log_p(self.theta_of(theta), v, h)
+        self.log_q = row_density(self.guide, tuple(self.rest), kwargs, self.rng_key, self.plate)
+
+    def upper(self, theta: Any, phi: Any, rng_key: Array) -> tuple[Array, Array]:
+        """The objective, a mean over rows, and the effective sample size of the weights."""
+        noise_key, loss_key, draw_key = jax.random.split(rng_key, 3)  # the first two as ScoreMatching has them
+        v_tilde = self.objective.perturb(noise_key, self.v)
+
+        def loss(score_fn: ScoreFn) -> Array:
+            return self.objective.loss(score_fn, loss_key, self.v, v_tilde).mean()
+
+        if self.engine.importance_weighted:
+            return self._weighted(loss, theta, self.phi_of(phi), v_tilde, draw_key)
+        settings: dict[str, Any] = {"covariance": self.engine.covariance}
+        if self.engine.variance_reduced:
+            q = self.phi_of(phi)
+            settings["log_ratio"] = lambda theta, v, h: self.log_p(theta, v, h) - self.log_q(q, v, h)
+        draws = self._draws(theta, self.phi_of(phi), v_tilde, draw_key)
+        return loss(variational_score(self.log_p, theta, v_tilde, draws, **settings)), jnp.full((), jnp.nan)
+
+    def _draws(self, theta: Any, phi: Any, v: Array, rng_key: Array) -> Draws:
+        """All draws in one call, and then apart."""
+        draw_key, refine_key = jax.random.split(rng_key)
+        num_sets = 2 if self.engine.shared_samples or self.engine.covariance == "none" else 3
+        size = self.engine.num_samples
+        h = self._draw(phi, v, draw_key, num_sets * size)
+        if self.engine.refine is not None:
+            theta = jax.lax.stop_gradient(theta)
+            h = self.engine.refine(refine_key, lambda h: jax.vmap(lambda h: self.log_p(theta, v, h).sum())(h), h)
+            h = jax.lax.stop_gradient(h)
+        value, mean, covariance = (jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], h) for i in (0, 1, num_sets - 1))
+        return Draws(value, mean, covariance)
+
+    def _weighted(self, loss: Callable[[ScoreFn], Array], theta: Any, phi: Any, v: Array, rng_key: Array) -> tuple[Array, Array]:
+        num_samples = self.engine.num_samples
+        h = self._draw(phi, v, rng_key, num_samples)
+        log_q = jax.lax.stop_gradient(jax.vmap(lambda h: self.log_q(phi, v, h))(h))
+
+        def of(keep: Array | None) -> Array:
+            return loss(weighted_score(self.log_p, theta, log_q, h, keep))
+
+        value = of(None)
+        if self.engine.jackknife:
+            without_one = jax.vmap(of)(~jnp.eye(num_samples, dtype=bool)).mean()
+            value = num_samples * value - (num_samples - 1) * without_one
+        log_p = jax.lax.stop_gradient(jax.vmap(lambda h: self.log_p(theta, v, h))(h))
+        return value, effective_sample_size(normalized_weights(log_p - log_q)).mean()
+
+    def _draw(self, phi: Any, v: Array, rng_key: Array, num_samples: int) -> Latents:
+        args = (v, *self.rest)
+        return draw(self.guide, args, self.kwargs, rng_key, num_samples, params=phi, relaxed=self.engine.relaxed)
+
+
+def _is_free(support: Any) -> bool:
+    """Whether every real array is in a support."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support in (constraints.real, constraints.real_vector)

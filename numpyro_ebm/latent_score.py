@@ -1,0 +1,219 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""The score of the visible of a model with latents, from draws of a guide.
+
+With :math:`f = \log \tilde p(v, h; \theta)` and expectations over the posterior :math:`p(h|v; \theta)`,
+
+.. math::
+
+    s(v; \theta) = E[\nabla_v f], \qquad
+    \partial_\theta E[g] = E[\partial_\theta g] + \mathrm{Cov}(g, \nabla_\theta f) \; \text{ for any } g(v, h; \theta), \qquad
+    \partial_v s \, u = E\big[\nabla_v^2 f \, u + \nabla_v f \, (\nabla_v f \cdot u)\big] - s \, (s \cdot u).
+
+Draws of a guide in place of the posterior's make of the first the variational estimate of the score (VaES), of the second, with
+:math:`g = \nabla_v f`, that of its gradient (VaGES) [1]. The third, which the paper has not, is for objectives that
+differentiate the score in the visible; its gradient is by the second again.
+
+What is returned here are functions of the visible whose value, gradient in the parameters and derivative in the visible are
+those estimates by plain automatic differentiation, so that an objective needs to know nothing of latents.
+
+**References**
+
+1. Bao et al., *Variational (gradient) estimate of the score function in energy-based latent variable models*, ICML 2021,
+   arXiv:2010.08258.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpyro
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+from jax.lax import stop_gradient
+from numpyro.primitives import Messenger
+
+from numpyro_ebm._compat import layers
+from numpyro_ebm.distributions.energy import with_core
+from numpyro_ebm.distributions.relaxed import GumbelBernoulli
+from numpyro_ebm.program import Model, Site, log_density_terms, per_row, run_program
+
+#: values of latent sites by name, with draws along axis 0
+Latents = dict[str, Array]
+#: (parameters, visible, latents of one draw) -> log density of every row
+RowDensity = Callable[[Any, Array, Latents], Array]
+ScoreFn = Callable[[Array], Array]
+
+
+def draw(
+    guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], rng_key: Array, num_samples: int, *, params: Any, relaxed: bool
+) -> Latents:
+    """Independent draws of a guide, ``(num_samples,) + shape``; bits are 0 or 1 unless ``relaxed``. They have no gradient."""
+
+    def one(key: Array) -> Latents:
+        with nullcontext() if relaxed else _hard_bits():
+            return run_program(guide, args, kwargs, key, data=params).drawn
+
+    return stop_gradient(jax.vmap(one)(jax.random.split(rng_key, num_samples)))
+
+
+def row_density(program: Model, args: tuple[Any, ...], kwargs: dict[str, Any], rng_key: Array, plate: str) -> RowDensity:
+    """The log density of every row of a model or a guide at given params and latents; ``args`` are those after the visible."""
+
+    def log_density(params: Any, v: Array, h: Latents) -> Array:
+        with numpyro.validation_enabled(False):  # a relaxed bit is no bit, and would have the log density -inf
+            terms, run = log_density_terms(program, (v, *args), kwargs, rng_key, data={**params, **h}, latents={})
+            return per_row(terms, run, plate)
+
+    return log_density
+
+
+def scores(log_density: RowDensity, params: Any, v: Array, h: Latents) -> tuple[Array, Array]:
+    """Log densities, ``(num_samples, batch)``, and scores, ``(num_samples,) + v.shape``, of every draw."""
+
+    def of_one(h: Latents) -> tuple[Array, Array]:
+        def total(v: Array) -> tuple[Array, Array]:
+            rows = log_density(params, v, h)
+            return rows.sum(), rows
+
+        score, rows = jax.grad(total, has_aux=True)(v)
+        return rows, score
+
+    return jax.vmap(of_one)(h)
+
+
+class Draws(NamedTuple):
+    """Independent draws for each factor of the estimates: a product of one set with itself would be biased."""
+
+    #: of the score's value
+    value: Latents
+    #: of the expectation in its gradient
+    mean: Latents
+    #: of the covariance there
+    covariance: Latents
+
+
+def variational_score(
+    log_p: RowDensity, params: Any, v: Array, draws: Draws, *, covariance: str = "unbiased", log_ratio: RowDensity | None = None
+) -> ScoreFn:
+    """VaES, whose gradient in ``params`` is VaGES.
+
+    :param log_p: log density of every row.
+    :param v: the visible that the draws are for, where alone the score may be taken.
+    :param covariance: ``"unbiased"``, ``"biased"`` (divided by L, not L - 1) or ``"none"``.
+    :param log_ratio: log p - log q, for the value by its scores: they have the same mean over the guide, and none of the
+        variance where the guide is the posterior.
+    """
+    of_value = log_p if log_ratio is None else log_ratio
+
+    def expectation(params: Any, of: Callable[[Any, Latents], tuple[Array, Array]]) -> Array:
+        """The mean over draws of what ``of`` gives beside log densities; its gradient has their covariance."""
+        mean = of(params, draws.mean)[1].mean(0)
+        if covariance == "none":
+            return mean
+        rows, g = of(params, draws.covariance)
+        centred = stop_gradient(g - g.mean(0))
+        divisor = len(g) - 1 if covariance == "unbiased" else len(g)
+        return mean + (centred * _along(rows - stop_gradient(rows), g)).sum(0) / divisor
+
+    def of_score(params: Any, h: Latents) -> tuple[Array, Array]:
+        return scores(log_p, params, v, h)
+
+    def estimate(params: Any) -> Array:
+        value = scores(of_value, params, v, draws.value)[1].mean(0)
+        return _with_gradient(value, expectation(params, of_score))
+
+    def slope(params: Any, u: Array) -> Array:
+        """The derivative of the score along ``u``, linear in ``u``."""
+
+        def moment(params: Any, h: Latents) -> tuple[Array, Array]:
+            (rows, g), (_, curvature) = jax.jvp(lambda v: scores(log_p, params, v, h), (v,), (u,))
+            return rows, curvature + g * _dot(g, u)
+
+        (_, g), (_, curvature) = jax.jvp(lambda v: scores(of_value, params, v, draws.value), (v,), (u,))
+        s, num_samples = stop_gradient(g.mean(0)), len(g)
+        value = curvature.mean(0) + ((g - s) * _dot(g - s, u)).sum(0) / (num_samples - 1)
+        mean = expectation(params, of_score)
+        # of E[moment] - s (s.u), by the product rule: s is from other draws than the mean
+        return _with_gradient(value, expectation(params, moment) - s * _dot(mean, u) - mean * _dot(s, u))
+
+    @jax.custom_jvp
+    def score(params: Any, x: Array) -> Array:
+        return estimate(params)
+
+    def rule(primals: tuple[Any, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+        (params, _), (d_params, d_x) = primals, tangents
+        if all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(d_params)):
+            value = estimate(params)
+            tangent = jnp.zeros_like(value)
+        else:
+            value, tangent = jax.jvp(estimate, (params,), (jax.tree.map(_instantiated, d_params),))
+        return value, tangent if isinstance(d_x, SymbolicZero) else tangent + slope(params, d_x)
+
+    score.defjvp(rule, symbolic_zeros=True)
+    return lambda x: score(params, x)
+
+
+def weighted_score(log_p: RowDensity, params: Any, log_q: Array, h: Latents, keep: Array | None = None) -> ScoreFn:
+    r"""The score of :math:`\log \tfrac1L \sum_i \tilde p(v, h_i) / q(h_i)` with the draws and their ``log_q`` held fixed.
+
+    Draws weigh :math:`\tilde p / q`, normalised by their sum, so that it is consistent whatever the guide.
+
+    :param log_q: log density of every draw and row, ``(num_samples, batch)``.
+    :param keep: ``(num_samples,)``, whether each draw counts; all of them if not given.
+    """
+
+    def score(x: Array) -> Array:
+        rows, g = scores(log_p, params, x, h)
+        return (_along(normalized_weights(rows - log_q, keep), g) * g).sum(0)
+
+    return score
+
+
+def normalized_weights(log_weights: Array, keep: Array | None = None) -> Array:
+    """Weights of draws along axis 0, which sum to 1."""
+    if keep is not None:
+        log_weights = jnp.where(keep[:, None], log_weights, -jnp.inf)
+    return jax.nn.softmax(log_weights, 0)
+
+
+def effective_sample_size(weights: Array) -> Array:
+    """How many draws the normalised ``weights`` along axis 0 are worth, between 1 and their number."""
+    return 1 / (weights**2).sum(0)
+
+
+class _hard_bits(Messenger):
+    """Draws bits in place of relaxed ones, of the same floating type."""
+
+    def process_message(self, msg: Site) -> None:
+        *_, core = layers(msg["fn"])
+        if msg["type"] == "sample" and isinstance(core, GumbelBernoulli):
+            msg["fn"] = with_core(msg["fn"], lambda fn: fn.hard())
+            msg["infer"]["_bits_of"] = core.logits.dtype
+
+    def postprocess_message(self, msg: Site) -> None:
+        if msg["type"] == "sample" and "_bits_of" in msg["infer"]:
+            msg["value"] = msg["value"].astype(msg["infer"]["_bits_of"])
+
+
+def _with_gradient(value: Array, surrogate: Array) -> Array:
+    """``value``, with the gradient of ``surrogate``."""
+    return stop_gradient(value) + (surrogate - stop_gradient(surrogate))
+
+
+def _instantiated(tangent: Any) -> Any:
+    return jnp.zeros(tangent.shape, tangent.dtype) if isinstance(tangent, SymbolicZero) else tangent
+
+
+def _dot(a: Array, u: Array) -> Array:
+    """The product of every row, with the axes of the event kept; a draw's axis in front of the rows' may lead."""
+    axes = tuple(range(1 - u.ndim, 0))
+    return (a * u).sum(axes, keepdims=True)
+
+
+def _along(rows: Array, like: Array) -> Array:
+    """``(num_samples, batch)``, with the axes of the event."""
+    return rows.reshape(rows.shape + (1,) * (like.ndim - rows.ndim))
