@@ -141,8 +141,7 @@ def log_density(params: dict[str, Array], v: Array) -> Array:
     return rbm.log_prob(v) - rbm.log_normalizer()
 
 
-def fit(method: str, train: Array, test: Array, num_seeds: int, num_steps: int) -> Fit:
-    engine = make_engine(method)
+def fit(engine: Any, train: Array, test: Array, num_seeds: int, num_steps: int) -> Fit:
     every = max(1, num_steps // 20)
     begin = time.perf_counter()
     state = jax.jit(jax.vmap(lambda key: engine.init(key, train)))(jax.random.split(jax.random.key(0), num_seeds))
@@ -163,11 +162,16 @@ def fit(method: str, train: Array, test: Array, num_seeds: int, num_steps: int) 
     return Fit(steps, np.stack(looks), state.params, time.perf_counter() - begin)
 
 
-def print_row(method: str, result: Fit) -> None:
+def print_head(num_steps: int, width: int = 15) -> None:
+    heads = "".join(f"{int(share * num_steps):>9}" for share in (0.1, 0.2, 0.4, 0.6, 1.0))
+    print(f"{'steps':<{width}}{heads}   {'range at the end':>17}{'seconds':>9}")
+
+
+def print_row(method: str, result: Fit, width: int = 15) -> None:
     at = [np.argmin(np.abs(result.steps - share * result.steps[-1])) for share in (0.1, 0.2, 0.4, 0.6, 1.0)]
     means, last = result.log_likelihood.mean(1), result.log_likelihood[-1]
     row = "".join(f"{means[i]:>9.3f}" for i in at)
-    print(f"{method:<15}{row}   {last.min():>8.3f} to {last.max():.3f}{result.seconds:>9.0f}", flush=True)
+    print(f"{method:<{width}}{row}   {last.min():>8.3f} to {last.max():.3f}{result.seconds:>9.0f}", flush=True)
 
 
 def plot_densities(path: Path, points: Array, fits: dict[str, Fit]) -> None:
@@ -211,11 +215,10 @@ def main(args: argparse.Namespace) -> None:
     train, test = make_points(NUM_TRAIN, 0), make_points(NUM_TEST, 1)
     args.output.mkdir(parents=True, exist_ok=True)
     print(f"Mean log-likelihood of a test point, {args.num_seeds} seeds; the bound is {np.log(2):.3f}")
-    heads = "".join(f"{int(share * args.num_steps):>9}" for share in (0.1, 0.2, 0.4, 0.6, 1.0))
-    print(f"{'steps':<15}{heads}   {'range at the end':>17}{'seconds':>9}")
+    print_head(args.num_steps)
     fits = {}
     for method in args.methods:
-        fits[method] = fit(method, train, test, args.num_seeds, args.num_steps)
+        fits[method] = fit(make_engine(method), train, test, args.num_seeds, args.num_steps)
         print_row(method, fits[method])
     plot_densities(args.output / "densities.png", train, fits)
     plot_curves(args.output / "curves.png", fits)
