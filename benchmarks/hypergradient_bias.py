@@ -114,7 +114,7 @@ def make_engine(guide_optim, lower_loss=None, **settings):
 def gradient(engine, state, v):
     """The gradient that a step of the engine follows, by site."""
     new, _ = engine.update(state, v)
-    of = "theta" if isinstance(engine, BiSM) else "unconstrained"
+    of = "theta" if hasattr(state, "theta") else "unconstrained"
     return jax.tree.map(jnp.subtract, getattr(state, of), getattr(new, of))
 
 

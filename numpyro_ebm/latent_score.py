@@ -9,7 +9,7 @@ With :math:`f = \log \tilde p(v, h; \theta)` and expectations over the posterior
 
     s(v; \theta) = E[\nabla_v f], \qquad
     \partial_\theta E[g] = E[\partial_\theta g] + \mathrm{Cov}(g, \nabla_\theta f) \; \text{ for any } g(v, h; \theta), \qquad
-    \partial_v s \, u = E\big[\nabla_v^2 f \, u + \nabla_v f \, (\nabla_v f \cdot u)\big] - s \, (s \cdot u).
+    \partial_v s \, u = E[\nabla_v^2 f \, u + \nabla_v f \, (\nabla_v f \cdot u)] - s \, (s \cdot u).
 
 Draws of a guide in place of the posterior's make of the first the variational estimate of the score (VaES), of the second, with
 :math:`g = \nabla_v f`, that of its gradient (VaGES) [1]. The third, which the paper has not, is for objectives that

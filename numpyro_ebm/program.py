@@ -189,7 +189,9 @@ def per_row(terms: dict[str, Array], program: Program, plate: str) -> Array:
     """
     frames = {name: {f.name: f.dim for f in site.get("cond_indep_stack", ())} for name, site in program.sites.items()}
     if plate not in program.plates:
-        raise ValueError(f"there is no plate '{plate}', only {sorted(program.plates)}: model and guide need the same plate of rows.")
+        raise ValueError(
+            f"there is no plate '{plate}', only {sorted(program.plates)}: model and guide need the same plate of rows."
+        )
     size, rows = program.plates[plate].size, len(program.plates[plate].indices)
     if outside := [name for name in terms if plate not in frames[name]]:  # a site comes after its log Jacobian
         raise ValueError(f"site '{outside[-1]}' stands outside plate '{plate}': the rows of the plate do not factorise.")

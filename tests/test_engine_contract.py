@@ -26,6 +26,7 @@ from numpyro_ebm import (
     ScoreMatching,
     TiltedDistribution,
     UnadjustedLangevin,
+    VaGES,
     negative_phase,
 )
 from numpyro_ebm.infer.engine import Engine, NonFiniteError, RunResult
@@ -139,6 +140,16 @@ def _implicit(watch=_unwatched, optim=None):
     return _bism(watch, optim, hypergradient="implicit", batch_size=4)
 
 
+def _vages(watch=_unwatched, optim=None, **settings):
+    optim = optax.sgd(RATE) if optim is None else optim
+    settings = {"num_inner_steps": 2, "num_samples": 4, **settings}
+    return VaGES(watch(_joint), _guide, optim, optax.sgd(0.02), DenoisingScoreMatching(0.3), **settings)
+
+
+def _weighted(watch=_unwatched, optim=None):
+    return _vages(watch, optim, importance_weighted=True, jackknife=True, batch_size=4)
+
+
 EXACT = {"loc": 1.4}
 OF_GUIDE = ("slope", "shift", "width")
 CASES = {
@@ -149,6 +160,8 @@ CASES = {
     "score matching": Case(_score_matching, (Y,), EXACT, True, (), is_linear=False),
     "bism": Case(_bism, (Y,), EXACT, True, others=OF_GUIDE, is_linear=False),
     "bism, implicit": Case(_implicit, (Y,), EXACT, True, others=OF_GUIDE, is_linear=False),
+    "vages": Case(_vages, (Y,), EXACT, True, others=OF_GUIDE, is_linear=False),
+    "vages, weighted": Case(_weighted, (Y,), EXACT, True, others=OF_GUIDE, is_linear=False),
 }
 
 

@@ -131,6 +131,31 @@ def test_score_matching_page_runs_and_learns_what_the_marginal_does(capsys):
     assert square[0] == pytest.approx(square[1], abs=0.1)
 
 
+def test_vages_page_runs_and_weights_mend_a_blind_guide(capsys):
+    page = run("docs/vages.md")
+    of = page["log_likelihoods"]
+    # nats: one normal law has -1.55, the exact law -1.38, a fit by noise of .2 a little less
+    assert min(of["marginal"], of["VaGES"]) > -1.42
+    assert of["no covariance"] < -1.5
+    assert page["log_likelihood"](page["sliced"].params) > -1.42
+    assert of["blind"] < -1.5
+    assert of["blind, weighted"] > -1.44
+    assert 2 < page["weighted"].state.effective_sample_size < 9
+
+
+def test_stein_page_runs_and_finds_what_fits_and_what_does_not(capsys):
+    page = run("docs/stein.md")
+    numbers = [[float(word) for word in re.findall(r"\d+\.\d+", line)] for line in capsys.readouterr().out.splitlines()]
+    a, b, (fits, misfits), (right,), (wrong,) = numbers[:5]
+    assert a == pytest.approx([float(page["params"]["a"])] * 2, abs=0.02)  # the objective's minimum, as rounded
+    assert b == pytest.approx([float(page["params"]["b"])] * 2, abs=0.02)
+    assert (page["exact"] > 1).all()
+    assert min(fits, right) > 0.05
+    assert max(misfits, wrong) < 0.02
+    assert (page["p"] <= 0.05).sum() <= 4  # sign chains, of 20 right chains at .05
+    assert min(p for (p,) in numbers[-2:]) > 0.3  # one mode of two is not missed
+
+
 def test_silent_error_is_what_the_readme_says():
     script = runpy.run_path(str(ROOT / "docs" / "silent_error.py"))
     assert "negative_phase" not in script  # NumPyro alone

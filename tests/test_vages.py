@@ -398,7 +398,7 @@ def test_a_step_with_the_posterior_as_guide_is_that_of_the_marginal(name, v):
     wanted, of_wanted = marginal_step(frozen(OBJECTIVES[name]), v)
     np.testing.assert_allclose(loss, wanted, rtol=1e-10)
     assert_mean(gradient, of_wanted)
-    assert np.isnan(size).all()
+    np.testing.assert_array_equal(size, 2)  # draws with equal weights
 
 
 def test_without_covariance_a_step_is_that_of_bism_without_unrolling(v):
@@ -587,7 +587,7 @@ def test_a_guide_that_misses_a_latent_is_refused(v):
 def test_degenerate_weights_are_said(v):
     # Catches a run that learns from one draw and says nothing: posteriors of width 1e-4, and a guide of width .3.
     engine = make(model=pair, guide=far_guide, num_samples=3, importance_weighted=True, optim=optax.sgd(0.0))
-    with pytest.warns(UserWarning, match=r"effective sample size of 1\.0. of 3 draws"):
+    with pytest.warns(UserWarning, match=r"effective sample size of less than 1\.05 of 3 draws"):
         engine.run(KEY, 2, v[:, 0], noise=1e-4, progress_bar=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -13,7 +13,6 @@ with draws of a guide for those of the posterior. Where bi-level score matching 
 guide's optimum, here it is estimated as it stands: nothing is differentiated through the guide or its steps.
 """
 
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,7 +23,6 @@ from numpyro.distributions import constraints
 from numpyro.infer import TraceGraph_ELBO
 
 from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, law_of
-from numpyro_ebm.infer.engine import RunResult
 from numpyro_ebm.infer.score_engine import require_natural
 from numpyro_ebm.latent_score import (
     Draws,
@@ -64,7 +62,7 @@ class VaGESState(NamedTuple):
     num_steps: Array
     #: (), int32, steps that ``stable_update`` did not make
     num_skipped: Array
-    #: (), of the importance weights in the last step, a mean over rows; NaN where there are none
+    #: (), of the draws in the last step, a mean over rows: L where they are not weighted
     effective_sample_size: Array
 
 
@@ -190,7 +188,10 @@ class VaGES(BilevelEngine):
             raise ValueError(f"num_samples=1: {why}, and the gradient would lack that of the posterior. Take 2 or more.")
 
     def _first_state(self, **fields: Any) -> VaGESState:
-        return VaGESState(**fields, effective_sample_size=jnp.full((), jnp.nan, jnp.float32))
+        return VaGESState(**fields, effective_sample_size=self._unweighted_size())
+
+    def _unweighted_size(self) -> Array:
+        return jnp.full((), self.num_samples, jnp.result_type(float))
 
     def _levels(self, state: VaGESState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Levels":
         return _Levels(self, state, args, kwargs)
@@ -208,27 +209,20 @@ class VaGES(BilevelEngine):
                 "sample a real latent and transform it with numpyro.deterministic."
             )
 
-    def run(self, rng_key: Array, num_steps: int, *args: Any, **kwargs: Any) -> RunResult:
-        """As ``SVI.run``.
-
-        :raises NonFiniteError: as every engine does, with the last good state.
-        """
-        result = super().run(rng_key, num_steps, *args, **kwargs)
-        size = float(result.state.effective_sample_size)
-        if self.importance_weighted and size < DEGENERATE:
-            warnings.warn(
-                f"the importance weights have an effective sample size of {size:.2f} of {self.num_samples} draws: one draw has "
-                "all the weight, so that the gradient lacks the posterior's covariance. Take a guide nearer to the posterior (more "
-                "inner steps, a larger family), or more draws.",
-                stacklevel=2,
-            )
-        return result
+    def _warnings(self, state: VaGESState) -> list[str]:
+        if not self.importance_weighted or state.effective_sample_size >= DEGENERATE:
+            return []
+        return [
+            f"the importance weights have an effective sample size of less than {DEGENERATE} of {self.num_samples} draws: one draw "
+            "has all the weight, so that the gradient lacks the posterior's covariance. Take a guide nearer to the posterior (more "
+            "inner steps, a larger family), or more draws."
+        ]
 
     def _upper(
         self, levels: "_Levels", theta: Any, phi: Any, guide_optim_state: Any, rng_key: Array
     ) -> tuple[Array, Any, dict[str, Array]]:
         (value, size), gradient = jax.value_and_grad(levels.upper, has_aux=True)(theta, phi, rng_key)
-        return value, gradient, {"effective_sample_size": size.astype(jnp.float32)}
+        return value, gradient, {"effective_sample_size": size.astype(jnp.result_type(float))}
 
     def _loss(self, state: VaGESState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
         return _Levels(self, state, args, kwargs).upper(state.theta, state.phi, state.rng_key)[0]
@@ -264,7 +258,7 @@ class _Levels(Levels):
             q = self.phi_of(phi)
             settings["log_ratio"] = lambda theta, v, h: self.log_p(theta, v, h) - self.log_q(q, v, h)
         draws = self._draws(theta, self.phi_of(phi), v_tilde, draw_key)
-        return loss(variational_score(self.log_p, theta, v_tilde, draws, **settings)), jnp.full((), jnp.nan)
+        return loss(variational_score(self.log_p, theta, v_tilde, draws, **settings)), self.engine._unweighted_size()
 
     def _draws(self, theta: Any, phi: Any, v: Array, rng_key: Array) -> Draws:
         """All draws in one call, and then apart."""

@@ -9,12 +9,19 @@ from numpyro_ebm.objectives.score import (
     ScoreObjective,
     SlicedScoreMatching,
 )
+from numpyro_ebm.objectives.stein import IMQKernel, KernelSteinDiscrepancy, KSDTest, RadialKernel, RBFKernel, ksd_test
 
 __all__ = [
     "DenoisingScoreMatching",
     "ExactScoreMatching",
+    "IMQKernel",
+    "KSDTest",
+    "KernelSteinDiscrepancy",
     "MultiscaleDenoisingScoreMatching",
     "PosteriorFisher",
+    "RBFKernel",
+    "RadialKernel",
     "ScoreObjective",
     "SlicedScoreMatching",
+    "ksd_test",
 ]

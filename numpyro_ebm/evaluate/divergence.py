@@ -1,0 +1,455 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""The score of a model with latents, and how far it is from that of data of unknown density.
+
+With :math:`s = \nabla_v \log p` and data of density :math:`p_D`, integration by parts gives, for every vector field
+:math:`c`,
+
+.. math::
+
+    E_{p_D}[s \cdot c + \mathrm{tr} \nabla c - \tfrac12 \|c\|^2]
+    = F(p_D \| p) - \tfrac12 E_{p_D} \|c - c^*\|^2,
+    \qquad c^* = s - \nabla \log p_D,
+    \qquad F = \tfrac12 E_{p_D} \|s - \nabla \log p_D\|^2.
+
+So every critic :math:`c` gives a lower bound, in which the density of the data does not occur, and the best one gives the Fisher
+divergence itself. The score enters linearly: an unbiased estimate of it does as well.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+from tqdm.auto import tqdm
+
+from numpyro_ebm.handlers import unnormalized
+from numpyro_ebm.latent_score import draw, normalized_weights, row_density, scores
+from numpyro_ebm.program import Model, Program, run_program
+from numpyro_ebm.visible import find_visible, require_rows
+
+
+def marginal_score(
+    model: Model,
+    guide: Model,
+    params: dict[str, Any],
+    v: Any,
+    *args: Any,
+    rng_key: Array,
+    num_samples: int = 10,
+    importance_weighted: bool = False,
+    variance_reduced: bool = False,
+    relaxed: bool = False,
+    **kwargs: Any,
+) -> Array:
+    r"""The score of the marginal of the visible, :math:`\nabla_v \log p(v)`, from draws of a guide.
+
+    The variational estimate of the score (VaES [1]) of every row, with :math:`h_i \sim q(h|v)`,
+
+    .. math:: \frac1L \sum_{i=1}^L \nabla_v \log \tilde p(v, h_i).
+
+    It is unbiased where the guide is the posterior. Elsewhere it has a bias that no number of draws removes, and which
+    ``importance_weighted`` replaces by one of order 1/L: the draws then have the weights
+    :math:`\mathrm{softmax}_i(\log \tilde p(v, h_i) - \log q(h_i|v))` in place of 1/L. ``variance_reduced`` subtracts the mean of
+    :math:`\nabla_v \log q(h_i|v)`, whose expectation is 0: what is left has no variance at all where the guide is the posterior.
+    The control variate has no weights, so that the two go together.
+
+    Nothing is checked of values here, and everything of shapes and names, so that this can be compiled and mapped.
+
+    :param model: a NumPyro model whose first argument is the visible; it may be unnormalised.
+    :param guide: a NumPyro guide with the latent sites of the model, in the plate of its rows.
+    :param dict params: values of the param sites of both, constrained, as ``get_params`` of an engine gives them.
+    :param v: visibles, of shape ``(batch,) + event_shape``.
+    :param args: further arguments of model and guide.
+    :param rng_key: a key of :func:`jax.random.key`.
+    :param int num_samples: draws L of the guide for every row.
+    :param bool importance_weighted: whether draws are weighted.
+    :param bool variance_reduced: whether the guide's own score is subtracted.
+    :param bool relaxed: whether relaxed bits (:class:`~numpyro_ebm.GumbelBernoulli`) are left so; else they are drawn as bits.
+    :param kwargs: further arguments of model and guide.
+    :return: scores, of the shape of ``v``.
+    :raises ValueError: naming the site, if the visible has no score (see :class:`~numpyro_ebm.ScoreMatching`), if model and
+        guide do not have the same latents in the plate of the rows, or if ``params`` lacks one of their param sites.
+
+    **References**
+
+    1. Bao et al., *Variational (gradient) estimate of the score function in energy-based latent variable models*, ICML 2021,
+       arXiv:2010.08258.
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp, numpyro
+        >>> import numpyro.distributions as dist
+        >>> from numpyro_ebm import marginal_score
+        >>> def model(v):
+        ...     with numpyro.plate("data", len(v)):
+        ...         h = numpyro.sample("h", dist.Normal(0, 1))
+        ...         numpyro.sample("v", dist.Normal(h, 1), obs=v)  # the marginal is N(0, 2), its score -v / 2
+        >>> def guide(v):
+        ...     slope = numpyro.param("slope", 0.0)
+        ...     with numpyro.plate("data", len(v)):
+        ...         numpyro.sample("h", dist.Normal(slope * v, jnp.sqrt(0.5)))
+        >>> v = jnp.array([-2.0, 0.0, 1.0])
+        >>> marginal_score(model, guide, {"slope": 0.5}, v, rng_key=jax.random.key(0), variance_reduced=True).round(3) + 0.0
+        Array([ 1. ,  0. , -0.5], dtype=float32)
+    """
+    _require_count("num_samples", num_samples)
+    v, model = jnp.asarray(v), unnormalized(model)
+    draw_key, run_key = jax.random.split(rng_key)
+    plate = _require_pair(model, guide, params, (v, *args), kwargs, run_key)
+    h = draw(guide, (v, *args), kwargs, draw_key, num_samples, params=params, relaxed=relaxed)
+    log_p, score = scores(row_density(model, args, kwargs, run_key, plate), params, v, h)
+    if not importance_weighted and not variance_reduced:
+        return score.mean(0)
+    log_q, score_of_guide = scores(row_density(guide, args, kwargs, run_key, plate), params, v, h)
+    weights = normalized_weights(log_p - log_q) if importance_weighted else jnp.full_like(log_p, 1 / num_samples)
+    mean = jnp.einsum("lb,lb...->b...", weights, score)
+    return mean - score_of_guide.mean(0) if variance_reduced else mean
+
+
+class FisherDivergence(NamedTuple):
+    """What :func:`~numpyro_ebm.fisher_divergence` found."""
+
+    #: (), the critic's lower bound of the divergence, a mean over the test rows
+    estimate: Array
+    #: (), the standard error of that mean, the critic given
+    standard_error: Array
+    #: steps after which the critic was best on the validation rows, 0 for the critic as it was given
+    best_step: int
+    #: (num_looks,) steps after which the validation rows were looked at, the first of them 0
+    steps: np.ndarray
+    #: (num_looks,) the bound on the validation rows
+    validation: np.ndarray
+    #: the critic at the best step
+    critic: Any
+
+
+def fisher_divergence(
+    rng_key: Array,
+    score: Callable[..., Array],
+    v_train: Any,
+    v_validation: Any,
+    v_test: Any,
+    critic: Any,
+    optim: Any,
+    num_steps: int,
+    *,
+    batch_size: int = 100,
+    num_probes: int = 1,
+    num_test_probes: int | None = None,
+    validate_every: int | None = None,
+    progress_bar: bool = True,
+) -> FisherDivergence:
+    r"""The Fisher divergence from data to a model, :math:`\tfrac12 E \|\nabla \log p_D(v) - s(v)\|^2`, by a trained critic.
+
+    A critic is trained to make :math:`E[s \cdot c + \mathrm{tr} \nabla c - \tfrac12 \|c\|^2]` large on the training rows. The one
+    that is best on the validation rows is reported, as it is on the test rows: a **lower bound** in expectation for every
+    critic, too low by :math:`\tfrac12 E \|c - c^*\|^2`. It may come out negative where the divergence is small. The
+    density of the data is not needed, nor a normaliser of the model, nor an exact score: the score enters linearly, so that one
+    with noise gives the divergence of its mean, as long as the noise is drawn anew at every call.
+
+    Where the score comes from a guide, fit the guide first, by NumPyro's ``SVI`` of
+    ``block(substitute(model, data=params), hide=list(params))``, whose parameters are fixed, and pass
+    :func:`~numpyro_ebm.marginal_score` of it: the critic then has one goal from its first step to the last. The published
+    estimator [1] trains the guide beside the critic.
+
+    The trace is estimated by Rademacher probes :math:`u^\top \nabla c \, u`, and is exact on the test rows. The rows of the
+    validation set keep their probes and their key for the score from look to look, so that looks differ by the critic alone.
+
+    Everything of ``score`` and ``critic`` that is an array is an argument of the compiled loop if they are pytrees: an
+    Equinox module, or :class:`jax.tree_util.Partial` in the place of :func:`functools.partial`. A second call with other
+    arrays then compiles nothing.
+
+    :param rng_key: a key of :func:`jax.random.key`.
+    :param score: ``score(v, rng_key=key)``, scores of a batch, ``(batch,) + event_shape`` to the same, rows independent:
+        ``Partial(marginal_score, model, guide, params)``, or an exact score that takes the key and does not use it.
+    :param v_train: rows to train the critic on, of shape ``(rows,) + event_shape``.
+    :param v_validation: rows to choose the best step by.
+    :param v_test: rows of the estimate, 2 or more.
+    :param critic: a callable pytree such as an Equinox module, from one event to an array of its shape. Its floating arrays are
+        learnt, but for those it uses under :func:`jax.lax.stop_gradient`. It is the sharper, the more of :math:`c^*` it knows:
+        the model's own score as a part of it leaves that of the data to learn. It must be differentiable in the event.
+    :param optim: an optax transformation.
+    :param int num_steps: steps of the critic.
+    :param int batch_size: training rows in every step, drawn with replacement.
+    :param int num_probes: probes per row in training and validation.
+    :param int num_test_probes: probes per row in the test; the exact trace if not given, which takes one derivative per
+        coordinate of the event.
+    :param int validate_every: steps between two looks at the validation rows; a fiftieth of the run if not given.
+    :param bool progress_bar: whether to show one; it moves with the looks.
+    :raises ValueError: before anything is compiled, for rows that are missing, non-finite or of different events, a critic
+        that does not map one event to one of its shape or has nothing to learn, or settings out of range; before the first
+        step, for scores that are non-finite or have another shape than the rows.
+    :raises FloatingPointError: if the critic does not stay finite.
+
+    **References**
+
+    1. Bao et al., *Variational (gradient) estimate of the score function in energy-based latent variable models*, ICML 2021,
+       arXiv:2010.08258.
+    2. Hu et al., *Stein neural sampler*, 2018, arXiv:1810.03545: the bound.
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from jax.tree_util import Partial
+        >>> from numpyro_ebm import fisher_divergence
+        >>> v = jax.random.normal(jax.random.key(0), (3, 4000, 2))
+        >>> score = lambda v, rng_key: 1 - v  # of N(1, I), where the data have N(0, I): the divergence is 1
+        >>> critic = Partial(lambda a, A, x: a + A @ x, jnp.zeros(2), jnp.zeros((2, 2)))
+        >>> found = fisher_divergence(jax.random.key(1), score, *v, critic, optax.adam(0.01), 500, progress_bar=False)
+        >>> bool(abs(found.estimate - 1) < 4 * found.standard_error)
+        True
+    """
+    splits = {"v_train": jnp.asarray(v_train), "v_validation": jnp.asarray(v_validation), "v_test": jnp.asarray(v_test)}
+    counts = {"num_steps": num_steps, "batch_size": batch_size, "num_probes": num_probes}
+    options = {"num_test_probes": num_test_probes, "validate_every": validate_every}
+    for name, value in {**counts, **{name: value for name, value in options.items() if value is not None}}.items():
+        _require_count(name, value)
+    _require_splits(splits, batch_size)
+    _require_critic(critic, splits["v_train"][0])
+    train_key, validation_key, test_key, score_key = jax.random.split(rng_key, 4)
+    learnt, rest = _partition(critic)
+    fixed, static = _split((rest, score))
+    setup = _Setup(static, _require_transformation(optim), batch_size, num_probes)
+    for name, v in splits.items():
+        _require_scores(name, score, v, _scores(fixed, v, score_key, setup))
+
+    def validate(learnt: Any, step: int) -> float:
+        bound = float(_bounds(learnt, fixed, splits["v_validation"], validation_key, setup, num_probes).mean())
+        if not math.isfinite(bound):
+            raise FloatingPointError(
+                f"step {step}: the critic's bound on the validation rows is {bound}. Take a smaller learning rate, or clip the "
+                "gradient."
+            )
+        return bound
+
+    every = validate_every or math.ceil(num_steps / 50)
+    best, best_step, optim_state = learnt, 0, optim.init(learnt)
+    steps, looks = [0], [validate(learnt, 0)]
+    with tqdm(total=num_steps, disable=not progress_bar) as bar:
+        while steps[-1] < num_steps:
+            until = min(steps[-1] + every, num_steps)
+            learnt, optim_state = _train(learnt, optim_state, steps[-1], until, train_key, fixed, splits["v_train"], setup)
+            bar.update(until - steps[-1])
+            steps.append(until)
+            looks.append(validate(learnt, until))
+            bar.set_postfix_str(f"validation: {looks[-1]:.4f}", refresh=False)
+            if looks[-1] > max(looks[:-1]):
+                best, best_step = learnt, until
+    bounds = _bounds(best, fixed, splits["v_test"], test_key, setup, num_test_probes)
+    error = bounds.std(ddof=1) / math.sqrt(len(bounds))
+    return FisherDivergence(bounds.mean(), error, best_step, np.array(steps), np.array(looks), _merge(best, rest))
+
+
+class _Static(NamedTuple):
+    """What of a pytree is not an array: hashable, compared by plain equality."""
+
+    structure: Any
+    leaves: tuple[Any, ...]  # None where an array was
+
+
+class _Setup(NamedTuple):
+    """What is compiled in."""
+
+    static: _Static
+    optim: Any
+    batch_size: int
+    num_probes: int
+
+
+@partial(jax.jit, static_argnames="setup")
+def _train(
+    learnt: Any, optim_state: Any, start: Any, stop: Any, rng_key: Array, fixed: list[Any], v_train: Array, setup: _Setup
+) -> tuple[Any, Any]:
+    """The critic's steps from one count to another."""
+    rest, score = _join(fixed, setup.static)
+
+    def step(count: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        learnt, optim_state = carry
+        row_key, score_key, probe_key = jax.random.split(jax.random.fold_in(rng_key, count), 3)
+        v = v_train[jax.random.randint(row_key, (setup.batch_size,), 0, len(v_train))]
+        s = score(v, rng_key=score_key)
+
+        def loss(learnt: Any) -> Array:
+            return -critic_bound(_merge(learnt, rest), s, v, probe_key, setup.num_probes).mean()
+
+        updates, optim_state = setup.optim.update(jax.grad(loss)(learnt), optim_state, learnt)
+        return optax.apply_updates(learnt, updates), optim_state
+
+    return lax.fori_loop(start, stop, step, (learnt, optim_state))
+
+
+@partial(jax.jit, static_argnames=("setup", "num_probes"))
+def _bounds(learnt: Any, fixed: list[Any], v: Array, rng_key: Array, setup: _Setup, num_probes: int | None) -> Array:
+    """The bound on every row."""
+    rest, score = _join(fixed, setup.static)
+
+    def of_batch(v: Array, rng_key: Array) -> Array:
+        score_key, probe_key = jax.random.split(rng_key)
+        return critic_bound(_merge(learnt, rest), score(v, rng_key=score_key), v, probe_key, num_probes)
+
+    return _by_batches(of_batch, v, rng_key, setup.batch_size)
+
+
+@partial(jax.jit, static_argnames="setup")
+def _scores(fixed: list[Any], v: Array, rng_key: Array, setup: _Setup) -> Array:
+    """Scores of all rows."""
+    _, score = _join(fixed, setup.static)
+    return _by_batches(lambda v, key: score(v, rng_key=key), v, rng_key, setup.batch_size)
+
+
+def critic_bound(critic: Callable[[Array], Array], s: Array, v: Array, rng_key: Array, num_probes: int | None) -> Array:
+    r""":math:`s \cdot c + \mathrm{tr} \nabla c - \tfrac12 \|c\|^2` of every row, ``(batch,)``.
+
+    :param critic: maps one event to one.
+    :param s: scores at ``v``.
+    :param num_probes: Rademacher probes of the trace; the exact one for None.
+    """
+    c, push = jax.linearize(jax.vmap(critic), v)
+    axes = tuple(range(1, v.ndim))
+    return (s * c - c**2 / 2).sum(axes) + _trace(push, v, rng_key, num_probes)
+
+
+def _trace(push: Callable[[Array], Array], v: Array, rng_key: Array, num_probes: int | None) -> Array:
+    """The traces of the Jacobians that ``push`` multiplies with, ``(batch,)``."""
+    axes, size = tuple(range(1, v.ndim)), math.prod(v.shape[1:])
+
+    def along(u: Array) -> Array:
+        return (u * push(u)).sum(axes)
+
+    if num_probes is not None:
+        probes = jax.random.rademacher(rng_key, (num_probes, *v.shape), v.dtype)
+        return jax.vmap(along)(probes).mean(0)
+
+    def add(trace: Array, i: Array) -> tuple[Array, None]:  # one coordinate after the other: memory does not grow with them
+        direction = jnp.zeros(size, v.dtype).at[i].set(1).reshape(v.shape[1:])
+        return trace + along(jnp.broadcast_to(direction, v.shape)), None
+
+    return lax.scan(add, jnp.zeros(len(v), v.dtype), jnp.arange(size))[0]
+
+
+def _by_batches(function: Callable[[Array, Array], Array], v: Array, rng_key: Array, batch_size: int) -> Array:
+    """``function(rows, key)`` of all rows, some at a time: memory does not grow with their number."""
+    whole = len(v) // batch_size
+    first, last = v[: whole * batch_size].reshape(whole, batch_size, *v.shape[1:]), v[whole * batch_size :]
+    keys = jax.random.split(rng_key, whole + 1)
+    parts = []
+    if len(first):
+        out = lax.map(lambda x: function(*x), (first, keys[:-1]))
+        parts.append(out.reshape(-1, *out.shape[2:]))
+    if len(last):
+        parts.append(function(last, keys[-1]))
+    return jnp.concatenate(parts)
+
+
+def _is_learnt(leaf: Any) -> bool:
+    return isinstance(leaf, (Array, np.ndarray)) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _partition(critic: Any) -> tuple[Any, Any]:
+    """The arrays to learn, and the rest; None where a leaf is in the other."""
+    learnt = jax.tree.map(lambda leaf: jnp.asarray(leaf) if _is_learnt(leaf) else None, critic)
+    return learnt, jax.tree.map(lambda leaf: None if _is_learnt(leaf) else leaf, critic)
+
+
+def _merge(learnt: Any, rest: Any) -> Any:
+    return jax.tree.map(lambda a, b: b if a is None else a, learnt, rest, is_leaf=lambda x: x is None)
+
+
+def _split(tree: Any) -> tuple[list[Any], _Static]:
+    """The arrays of a pytree, and what is left of it."""
+    leaves, structure = jax.tree.flatten(tree)
+    is_array = [isinstance(leaf, (Array, np.ndarray, np.generic)) for leaf in leaves]
+    rest = tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
+    return [leaf for leaf, array in zip(leaves, is_array, strict=True) if array], _Static(structure, rest)
+
+
+def _join(arrays: list[Any], static: _Static) -> Any:
+    given = iter(arrays)
+    return jax.tree.unflatten(static.structure, [next(given) if leaf is None else leaf for leaf in static.leaves])
+
+
+def _require_pair(
+    model: Model, guide: Model, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], rng_key: Array
+) -> str:
+    """The plate of the rows, in which all latents of both programs lie."""
+    visible, of_model = find_visible(model, args, kwargs, rng_key, data=params)
+    _require_params(of_model, params, "the model")
+    require_rows(of_model, visible)
+    if visible.plate is None or not of_model.latents:
+        raise ValueError("the model has no latent site: its score is the gradient of its own log density.")
+    of_guide = run_program(guide, args, kwargs, rng_key, data=params)
+    _require_params(of_guide, params, "the guide")
+    require_rows(of_guide, visible)
+    _require_same_latents(of_model, of_guide)
+    return visible.plate
+
+
+def _require_params(program: Program, params: dict[str, Any], what: str) -> None:
+    """Refuses params that lack one of a program's, whose own starting value would take its place."""
+    if missing := sorted(set(program.params) - set(params)):
+        raise ValueError(f"params lacks {missing}, which {what} has: pass get_params(state) of a fit, all of it.")
+
+
+def _require_same_latents(model: Program, guide: Program) -> None:
+    if alone := sorted(set(model.latents) ^ set(guide.latents)):
+        have, lacks = ("model", "guide") if alone[0] in model.latents else ("guide", "model")
+        raise ValueError(f"site '{alone[0]}': the {have} samples it and the {lacks} has no such latent. They must be the same.")
+    for name in model.latents:
+        given, wanted = jnp.shape(guide.sites[name]["value"]), model.sites[name]["fn"].shape()
+        if given != wanted:
+            raise ValueError(
+                f"site '{name}': the guide gives shape {given}, the model needs {wanted}: they must sample the same event shape in "
+                "the same plates."
+            )
+
+
+def _require_splits(splits: dict[str, Array], batch_size: int) -> None:
+    event = splits["v_train"].shape[1:]
+    for name, least in (("v_train", batch_size), ("v_validation", 1), ("v_test", 2)):
+        v = splits[name]
+        if v.ndim == 0 or not jnp.issubdtype(v.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating rows of shape (rows,) + event_shape, got {v.dtype} of shape {v.shape}.")
+        if len(v) < least:
+            why = {"v_train": "a batch", "v_validation": "a choice of the best step", "v_test": "a standard error"}[name]
+            raise ValueError(f"{name} has {len(v)} rows, and {why} needs {least}: give it more of the data.")
+        if v.shape[1:] != event:
+            raise ValueError(f"{name} has events of shape {v.shape[1:]} and v_train of {event}: split one set of data.")
+        if bad := int((~jnp.isfinite(v)).reshape(len(v), -1).any(1).sum()):
+            raise ValueError(f"{name}: {bad} of {len(v)} rows are NaN or infinite. Remove them.")
+
+
+def _require_critic(critic: Any, v: Array) -> None:
+    if not any(_is_learnt(leaf) for leaf in jax.tree.leaves(critic)):
+        raise ValueError(
+            "the critic has no floating array to learn: it must be a pytree that holds its parameters, such as an Equinox "
+            "module or jax.tree_util.Partial(function, parameters); what a plain function closes over cannot be seen."
+        )
+    out = jax.eval_shape(critic, v)
+    if not isinstance(out, jax.ShapeDtypeStruct) or out.shape != v.shape:
+        found = jax.tree.map(jnp.shape, out)
+        raise ValueError(f"the critic must map one event of shape {v.shape} to one of the same shape, it returned {found}.")
+
+
+def _require_transformation(optim: Any) -> Any:
+    if not isinstance(optim, optax.GradientTransformation):
+        raise TypeError(f"optim must be an optax transformation such as optax.adam(2e-4), got {optim!r}.")
+    return optim
+
+
+def _require_scores(name: str, score: Any, v: Array, s: Array) -> None:
+    if s.shape != v.shape:
+        raise ValueError(f"score returned shape {s.shape} for {name} of shape {v.shape}: it must return d log p / d v.")
+    if bad := int((~jnp.isfinite(s)).reshape(len(s), -1).any(1).sum()):
+        raise ValueError(f"score: {bad} of {len(s)} rows of {name} have a score that is NaN or infinite. Look at those rows.")
+
+
+def _require_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
