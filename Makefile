@@ -19,10 +19,10 @@ demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/energy_prior_digits.py
 
 test: $(VENV)/.installed-dev
-	$(PYTEST) -n 2
+	$(PYTEST) -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-dev
-	$(PYTEST) -n 2 -m slow
+	$(PYTEST) -n 2 --dist loadfile -m slow
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -11,7 +11,8 @@ frames of 28 x 20 pixels, divided by 255 and shuffled with a fixed seed: 1400 to
 
 * by denoising (DSM, noise .3) and sliced score matching (SSM), ``exact``: :class:`ScoreMatching` of the free energy;
 * by the same objectives as a model with latents and a guide, by bi-level score matching (BiSM) [1]: K = 5 steps of the guide
-  per step, ``N`` more that are differentiated through, or the ``implicit`` hypergradient, which is not in the paper;
+  per step, ``N`` more that are differentiated through, or the ``implicit`` hypergradient, which is not in the paper; and by
+  variational estimates of the score and of its gradient (``VaGES``) [2] from two draws of the guide;
 * by contrastive divergence from the data (``CD-1``) and with persistent chains (``PCD-1``, NumPyro's ``SVI`` under
   :class:`negative_phase`), one sweep of block Gibbs each.
 
@@ -31,6 +32,8 @@ uniform noise; ``curves.png``, the sliced score matching loss on the test faces 
 **References**
 
 1. Bao et al., *Bi-level score matching for learning energy-based latent variable models*, NeurIPS 2020, arXiv:2010.07856.
+2. Bao et al., *Variational (gradient) estimate of the score function in energy-based latent variable models*, ICML 2021,
+   arXiv:2010.08258.
 """
 
 import argparse
@@ -58,6 +61,7 @@ from numpyro_ebm import (
     GumbelBernoulli,
     ScoreMatching,
     SlicedScoreMatching,
+    VaGES,
     block_gibbs,
     log_normalizer,
     negative_phase,
@@ -72,7 +76,8 @@ NUM_VISIBLE, NUM_HIDDEN = HEIGHT * WIDTH, 400
 NUM_TRAIN, NUM_VALIDATION, BATCH_SIZE, NUM_INNER_STEPS, NUM_STEPS = 1400, 300, 100, 5, 2_000
 NUM_SWEEPS, NUM_FACES = 1000, 12
 OBJECTIVES = {"DSM": DenoisingScoreMatching(0.3), "SSM": SlicedScoreMatching()}
-METHODS = ["DSM, exact", "DSM, N = 0", "DSM, N = 5", "DSM, implicit", "SSM, exact", "SSM, N = 5", "CD-1", "PCD-1"]
+METHODS = ["DSM, exact", "DSM, N = 0", "DSM, N = 5", "DSM, implicit", "DSM, VaGES, L = 2"]
+METHODS += ["SSM, exact", "SSM, N = 5", "SSM, VaGES, L = 2", "CD-1", "PCD-1"]
 
 
 class Learner(NamedTuple):
@@ -156,17 +161,18 @@ def make_learner(method: str, train: Array) -> Learner:
         return contrastive_divergence(adam, train)
     if method == "PCD-1":
         return persistent_contrastive_divergence(adam, train)
-    objective, how = method.split(", ")
-    engine: ScoreMatching | BiSM
-    if how == "exact":
+    objective, how = method.split(", ", 1)
+    shared: dict[str, Any] = {"num_inner_steps": NUM_INNER_STEPS, "batch_size": BATCH_SIZE}
+    engine: ScoreMatching | BiSM | VaGES
+    if how.startswith("VaGES"):
+        engine = VaGES(joint, guide, adam, adam, OBJECTIVES[objective], num_samples=int(how[-1]), **shared)
+    elif how == "exact":
         engine = ScoreMatching(marginal, adam, OBJECTIVES[objective], batch_size=BATCH_SIZE)
     else:
         settings: dict[str, Any] = {"hypergradient": "implicit", "curvature": "fisher", "num_cg_steps": 3, "num_hessian_draws": 2}
         if how != "implicit":
             settings = {"num_unroll_steps": int(how.removeprefix("N = "))}
-        engine = BiSM(
-            joint, guide, adam, adam, OBJECTIVES[objective], num_inner_steps=NUM_INNER_STEPS, batch_size=BATCH_SIZE, **settings
-        )
+        engine = BiSM(joint, guide, adam, adam, OBJECTIVES[objective], **shared, **settings)
     return Learner(lambda key: engine.init(key, train), lambda state: engine.update(state, train)[0], engine.get_params)
 
 
@@ -354,6 +360,6 @@ if __name__ == "__main__":
     parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
     args = parser.parse_args()
     if args.smoke:
-        args.methods, args.num_steps, args.num_seeds = ["DSM, exact", "SSM, N = 5", "CD-1", "PCD-1"], 4, 1
+        args.methods, args.num_steps, args.num_seeds = ["DSM, exact", "SSM, N = 5", "DSM, VaGES, L = 2", "PCD-1"], 4, 1
         args.num_chains, args.num_temperatures = 10, 10
     main(args)

@@ -7,7 +7,7 @@ With a guide :math:`q(h|v; \phi)` and :math:`w(v, h) = \log \tilde p(v, h; \thet
 
 .. math::
 
-    \min_\theta \; J\big(\theta, \phi^*(\theta)\big), \quad J = E_v E_{h \sim q} \, \mathrm{objective}\big(\nabla_v w(v, h)\big)
+    \min_\theta \; J(\theta, \phi^*(\theta)), \quad J = E_v E_{h \sim q} \, \mathrm{objective}(\nabla_v w(v, h))
     \qquad \text{s.t.} \quad \phi^*(\theta) = \arg\min_\phi G(\theta, \phi),
 
 where :math:`G` is a divergence between guide and posterior. At :math:`\phi^*` the score :math:`\nabla_v w` is that of the

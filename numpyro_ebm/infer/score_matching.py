@@ -3,7 +3,7 @@
 
 r"""Score matching for models without latents, or with their latents summed out.
 
-.. math:: \theta^* = \arg\min_\theta E_v \, J\big(\nabla_v \log p(v; \theta)\big)
+.. math:: \theta^* = \arg\min_\theta E_v \, J(\nabla_v \log p(v; \theta))
 
 for an objective :math:`J` of the score alone, in which the normaliser of :math:`p` does not occur.
 """
