@@ -39,6 +39,8 @@ bench: $(VENV)/.installed-examples
 	$(BIN)/python benchmarks/score_objectives.py
 	$(BIN)/python benchmarks/bism.py
 	$(BIN)/python benchmarks/hypergradient_bias.py
+	$(BIN)/python benchmarks/vages.py
+	$(BIN)/python benchmarks/vages_bias.py
 	$(BIN)/python benchmarks/ksd_test.py
 	$(BIN)/python benchmarks/import_time.py
 
