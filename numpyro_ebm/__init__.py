@@ -17,6 +17,8 @@ from numpyro_ebm.distributions import (
 from numpyro_ebm.evaluate import FisherDivergence, LogNormalizer, fisher_divergence, log_normalizer, marginal_score
 from numpyro_ebm.handlers import negative_phase, unnormalized
 from numpyro_ebm.infer import (
+    BiDVL,
+    BiDVLState,
     BiSM,
     BiSMState,
     ConvergenceReport,
@@ -66,6 +68,8 @@ __all__ = [
     "MALA",
     "BaseMeasure",
     "BernoulliRBM",
+    "BiDVL",
+    "BiDVLState",
     "BiSM",
     "BiSMState",
     "BlockGibbs",

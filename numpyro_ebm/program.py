@@ -7,7 +7,7 @@ The engines speak this language and hold no handlers of their own. Latents are i
 support ``S`` is the image of a real array under ``biject_to(S)``, and its log Jacobian is part of the log density.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 import numpyro
 from jax import Array
 from numpyro.distributions import Distribution, MaskedDistribution, biject_to
-from numpyro.distributions.util import sum_rightmost
+from numpyro.distributions.util import scale_and_mask, sum_rightmost
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.util import compute_log_probs, helpful_support_errors
 from numpyro.primitives import Messenger
@@ -164,6 +164,12 @@ def log_density_terms(
     place = _place(latents, substitute(seed(model, rng_key), data=_copied(data)), jacobian=jacobian)
     terms, sites = compute_log_probs(place, args, kwargs, {}, sum_log_prob=False)
     return terms, _read(sites)
+
+
+def terms_of(program: Program) -> dict[str, Array]:
+    """The log density of every site of a run as it stands, not summed and scaled by its plates."""
+    sites = [site for site in program.sites.values() if site["type"] == "sample"]
+    return {site["name"]: scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"]) for site in sites}
 
 
 def log_density(
@@ -337,6 +343,28 @@ def _start_of(fn: Distribution) -> Distribution:
         return fn
     source = fn.base if fn.initial is None else fn.initial
     return with_core(source.expand(fn.batch_shape), _start_of)
+
+
+class at_mean(Messenger):
+    """Puts sample sites, observed ones too, at the mean of their law instead of drawing them.
+
+    :param sites: names of the sites; all if not given.
+    :raises NotImplementedError: naming a site whose law has no mean.
+    """
+
+    def __init__(self, fn: Model | None = None, *, sites: Collection[str] | None = None) -> None:
+        super().__init__(fn)
+        self.sites = sites
+
+    def process_message(self, msg: Site) -> None:
+        if msg["type"] != "sample" or (self.sites is not None and msg["name"] not in self.sites):
+            return
+        try:
+            msg["value"] = msg["fn"].mean
+        except NotImplementedError:
+            *_, fn = layers(msg["fn"])
+            raise NotImplementedError(f"site '{msg['name']}': {type(fn).__name__} has no mean.") from None
+        msg["is_observed"] = False
 
 
 class _whole_plates(Messenger):

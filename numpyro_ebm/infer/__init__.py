@@ -1,6 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
+from numpyro_ebm.infer.bidvl import BiDVL, BiDVLState
 from numpyro_ebm.infer.bism import BiSM, BiSMState
 from numpyro_ebm.infer.engine import NonFiniteError, RunResult
 from numpyro_ebm.infer.latents import MapEstimate, find_map, sample_posterior
@@ -10,6 +11,8 @@ from numpyro_ebm.infer.uncertainty import ConvergenceReport, StandardErrors, con
 from numpyro_ebm.infer.vages import VaGES, VaGESState
 
 __all__ = [
+    "BiDVL",
+    "BiDVLState",
     "BiSM",
     "BiSMState",
     "ConvergenceReport",

@@ -3,7 +3,7 @@
 
 """Arrays with a row for all data, of which a step sees the rows of its batch.
 
-Under a subsampled plate a latent site keeps ``(num_particles, size of the plate, ...)`` values. The plate's own indices say
+An engine with ``batch_size`` draws rows of the first argument. Under a subsampled plate a latent site keeps ``(num_particles, size of the plate, ...)`` values. The plate's own indices say
 which rows a run of the model sees; they are gathered before a step and scattered after it, in place when compiled, so that
 a step costs what its batch costs.
 """
@@ -20,6 +20,25 @@ from jax import Array
 from numpyro_ebm.program import Program
 
 Indices = dict[str, Array]  # by subsampled plate, (subsample_size,)
+
+
+def random_batch(rng_key: Array, batch_size: int | None, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with ``batch_size`` rows of the first, drawn with replacement; as they are if that is None."""
+    if batch_size is None:
+        return args
+    return args[0][jax.random.randint(rng_key, (batch_size,), 0, len(args[0]))], *args[1:]
+
+
+def first_batch(batch_size: int | None, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with the first ``batch_size`` rows of the first.
+
+    :raises ValueError: if it has less.
+    """
+    if batch_size is None or not args or jnp.ndim(args[0]) == 0:
+        return args
+    if batch_size > len(args[0]):
+        raise ValueError(f"batch_size={batch_size} is more than the {len(args[0])} rows of the first argument.")
+    return args[0][:batch_size], *args[1:]
 
 
 def subsampled_indices(program: Program) -> Indices:

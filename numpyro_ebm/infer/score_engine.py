@@ -18,6 +18,7 @@ from jax import Array
 from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.infer.engine import Engine, Health
+from numpyro_ebm.infer.rows import first_batch, random_batch
 from numpyro_ebm.model_check import check_model
 from numpyro_ebm.objectives.score import ScoreObjective
 from numpyro_ebm.program import Model, Program, require_finite
@@ -38,18 +39,11 @@ class ScoreEngine(Engine):
 
     def _batch(self, rng_key: Array, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments with a batch of rows for the visible, drawn with replacement."""
-        if self.batch_size is None:
-            return args
-        rows = jax.random.randint(rng_key, (self.batch_size,), 0, len(args[0]))
-        return args[0][rows], *args[1:]
+        return random_batch(rng_key, self.batch_size, args)
 
     def _first_batch(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments with the first rows of the visible: what there is to check of a model."""
-        if self.batch_size is None or not args or jnp.ndim(args[0]) == 0:
-            return args
-        if self.batch_size > len(args[0]):
-            raise ValueError(f"batch_size={self.batch_size} is more than the {len(args[0])} rows of the first argument.")
-        return args[0][: self.batch_size], *args[1:]
+        return first_batch(self.batch_size, args)
 
     def _inspect(
         self, rng_key: Array, data: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -1,0 +1,694 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Bi-level doubly variational learning: an energy of the visible, beside an encoder and a generator that stand for its two
+intractable laws.
+
+The model is decoupled, :math:`p_\theta(v, h) = e^{-E_\theta(v)} q_\phi(h|v) / Z`, so that the encoder is its posterior, and the
+generator :math:`p_\omega(v, h) = p(h) \, p_\omega(v|h)` stands for the joint law. With
+:math:`R = \log p(h) + \log p_\omega(v|h) - \log q_\phi(h|v)`,
+
+.. math::
+
+    \mathrm{KL}(p_\omega \| p_\theta) &= E_{p_\omega}[E_\theta + R] + \log Z, \\
+    \mathrm{KL}(p_\theta \| p_\omega) &= E_{p_\theta}[-E_\theta - R] - \log Z,
+
+whose sum is free of :math:`\log Z`. The last expectation of :math:`-R` is the negative ELBO of a variational autoencoder on
+draws of the energy, for which data stand, since the energy is learnt to be theirs.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.lax import stop_gradient
+from numpyro.distributions import Distribution, constraints, kl_divergence
+from numpyro.handlers import scale, uncondition
+from numpyro.infer import TraceMeanField_ELBO
+
+from numpyro_ebm.handlers import unnormalized
+from numpyro_ebm.infer.bilevel import law_of
+from numpyro_ebm.infer.engine import Engine, Health, as_transformation, compiled
+from numpyro_ebm.infer.rows import first_batch, random_batch
+from numpyro_ebm.infer.score_engine import (
+    apply_gradient,
+    finite_health,
+    keep_if_healthy,
+    require_natural,
+    require_params,
+    require_same_params,
+)
+from numpyro_ebm.program import (
+    Model,
+    Program,
+    at_mean,
+    constrain_params,
+    log_density_terms,
+    per_row,
+    require_finite,
+    run_program,
+    strong_types,
+    terms_of,
+    unconstrain_params,
+)
+from numpyro_ebm.samplers import Sampler
+
+UPPER_LOSSES = ("difference", "softplus", "hinge")
+VARIANTS = ("exact", "offset", "complete")
+
+Params = dict[str, Any]
+Mutable = dict[str, Any]
+
+
+class BiDVLState(NamedTuple):
+    """State of :class:`~numpyro_ebm.BiDVL`."""
+
+    #: values of the param sites of energy, encoder and generator, constrained
+    params: Params
+    #: param sites of the energy, unconstrained
+    theta: Params
+    #: param sites of the encoder, unconstrained
+    phi: Params
+    #: param sites of the generator, unconstrained
+    omega: Params
+    #: of the energy's optimiser
+    optim_state: Any
+    #: of the encoder's optimiser
+    encoder_optim_state: Any
+    #: of the generator's optimiser
+    generator_optim_state: Any
+    #: mutable sites of the three, such as batch statistics
+    mutable_state: Mutable
+    #: (), the lower level in the last step
+    lower_loss: Array
+    #: key of the next step
+    rng_key: Array
+    #: (), int32, steps made
+    num_steps: Array
+    #: (), int32, steps that ``stable_update`` did not make
+    num_skipped: Array
+
+
+class BiDVL(Engine):
+    r"""Bi-level doubly variational learning of the energy of a visible, with an encoder and a generator (Kan et al. 2022).
+
+    Three NumPyro programs of the same arguments, the first the batch of the visible :math:`v`, in a plate of its rows:
+
+    * ``energy`` observes it at one site, with :class:`~numpyro_ebm.EnergyDistribution` or any other law, and has no latents;
+    * ``generator`` draws latents :math:`h` and observes the visible at a site *of the same name*;
+    * ``encoder`` draws the latents of the generator: generator and encoder are model and guide of an autoencoder.
+
+    One step is ``num_upper_steps`` of the energy, then ``num_lower_steps`` of encoder and generator. The upper level is the
+    energy of data minus that of generated visibles :math:`\hat v`, whose gradient is that of the likelihood where the generator
+    has the energy's law. The lower level makes the generator follow the energy, and the encoder both of them:
+
+    .. math::
+
+        E(\hat v) + \text{latent\_weight} \cdot \ell(\hat h, \hat v)
+        + \text{vae\_weight} \cdot \bigl( -\log p(v|h) + \mathrm{KL}(q(h|v) \| p(h)) \bigr), \quad h \sim q(h|v),
+
+    with data :math:`v` for draws of the energy in the last term, and the latent term :math:`\ell` by ``variant``:
+
+    * ``"exact"``: :math:`\log p(\hat h) + \log p(\hat v|\hat h) - \log q(\hat h|\hat v)`. With both weights 1 the level is the
+      symmetric divergence :math:`\mathrm{KL}(p_\omega \| p_\theta) + \mathrm{KL}(p_\theta \| p_\omega)`.
+    * ``"offset"``, as in the paper's code: :math:`|\mu(\hat v) - \hat h|^2` with the encoder's mean :math:`\mu`, of which only
+      the generator learns. The code's ``latent_weight`` is one over the dimension of :math:`h`, or 1e-4.
+    * ``"complete"``: :math:`|h' - \hat h|^2` with :math:`h' \sim q(h|\hat v)`, of which both learn; besides, the encoder learns
+      from ``latent_weight`` :math:`\mathrm{KL}(q(h|\hat v) \| p(h))` in the upper level.
+
+    The published method generates means, so that its term :math:`\log p(\hat v|\hat h)` is a constant, and its squared error
+    in place of a likelihood is that of a generator with variance 1/2.
+
+    The loss of a step is the upper level before it, which goes to 0 as the generator reaches the data and is no measure of fit.
+
+    :param energy: a NumPyro program.
+    :param encoder: a NumPyro program; also ``guide``.
+    :param generator: a NumPyro program; also ``model``.
+    :param optim: an optax transformation for the energy, or an optimiser of :mod:`numpyro.optim`.
+    :param encoder_optim: the same for the encoder.
+    :param generator_optim: the same for the generator.
+    :param str variant: ``"exact"``, ``"offset"`` or ``"complete"``.
+    :param str upper_loss: ``"difference"`` :math:`E(v) - E(\hat v)`; ``"softplus"`` :math:`\log(1 + e^{E(v)}) - \log(1 +
+        e^{E(\hat v)})`, which pushes down no further what has little energy; ``"hinge"``
+        :math:`\max(0, 1 + E(v)) + \max(0, 1 - E(\hat v))`, which is bounded.
+    :param float latent_weight: of the latent term.
+    :param float vae_weight: :math:`\lambda`, of the autoencoder's loss.
+    :param bool importance_weighted: whether a row of data counts in it by :math:`r(v) \propto \exp(\bar E - E(v))`, clipped to
+        ``weight_bounds`` and with mean 1 over the batch.
+    :param tuple weight_bounds: least and largest :math:`r` before they are made to have mean 1.
+    :param bool noise: whether generated visibles are draws of :math:`p(v|h)`, or its means.
+    :param elbo: NumPyro's ELBO for the autoencoder; ``TraceMeanField_ELBO()`` if not given.
+    :param int num_upper_steps: steps of the energy per step.
+    :param int num_lower_steps: steps of encoder and generator per step.
+    :param int num_unroll_steps: steps N of the lower level that the upper level looks ahead, as a function of the energy. Minus
+        the rest of the lower level is then added to the upper, which makes of it :math:`E(v)` minus what the lower level
+        reaches: without that its optimum would not be the likelihood's.
+    :param int batch_size: rows of the first argument in every step of either level, drawn with replacement; all if not given.
+    :raises ValueError: for settings out of range; from ``init``, naming the site, for an energy with latents, latents of which
+        only encoder or generator knows, a visible of another shape or name, rows that are in no plate, shared params, or data
+        that are not finite.
+    :raises NonFiniteError: during a run, with the last good state.
+
+    **References**
+
+    1. Kan et al., *Bi-level doubly variational learning for energy-based latent variable models*, CVPR 2022, arXiv:2203.14702.
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp, numpyro, optax
+        >>> import numpyro.distributions as dist
+        >>> from numpyro_ebm import BiDVL, EnergyDistribution
+        >>> def energy(v):
+        ...     loc = numpyro.param("loc", 0.0)
+        ...     with numpyro.plate("data", len(v)):
+        ...         numpyro.sample("v", EnergyDistribution(lambda v: (v - loc) ** 2 / 2), obs=v)
+        >>> def generator(v):
+        ...     mean = numpyro.param("mean", 0.0)
+        ...     with numpyro.plate("data", len(v)):
+        ...         h = numpyro.sample("h", dist.Normal(0, 1))
+        ...         numpyro.sample("v", dist.Normal(mean + 0.8 * h, 0.6), obs=v)
+        >>> def encoder(v):
+        ...     shift = numpyro.param("shift", 0.0)
+        ...     with numpyro.plate("data", len(v)):
+        ...         numpyro.sample("h", dist.Normal(0.8 * v + shift, 0.6))
+        >>> v = 2.9 + jax.random.normal(jax.random.key(0), (1000,))
+        >>> engine = BiDVL(energy, encoder, generator, optax.sgd(0.02), optax.sgd(0.1), optax.sgd(0.02))
+        >>> result = engine.run(jax.random.key(1), 2000, v, progress_bar=False)
+        >>> print(f"learnt {result.params['loc']:.1f}, exact {v.mean():.1f}")
+        learnt 2.9, exact 2.9
+        >>> engine.sample(jax.random.key(2), result.state, 500, v)["v"].shape
+        (500,)
+    """
+
+    def __init__(
+        self,
+        energy: Model,
+        encoder: Model,
+        generator: Model,
+        optim: Any,
+        encoder_optim: Any,
+        generator_optim: Any,
+        *,
+        variant: str = "exact",
+        upper_loss: str = "difference",
+        latent_weight: float = 1.0,
+        vae_weight: float = 1.0,
+        importance_weighted: bool = False,
+        weight_bounds: tuple[float, float] = (0.8, 1.2),
+        noise: bool = True,
+        elbo: Any = None,
+        num_upper_steps: int = 1,
+        num_lower_steps: int = 1,
+        num_unroll_steps: int = 0,
+        batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, allowed in (("variant", variant, VARIANTS), ("upper_loss", upper_loss, UPPER_LOSSES)):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        for name, number in (("latent_weight", latent_weight), ("vae_weight", vae_weight)):
+            if not 0 <= number < float("inf"):
+                raise ValueError(f"{name} must be a number of 0 or more, got {number!r}.")
+        if not 0 < weight_bounds[0] <= weight_bounds[1]:
+            raise ValueError(f"weight_bounds must be positive, the smaller first, got {weight_bounds!r}.")
+        require_natural("num_upper_steps", num_upper_steps, least=1)
+        require_natural("num_lower_steps", num_lower_steps, least=1)
+        require_natural("num_unroll_steps", num_unroll_steps)
+        if batch_size is not None:
+            require_natural("batch_size", batch_size, least=1)
+        if elbo is not None and not hasattr(elbo, "loss_with_mutable_state"):
+            raise TypeError(f"elbo must be one of NumPyro's ELBOs, such as Trace_ELBO(), got {elbo!r}.")
+        self.energy, self.encoder, self.generator = energy, encoder, generator
+        self.model, self.guide = generator, encoder  # as SVI calls them
+        self.optim, self.encoder_optim, self.generator_optim = optim, encoder_optim, generator_optim
+        self.variant, self.upper_loss, self.noise = variant, upper_loss, noise
+        self.latent_weight, self.vae_weight = latent_weight, vae_weight
+        self.importance_weighted, self.weight_bounds = importance_weighted, weight_bounds
+        self.elbo = TraceMeanField_ELBO() if elbo is None else elbo
+        self.num_upper_steps, self.num_lower_steps, self.num_unroll_steps = num_upper_steps, num_lower_steps, num_unroll_steps
+        self.batch_size = batch_size
+        self._energy = unnormalized(energy)
+        self._transformations = tuple(as_transformation(each) for each in (optim, encoder_optim, generator_optim))
+        self._energies, self._sampled = compiled(self._energies_now), compiled(self._sample_now)
+        self._reconstructed, self._refined = compiled(self._reconstruct_now), compiled(self._refine_now)
+
+    # After a fit.
+
+    def sample(
+        self, rng_key: Array, state: BiDVLState, num_samples: int, *args: Any, noise: bool | None = None, **kwargs: Any
+    ) -> dict[str, Array]:
+        """Ancestral draws of the generator: latents, and the visible given them.
+
+        :param rng_key: a key of :func:`jax.random.key`.
+        :param int num_samples: how many.
+        :param args: arguments of the programs; of the first, only the shape of a row is used.
+        :param bool noise: whether the visible is drawn, or at its mean given the latents; as for the fit if not given.
+        :return: by site, of shape ``(num_samples,) + event_shape``.
+        """
+        require_natural("num_samples", num_samples, least=1)
+        v, *rest = args
+        rows = jnp.zeros((num_samples, *jnp.shape(v)[1:]), jnp.result_type(v))
+        how = self.noise if noise is None else noise
+        return self._sampled(state, ((rng_key, rows, *rest), kwargs), {"noise": bool(how)})
+
+    def reconstruct(self, state: BiDVLState, *args: Any, **kwargs: Any) -> Array:
+        """The generator's mean at the encoder's mean.
+
+        :param args: arguments of the programs, the first a batch of the visible.
+        :return: of its shape.
+        """
+        return self._reconstructed(state, args, kwargs)
+
+    def energies(self, state: BiDVLState, *args: Any, **kwargs: Any) -> Array:
+        """The learnt energy of every row: the higher, the less the row is like data.
+
+        :param args: arguments of the programs, the first a batch of the visible.
+        :return: of shape ``(batch,)``.
+        """
+        return self._energies(state, args, kwargs)
+
+    def refine(self, rng_key: Array, state: BiDVLState, sampler: Sampler, *args: Any, **kwargs: Any) -> Array:
+        """Visibles moved by a sampler on the learnt energy, each a chain of its own.
+
+        :param rng_key: a key of :func:`jax.random.key`.
+        :param sampler: such as :class:`~numpyro_ebm.MALA`.
+        :param args: arguments of the programs, the first where the chains start, ``(batch,) + event_shape``.
+        :return: of the shape of the first argument.
+        :raises ValueError: naming the site, if the visible is bounded, where chains would leave its support.
+        """
+        return self._refined(state, ((rng_key, *args), kwargs), {"sampler": sampler})
+
+    def _energies_now(self, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
+        return _Levels(self, state, args, kwargs).energies(state.theta, args[0], state.mutable_state)[0]
+
+    def _sample_now(self, state: BiDVLState, call: tuple[Any, ...], settings: dict[str, Any]) -> dict[str, Array]:
+        (rng_key, *args), kwargs = call
+        levels = _Levels(self, state, tuple(args), kwargs)
+        return levels.generate(state.omega, rng_key, state.mutable_state, noise=settings["noise"]).drawn
+
+    def _reconstruct_now(self, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
+        data = {**state.params, **state.mutable_state}
+        latents = run_program(at_mean(self.encoder), args, kwargs, state.rng_key, data=data).drawn
+        visible = _visible(run_program(self._energy, args, kwargs, state.rng_key, data=data), args[0])
+        generator = at_mean(self.generator, sites={visible})
+        return run_program(generator, args, kwargs, state.rng_key, data={**data, **latents}).sites[visible]["value"]
+
+    def _refine_now(self, state: BiDVLState, call: tuple[Any, ...], settings: dict[str, Any]) -> Array:
+        (rng_key, v, *rest), kwargs = call
+        levels, sampler = _Levels(self, state, (v, *rest), kwargs), settings["sampler"]
+        if not _is_real(levels.support):
+            raise ValueError(
+                f"site '{levels.visible}': its support is {levels.support}, which moved visibles would leave. Write the energy of a "
+                "real visible, transformed in the program."
+            )
+
+        def log_prob(v: Array) -> Array:
+            return -levels.energies(state.theta, v, state.mutable_state)[0]
+
+        return sampler.run(rng_key, log_prob, sampler.init(v, log_prob)).position
+
+    # What the loop needs.
+
+    def _start(
+        self, rng_key: Array, init_params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[BiDVLState, Array]:
+        programs = self._inspect(rng_key, init_params, first_batch(self.batch_size, args), kwargs)
+        unconstrained = [unconstrain_params(program.params, program.param_transforms) for program in programs]
+        params = {name: value for program in programs for name, value in program.params.items()}
+        optim_states = [move.init(values) for move, values in zip(self._transformations, unconstrained, strict=True)]
+        count = jnp.zeros((), jnp.int32)
+        mutable = {name: value for program in programs for name, value in program.mutable_state.items()}
+        loss = jnp.zeros((), jnp.result_type(float))
+        state = BiDVLState(params, *unconstrained, *optim_states, mutable, loss, rng_key, count, count)
+        return strong_types(state), jnp.isfinite(args[0]).all()
+
+    def _inspect(
+        self, rng_key: Array, given: Params, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Program, Program, Program]:
+        """Runs of the three programs, which are refused where they do not belong together."""
+        _require_batch(args)
+        energy = run_program(self._energy, args, kwargs, rng_key, data=given)
+        if energy.latents:
+            raise ValueError(
+                f"site '{next(iter(energy.latents))}': the energy has a latent, and must be the marginal energy of the visible. Put "
+                "latents into encoder and generator."
+            )
+        visible = _visible(energy, args[0])
+        encoder = self._run_encoder(rng_key, given, args, kwargs)
+        generator = run_program(self.generator, args, kwargs, rng_key, data=given)
+        _require_same_visible(generator, visible, args[0])
+        self._require_pair(encoder, generator)
+        params = [(energy, "the energy"), (encoder, "the encoder"), (generator, "the generator")]
+        for i, (program, what) in enumerate(params):
+            require_params(program, {}, what)
+            for other, name in params[:i]:
+                if shared := sorted({*program.params, *program.mutable_state} & {*other.params, *other.mutable_state}):
+                    raise ValueError(f"{name} and {what} share {shared}, which belong to one of them: name them apart.")
+        known = sorted(name for program, _ in params for name in program.params)
+        if unknown := sorted(set(given) - set(known)):
+            raise ValueError(f"init_params names {unknown}, which is no param site: the programs have {known}.")
+        self._require_reparametrised(generator, visible)
+        return energy, encoder, generator
+
+    def _run_encoder(self, rng_key: Array, given: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+        try:
+            return run_program(self.encoder, args, kwargs, rng_key, data=given)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the encoder failed on a batch of visibles of shape {args[0].shape}: {error}") from error
+
+    def _require_pair(self, encoder: Program, generator: Program) -> None:
+        """Refuses an encoder that is none of the generator's."""
+        if not generator.latents:
+            raise ValueError("the generator has no latent site: it needs one to draw visibles from.")
+        for name in encoder.latents:
+            if name not in generator.latents:
+                raise ValueError(
+                    f"site '{name}': the encoder draws it and the generator has no such latent, it has {sorted(generator.latents)}."
+                )
+            fn = encoder.sites[name]["fn"]
+            if not fn.has_rsample:
+                raise ValueError(
+                    f"site '{name}': the encoder draws it from {law_of(fn)}, which is not reparametrised: the lower level "
+                    "differentiates through the draw. Use a continuous law such as Normal."
+                )
+        for name in generator.latents:
+            if name not in encoder.latents:
+                raise ValueError(f"site '{name}': the encoder has no such site, it has {sorted(encoder.latents)}. Sample it there.")
+            theirs, wanted = jnp.shape(encoder.sites[name]["value"]), jnp.shape(generator.sites[name]["value"])
+            if theirs != wanted:
+                raise ValueError(
+                    f"site '{name}': the encoder gives shape {theirs}, the generator {wanted}: they must sample the same event "
+                    "shape in the same plates."
+                )
+            if generator.sites[name]["fn"].support.is_discrete:
+                raise ValueError(
+                    f"site '{name}': the generator draws it from {law_of(generator.sites[name]['fn'])}, which is discrete: an encoder "
+                    "learns by its gradient. Make it continuous."
+                )
+
+    def _require_reparametrised(self, generator: Program, visible: str) -> None:
+        fn = generator.sites[visible]["fn"]
+        if self.noise and not fn.has_rsample:
+            raise ValueError(
+                f"site '{visible}': the generator draws it from {law_of(fn)}, which is not reparametrised: the generator could not "
+                "learn by the energy of its draws. Pass noise=False, for means, or use a continuous law such as Normal."
+            )
+
+    def _refuse(self, rng_key: Array, init_params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for site in run_program(self._energy, args, kwargs, rng_key, data=init_params).observed.values():
+            require_finite(site)
+
+    def _step(self, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[BiDVLState, Array, Health]:
+        rng_key, upper_key, lower_key = jax.random.split(state.rng_key, 3)
+        upper_keys = jax.random.split(upper_key, self.num_upper_steps)
+        lower_keys = jax.random.split(lower_key, self.num_lower_steps)
+        inspected = _Levels(self, state, first_batch(self.batch_size, args), kwargs)
+
+        def levels_on(key: Array) -> _Levels:
+            return inspected.on(random_batch(key, self.batch_size, args))
+
+        def upper(state: BiDVLState, key: Array) -> tuple[BiDVLState, Array]:
+            return self._upper_step(levels_on, state, key)
+
+        def lower(state: BiDVLState, key: Array) -> tuple[BiDVLState, Array]:
+            return self._lower_step(levels_on, state, state.theta, key)
+
+        new, losses = lax.scan(upper, state, upper_keys)
+        new, lower_losses = lax.scan(lower, new, lower_keys)
+        params = inspected.constrained(new.theta, new.phi, new.omega)
+        new = new._replace(params=params, lower_loss=lower_losses[-1], rng_key=rng_key, num_steps=state.num_steps + 1)
+        unconstrained = {**new.theta, **new.phi, **new.omega}
+        health = finite_health(loss=losses[0], **{"lower level": new.lower_loss}, params=unconstrained)
+        if new.mutable_state:
+            health |= finite_health(**{"mutable sites": list(new.mutable_state.values())})
+        return keep_if_healthy(health, new, state._replace(rng_key=rng_key)), losses[0], health
+
+    def _upper_step(
+        self, levels_on: Callable[[Array], "_Levels"], state: BiDVLState, rng_key: Array
+    ) -> tuple[BiDVLState, Array]:
+        batch_key, unroll_key, draw_key = jax.random.split(rng_key, 3)
+        levels = levels_on(batch_key)
+
+        def objective(theta: Params) -> tuple[Array, Mutable]:
+            ahead = state
+            if self.num_unroll_steps:
+                keys = jax.random.split(unroll_key, self.num_unroll_steps)
+                ahead, _ = lax.scan(lambda s, key: self._lower_step(lambda _: levels, s, theta, key), state, keys)
+            return levels.upper(theta, ahead.phi, ahead.omega, state.mutable_state, draw_key)
+
+        (value, mutable), gradient = jax.value_and_grad(objective, has_aux=True)(state.theta)
+        theta, optim_state = apply_gradient(self._transformations[0], gradient, state.optim_state, state.theta)
+        state = state._replace(theta=theta, optim_state=optim_state, mutable_state=mutable)
+        if self.variant == "complete":
+            gradient = jax.grad(levels.encoder_divergence)(state.phi, state.omega, state.mutable_state, draw_key)
+            phi, optim_state = apply_gradient(self._transformations[1], gradient, state.encoder_optim_state, state.phi)
+            state = state._replace(phi=phi, encoder_optim_state=optim_state)
+        return state, value
+
+    def _lower_step(
+        self, levels_on: Callable[[Array], "_Levels"], state: BiDVLState, theta: Params, rng_key: Array
+    ) -> tuple[BiDVLState, Array]:
+        batch_key, draw_key = jax.random.split(rng_key)
+        levels = levels_on(batch_key)
+        lower = jax.value_and_grad(levels.lower, argnums=(1, 2), has_aux=True)
+        (value, mutable), (of_phi, of_omega) = lower(theta, state.phi, state.omega, state.mutable_state, draw_key)
+        phi, encoder_state = apply_gradient(self._transformations[1], of_phi, state.encoder_optim_state, state.phi)
+        omega, generator_state = apply_gradient(self._transformations[2], of_omega, state.generator_optim_state, state.omega)
+        new = state._replace(phi=phi, omega=omega, encoder_optim_state=encoder_state, generator_optim_state=generator_state)
+        return new._replace(mutable_state=mutable), value
+
+    def _loss(self, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
+        levels = _Levels(self, state, args, kwargs)
+        return levels.upper(state.theta, state.phi, state.omega, state.mutable_state, state.rng_key)[0]
+
+    def _explain(self, state: BiDVLState, health: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        try:
+            self._refuse(state.rng_key, {**state.params, **state.mutable_state}, args, kwargs)
+        except ValueError as error:  # a run that goes on from a state may be given other data
+            return f"{error} The state before is in .state."
+        return (
+            f"{', '.join(health)} would no longer be finite. The state before is in .state. Take smaller learning rates, "
+            "upper_loss='hinge', or spectral normalisation of the energy's network."
+        )
+
+
+class _Levels:
+    """The three programs on one batch, as functions of unconstrained parameters: theta, phi and omega."""
+
+    def __init__(self, engine: BiDVL, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.engine, self.kwargs = engine, kwargs
+        (self.v, *self.rest) = args
+        self.rng_key = state.rng_key  # of runs whose every site has a value
+        data = {**state.params, **state.mutable_state}
+        energy = run_program(engine._energy, args, kwargs, self.rng_key, data=data)
+        encoder = run_program(engine.encoder, args, kwargs, self.rng_key, data=data)
+        generator = run_program(engine.generator, args, kwargs, self.rng_key, data=data)
+        require_same_params(energy, state.theta, "the energy")
+        require_same_params(encoder, state.phi, "the encoder")
+        require_same_params(generator, state.omega, "the generator")
+        self._of_theta, self._of_phi, self._of_omega = (each.param_transforms for each in (energy, encoder, generator))
+        self.visible = _visible(energy, self.v)
+        self.support = energy.sites[self.visible]["fn"].support
+        self.plate, _ = _row_plate(energy, self.visible, len(self.v))
+        _, self._row_dim = _row_plate(generator, self.visible, len(self.v))
+
+    def on(self, args: tuple[Any, ...]) -> "_Levels":
+        """The same programs on another batch."""
+        other: _Levels = object.__new__(_Levels)
+        other.__dict__.update(self.__dict__)
+        other.v, *other.rest = args
+        return other
+
+    def constrained(self, theta: Params, phi: Params, omega: Params) -> Params:
+        """All params at unconstrained values."""
+        return {
+            **constrain_params(theta, self._of_theta),
+            **constrain_params(phi, self._of_phi),
+            **constrain_params(omega, self._of_omega),
+        }
+
+    def energies(self, theta: Params, v: Array, mutable: Mutable) -> tuple[Array, Mutable]:
+        """The energy of every row, ``(batch,)``."""
+        data = {**constrain_params(theta, self._of_theta), **mutable}
+        terms, run = log_density_terms(self.engine._energy, (v, *self.rest), self.kwargs, self.rng_key, data=data, latents={})
+        return -per_row(terms, run, self.plate), {**mutable, **run.mutable_state}
+
+    def generate(self, omega: Params, rng_key: Array, mutable: Mutable, *, noise: bool | None = None) -> Program:
+        """A run of the generator that draws the visible too, or takes its mean."""
+        noise = self.engine.noise if noise is None else noise
+        generator = uncondition(self.engine.generator) if noise else at_mean(self.engine.generator, sites={self.visible})
+        data = {**constrain_params(omega, self._of_omega), **mutable}
+        return run_program(generator, (self.v, *self.rest), self.kwargs, rng_key, data=data)
+
+    def encode(self, phi: Params, v: Array, rng_key: Array, mutable: Mutable, latents: Params) -> Program:
+        """A run of the encoder at given latents, or that draws what is not given."""
+        data = {**constrain_params(phi, self._of_phi), **mutable, **latents}
+        return run_program(self.engine.encoder, (v, *self.rest), self.kwargs, rng_key, data=data)
+
+    def upper(self, theta: Params, phi: Params, omega: Params, mutable: Mutable, rng_key: Array) -> tuple[Array, Mutable]:
+        """The energy of data over that of generated visibles."""
+        generate_key, rest_key = jax.random.split(rng_key)
+        unrolled = self.engine.num_unroll_steps > 0
+        if not unrolled:
+            phi, omega = stop_gradient((phi, omega))
+        generated = self.generate(omega, generate_key, mutable)
+        mutable = {**mutable, **generated.mutable_state}
+        of_data, mutable = self.energies(theta, self.v, mutable)
+        of_generated, mutable = self.energies(theta, generated.sites[self.visible]["value"], mutable)
+        value = contrast(of_data, of_generated, self.engine.upper_loss)
+        if unrolled:
+            rest, mutable = self._rest(theta, phi, omega, generated, mutable, rest_key)
+            value = value - rest
+        return value, mutable
+
+    def lower(self, theta: Params, phi: Params, omega: Params, mutable: Mutable, rng_key: Array) -> tuple[Array, Mutable]:
+        """The energy of generated visibles, the latent term, and the autoencoder's loss: a mean over rows."""
+        draw_key, rest_key = jax.random.split(rng_key)
+        generated = self.generate(omega, draw_key, mutable)
+        mutable = {**mutable, **generated.mutable_state}
+        energies, mutable = self.energies(theta, generated.sites[self.visible]["value"], mutable)
+        rest, mutable = self._rest(theta, phi, omega, generated, mutable, rest_key)
+        return energies.mean() + rest, mutable
+
+    def _rest(
+        self, theta: Params, phi: Params, omega: Params, generated: Program, mutable: Mutable, rng_key: Array
+    ) -> tuple[Array, Mutable]:
+        latent_key, vae_key = jax.random.split(rng_key)
+        latent, mutable = self.latent_term(phi, generated, mutable, latent_key)
+        vae, mutable = self.vae_loss(theta, phi, omega, mutable, vae_key)
+        return self.engine.latent_weight * latent + self.engine.vae_weight * vae, mutable
+
+    def latent_term(self, phi: Params, generated: Program, mutable: Mutable, rng_key: Array) -> tuple[Array, Mutable]:
+        """How well the encoder tells what latents the visibles were generated from: a mean over rows."""
+        visible = generated.sites[self.visible]["value"]
+        latents = {name: value for name, value in generated.drawn.items() if name != self.visible}
+        if self.engine.variant == "exact":
+            encoder = self.encode(phi, visible, rng_key, mutable, latents)
+            total = _sum(terms_of(generated)) - _sum({name: terms_of(encoder)[name] for name in latents})
+        elif self.engine.variant == "offset":  # the encoder's params are held fixed, and not what it makes of the visible
+            encoder = self.encode(stop_gradient(phi), visible, rng_key, mutable, latents)
+            total = _sum({name: (encoder.sites[name]["fn"].mean - h) ** 2 for name, h in latents.items()})
+        else:
+            encoder = self.encode(phi, visible, rng_key, mutable, {})
+            total = _sum({name: (encoder.sites[name]["value"] - h) ** 2 for name, h in latents.items()})
+        return total / len(self.v), {**mutable, **encoder.mutable_state}
+
+    def vae_loss(
+        self, theta: Params, phi: Params, omega: Params, mutable: Mutable, rng_key: Array
+    ) -> tuple[Array, Mutable]:
+        """NumPyro's ELBO loss of generator and encoder on data, a mean over rows that may be weighted by the energy."""
+        encoder, generator = self.engine.encoder, self.engine.generator
+        if self.engine.importance_weighted:
+            energies, _ = self.energies(theta, self.v, mutable)
+            weights = energy_weights(energies, self.engine.weight_bounds).reshape(-1, *[1] * (-1 - self._row_dim))
+            encoder, generator = scale(encoder, scale=weights), scale(generator, scale=weights)
+        params = {**constrain_params(phi, self._of_phi), **constrain_params(omega, self._of_omega), **mutable}
+        args = (self.v, *self.rest)
+        found = self.engine.elbo.loss_with_mutable_state(rng_key, params, generator, encoder, *args, **self.kwargs)
+        return found["loss"] / len(self.v), {**mutable, **(found["mutable_state"] or {})}
+
+    def encoder_divergence(self, phi: Params, omega: Params, mutable: Mutable, rng_key: Array) -> Array:
+        """``latent_weight`` times KL(q(h | v) || p(h)) at the visibles that :meth:`upper` generates: a mean over rows."""
+        generate_key, rng_key = jax.random.split(rng_key)
+        generated = self.generate(omega, generate_key, mutable)
+        encoder = self.encode(phi, stop_gradient(generated.sites[self.visible]["value"]), rng_key, mutable, {})
+        names = [name for name in encoder.latents if name in generated.sites]
+        total = sum(_divergence(encoder.sites[name], generated.sites[name]["fn"]).sum() for name in names)
+        return self.engine.latent_weight * total / len(self.v)
+
+
+def contrast(of_data: Array, of_generated: Array, form: str) -> Array:
+    """The upper level from energies of data and of generated visibles, of shape ``(batch,)`` each."""
+    if form == "hinge":
+        return jnp.mean(jax.nn.relu(1 + of_data)) + jnp.mean(jax.nn.relu(1 - of_generated))
+    if form == "softplus":
+        of_data, of_generated = jax.nn.softplus(of_data), jax.nn.softplus(of_generated)
+    return jnp.mean(of_data) - jnp.mean(of_generated)
+
+
+def energy_weights(energies: Array, bounds: tuple[float, float]) -> Array:
+    """Weights of rows of data that stand for draws of the energy, with mean 1 and without gradient."""
+    weights = jnp.clip(jnp.exp(jnp.mean(energies) - energies), *bounds)
+    return stop_gradient(weights / weights.mean())
+
+
+def _divergence(site: dict[str, Any], prior: Distribution) -> Array:
+    """KL of a site's law from another, by one draw where there is no formula."""
+    try:
+        return jnp.asarray(kl_divergence(site["fn"], prior))
+    except NotImplementedError:
+        return site["fn"].log_prob(site["value"]) - prior.log_prob(site["value"])
+
+
+def _sum(terms: dict[str, Array]) -> Array:
+    return sum((jnp.sum(term) for term in terms.values()), jnp.zeros(()))
+
+
+def _is_real(support: constraints.Constraint) -> bool:
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support in (constraints.real, constraints.real_vector)
+
+
+def _require_batch(args: tuple[Any, ...]) -> None:
+    what = "the first argument of the programs must be the batch of the visible, an array of floating-point numbers"
+    if not args or not isinstance(args[0], Array):
+        raise ValueError(f"{what}, got {type(args[0]).__name__ if args else 'no argument'}.")
+    if args[0].ndim == 0 or len(args[0]) == 0:
+        raise ValueError(f"{what}, got shape {args[0].shape}: it has no rows.")
+    if not jnp.issubdtype(args[0].dtype, jnp.floating):
+        raise ValueError(f"{what}, got {args[0].dtype}: energies are differentiated in it. Convert it.")
+
+
+def _visible(energy: Program, v: Array) -> str:
+    """The name of the one site that the energy observes, which must have the rows of the visible."""
+    sites = [name for name, site in energy.observed.items() if jnp.size(site["value"])]
+    if len(sites) != 1:
+        found = f"it observes {', '.join(map(repr, sites))}" if sites else "it observes none"
+        raise ValueError(f"the energy must observe the visible at one site, and {found}.")
+    (name,) = sites
+    if energy.sites[name]["fn"].support.is_discrete:
+        raise ValueError(
+            f"site '{name}': a visible with {law_of(energy.sites[name]['fn'])} is discrete, and a generator learns by the gradient "
+            "of its energy. Give the data noise and a continuous law."
+        )
+    _require_shape(name, "the energy", energy, v)
+    _row_plate(energy, name, len(v))
+    return name
+
+
+def _require_same_visible(generator: Program, visible: str, v: Array) -> None:
+    """Refuses a generator of another visible."""
+    observed = [name for name, site in generator.observed.items() if jnp.size(site["value"])]
+    if observed != [visible]:
+        raise ValueError(f"site '{visible}': the generator must observe it, and no other site; it observes {observed}.")
+    _require_shape(visible, "the generator", generator, v)
+    _row_plate(generator, visible, len(v))
+
+
+def _require_shape(name: str, what: str, program: Program, v: Array) -> None:
+    fn, value = program.sites[name]["fn"], jnp.shape(program.sites[name]["value"])
+    if fn.shape() != v.shape or value != v.shape:
+        raise ValueError(
+            f"site '{name}': {what} has visibles of shape {fn.shape()} there, observed with shape {value}, and the first argument has "
+            f"{v.shape}: the three programs must share one visible."
+        )
+
+
+def _row_plate(program: Program, site: str, num_rows: int) -> tuple[str, int]:
+    """Name and dimension of the plate of the rows, the leftmost."""
+    for name, plate in program.subsampled.items():
+        raise ValueError(
+            f"plate '{name}' shows {len(plate.indices)} of {plate.size} rows: give the engine batch_size instead of the plate "
+            "subsample_size, or pass a batch to every update."
+        )
+    ndim = len(program.sites[site]["fn"].batch_shape)
+    frames = [f for f in program.sites[site]["cond_indep_stack"] if f.dim == -ndim and f.size == num_rows]
+    if not frames:
+        raise ValueError(
+            f"site '{site}': there is no plate of the {num_rows} rows of the first argument around it: write "
+            f"`with numpyro.plate('data', {num_rows})`, outermost."
+        )
+    return frames[0].name, frames[0].dim
