@@ -139,6 +139,8 @@ class BiDVL(Engine):
         ``weight_bounds`` and with mean 1 over the batch.
     :param tuple weight_bounds: least and largest :math:`r` before they are made to have mean 1.
     :param bool noise: whether generated visibles are draws of :math:`p(v|h)`, or its means.
+    :param Sampler sampler: moves generated visibles on the learnt energy before the upper level sees them, such as
+        :class:`~numpyro_ebm.MALA`: it then sees what is of little energy and what the generator does not draw.
     :param elbo: NumPyro's ELBO for the autoencoder; ``TraceMeanField_ELBO()`` if not given.
     :param int num_upper_steps: steps of the energy per step.
     :param int num_lower_steps: steps of encoder and generator per step.
@@ -198,6 +200,7 @@ class BiDVL(Engine):
         importance_weighted: bool = False,
         weight_bounds: tuple[float, float] = (0.8, 1.2),
         noise: bool = True,
+        sampler: Sampler | None = None,
         elbo: Any = None,
         num_upper_steps: int = 1,
         num_lower_steps: int = 1,
@@ -226,6 +229,7 @@ class BiDVL(Engine):
         self.variant, self.upper_loss, self.noise = variant, upper_loss, noise
         self.latent_weight, self.vae_weight = latent_weight, vae_weight
         self.importance_weighted, self.weight_bounds = importance_weighted, weight_bounds
+        self.sampler = sampler
         self.elbo = TraceMeanField_ELBO() if elbo is None else elbo
         self.num_upper_steps, self.num_lower_steps, self.num_unroll_steps = num_upper_steps, num_lower_steps, num_unroll_steps
         self.batch_size = batch_size
@@ -297,17 +301,8 @@ class BiDVL(Engine):
 
     def _refine_now(self, state: BiDVLState, call: tuple[Any, ...], settings: dict[str, Any]) -> Array:
         (rng_key, v, *rest), kwargs = call
-        levels, sampler = _Levels(self, state, (v, *rest), kwargs), settings["sampler"]
-        if not _is_real(levels.support):
-            raise ValueError(
-                f"site '{levels.visible}': its support is {levels.support}, which moved visibles would leave. Write the energy of a "
-                "real visible, transformed in the program."
-            )
-
-        def log_prob(v: Array) -> Array:
-            return -levels.energies(state.theta, v, state.mutable_state)[0]
-
-        return sampler.run(rng_key, log_prob, sampler.init(v, log_prob)).position
+        levels = _Levels(self, state, (v, *rest), kwargs)
+        return levels.move(settings["sampler"], state.theta, v, state.mutable_state, rng_key)
 
     # What the loop needs.
 
@@ -340,6 +335,8 @@ class BiDVL(Engine):
         generator = run_program(self.generator, args, kwargs, rng_key, data=given)
         _require_same_visible(generator, visible, args[0])
         self._require_pair(encoder, generator)
+        _require_rows_of_latents(encoder, "the encoder", len(args[0]))
+        _require_rows_of_latents(generator, "the generator", len(args[0]))
         params = [(energy, "the energy"), (encoder, "the encoder"), (generator, "the generator")]
         for i, (program, what) in enumerate(params):
             require_params(program, {}, what)
@@ -529,19 +526,39 @@ class _Levels:
 
     def upper(self, theta: Params, phi: Params, omega: Params, mutable: Mutable, rng_key: Array) -> tuple[Array, Mutable]:
         """The energy of data over that of generated visibles."""
-        generate_key, rest_key = jax.random.split(rng_key)
+        generate_key, refine_key, rest_key = jax.random.split(rng_key, 3)
         unrolled = self.engine.num_unroll_steps > 0
         if not unrolled:
             phi, omega = stop_gradient((phi, omega))
         generated = self.generate(omega, generate_key, mutable)
         mutable = {**mutable, **generated.mutable_state}
+        visible = self._refined(theta, generated.sites[self.visible]["value"], mutable, refine_key)
         of_data, mutable = self.energies(theta, self.v, mutable)
-        of_generated, mutable = self.energies(theta, generated.sites[self.visible]["value"], mutable)
+        of_generated, mutable = self.energies(theta, visible, mutable)
         value = contrast(of_data, of_generated, self.engine.upper_loss)
         if unrolled:
             rest, mutable = self._rest(theta, phi, omega, generated, mutable, rest_key)
             value = value - rest
         return value, mutable
+
+    def _refined(self, theta: Params, visible: Array, mutable: Mutable, rng_key: Array) -> Array:
+        if self.engine.sampler is None:
+            return visible
+        return self.move(self.engine.sampler, theta, visible, mutable, rng_key)
+
+    def move(self, sampler: Sampler, theta: Params, v: Array, mutable: Mutable, rng_key: Array) -> Array:
+        """Visibles after a run of a sampler on the energy, each a chain of its own; without gradient."""
+        if not _is_real(self.support):
+            raise ValueError(
+                f"site '{self.visible}': its support is {self.support}, which moved visibles would leave. Write the energy of a real "
+                "visible, transformed in the program."
+            )
+        theta, v = stop_gradient((theta, v))
+
+        def log_prob(v: Array) -> Array:
+            return -self.energies(theta, v, mutable)[0]
+
+        return sampler.run(rng_key, log_prob, sampler.init(v, log_prob)).position
 
     def lower(self, theta: Params, phi: Params, omega: Params, mutable: Mutable, rng_key: Array) -> tuple[Array, Mutable]:
         """The energy of generated visibles, the latent term, and the autoencoder's loss: a mean over rows."""
@@ -591,7 +608,7 @@ class _Levels:
 
     def encoder_divergence(self, phi: Params, omega: Params, mutable: Mutable, rng_key: Array) -> Array:
         """``latent_weight`` times KL(q(h | v) || p(h)) at the visibles that :meth:`upper` generates: a mean over rows."""
-        generate_key, rng_key = jax.random.split(rng_key)
+        generate_key, _, rng_key = jax.random.split(rng_key, 3)
         generated = self.generate(omega, generate_key, mutable)
         encoder = self.encode(phi, stop_gradient(generated.sites[self.visible]["value"]), rng_key, mutable, {})
         names = [name for name in encoder.latents if name in generated.sites]
@@ -675,6 +692,15 @@ def _require_shape(name: str, what: str, program: Program, v: Array) -> None:
             f"site '{name}': {what} has visibles of shape {fn.shape()} there, observed with shape {value}, and the first argument has "
             f"{v.shape}: the three programs must share one visible."
         )
+
+
+def _require_rows_of_latents(program: Program, what: str, num_rows: int) -> None:
+    """Refuses latents that rows share: the levels are means over rows, and their weights go to one row each."""
+    for name in program.latents:
+        if all(frame.size != num_rows for frame in program.sites[name]["cond_indep_stack"]):
+            raise ValueError(
+                f"site '{name}': {what} draws it outside the plate of the {num_rows} rows, and each needs latents of its own."
+            )
 
 
 def _row_plate(program: Program, site: str, num_rows: int) -> tuple[str, int]:
