@@ -31,6 +31,8 @@ def to_inference_data(
     chains: Mapping[str, Array] | None = None,
     posterior: Mapping[str, Array] | None = None,
     posterior_predictive: Mapping[str, Array] | None = None,
+    prior: Mapping[str, Array] | None = None,
+    prior_predictive: Mapping[str, Array] | None = None,
     batch_ndims: int = 1,
     observed_data: Mapping[str, Array] | None = None,
     losses: Array | None = None,
@@ -38,14 +40,15 @@ def to_inference_data(
     coords: Mapping[str, Sequence[Any]] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
 ) -> Any:
-    """ArviZ data of a fit by :class:`~numpyro_ebm.ParticleMMLE`, or by ``SVI`` under :class:`~numpyro_ebm.negative_phase`.
+    """ArviZ data of a fit by an engine of this package, or by ``SVI`` under :class:`~numpyro_ebm.negative_phase`.
 
     ========================  =========================================  ====================================================
     group                     dims of a variable                         what it holds
     ========================  =========================================  ====================================================
     ``posterior``             ``chain``, ``draw``, site dims             draws of the latents; particles of a run as draws
     ``posterior_predictive``  ``chain``, ``draw``, site dims             draws of the data
-    ``prior``                 ``chain``, ``draw``, site dims             the negative chains: draws from the learnt prior
+    ``prior``                 ``chain``, ``draw``, site dims             draws of the learnt prior: the negative chains, or given
+    ``prior_predictive``      ``chain``, ``draw``, site dims             draws of the data under the prior, as of a generator
     ``sample_stats_prior``    ``energy_site``                            ``num_updates``, the sampler's statistics (batch means)
     ``observed_data``         site dims                                  the data
     ``fit``                   ``step``, site dims                        ``loss`` and param sites at every step
@@ -68,6 +71,9 @@ def to_inference_data(
     :param posterior: draws by site, of shape ``(num_samples,) + batch_shape + event_shape``; the particles of ``state`` if not
         given.
     :param posterior_predictive: draws by site, of the same form.
+    :param prior: draws by site of latents under their learnt prior, of the same form, where there are no negative chains.
+    :param prior_predictive: draws by site of data under it, of the same form: what :meth:`BiDVL.sample
+        <numpyro_ebm.BiDVL.sample>` returns.
     :param int batch_ndims: leading dims of these draws, as in ``Predictive``: 2 for draws of
         :func:`~numpyro_ebm.sample_posterior`, of shape ``(num_chains, num_samples) + batch_shape + event_shape``.
     :param observed_data: data by site; those of ``model`` if not given.
@@ -110,7 +116,8 @@ def to_inference_data(
     groups: dict[str, dict[str, np.ndarray]] = {
         "posterior": seen.posterior if posterior is None else _by_chain(posterior, batch_ndims),
         "posterior_predictive": _by_chain(posterior_predictive, batch_ndims),
-        "prior": _as_numpy({**where_they_stand, **(chains or {})}),
+        "prior": {**_as_numpy({**where_they_stand, **(chains or {})}), **_by_chain(prior, batch_ndims)},
+        "prior_predictive": _by_chain(prior_predictive, batch_ndims),
         "observed_data": seen.observed_data if observed_data is None else _as_numpy(observed_data),
         "fit": _fit(state, losses, trace),
     }

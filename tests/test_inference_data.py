@@ -14,7 +14,15 @@ import pytest
 from numpyro.infer import SVI, Predictive, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
-from numpyro_ebm import ParticleMMLE, TiltedDistribution, negative_phase, sample_posterior, to_inference_data
+from numpyro_ebm import (
+    BiDVL,
+    EnergyDistribution,
+    ParticleMMLE,
+    TiltedDistribution,
+    negative_phase,
+    sample_posterior,
+    to_inference_data,
+)
 
 Y = jnp.arange(5.0)[:, None] + jnp.zeros(2)
 
@@ -236,3 +244,43 @@ def test_plates_name_the_dims_of_an_svi_fit(fit):
 def test_what_particles_lack_is_told(cloud, options, message):
     with pytest.raises(ValueError, match=message):
         to_inference_data(cloud[1], **options)
+
+
+def test_latents_and_data_of_a_generator_are_prior_groups():
+    # catches draws taken for chains, and the encoder's draws of every row named unlike the generator's of none
+    def energy(v):
+        loc = numpyro.param("loc", jnp.zeros(2))
+        with numpyro.plate("row", len(v)):
+            numpyro.sample("v", EnergyDistribution(lambda v: ((v - loc) ** 2).sum(), (2,)), obs=v)
+
+    def encoder(v):
+        shift = numpyro.param("shift", 0.0)
+        with numpyro.plate("row", len(v)):
+            numpyro.sample("h", dist.Normal(v + shift, 1).to_event(1))
+
+    def generator(v):
+        mean = numpyro.param("mean", 0.0)
+        with numpyro.plate("row", len(v)):
+            h = numpyro.sample("h", dist.Normal(0, 1).expand([2]).to_event(1))
+            numpyro.sample("v", dist.Normal(h + mean, 1).to_event(1), obs=v)
+
+    v = jax.random.normal(jax.random.key(0), (7, 2))
+    engine = BiDVL(energy, encoder, generator, *[optax.adam(0.1)] * 3)
+    result = engine.run(jax.random.key(1), 3, v, progress_bar=False, collect=engine.get_params)
+    latents = Predictive(engine.encoder, params=result.params, num_samples=4)(jax.random.key(2), v)
+    drawn = engine.sample(jax.random.key(3), result.state, 5, v)
+    data = to_inference_data(
+        result,
+        model=engine.model,
+        model_args=(v,),
+        posterior=latents,
+        prior={"h": drawn["h"]},
+        prior_predictive={"v": drawn["v"]},
+        dims={"h": ["row", "latent"], "v": ["row", "pixel"]},
+    )
+    assert dict(data["posterior"]["h"].sizes) == {"chain": 1, "draw": 4, "row": 7, "latent": 2}
+    assert dict(data["prior"]["h"].sizes) == {"chain": 1, "draw": 5, "latent": 2}
+    assert dict(data["prior_predictive"]["v"].sizes) == {"chain": 1, "draw": 5, "pixel": 2}
+    np.testing.assert_array_equal(data["prior"]["h"].values[0], drawn["h"])
+    np.testing.assert_array_equal(data["observed_data"]["v"].values, v)
+    assert set(data["fit"].data_vars) == {"loss", "loc", "shift", "mean"}
