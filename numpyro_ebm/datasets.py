@@ -13,7 +13,9 @@ import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
+import tarfile
 import urllib.error
 import urllib.request
 import zipfile
@@ -30,6 +32,11 @@ _UCI = "https://archive.ics.uci.edu/ml/machine-learning-databases/"
 _POSTERIORDB = "https://raw.githubusercontent.com/stan-dev/posteriordb/master/posterior_database/"
 _FREY = "https://cs.nyu.edu/~roweis/data/frey_rawface.mat"
 _FREY_PIXELS = "2438ba4f0d2a6bd8bac43de756141eaa33c8d248dd613d464bdb1210d9b7af78"  # sha256 of the images themselves
+# sha256 of the images and labels of 5000 from CIFAR-10: 4000 of the first training batch, 1000 of the test batch
+_CIFAR_SUBSET = {
+    "cifar10/cifar10_5k_images.npy.xz": "7c5a01b9970b7418e8c9ce7002933f9e1be55695db587fd4ea6da6c1cebdf85f",
+    "cifar10/cifar10_5k_labels.npy": "7b9656e3ad53d9841abbe12057fc8843297763d1ecc87d1ca2d97457beb66eb0",
+}
 _RDATASETS = "https://vincentarelbundock.github.io/Rdatasets/csv/"
 
 # by path in the data folder: sha256, and where the public copy is
@@ -50,6 +57,10 @@ FILES = {
         "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
         _MNIST + "t10k-labels-idx1-ubyte.gz",
     ),
+    "cifar10/cifar-10-binary.tar.gz": (
+        "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+    ),
     "uci/breast-cancer-wisconsin.data": (
         "402c585309c399237740f635ef9919dc512cca12cbeb20de5e563a4593f22b64",
         _UCI + "breast-cancer-wisconsin/breast-cancer-wisconsin.data",
@@ -68,7 +79,7 @@ FILES = {
 class LabelledImages(NamedTuple):
     """Images with their labels."""
 
-    images: np.ndarray  # (num_images, height, width), uint8
+    images: np.ndarray  # (num_images, height, width), uint8; with a last axis of three colours if it has colours
     labels: np.ndarray  # (num_images,), uint8
 
 
@@ -104,6 +115,29 @@ def mnist(train: bool = True) -> LabelledImages:
     """
     part = "train" if train else "t10k"
     return LabelledImages(_idx(f"mnist/{part}-images-idx3-ubyte.gz"), _idx(f"mnist/{part}-labels-idx1-ubyte.gz"))
+
+
+def cifar10(train: bool = True) -> LabelledImages:
+    """Photographs of ten kinds of things (Krizhevsky 2009): 50 000 of 32 x 32 pixels to train on, 10 000 to test on.
+
+    A data folder without the archive may hold a subset of 4000 and 1000 as ``cifar10/cifar10_5k_images.npy.xz`` and
+    ``cifar10/cifar10_5k_labels.npy``, which is then given. The archive, of 170 MB, is downloaded if neither is there.
+
+    :return: images of ``(num_images, 32, 32, 3)``.
+    :raises FileNotFoundError: if the files are nowhere and cannot be downloaded.
+    :raises ValueError: if a file has a wrong checksum.
+    """
+    archive = "cifar10/cifar-10-binary.tar.gz"
+    subset = [(path, sha256) for name, sha256 in _CIFAR_SUBSET.items() if (path := _find(name)) is not None]
+    if _find(archive) is None and len(subset) == len(_CIFAR_SUBSET):
+        images, labels = (_cifar_subset(path, sha256) for path, sha256 in subset)
+        part = slice(None, 4000) if train else slice(4000, None)
+        return LabelledImages(images[part], labels[part])
+    batches = [f"data_batch_{i}" for i in range(1, 6)] if train else ["test_batch"]
+    with tarfile.open(fileobj=io.BytesIO(_read(archive))) as files:
+        contents = [files.extractfile(f"cifar-10-batches-bin/{batch}.bin").read() for batch in batches]  # type: ignore[union-attr]
+    rows = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, 1 + 3 * 32 * 32)  # a label, and colour by colour the pixels
+    return LabelledImages(np.ascontiguousarray(rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), rows[:, 0].copy())
 
 
 def breast_cancer_wisconsin() -> Patients:
@@ -166,6 +200,12 @@ def frey_faces() -> np.ndarray:
     if found is None:
         _keep(CACHE / original, content)
     return images
+
+
+def _cifar_subset(path: Path, sha256: str) -> np.ndarray:
+    content = path.read_bytes()
+    _require_checksum(content, sha256, path)
+    return np.load(io.BytesIO(lzma.decompress(content) if path.suffix == ".xz" else content))
 
 
 def _idx(path: str) -> np.ndarray:

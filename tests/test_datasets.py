@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import io
+import tarfile
 
 import numpy as np
 import pytest
@@ -89,6 +90,40 @@ def test_frey_faces_are_read_from_the_original_file_and_checked_by_their_pixels(
     np.savez(tmp_path / "frey" / "frey_faces.npz", X=images[::-1])
     with pytest.raises(ValueError, match=r"frey_faces.npz is not the file that was tested"):
         datasets.frey_faces()
+
+
+def test_cifar10_is_read_colour_by_colour_in_the_order_of_its_batches(monkeypatch, tmp_path):
+    # Catches colours or rows read in another order, a label taken for a pixel, and training images given as test images.
+    images = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3)).astype(np.uint8)
+    labels = np.arange(12, dtype=np.uint8)
+    rows = np.concatenate([labels[:, None], *(images[..., colour].reshape(12, -1) for colour in range(3))], 1)
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for i, name in enumerate(["test_batch", *(f"data_batch_{i}" for i in range(1, 6))]):
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}.bin")
+            member.size = rows[2 * i : 2 * i + 2].nbytes
+            archive.addfile(member, io.BytesIO(rows[2 * i : 2 * i + 2].tobytes()))
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "cifar10" / "cifar-10-binary.tar.gz").write_bytes(packed.getvalue())
+    monkeypatch.setenv("NUMPYRO_EBM_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match=r"cifar-10-binary.tar.gz is not the file that was tested"):
+        datasets.cifar10()
+    sha256 = datasets.hashlib.sha256(packed.getvalue()).hexdigest()
+    monkeypatch.setitem(datasets.FILES, "cifar10/cifar-10-binary.tar.gz", (sha256, "https://example.org/x.tar.gz"))
+    for part, chosen in ((datasets.cifar10(), slice(2, None)), (datasets.cifar10(train=False), slice(2))):
+        np.testing.assert_array_equal(part.images, images[chosen])
+        np.testing.assert_array_equal(part.labels, labels[chosen])
+
+
+def test_cifar10_gives_photographs_upright_and_in_colour():
+    # Catches axes exchanged: neighbouring pixels of a photograph are alike, and the sky is above.
+    images, labels = _or_skip(datasets.cifar10, False)
+    assert images.shape[1:] == (32, 32, 3)
+    assert images.dtype == np.uint8
+    assert labels[:5].tolist() == [3, 8, 8, 0, 6]
+    pixels = images.astype(float)
+    assert max(np.abs(np.diff(pixels, axis=axis)).mean() for axis in (1, 2)) < 0.3 * pixels.std()
+    assert pixels[:, :4, :, 2].mean() > pixels[:, -4:, :, 2].mean()
 
 
 def test_file_that_is_nowhere_is_named_with_the_mend(monkeypatch, tmp_path):

@@ -20,8 +20,10 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import SVI, Predictive
 
 from numpyro_ebm import (
+    BiDVL,
     BiSM,
     DenoisingScoreMatching,
+    EnergyDistribution,
     ParticleMMLE,
     ScoreMatching,
     TiltedDistribution,
@@ -49,7 +51,7 @@ class Case(NamedTuple):
     takes_optim: bool
     #: latent sites of the model
     latents: tuple[str, ...] = ("x",)
-    #: param sites beside 'loc' and 'spread', those of a guide
+    #: param sites beside 'loc' and 'spread', those of a guide or of an energy
     others: tuple[str, ...] = ()
     #: whether ``times=2`` is the same as data that are twice as large: noise that is added to data is not
     is_linear: bool = True
@@ -105,6 +107,22 @@ def _guide(y, times=1):
         numpyro.sample("x", dist.Normal(slope * times * y + shift, width))
 
 
+def _generator(y, times=1):
+    """The law of y is N(loc, spread^2 + 1/4)."""
+    loc = numpyro.param("loc", 0.5)
+    spread = numpyro.param("spread", 2.0, constraint=constraints.positive)
+    with numpyro.plate("data", len(y)):
+        x = numpyro.sample("x", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(loc + 0.5 * x, spread), obs=times * y)
+
+
+def _energy(y, times=1):
+    centre = numpyro.param("centre", 0.5)
+    scale = numpyro.param("scale", 2.0, constraint=constraints.positive)
+    with numpyro.plate("data", len(y)):
+        numpyro.sample("y", EnergyDistribution(lambda y: ((y - centre) / scale) ** 2 / 2), obs=times * y)
+
+
 def _unwatched(model):
     return model
 
@@ -150,6 +168,12 @@ def _weighted(watch=_unwatched, optim=None):
     return _vages(watch, optim, importance_weighted=True, jackknife=True, batch_size=4)
 
 
+def _bidvl(watch=_unwatched, optim=None):
+    """The energy by ``optim``; what is learnt in the end is the generator."""
+    optims = (optax.sgd(RATE) if optim is None else optim, optax.sgd(RATE), optax.sgd(RATE))
+    return BiDVL(_energy, _guide, watch(_generator), *optims, batch_size=4)
+
+
 EXACT = {"loc": 1.4}
 OF_GUIDE = ("slope", "shift", "width")
 CASES = {
@@ -162,6 +186,7 @@ CASES = {
     "bism, implicit": Case(_implicit, (Y,), EXACT, True, others=OF_GUIDE, is_linear=False),
     "vages": Case(_vages, (Y,), EXACT, True, others=OF_GUIDE, is_linear=False),
     "vages, weighted": Case(_weighted, (Y,), EXACT, True, others=OF_GUIDE, is_linear=False),
+    "bidvl": Case(_bidvl, (Y,), EXACT, True, others=(*OF_GUIDE, "centre", "scale"), is_linear=False),
 }
 
 

@@ -221,6 +221,11 @@ class BiDVL(Engine):
         require_natural("num_unroll_steps", num_unroll_steps)
         if batch_size is not None:
             require_natural("batch_size", batch_size, least=1)
+        if sampler is not None and num_unroll_steps:
+            raise ValueError(
+                "sampler does not go with num_unroll_steps: moved visibles have no gradient, so that the upper level could not "
+                "look through the lower one. Leave one of them out."
+            )
         if elbo is not None and not hasattr(elbo, "loss_with_mutable_state"):
             raise TypeError(f"elbo must be one of NumPyro's ELBOs, such as Trace_ELBO(), got {elbo!r}.")
         self.energy, self.encoder, self.generator = energy, encoder, generator
@@ -312,11 +317,12 @@ class BiDVL(Engine):
         programs = self._inspect(rng_key, init_params, first_batch(self.batch_size, args), kwargs)
         unconstrained = [unconstrain_params(program.params, program.param_transforms) for program in programs]
         params = {name: value for program in programs for name, value in program.params.items()}
-        optim_states = [move.init(values) for move, values in zip(self._transformations, unconstrained, strict=True)]
+        of_theta, of_phi, of_omega = (move.init(x) for move, x in zip(self._transformations, unconstrained, strict=True))
         count = jnp.zeros((), jnp.int32)
         mutable = {name: value for program in programs for name, value in program.mutable_state.items()}
         loss = jnp.zeros((), jnp.result_type(float))
-        state = BiDVLState(params, *unconstrained, *optim_states, mutable, loss, rng_key, count, count)
+        theta, phi, omega = unconstrained
+        state = BiDVLState(params, theta, phi, omega, of_theta, of_phi, of_omega, mutable, loss, rng_key, count, count)
         return strong_types(state), jnp.isfinite(args[0]).all()
 
     def _inspect(
@@ -327,8 +333,8 @@ class BiDVL(Engine):
         energy = run_program(self._energy, args, kwargs, rng_key, data=given)
         if energy.latents:
             raise ValueError(
-                f"site '{next(iter(energy.latents))}': the energy has a latent, and must be the marginal energy of the visible. Put "
-                "latents into encoder and generator."
+                f"site '{next(iter(energy.latents))}': the energy has a latent, and must be the marginal energy of the visible. "
+                "Put latents into encoder and generator."
             )
         visible = _visible(energy, args[0])
         encoder = self._run_encoder(rng_key, given, args, kwargs)
@@ -347,6 +353,9 @@ class BiDVL(Engine):
         if unknown := sorted(set(given) - set(known)):
             raise ValueError(f"init_params names {unknown}, which is no param site: the programs have {known}.")
         self._require_reparametrised(generator, visible)
+        if self.sampler is not None:
+            _require_real(visible, energy.sites[visible]["fn"].support)
+        self._require_one_particle(encoder, generator)
         return energy, encoder, generator
 
     def _run_encoder(self, rng_key: Array, given: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
@@ -381,8 +390,8 @@ class BiDVL(Engine):
                 )
             if generator.sites[name]["fn"].support.is_discrete:
                 raise ValueError(
-                    f"site '{name}': the generator draws it from {law_of(generator.sites[name]['fn'])}, which is discrete: an encoder "
-                    "learns by its gradient. Make it continuous."
+                    f"site '{name}': the generator draws it from {law_of(generator.sites[name]['fn'])}, which is discrete: an "
+                    "encoder learns by its gradient. Make it continuous."
                 )
 
     def _require_reparametrised(self, generator: Program, visible: str) -> None:
@@ -391,6 +400,14 @@ class BiDVL(Engine):
             raise ValueError(
                 f"site '{visible}': the generator draws it from {law_of(fn)}, which is not reparametrised: the generator could not "
                 "learn by the energy of its draws. Pass noise=False, for means, or use a continuous law such as Normal."
+            )
+
+    def _require_one_particle(self, encoder: Program, generator: Program) -> None:
+        mutable = sorted({*encoder.mutable_state, *generator.mutable_state})
+        if mutable and getattr(self.elbo, "num_particles", 1) > 1:
+            raise ValueError(
+                f"site '{mutable[0]}': NumPyro's ELBOs drop mutable sites with num_particles={self.elbo.num_particles}: take one "
+                "particle, or a network without running statistics."
             )
 
     def _refuse(self, rng_key: Array, init_params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -414,17 +431,16 @@ class BiDVL(Engine):
 
         new, losses = lax.scan(upper, state, upper_keys)
         new, lower_losses = lax.scan(lower, new, lower_keys)
-        params = inspected.constrained(new.theta, new.phi, new.omega)
-        new = new._replace(params=params, lower_loss=lower_losses[-1], rng_key=rng_key, num_steps=state.num_steps + 1)
+        new = new._replace(lower_loss=lower_losses[-1], rng_key=rng_key, num_steps=state.num_steps + 1)
         unconstrained = {**new.theta, **new.phi, **new.omega}
         health = finite_health(loss=losses[0], **{"lower level": new.lower_loss}, params=unconstrained)
         if new.mutable_state:
             health |= finite_health(**{"mutable sites": list(new.mutable_state.values())})
-        return keep_if_healthy(health, new, state._replace(rng_key=rng_key)), losses[0], health
+        # params follow from what is kept: to choose between theirs too would cost as much again
+        kept = keep_if_healthy(health, new._replace(params={}), state._replace(params={}, rng_key=rng_key))
+        return kept._replace(params=inspected.constrained(kept.theta, kept.phi, kept.omega)), losses[0], health
 
-    def _upper_step(
-        self, levels_on: Callable[[Array], "_Levels"], state: BiDVLState, rng_key: Array
-    ) -> tuple[BiDVLState, Array]:
+    def _upper_step(self, levels_on: Callable[[Array], "_Levels"], state: BiDVLState, rng_key: Array) -> tuple[BiDVLState, Array]:
         batch_key, unroll_key, draw_key = jax.random.split(rng_key, 3)
         levels = levels_on(batch_key)
 
@@ -548,11 +564,7 @@ class _Levels:
 
     def move(self, sampler: Sampler, theta: Params, v: Array, mutable: Mutable, rng_key: Array) -> Array:
         """Visibles after a run of a sampler on the energy, each a chain of its own; without gradient."""
-        if not _is_real(self.support):
-            raise ValueError(
-                f"site '{self.visible}': its support is {self.support}, which moved visibles would leave. Write the energy of a real "
-                "visible, transformed in the program."
-            )
+        _require_real(self.visible, self.support)
         theta, v = stop_gradient((theta, v))
 
         def log_prob(v: Array) -> Array:
@@ -592,9 +604,7 @@ class _Levels:
             total = _sum({name: (encoder.sites[name]["value"] - h) ** 2 for name, h in latents.items()})
         return total / len(self.v), {**mutable, **encoder.mutable_state}
 
-    def vae_loss(
-        self, theta: Params, phi: Params, omega: Params, mutable: Mutable, rng_key: Array
-    ) -> tuple[Array, Mutable]:
+    def vae_loss(self, theta: Params, phi: Params, omega: Params, mutable: Mutable, rng_key: Array) -> tuple[Array, Mutable]:
         """NumPyro's ELBO loss of generator and encoder on data, a mean over rows that may be weighted by the energy."""
         encoder, generator = self.engine.encoder, self.engine.generator
         if self.engine.importance_weighted:
@@ -612,7 +622,7 @@ class _Levels:
         generated = self.generate(omega, generate_key, mutable)
         encoder = self.encode(phi, stop_gradient(generated.sites[self.visible]["value"]), rng_key, mutable, {})
         names = [name for name in encoder.latents if name in generated.sites]
-        total = sum(_divergence(encoder.sites[name], generated.sites[name]["fn"]).sum() for name in names)
+        total = _sum({name: _divergence(encoder.sites[name], generated.sites[name]["fn"]) for name in names})
         return self.engine.latent_weight * total / len(self.v)
 
 
@@ -643,10 +653,16 @@ def _sum(terms: dict[str, Array]) -> Array:
     return sum((jnp.sum(term) for term in terms.values()), jnp.zeros(()))
 
 
-def _is_real(support: constraints.Constraint) -> bool:
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    return support in (constraints.real, constraints.real_vector)
+def _require_real(site: str, support: constraints.Constraint) -> None:
+    """Refuses a bounded visible, which chains would leave."""
+    inner = support
+    while hasattr(inner, "base_constraint"):
+        inner = inner.base_constraint
+    if inner not in (constraints.real, constraints.real_vector):
+        raise ValueError(
+            f"site '{site}': its support is {support}, which moved visibles would leave. Write the energy of a real visible, "
+            "transformed in the program."
+        )
 
 
 def _require_batch(args: tuple[Any, ...]) -> None:
@@ -689,8 +705,8 @@ def _require_shape(name: str, what: str, program: Program, v: Array) -> None:
     fn, value = program.sites[name]["fn"], jnp.shape(program.sites[name]["value"])
     if fn.shape() != v.shape or value != v.shape:
         raise ValueError(
-            f"site '{name}': {what} has visibles of shape {fn.shape()} there, observed with shape {value}, and the first argument has "
-            f"{v.shape}: the three programs must share one visible."
+            f"site '{name}': {what} has visibles of shape {fn.shape()} there, observed with shape {value}, and the first argument "
+            f"has {v.shape}: the three programs must share one visible."
         )
 
 

@@ -3,9 +3,9 @@
 
 """Arrays with a row for all data, of which a step sees the rows of its batch.
 
-An engine with ``batch_size`` draws rows of the first argument. Under a subsampled plate a latent site keeps ``(num_particles, size of the plate, ...)`` values. The plate's own indices say
-which rows a run of the model sees; they are gathered before a step and scattered after it, in place when compiled, so that
-a step costs what its batch costs.
+An engine with ``batch_size`` draws rows of the first argument. Under a subsampled plate a latent site keeps
+``(num_particles, size of the plate, ...)`` values. The plate's own indices say which rows a run of the model sees; they are
+gathered before a step and scattered after it, in place when compiled, so that a step costs what its batch costs.
 """
 
 import itertools

@@ -117,7 +117,7 @@ def finite_health(**trees: Any) -> Health:
 
     def broken(tree: Any) -> Array:
         leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-        return 1 - jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])).astype(jnp.int32)
+        return 1 - jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in leaves])).astype(jnp.int32)  # 0 of integers alone
 
     health: Health = {}
     for name, tree in trees.items():
