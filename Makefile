@@ -41,6 +41,7 @@ bench: $(VENV)/.installed-examples
 	$(BIN)/python benchmarks/hypergradient_bias.py
 	$(BIN)/python benchmarks/vages.py
 	$(BIN)/python benchmarks/vages_bias.py
+	$(BIN)/python benchmarks/bidvl.py
 	$(BIN)/python benchmarks/ksd_test.py
 	$(BIN)/python benchmarks/import_time.py
 

@@ -190,7 +190,10 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+VARIANTS = ("ipla", "bism, implicit", "vages, weighted")  # of an engine that is there in another setting
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in VARIANTS else ()) for name in CASES])
 def case(request):
     return CASES[request.param]
 

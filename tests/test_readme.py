@@ -156,6 +156,23 @@ def test_stein_page_runs_and_finds_what_fits_and_what_does_not(capsys):
     assert min(p for (p,) in numbers[-2:]) > 0.3  # one mode of two is not missed
 
 
+def test_bidvl_page_runs_and_learns_the_law_of_its_data(capsys):
+    page = run("docs/bidvl.md")
+    mean, deviation = float(page["v"].mean()), float(page["v"].std())
+    first, *others = capsys.readouterr().out.splitlines()
+    loc, exact_loc, scale, exact_scale = (float(word) for word in re.findall(r"\d+\.\d+", first))
+    assert (exact_loc, exact_scale) == pytest.approx((mean, deviation), abs=0.05)  # as rounded
+    assert (loc, scale) == pytest.approx((mean, deviation), abs=0.2)
+    assert page["scales"]["exact"] == pytest.approx(deviation, abs=0.2)
+    assert min(page["scales"]["complete"], page["scales"]["offset"]) > deviation + 0.5
+    assert float(page["drawn"]["v"].std()) == pytest.approx(deviation, abs=0.2)
+    assert float(page["refined"].std()) == pytest.approx(deviation, abs=0.3)
+    # the exact value for N(1.4, 1.3) against U(-10, 10) is .90
+    (auroc,) = (float(line.rsplit(" ", 1)[1]) for line in others if line.startswith("AUROC"))
+    assert auroc == pytest.approx(0.90, abs=0.04)
+    assert sorted(page["state"].mutable_state) == ["critic$state"]
+
+
 def test_silent_error_is_what_the_readme_says():
     script = runpy.run_path(str(ROOT / "docs" / "silent_error.py"))
     assert "negative_phase" not in script  # NumPyro alone
