@@ -157,7 +157,7 @@ def plot_shapes(path: Path, fits: dict[str, Fit], tasks: dict[str, Task]) -> Non
     for row, (name, one) in zip(axes, fits.items(), strict=True):
         grid = tasks[name].grid
         x, y = grid.points[:, 0, 0], grid.points[0, :, 1]
-        for axis, cloud, title in zip(row, (tasks[name].points, one.draws), ("data", "draws of the generator"), strict=False):
+        for axis, cloud, title in zip(row, (tasks[name].points, one.draws), ("data", "generator"), strict=False):
             axis.scatter(*cloud[:5000].T, s=1, alpha=0.5, linewidth=0, color="tab:blue", rasterized=True)
             axis.set_title(f"{name}: {title}")
         above = one.log_density.max() - one.log_density
