@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 from numpyro.contrib.module import eqx_module, nnx_module
 from numpyro.distributions import constraints
-from numpyro.infer import Trace_ELBO
+from numpyro.infer import Trace_ELBO, TraceGraph_ELBO
 from numpyro.primitives import mutable
 
 from numpyro_ebm import MALA, BaseMeasure, BiDVL
@@ -50,6 +50,10 @@ def bits(v, p):
 
 def standard(v, p):
     return dist.Normal(jnp.full(v.shape, 0.0), 1.0)
+
+
+def mixture(v, p):
+    return dist.MixtureSameFamily(dist.Categorical(jnp.full((*v.shape, 2), 0.5)), dist.Normal(jnp.array([0.0, p]), 1.0))
 
 
 def whole(n):
@@ -263,6 +267,7 @@ REFUSED = {
     "energy at rest": ("energy", {"param": None}, "the energy has no param site"),
     "encoder at rest": ("encoder", {"param": None}, "the encoder has no param site"),
     "generator at rest": ("generator", {"param": None}, "the generator has no param site"),
+    "mixed prior": ("generator", {"latents": {"h": mixture}}, "'h': the generator draws it from MixtureSameFamily.*not reparametr"),
     "bits generated": ("generator", {"observed": {"v": bits}}, "'v': the generator draws it from Bernoulli.*Pass noise=False"),
 }
 
@@ -335,8 +340,12 @@ def test_settings_out_of_range_are_refused(name):
 
 
 def test_wrong_types_are_refused():
-    with pytest.raises(TypeError, match=r"elbo must be one of NumPyro's ELBOs, such as Trace_ELBO\(\), got 'elbo'"):
+    with pytest.raises(
+        TypeError, match=r"elbo must be an ELBO of NumPyro that keeps mutable sites, such as Trace_ELBO\(\), got 'elbo'"
+    ):
         engine_of(elbo="elbo")
+    with pytest.raises(TypeError, match="elbo must be an ELBO of NumPyro that keeps mutable sites"):
+        engine_of(elbo=TraceGraph_ELBO())  # it has the method from its base, which refuses
     for i in range(3):
         with pytest.raises(TypeError, match="optim must be an optax transformation"):
             BiDVL(*programs(), *[STEP] * i, "adam", *[STEP] * (2 - i))
@@ -366,6 +375,12 @@ def test_state_of_other_programs_is_refused():
 def test_moved_visibles_are_refused_where_the_upper_level_looks_ahead():
     with pytest.raises(ValueError, match="sampler does not go with num_unroll_steps: moved visibles have no gradient"):
         engine_of(sampler=MALA(0.1, 1), num_unroll_steps=1)
+
+
+@pytest.mark.parametrize("settings", [{"upper_loss": "hinge"}, {"upper_loss": "softplus"}, {"variant": "complete"}])
+def test_looking_ahead_is_refused_where_it_would_not_be_the_likelihood(settings):
+    with pytest.raises(ValueError, match="num_unroll_steps needs upper_loss='difference' and no variant='complete'"):
+        engine_of(num_unroll_steps=1, **settings)
 
 
 def test_moved_visibles_must_be_real():

@@ -27,6 +27,7 @@ from jax.lax import stop_gradient
 from numpyro.distributions import Distribution, constraints, kl_divergence
 from numpyro.handlers import scale, uncondition
 from numpyro.infer import TraceMeanField_ELBO
+from numpyro.infer.elbo import ELBO
 
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.infer.bilevel import law_of
@@ -116,12 +117,13 @@ class BiDVL(Engine):
     * ``"offset"``, as in the paper's code: :math:`|\mu(\hat v) - \hat h|^2` with the encoder's mean :math:`\mu`, of which only
       the generator learns. The code's ``latent_weight`` is one over the dimension of :math:`h`, or 1e-4.
     * ``"complete"``: :math:`|h' - \hat h|^2` with :math:`h' \sim q(h|\hat v)`, of which both learn; besides, the encoder learns
-      from ``latent_weight`` :math:`\mathrm{KL}(q(h|\hat v) \| p(h))` in the upper level.
+      from ``latent_weight`` :math:`\mathrm{KL}(q(h|\hat v) \| p(h))` in the upper level, so that its optimiser steps in both.
 
     The published method generates means, so that its term :math:`\log p(\hat v|\hat h)` is a constant, and its squared error
     in place of a likelihood is that of a generator with variance 1/2.
 
-    The loss of a step is the upper level before it, which goes to 0 as the generator reaches the data and is no measure of fit.
+    The loss of a step is the upper level before it. It is no measure of fit: without the hinge it goes to 0 as the generator
+    reaches the data, whatever the energy is.
 
     :param energy: a NumPyro program.
     :param encoder: a NumPyro program; also ``guide``.
@@ -132,11 +134,12 @@ class BiDVL(Engine):
     :param str variant: ``"exact"``, ``"offset"`` or ``"complete"``.
     :param str upper_loss: ``"difference"`` :math:`E(v) - E(\hat v)`; ``"softplus"`` :math:`\log(1 + e^{E(v)}) - \log(1 +
         e^{E(\hat v)})`, which pushes down no further what has little energy; ``"hinge"``
-        :math:`\max(0, 1 + E(v)) + \max(0, 1 - E(\hat v))`, which is bounded.
+        :math:`\max(0, 1 + E(v)) + \max(0, 1 - E(\hat v))`, which is flat beyond -1 for data and 1 for draws.
     :param float latent_weight: of the latent term.
     :param float vae_weight: :math:`\lambda`, of the autoencoder's loss.
     :param bool importance_weighted: whether a row of data counts in it by :math:`r(v) \propto \exp(\bar E - E(v))`, clipped to
-        ``weight_bounds`` and with mean 1 over the batch.
+        ``weight_bounds`` and with mean 1 over the batch. It stands for :math:`p_\theta / p_\text{data}` without the density of the
+        data, which nobody knows, and so moves the optimum where that is not flat.
     :param tuple weight_bounds: least and largest :math:`r` before they are made to have mean 1.
     :param bool noise: whether generated visibles are draws of :math:`p(v|h)`, or its means.
     :param Sampler sampler: moves generated visibles on the learnt energy before the upper level sees them, such as
@@ -146,7 +149,7 @@ class BiDVL(Engine):
     :param int num_lower_steps: steps of encoder and generator per step.
     :param int num_unroll_steps: steps N of the lower level that the upper level looks ahead, as a function of the energy. Minus
         the rest of the lower level is then added to the upper, which makes of it :math:`E(v)` minus what the lower level
-        reaches: without that its optimum would not be the likelihood's.
+        reaches: without that its optimum would not be the likelihood's. For the difference alone, and not for ``"complete"``.
     :param int batch_size: rows of the first argument in every step of either level, drawn with replacement; all if not given.
     :raises ValueError: for settings out of range; from ``init``, naming the site, for an energy with latents, latents of which
         only encoder or generator knows, a visible of another shape or name, rows that are in no plate, shared params, or data
@@ -221,13 +224,18 @@ class BiDVL(Engine):
         require_natural("num_unroll_steps", num_unroll_steps)
         if batch_size is not None:
             require_natural("batch_size", batch_size, least=1)
+        if num_unroll_steps and (upper_loss != "difference" or variant == "complete"):
+            raise ValueError(
+                "num_unroll_steps needs upper_loss='difference' and no variant='complete': otherwise encoder and generator are "
+                "not at rest where the upper level looks, and its gradient would not be the likelihood's. Leave it out."
+            )
         if sampler is not None and num_unroll_steps:
             raise ValueError(
                 "sampler does not go with num_unroll_steps: moved visibles have no gradient, so that the upper level could not "
                 "look through the lower one. Leave one of them out."
             )
-        if elbo is not None and not hasattr(elbo, "loss_with_mutable_state"):
-            raise TypeError(f"elbo must be one of NumPyro's ELBOs, such as Trace_ELBO(), got {elbo!r}.")
+        if elbo is not None and not _keeps_mutable_state(elbo):
+            raise TypeError(f"elbo must be an ELBO of NumPyro that keeps mutable sites, such as Trace_ELBO(), got {elbo!r}.")
         self.energy, self.encoder, self.generator = energy, encoder, generator
         self.model, self.guide = generator, encoder  # as SVI calls them
         self.optim, self.encoder_optim, self.generator_optim = optim, encoder_optim, generator_optim
@@ -246,21 +254,21 @@ class BiDVL(Engine):
     # After a fit.
 
     def sample(
-        self, rng_key: Array, state: BiDVLState, num_samples: int, *args: Any, noise: bool | None = None, **kwargs: Any
+        self, rng_key: Array, state: BiDVLState, num_samples: int, v: Array, *args: Any, noise: bool | None = None, **kwargs: Any
     ) -> dict[str, Array]:
         """Ancestral draws of the generator: latents, and the visible given them.
 
         :param rng_key: a key of :func:`jax.random.key`.
         :param int num_samples: how many.
-        :param args: arguments of the programs; of the first, only the shape of a row is used.
+        :param v: any batch of the visible, of which the shape of a row is used.
+        :param args: the other arguments of the programs.
         :param bool noise: whether the visible is drawn, or at its mean given the latents; as for the fit if not given.
         :return: by site, of shape ``(num_samples,) + event_shape``.
         """
         require_natural("num_samples", num_samples, least=1)
-        v, *rest = args
         rows = jnp.zeros((num_samples, *jnp.shape(v)[1:]), jnp.result_type(v))
         how = self.noise if noise is None else noise
-        return self._sampled(state, ((rng_key, rows, *rest), kwargs), {"noise": bool(how)})
+        return self._sampled(state, ((rng_key, rows, *args), kwargs), {"noise": bool(how)})
 
     def reconstruct(self, state: BiDVLState, *args: Any, **kwargs: Any) -> Array:
         """The generator's mean at the encoder's mean.
@@ -395,6 +403,12 @@ class BiDVL(Engine):
                 )
 
     def _require_reparametrised(self, generator: Program, visible: str) -> None:
+        for name in generator.latents:
+            if not generator.sites[name]["fn"].has_rsample:
+                raise ValueError(
+                    f"site '{name}': the generator draws it from {law_of(generator.sites[name]['fn'])}, which is not "
+                    "reparametrised: what it depends on would learn nothing of its draws. Use a law such as Normal."
+                )
         fn = generator.sites[visible]["fn"]
         if self.noise and not fn.has_rsample:
             raise ValueError(
@@ -445,11 +459,7 @@ class BiDVL(Engine):
         levels = levels_on(batch_key)
 
         def objective(theta: Params) -> tuple[Array, Mutable]:
-            ahead = state
-            if self.num_unroll_steps:
-                keys = jax.random.split(unroll_key, self.num_unroll_steps)
-                ahead, _ = lax.scan(lambda s, key: self._lower_step(lambda _: levels, s, theta, key), state, keys)
-            return levels.upper(theta, ahead.phi, ahead.omega, state.mutable_state, draw_key)
+            return self._upper(levels, state, theta, unroll_key, draw_key)
 
         (value, mutable), gradient = jax.value_and_grad(objective, has_aux=True)(state.theta)
         theta, optim_state = apply_gradient(self._transformations[0], gradient, state.optim_state, state.theta)
@@ -459,6 +469,16 @@ class BiDVL(Engine):
             phi, optim_state = apply_gradient(self._transformations[1], gradient, state.encoder_optim_state, state.phi)
             state = state._replace(phi=phi, encoder_optim_state=optim_state)
         return state, value
+
+    def _upper(
+        self, levels: "_Levels", state: BiDVLState, theta: Params, unroll_key: Array, draw_key: Array
+    ) -> tuple[Array, Mutable]:
+        """The upper level, after the lower one was looked ahead of as a function of the energy."""
+        ahead = state
+        if self.num_unroll_steps:
+            keys = jax.random.split(unroll_key, self.num_unroll_steps)
+            ahead, _ = lax.scan(lambda s, key: self._lower_step(lambda _: levels, s, theta, key), state, keys)
+        return levels.upper(theta, ahead.phi, ahead.omega, state.mutable_state, draw_key)
 
     def _lower_step(
         self, levels_on: Callable[[Array], "_Levels"], state: BiDVLState, theta: Params, rng_key: Array
@@ -473,8 +493,8 @@ class BiDVL(Engine):
         return new._replace(mutable_state=mutable), value
 
     def _loss(self, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
-        levels = _Levels(self, state, args, kwargs)
-        return levels.upper(state.theta, state.phi, state.omega, state.mutable_state, state.rng_key)[0]
+        unroll_key, draw_key = jax.random.split(state.rng_key)
+        return self._upper(_Levels(self, state, args, kwargs), state, state.theta, unroll_key, draw_key)[0]
 
     def _explain(self, state: BiDVLState, health: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         try:
@@ -622,7 +642,9 @@ class _Levels:
         generated = self.generate(omega, generate_key, mutable)
         encoder = self.encode(phi, stop_gradient(generated.sites[self.visible]["value"]), rng_key, mutable, {})
         names = [name for name in encoder.latents if name in generated.sites]
-        total = _sum({name: _divergence(encoder.sites[name], generated.sites[name]["fn"]) for name in names})
+        data = {**constrain_params(omega, self._of_omega), **mutable, **encoder.drawn}
+        prior = run_program(self.engine.generator, (self.v, *self.rest), self.kwargs, rng_key, data=data)
+        total = _sum({name: _divergence(encoder.sites[name], prior.sites[name]["fn"]) for name in names})
         return self.engine.latent_weight * total / len(self.v)
 
 
@@ -639,6 +661,11 @@ def energy_weights(energies: Array, bounds: tuple[float, float]) -> Array:
     """Weights of rows of data that stand for draws of the energy, with mean 1 and without gradient."""
     weights = jnp.clip(jnp.exp(jnp.mean(energies) - energies), *bounds)
     return stop_gradient(weights / weights.mean())
+
+
+def _keeps_mutable_state(elbo: Any) -> bool:
+    method = getattr(type(elbo), "loss_with_mutable_state", None)
+    return method is not None and method is not ELBO.loss_with_mutable_state
 
 
 def _divergence(site: dict[str, Any], prior: Distribution) -> Array:
