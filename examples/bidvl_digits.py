@@ -107,6 +107,7 @@ MODELS = ("vae", "ebipla", "bism", "vages", "bidvl", "bidvl-offset")
 BATCH_SIZE, NUM_STEPS = 256, 3000
 NOISE, BASE_SCALE, WIDTH = 0.12, 0.5, 256
 RATE, ENERGY_RATE = 1e-3, 3e-4
+SCORE_RATE, GUIDE_STEPS = 5e-4, 5
 NUM_BOUND_DRAWS, NUM_PARTICLES = 50, 4
 TEMPERATURES = annealing_schedule(100, 600, 100, hottest=10.0)
 
@@ -148,6 +149,12 @@ class EnergyNets(NamedTuple):
 
 def adam(rate: float, num_steps: int, **settings: float) -> optax.GradientTransformation:
     return optax.adam(optax.cosine_decay_schedule(rate, num_steps, alpha=0.05), **settings)
+
+
+def warm_adam(num_steps: int) -> optax.GradientTransformation:
+    """A rate that rises from 0: at the full rate from the start two fits of ``vages`` in three diverged."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, SCORE_RATE, num_steps // 20, num_steps, SCORE_RATE / 20)
+    return optax.adam(schedule, b2=0.95)
 
 
 # BiDVL: three programs of the batch of images.
@@ -293,7 +300,8 @@ def fit_by_scores(rng_key: Array, digits: Digits, num_steps: int, name: str) -> 
     guide = GaussianGuide(features, WIDTH, LATENT_DIM, top_key)
     nets = JointNets(dense_energy(energy_key, (NUM_PIXELS,), LATENT_DIM, WIDTH), guide, digits.train.mean(0))
     objective = MultiscaleDenoisingScoreMatching(NOISE, NOISE, 1.2, "linear")
-    shared = joint_model, joint_guide, adam(RATE, num_steps), adam(RATE, 5 * num_steps), objective, PosteriorFisher(), 5
+    optims = (warm_adam(num_steps * steps) for steps in (1, GUIDE_STEPS))
+    shared = joint_model, joint_guide, *optims, objective, PosteriorFisher(), GUIDE_STEPS
     engine = BiSM(*shared, num_unroll_steps=0, batch_size=100) if name == "bism" else VaGES(*shared, num_samples=2, batch_size=100)
     result = engine.run(fit_key, num_steps, digits.train, nets, progress_bar=False)
     nets = nets._replace(
