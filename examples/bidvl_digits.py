@@ -119,9 +119,7 @@ class Judged(NamedTuple):
     mmd2_draws: float
     mmd2_means: float
     reconstruction: float
-    aurocs: np.ndarray  # (5,), by other images
     scores: np.ndarray  # (6, 360), of the held-out digits and of the other images
-    losses: np.ndarray
     seconds: float  # of processors, compilation included
 
     @property
@@ -135,7 +133,6 @@ class Fitted(NamedTuple):
     draw: Callable[[Array, int], tuple[Array, Array]]  # draws and their means
     reconstruct: Callable[[Array], Array]
     score: Callable[[Array], Array]  # the higher, the less an image is like a digit
-    losses: Array
 
 
 class EnergyNets(NamedTuple):
@@ -215,7 +212,6 @@ def fit_bidvl(rng_key: Array, digits: Digits, num_steps: int, offset: bool) -> F
         draw,
         lambda v: engine.reconstruct(result.state, v, nets, noise),
         lambda v: engine.energies(result.state, v, nets, noise),
-        result.losses,
     )
 
 
@@ -241,7 +237,6 @@ def fit_vae(rng_key: Array, digits: Digits, num_steps: int) -> Fitted:
         draw,
         lambda v: decode(nets.decoder, encode(nets.encoder, v)[0]),
         lambda v: -bound(log_ratio, bound_key, v),
-        result.losses,
     )
 
 
@@ -265,7 +260,7 @@ def fit_ebipla(rng_key: Array, digits: Digits, num_steps: int) -> Fitted:
     def rebuild(v: Array) -> Array:
         return reconstruct(map_key, fit.result.params, latents, digits._replace(held_out=v), nets)
 
-    return Fitted(draw, rebuild, score, fit.result.losses)
+    return Fitted(draw, rebuild, score)
 
 
 class JointNets(NamedTuple):
@@ -326,7 +321,7 @@ def fit_by_scores(rng_key: Array, digits: Digits, num_steps: int, name: str) -> 
         h = q.sample(key)
         return log_joint(nets, v, h) - q.log_prob(h)
 
-    return Fitted(draw, lambda v: given(bound_key, latents(v)), lambda v: -bound(log_ratio, bound_key, v), result.losses)
+    return Fitted(draw, lambda v: given(bound_key, latents(v)), lambda v: -bound(log_ratio, bound_key, v))
 
 
 def with_noise(rng_key: Array, means: Array) -> tuple[Array, Array]:
@@ -376,14 +371,14 @@ def judge(rng_key: Array, name: str, digits: Digits, num_steps: int) -> Judged:
     except NonFiniteError as error:
         print(f"{name}: {error}")
         nothing = np.full((6, len(digits.held_out)), np.nan)
-        return Judged(np.zeros((81, NUM_PIXELS)), np.nan, np.nan, np.nan, np.full(5, np.nan), nothing, np.zeros(1), np.nan)
+        return Judged(np.zeros((81, NUM_PIXELS)), np.nan, np.nan, np.nan, nothing, np.nan)
     seconds = time.process_time() - start
     held_out, bandwidth = digits.held_out, median_distance(digits.held_out)
     draws, means = fit.draw(draw_key, len(digits.train))
     scores = np.stack([fit.score(jnp.asarray(v, jnp.float32)) for v in (held_out, *others(held_out).values())])
     error = float(((fit.reconstruct(held_out) - held_out) ** 2).mean())
     distances = (mmd2(x, held_out, bandwidth) for x in (draws, means))
-    return Judged(np.asarray(means[:81]), *distances, error, told_apart(scores), scores, np.asarray(fit.losses), seconds)
+    return Judged(np.asarray(means[:81]), *distances, error, scores, seconds)
 
 
 def kept(path: Path, make: Callable[[], Judged], reuse: bool) -> Judged:
@@ -409,7 +404,7 @@ def print_table(results: dict[str, list[Judged]], names: list[str]) -> None:
             return f"{np.mean(values):.2f} +- {np.std(values, ddof=1) if len(values) > 1 else np.nan:.2f}"
 
         columns = [cell([1000 * getattr(fit, name) for fit in good]) for name in ("mmd2_draws", "mmd2_means", "reconstruction")]
-        aurocs = np.mean([fit.aurocs for fit in good], 0)
+        aurocs = np.mean([told_apart(fit.scores) for fit in good], 0)
         seconds = np.mean([fit.seconds for fit in good])
         columns[0] = "-" if model == "bidvl-offset" else columns[0]  # it has no noise
         line = f"{model:<13}{columns[0]:>17}{columns[1]:>17}{columns[2]:>16}  " + "".join(f"{x:>10.3f}" for x in aurocs)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 from jax import Array
-from numpyro.distributions import Distribution, MaskedDistribution, biject_to
+from numpyro.distributions import Distribution, MaskedDistribution, biject_to, constraints
 from numpyro.distributions.util import scale_and_mask, sum_rightmost
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.util import compute_log_probs, helpful_support_errors
@@ -256,17 +256,29 @@ def transform_of(site: Site) -> Any:
         return biject_to(site["fn"].support)
 
 
+def law_of(fn: Distribution) -> str:
+    """The name of a site's law, under what plates and masks wrap around it."""
+    *_, core = layers(fn)
+    return type(core).__name__
+
+
+def is_unbounded(support: Any) -> bool:
+    """Whether every real array is in a support."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return type(support) is type(constraints.real)
+
+
 def require_continuous(program: Program) -> None:
     """Refuses models with a discrete latent.
 
     :raises ValueError: naming the site.
     """
     for name in program.latents:
-        whole = program.sites[name]["fn"]
-        if whole.support.is_discrete:
-            *_, fn = layers(whole)
+        fn = program.sites[name]["fn"]
+        if fn.support.is_discrete:
             raise ValueError(
-                f"site '{name}': a latent with {type(fn).__name__} is discrete and has no score to move by. Sum it out (a mixture "
+                f"site '{name}': a latent with {law_of(fn)} is discrete and has no score to move by. Sum it out (a mixture "
                 "such as MixtureSameFamily does it), make it continuous, or observe it."
             )
 
@@ -362,8 +374,7 @@ class at_mean(Messenger):
         try:
             msg["value"] = msg["fn"].mean
         except NotImplementedError:
-            *_, fn = layers(msg["fn"])
-            raise NotImplementedError(f"site '{msg['name']}': {type(fn).__name__} has no mean.") from None
+            raise NotImplementedError(f"site '{msg['name']}': {law_of(msg['fn'])} has no mean.") from None
         msg["is_observed"] = False
 
 
@@ -396,8 +407,6 @@ def _event_dim(fn: Distribution, transform: Any) -> int:
 
 
 def _param_transform(site: Site) -> Any:
-    from numpyro.distributions import constraints
-
     with helpful_support_errors(site):
         return biject_to(site["kwargs"].get("constraint", constraints.real))
 

@@ -13,11 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import ClosedJaxpr, Var
-from numpyro.distributions import constraints
 from numpyro.handlers import substitute
 
-from numpyro_ebm._compat import layers
-from numpyro_ebm.program import Model, Program, Site, is_latent, run_program
+from numpyro_ebm.program import Model, Program, Site, is_latent, is_unbounded, law_of, run_program
 
 
 class Visible(NamedTuple):
@@ -52,13 +50,12 @@ def find_visible(
     name = _the_only(sites, values)
     site = program.sites[name]
     if site["fn"].support.is_discrete:
-        *_, fn = layers(site["fn"])
         raise ValueError(
-            f"site '{name}': a visible with {type(fn).__name__} is discrete and has no score. Learn its parameters by likelihood "
+            f"site '{name}': a visible with {law_of(site['fn'])} is discrete and has no score. Learn its parameters by likelihood "
             "(SVI, under negative_phase where the normaliser is unknown), or give the data noise and a continuous law."
         )
 
-    if not _is_unbounded(site["fn"].support):
+    if not is_unbounded(site["fn"].support):
         raise ValueError(
             f"site '{name}': its support is {site['fn'].support}, and scores are matched on all of real space (there would be "
             "terms on the boundary). Transform the data to real space before, as by a log or a logit."
@@ -133,12 +130,6 @@ def _the_only(sites: list[str], values: dict[str, Array]) -> str:
         raise ValueError(f"{what} sites {', '.join(map(repr, sites))} all observe it: observe it once, as one event per row.")
     others = f": its observed sites are {', '.join(map(repr, sorted(values)))}" if values else ""
     raise ValueError(f"{what} no site observes it{others}. Write numpyro.sample(..., obs=the first argument).")
-
-
-def _is_unbounded(support: constraints.Constraint) -> bool:
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    return support is constraints.real or type(support) is type(constraints.real)
 
 
 def _require_all_rows(program: Program) -> None:

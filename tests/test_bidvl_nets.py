@@ -3,9 +3,6 @@
 
 """The networks of the images of bi-level doubly variational learning, and their states in mutable sites."""
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,14 +15,8 @@ V = jax.random.normal(KEY, (3, 4, 4, 1))
 
 
 @pytest.fixture(scope="module")
-def nets():
-    path = Path(__file__).parents[1] / "examples" / "nets" / "bidvl.py"
-    if not path.exists():
-        pytest.skip("the package is installed without its examples")
-    spec = importlib.util.spec_from_file_location("bidvl_nets", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def nets(example_nets):
+    return example_nets("bidvl")
 
 
 def num_params(make, *args):

@@ -3,9 +3,6 @@
 
 """The networks of the examples against the published architecture."""
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,14 +13,8 @@ KEY, MNIST = jax.random.key(0), (32, 32, 1)
 
 
 @pytest.fixture(scope="module")
-def nets():
-    path = Path(__file__).parents[1] / "examples" / "nets" / "eblvm.py"
-    if not path.exists():
-        pytest.skip("the package is installed without its examples")
-    spec = importlib.util.spec_from_file_location("eblvm", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def nets(example_nets):
+    return example_nets("eblvm")
 
 
 def num_params(make, *args, **kwargs):

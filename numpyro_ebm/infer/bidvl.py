@@ -17,6 +17,7 @@ whose sum is free of :math:`\log Z`. The last expectation of :math:`-R` is the n
 draws of the energy, for which data stand, since the energy is learnt to be theirs.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,7 +31,6 @@ from numpyro.infer import TraceMeanField_ELBO
 from numpyro.infer.elbo import ELBO
 
 from numpyro_ebm.handlers import unnormalized
-from numpyro_ebm.infer.bilevel import law_of
 from numpyro_ebm.infer.engine import Engine, Health, as_transformation, compiled
 from numpyro_ebm.infer.rows import first_batch, random_batch
 from numpyro_ebm.infer.score_engine import (
@@ -41,17 +41,21 @@ from numpyro_ebm.infer.score_engine import (
     require_params,
     require_same_params,
 )
+from numpyro_ebm.objectives.score import require_one_of
 from numpyro_ebm.program import (
     Model,
     Program,
     at_mean,
     constrain_params,
+    is_unbounded,
+    law_of,
     log_density_terms,
     per_row,
     require_finite,
     run_program,
     strong_types,
     terms_of,
+    total,
     unconstrain_params,
 )
 from numpyro_ebm.samplers import Sampler
@@ -212,8 +216,7 @@ class BiDVL(Engine):
     ) -> None:
         super().__init__()
         for name, value, allowed in (("variant", variant, VARIANTS), ("upper_loss", upper_loss, UPPER_LOSSES)):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+            require_one_of(name, value, allowed)
         for name, number in (("latent_weight", latent_weight), ("vae_weight", vae_weight)):
             if not 0 <= number < float("inf"):
                 raise ValueError(f"{name} must be a number of 0 or more, got {number!r}.")
@@ -308,7 +311,7 @@ class BiDVL(Engine):
     def _reconstruct_now(self, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
         data = {**state.params, **state.mutable_state}
         latents = run_program(at_mean(self.encoder), args, kwargs, state.rng_key, data=data).drawn
-        visible = _visible(run_program(self._energy, args, kwargs, state.rng_key, data=data), args[0])
+        visible = _Levels(self, state, args, kwargs).visible
         generator = at_mean(self.generator, sites={visible})
         return run_program(generator, args, kwargs, state.rng_key, data={**data, **latents}).sites[visible]["value"]
 
@@ -529,8 +532,7 @@ class _Levels:
 
     def on(self, args: tuple[Any, ...]) -> "_Levels":
         """The same programs on another batch."""
-        other: _Levels = object.__new__(_Levels)
-        other.__dict__.update(self.__dict__)
+        other = copy.copy(self)
         other.v, *other.rest = args
         return other
 
@@ -615,14 +617,15 @@ class _Levels:
         latents = {name: value for name, value in generated.drawn.items() if name != self.visible}
         if self.engine.variant == "exact":
             encoder = self.encode(phi, visible, rng_key, mutable, latents)
-            total = _sum(terms_of(generated)) - _sum({name: terms_of(encoder)[name] for name in latents})
+            of_encoder = terms_of(encoder)
+            term = total(terms_of(generated)) - total({name: of_encoder[name] for name in latents})
         elif self.engine.variant == "offset":  # the encoder's params are held fixed, and not what it makes of the visible
             encoder = self.encode(stop_gradient(phi), visible, rng_key, mutable, latents)
-            total = _sum({name: (encoder.sites[name]["fn"].mean - h) ** 2 for name, h in latents.items()})
+            term = total({name: (encoder.sites[name]["fn"].mean - h) ** 2 for name, h in latents.items()})
         else:
             encoder = self.encode(phi, visible, rng_key, mutable, {})
-            total = _sum({name: (encoder.sites[name]["value"] - h) ** 2 for name, h in latents.items()})
-        return total / len(self.v), {**mutable, **encoder.mutable_state}
+            term = total({name: (encoder.sites[name]["value"] - h) ** 2 for name, h in latents.items()})
+        return term / len(self.v), {**mutable, **encoder.mutable_state}
 
     def vae_loss(self, theta: Params, phi: Params, omega: Params, mutable: Mutable, rng_key: Array) -> tuple[Array, Mutable]:
         """NumPyro's ELBO loss of generator and encoder on data, a mean over rows that may be weighted by the energy."""
@@ -641,11 +644,10 @@ class _Levels:
         generate_key, _, rng_key = jax.random.split(rng_key, 3)
         generated = self.generate(omega, generate_key, mutable)
         encoder = self.encode(phi, stop_gradient(generated.sites[self.visible]["value"]), rng_key, mutable, {})
-        names = [name for name in encoder.latents if name in generated.sites]
         data = {**constrain_params(omega, self._of_omega), **mutable, **encoder.drawn}
         prior = run_program(self.engine.generator, (self.v, *self.rest), self.kwargs, rng_key, data=data)
-        total = _sum({name: _divergence(encoder.sites[name], prior.sites[name]["fn"]) for name in names})
-        return self.engine.latent_weight * total / len(self.v)
+        terms = {name: _divergence(encoder.sites[name], prior.sites[name]["fn"]) for name in encoder.latents}
+        return self.engine.latent_weight * total(terms) / len(self.v)
 
 
 def contrast(of_data: Array, of_generated: Array, form: str) -> Array:
@@ -676,16 +678,9 @@ def _divergence(site: dict[str, Any], prior: Distribution) -> Array:
         return site["fn"].log_prob(site["value"]) - prior.log_prob(site["value"])
 
 
-def _sum(terms: dict[str, Array]) -> Array:
-    return sum((jnp.sum(term) for term in terms.values()), jnp.zeros(()))
-
-
 def _require_real(site: str, support: constraints.Constraint) -> None:
     """Refuses a bounded visible, which chains would leave."""
-    inner = support
-    while hasattr(inner, "base_constraint"):
-        inner = inner.base_constraint
-    if inner not in (constraints.real, constraints.real_vector):
+    if not is_unbounded(support):
         raise ValueError(
             f"site '{site}': its support is {support}, which moved visibles would leave. Write the energy of a real visible, "
             "transformed in the program."

@@ -18,7 +18,6 @@ from numpyro.handlers import scale
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoGuide
 
-from numpyro_ebm._compat import layers
 from numpyro_ebm.infer.engine import Health, as_transformation
 from numpyro_ebm.infer.score_engine import (
     ScoreEngine,
@@ -214,12 +213,6 @@ class Levels:
             model, guide = scale(self.model, scale=by_row), scale(self.guide, scale=by_row)
             loss: Array = self.lower_loss.loss(draw_key, params, model, guide, v, *self.rest, **self.kwargs)
             return loss / len(v)
-
-
-def law_of(fn: Any) -> str:
-    """The name of a site's law, under what plates and masks wrap around it."""
-    *_, core = layers(fn)
-    return type(core).__name__
 
 
 def _rows(model: Program, num_rows: int) -> tuple[str, int]:

@@ -25,11 +25,11 @@ from jax import Array, lax
 from jax.scipy.sparse.linalg import cg
 from numpyro.infer import TraceGraph_ELBO
 
-from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, law_of
+from numpyro_ebm.infer.bilevel import BilevelEngine, Levels
 from numpyro_ebm.infer.score_engine import require_natural
 from numpyro_ebm.objectives.posterior import PosteriorFisher
 from numpyro_ebm.objectives.score import ScoreObjective
-from numpyro_ebm.program import Model, log_density, log_density_terms, per_row, run_program
+from numpyro_ebm.program import Model, law_of, log_density, log_density_terms, per_row, run_program
 
 
 class BiSMState(NamedTuple):

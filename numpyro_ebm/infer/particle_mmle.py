@@ -31,6 +31,7 @@ from numpyro_ebm.handlers import explain_chains, negative_phase, unnormalized
 from numpyro_ebm.infer.engine import Engine, Health, as_transformation, compiled
 from numpyro_ebm.infer.rows import all_batches, by_site, full_shape, gather, scatter, subsampled_indices
 from numpyro_ebm.model_check import check_model
+from numpyro_ebm.objectives.score import require_one_of
 from numpyro_ebm.optim import kinetic_langevin, kinetic_langevin_splitting, langevin, normal_like, require_step
 from numpyro_ebm.program import (
     Model,
@@ -172,8 +173,7 @@ class ParticleMMLE(Engine):
             ("noise", noise, ("batch", "all")),
             ("m_step", m_step, ("gradient", "newton", "maximize")),
         ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+            require_one_of(name, value, allowed)
         if dynamics is not None and noise == "all":
             raise ValueError("noise='all' is noise between visits of overdamped particles: use noise='batch' with other dynamics.")
         if num_data is not None:

@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from numpyro.distributions import constraints
 from numpyro.infer import TraceGraph_ELBO
 
-from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, law_of
+from numpyro_ebm.infer.bilevel import BilevelEngine, Levels
 from numpyro_ebm.infer.score_engine import require_natural
 from numpyro_ebm.latent_score import (
     Draws,
@@ -35,8 +34,8 @@ from numpyro_ebm.latent_score import (
     variational_score,
     weighted_score,
 )
-from numpyro_ebm.objectives.score import ScoreObjective
-from numpyro_ebm.program import Model
+from numpyro_ebm.objectives.score import ScoreObjective, require_one_of
+from numpyro_ebm.program import Model, is_unbounded, law_of
 
 COVARIANCES = ("unbiased", "biased", "none")
 #: an effective sample size below which weights are those of one draw
@@ -160,8 +159,7 @@ class VaGES(BilevelEngine):
     ) -> None:
         super().__init__(model, guide, optim, guide_optim, objective, lower_loss, num_inner_steps, batch_size)
         require_natural("num_samples", num_samples, least=1)
-        if covariance not in COVARIANCES:
-            raise ValueError(f"covariance must be one of {', '.join(map(repr, COVARIANCES))}, got {covariance!r}.")
+        require_one_of("covariance", covariance, COVARIANCES)
         self.num_samples, self.importance_weighted, self.jackknife = num_samples, importance_weighted, jackknife
         self.covariance, self.shared_samples, self.variance_reduced = covariance, shared_samples, variance_reduced
         self.relaxed, self.refine = relaxed, refine
@@ -203,7 +201,7 @@ class VaGES(BilevelEngine):
                 "through the draw. Use GumbelBernoulli for binary latents (they are drawn as bits in the upper level), or "
                 "lower_loss=TraceGraph_ELBO()."
             )
-        if self.refine is not None and not _is_free(fn.support):
+        if self.refine is not None and not is_unbounded(fn.support):
             raise ValueError(
                 f"site '{name}': refine moves latents freely, and {law_of(fn)} has the support {fn.support}. Leave refine out, or "
                 "sample a real latent and transform it with numpyro.deterministic."
@@ -291,10 +289,3 @@ class _Levels(Levels):
     def _draw(self, phi: Any, v: Array, rng_key: Array, num_samples: int) -> Latents:
         args = (v, *self.rest)
         return draw(self.guide, args, self.kwargs, rng_key, num_samples, params=phi, relaxed=self.engine.relaxed)
-
-
-def _is_free(support: Any) -> bool:
-    """Whether every real array is in a support."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support in (constraints.real, constraints.real_vector)

@@ -129,7 +129,7 @@ class SlicedScoreMatching(ScoreObjective):
         count = self.num_projections
         if not isinstance(count, numbers.Integral) or isinstance(count, bool) or count < 1:
             raise ValueError(f"num_projections must be a positive integer, got {count!r}: 1 direction per row is enough to learn.")
-        _require_one_of("directions", self.directions, tuple(_DIRECTIONS))
+        require_one_of("directions", self.directions, tuple(_DIRECTIONS))
 
     def loss(self, score_fn: ScoreFn, rng_key: Array, v: Array, v_tilde: Array) -> Array:
         x, score_fn = _require_pair(v, v_tilde), _checked(score_fn)
@@ -220,7 +220,7 @@ class MultiscaleDenoisingScoreMatching(ScoreObjective):
     def __post_init__(self) -> None:
         for name in ("sigma0", "sigma_begin", "sigma_end"):
             _require_noise(name, getattr(self, name))
-        _require_one_of("spacing", self.spacing, tuple(_SPACINGS))
+        require_one_of("spacing", self.spacing, tuple(_SPACINGS))
 
     def perturb(self, rng_key: Array, v: Array) -> Array:
         _require_rows(v, self.min_batch_size)
@@ -309,7 +309,11 @@ def _require_noise(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a positive finite number, got {value!r}: it is the standard deviation of the noise.")
 
 
-def _require_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def require_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuses a setting that is none of the choices.
+
+    :raises ValueError: naming them.
+    """
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 

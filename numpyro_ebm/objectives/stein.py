@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from numpyro_ebm.objectives.score import ScoreFn, ScoreObjective, _checked, _require_one_of, _require_pair, _require_rows
+from numpyro_ebm.objectives.score import ScoreFn, ScoreObjective, _checked, _require_pair, _require_rows, require_one_of
 
 
 class RadialKernel(ABC):
@@ -189,8 +189,8 @@ class KernelSteinDiscrepancy(ScoreObjective):
 
     def __post_init__(self) -> None:
         _require_kernel(self.kernel)
-        _require_one_of("statistic", self.statistic, ("U", "V"))
-        _require_one_of("pairs", self.pairs, ("all", "halves"))
+        require_one_of("statistic", self.statistic, ("U", "V"))
+        require_one_of("pairs", self.pairs, ("all", "halves"))
         if (self.statistic, self.pairs) == ("V", "halves"):
             raise ValueError(
                 "statistic='V' has every row paired with itself, which pairs='halves' never does: use pairs='all', or 'U'."
