@@ -4,10 +4,10 @@
 """How much of BiSM's gradient is right: a Gaussian restricted Boltzmann machine, 3 x 4, whose exact gradient is known.
 
 At the posterior BiSM's gradient without unrolling (N = 0) lacks the term z^T Cov(d f / d v, d f / d theta). Steps of the guide
-that are differentiated through bring it back at the rate of the guide's optimiser. Steps that are not, K, never do. Two panels,
+that are differentiated through bring it back at the rate of the guide's optimizer. Steps that are not, K, never do. Two panels,
 both for denoising with the same noise in every gradient, in double precision, all parameters of the machine in one vector:
 
-1. The lower level is the exact Kullback-Leibler divergence, its optimiser gradient descent with rate alpha, the guide starts off
+1. The lower level is the exact Kullback-Leibler divergence, its optimizer gradient descent with rate alpha, the guide starts off
    the posterior. Bias: ||mean gradient - exact|| / ||exact||, the mean over draws of the hidden units.
 2. As in practice: one-sample ELBO of bits relaxed at temperature .1, Adam at 1e-3 with moments of 2000 steps near the posterior.
    Recovered: the projection of g_N - g_0 on exact - g_0, which is 1 for all of what is missing and 0 for nothing, with its
@@ -233,8 +233,8 @@ def plot(path, exact_table, sampled, args):
     left.legend(loc="lower left", bbox_to_anchor=(0, 0.1))
     rows = [row for part in sampled for row in part]
     places = np.arange(len(rows))
-    colours = ["C0"] * len(sampled[0]) + ["C1"] * len(sampled[1])
-    right.bar(places, [row[3] for row in rows], yerr=[2 * row[4] for row in rows], color=colours, capsize=3)
+    colors = ["C0"] * len(sampled[0]) + ["C1"] * len(sampled[1])
+    right.bar(places, [row[3] for row in rows], yerr=[2 * row[4] for row in rows], color=colors, capsize=3)
     right.axhline(1, color="k", ls="--", lw=1)
     names = [row[0].split(", ", 1)[1] for row in rows]
     right.set_xticks(places, names, rotation=45, ha="right", fontsize=8)

@@ -95,9 +95,9 @@ def plot(path, table, args):
     for (row, d), (column, alternative) in ((r, c) for r in enumerate(args.dimensions) for c in enumerate(args.alternatives)):
         ax = axes[row, column]
         for n, line in zip(args.sizes, ("--", "-"), strict=False):
-            for name, colour in zip(KERNELS, ("C0", "C1"), strict=True):
+            for name, color in zip(KERNELS, ("C0", "C1"), strict=True):
                 power = table[alternative, d, n, name]
-                ax.plot(args.alternatives[alternative], power, line, marker="o", ms=4, color=colour, label=f"{name}, n = {n}")
+                ax.plot(args.alternatives[alternative], power, line, marker="o", ms=4, color=color, label=f"{name}, n = {n}")
         ax.axhline(0.05, color="k", lw=1, ls=":")
         ax.set(xlabel=alternative, title=f"d = {d}")
         ax.grid(alpha=0.3)

@@ -3,9 +3,9 @@
 
 """What a step of ``ParticleMMLE`` costs: over the same maths by hand, against the number of particles and of data.
 
-The model is a decoder of 2 layers from a latent of 10 to 64 pixels, learnt with Adam.
+The model is a decoder of 2 layers from a latent of 10 to 64 pixels, learned with Adam.
 
-* ``hand``: seconds per ``update`` over the same maths written by hand in JAX (particles, decoder, optimiser; no NumPyro).
+* ``hand``: seconds per ``update`` over the same maths written by hand in JAX (particles, decoder, optimizer; no NumPyro).
 * ``particles``, ``data``: seconds per step and megabytes of the state against the number of particles and of data, and the
   slope of log seconds against log size: 1 is linear, less where a fixed cost still counts.
 * ``minibatch``: batches of 256 out of 100 000 data with 10 particles each, over batches of 256 out of 1 000: 1 if a step

@@ -146,7 +146,7 @@ def main(args):
             show(f"learning, {kind}", learning(energy, dim, args.batch_size), args, args.num_calls)
             calls = max(args.num_calls // dim, 1)
             show(f"trace, {kind}", trace(energy, dim, args.batch_size, False), args, calls)
-            show(f"trace learnt, {kind}", trace(energy, dim, args.batch_size, True), args, calls)
+            show(f"trace learned, {kind}", trace(energy, dim, args.batch_size, True), args, calls)
 
 
 if __name__ == "__main__":

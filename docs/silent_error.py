@@ -1,12 +1,12 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What plain NumPyro learns when ``log_prob`` leaves out a normaliser that depends on parameters. It does not use numpyro_ebm.
+"""What plain NumPyro learns when ``log_prob`` leaves out a normalizer that depends on parameters. It does not use numpyro_ebm.
 
 Run it with ``python docs/silent_error.py``. Two models, each with an answer known in closed form:
 
-* data of precision 4, modelled by ``exp(-precision * x**2 / 2)``, with and without the normaliser of that Gaussian;
-* a latent with prior ``exp(tilt * z) * Normal(z; 0, 1)``, which is ``Normal(tilt, 1)`` once normalised.
+* data of precision 4, modeled by ``exp(-precision * x**2 / 2)``, with and without the normalizer of that Gaussian;
+* a latent with prior ``exp(tilt * z) * Normal(z; 0, 1)``, which is ``Normal(tilt, 1)`` once normalized.
 """
 
 import jax
@@ -20,7 +20,7 @@ from numpyro.infer.autoguide import AutoNormal
 
 
 class UnnormalizedNormal(dist.Distribution):
-    """A centred normal, its log density known up to a constant: minus the energy ``precision * x**2 / 2``."""
+    """A centered normal, its log density known up to a constant: minus the energy ``precision * x**2 / 2``."""
 
     support = constraints.real
     arg_constraints = {"precision": constraints.positive}
@@ -93,6 +93,6 @@ if __name__ == "__main__":
         ("tilt", y.mean(), y, normalized_tilt, unnormalized_tilt, AutoNormal),
     ]:
         print(f"{name}: maximum likelihood is {exact:.2f} in closed form")
-        for how, model in [("normalised", normalized), ("unnormalised", unnormalized)]:
+        for how, model in [("normalized", normalized), ("unnormalized", unnormalized)]:
             params, loss = fit(model, guide(model), data)
             print(f"  SVI, {how:<13} {params[name]:10.4f}   loss per datum {loss:10.4f}")

@@ -6,14 +6,14 @@ Example: Handwritten digits by five engines
 ===========================================
 
 The 8 x 8 digits of scikit-learn by bi-level doubly variational learning (``BiDVL``) [1]: an energy of images :math:`E(v)`, an
-encoder :math:`q(h|v)` and a generator :math:`N(h; 0, I) \, N(v; g(h), \sigma^2 I)`, all learnt together without a Markov chain.
+encoder :math:`q(h|v)` and a generator :math:`N(h; 0, I) \, N(v; g(h), \sigma^2 I)`, all learned together without a Markov chain.
 The generator draws, the encoder reconstructs, and the energy tells digits from what is none.
 
 Beside it, on the same split, with networks 256 wide, eight latents and 3000 steps, each engine with the batches and rates that
 suit it (``bism`` and ``vages`` 100 rows and five steps of the guide, the others 256 rows; no split was kept to choose them by):
 
 * ``vae``: generator and encoder alone, a variational autoencoder by NumPyro's ``SVI``;
-* ``ebipla``: the same generator with a learnt energy for the prior of its latents, by ``ParticleMMLE.ebipla`` (the example
+* ``ebipla``: the same generator with a learned energy for the prior of its latents, by ``ParticleMMLE.ebipla`` (the example
   ``energy_prior_digits.py``);
 * ``bism``, ``vages``: an energy of images and latents together, by score matching (``BiSM`` with N = 0, ``VaGES`` with L = 2);
 * ``bidvl``: the symmetric divergence (``variant="exact"``); ``bidvl-offset``: terms as in the paper's code, means in the place of
@@ -30,7 +30,7 @@ All are judged on the 360 digits that none has seen:
 * **AUROC** of telling held-out digits from other images by a score that should be higher for those: the energy of ``bidvl``; minus
   an importance-weighted bound on :math:`\log p(v)` from 50 draws of the encoder (``vae``, ``bism``, ``vages``; up to a constant);
   minus the log density at the most probable latents (``ebipla``). The other images are the held-out digits with inverted pixels,
-  turned by 90 degrees, with shuffled pixels, uniform noise, and images of one grey.
+  turned by 90 degrees, with shuffled pixels, uniform noise, and images of one gray.
 
 What a run gives is on this example's page. Every fit is kept in ``--output``; ``--reuse`` takes what is there. ``samples.png``
 there shows draws of every model of the first seed, and ``energies.png`` the scores of digits and of other images.
@@ -359,7 +359,7 @@ def others(digits: Array) -> dict[str, np.ndarray]:
         "turned": np.rot90(v.reshape(-1, 8, 8), axes=(1, 2)).reshape(v.shape),
         "shuffled": v[:, rng.permutation(NUM_PIXELS)],
         "noise": rng.random(v.shape, np.float32),
-        "one grey": np.repeat(rng.random((len(v), 1), np.float32), NUM_PIXELS, 1),
+        "one gray": np.repeat(rng.random((len(v), 1), np.float32), NUM_PIXELS, 1),
     }
 
 
@@ -454,8 +454,8 @@ def plot_scores(path: Path, first: dict[str, Judged], names: list[str]) -> None:
     """Scores of the held-out digits and of other images, from the median of the former, in units of their spread."""
     figure, axes = plt.subplots(1, len(first), figsize=(3 * len(first), 2.8), layout="constrained", sharey=True, squeeze=False)
     for axis, (title, fit) in zip(axes[0], first.items(), strict=True):
-        centre, spread = np.median(fit.scores[0]), fit.scores[0].std()
-        axis.boxplot(list(np.arcsinh((fit.scores - centre) / spread)), whis=(1, 99), showfliers=False, orientation="horizontal")
+        center, spread = np.median(fit.scores[0]), fit.scores[0].std()
+        axis.boxplot(list(np.arcsinh((fit.scores - center) / spread)), whis=(1, 99), showfliers=False, orientation="horizontal")
         axis.set_yticks(range(1, 7), ["digits", *names])
         ticks = np.array([-10, 0, 10, 100, 1000])
         axis.set_xticks(np.arcsinh(ticks), ticks)

@@ -5,11 +5,11 @@ r"""
 Example: An energy of images, with an encoder and a generator beside it
 =======================================================================
 
-Images as an energy :math:`E(v)`, learnt by bi-level doubly variational learning [1] without a chain of samples: a generator
+Images as an energy :math:`E(v)`, learned by bi-level doubly variational learning [1] without a chain of samples: a generator
 stands for the energy's law, and an encoder :math:`q(h \mid v)` for its posterior. Afterwards the generator draws, encoder and
 generator reconstruct, and the energy tells images of the kind it has seen from others.
 
-* ``--size full`` is the published setting for CIFAR-10: convolutional networks with spectral and batch normalisation
+* ``--size full`` is the published setting for CIFAR-10: convolutional networks with spectral and batch normalization
   (``nets/bidvl.py``), the softplus of the energy, means instead of draws (``noise=False``), 600 epochs. It wants a GPU. MNIST is
   padded to 32 x 32 for the same networks.
 * ``--size reduced``, the default, is for two cores and some minutes: images of 16 x 16, dense networks, and the hinge of the
@@ -169,7 +169,7 @@ def make_engine(size: Size, num_steps: int, steps_per_epoch: int) -> BiDVL:
 
 
 def prepared(images: np.ndarray, side: int) -> np.ndarray:
-    """Images of ``(num_images, height, width)`` or with colours, as ``(num_images, side, side, channels)`` in [-1, 1]."""
+    """Images of ``(num_images, height, width)`` or with colors, as ``(num_images, side, side, channels)`` in [-1, 1]."""
     pixels = np.asarray(images, np.float32).reshape(*images.shape[:3], -1) / 127.5 - 1
     border = (32 - pixels.shape[1]) // 2 if pixels.shape[1] == 28 and pixels.shape[2] == 28 else 0  # of MNIST
     pixels = np.pad(pixels, [(0, 0), (border, border), (border, border), (0, 0)], constant_values=-1)
@@ -197,7 +197,7 @@ def other_images(name: str, test: np.ndarray, side: int, rng: np.random.Generato
     if name == "mnist":
         sources["digits of scikit-learn"] = lambda: load_digits().images * (255 / 16)
         if not smoke:  # a download of 170 MB where it is not there
-            sources["CIFAR-10 in grey"] = lambda: cifar10(train=False).images.mean(-1)
+            sources["CIFAR-10 in gray"] = lambda: cifar10(train=False).images.mean(-1)
     else:
         sources["MNIST"] = lambda: mnist(train=False).images
     found = {}

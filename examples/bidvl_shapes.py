@@ -21,9 +21,9 @@ latents, all networks with hidden layers of 64. In the plane everything can be j
 The generator stands for the energy's law in the gradient of the likelihood, and draws hardly where data are not: what the energy
 is there, no gradient says. ``--sampler`` says how generated points move on the energy before the upper level sees them: not at
 all (``none``, as in [1]), or by ten moves of ``MALA`` that start afresh from the generator at every step. By default both are
-learnt and compared.
+learned and compared.
 
-The script writes ``shapes.png`` to ``--output``: data, draws, the learnt energy and its density, for every shape.
+The script writes ``shapes.png`` to ``--output``: data, draws, the learned energy and its density, for every shape.
 
 **References**
 
@@ -65,16 +65,16 @@ class Nets(NamedTuple):
     energy: eqx.nn.MLP  # R^2 -> scalar
     encoder: eqx.nn.MLP  # R^2 -> mean and scale of the latents
     generator: eqx.nn.MLP  # latents -> R^2
-    centre: Array  # (2,)
+    center: Array  # (2,)
     scale: Array  # ()
 
 
 class Fit(NamedTuple):
-    """What was learnt."""
+    """What was learned."""
 
     draws: np.ndarray  # (num_points, 2), of the generator
     refined: np.ndarray  # the same, moved on the energy
-    log_density: np.ndarray  # over the grid, normalised there
+    log_density: np.ndarray  # over the grid, normalized there
     seconds: float  # of processors
 
 
@@ -93,7 +93,7 @@ def make_nets(rng_key: Array, points: Array) -> Nets:
         energy=eqx.nn.MLP(2, "scalar", WIDTH, 3, jax.nn.silu, key=keys[0]),
         encoder=eqx.nn.MLP(2, 2 * NUM_LATENTS, WIDTH, 2, jax.nn.silu, key=keys[1]),
         generator=eqx.nn.MLP(NUM_LATENTS, 2, WIDTH, 3, jax.nn.silu, key=keys[2]),
-        centre=points.mean(0),
+        center=points.mean(0),
         scale=1.5 * points.std(),
     )
 
@@ -101,7 +101,7 @@ def make_nets(rng_key: Array, points: Array) -> Nets:
 def energy(v: Array, nets: Nets) -> None:
     net = eqx_module("energy", nets.energy)
     with numpyro.plate("points", len(v)):
-        numpyro.sample("v", TiltedDistribution(dist.Normal(nets.centre, nets.scale).to_event(1), net), obs=v)
+        numpyro.sample("v", TiltedDistribution(dist.Normal(nets.center, nets.scale).to_event(1), net), obs=v)
 
 
 def encoder(v: Array, nets: Nets) -> None:
@@ -132,10 +132,10 @@ def fit(rng_key: Array, task: Task, sampler: str, num_steps: int) -> Fit:
     refined = engine.refine(refine_key, state, MALA(0.01, 200), draws, nets)
     cells = jnp.asarray(task.grid.points.reshape(-1, 2), jnp.float32)
     energies = np.asarray(engine.energies(state, cells, nets)).reshape(task.grid.shape)
-    return Fit(np.asarray(draws), np.asarray(refined), normalised(-energies, task.grid), seconds)
+    return Fit(np.asarray(draws), np.asarray(refined), normalized(-energies, task.grid), seconds)
 
 
-def normalised(log_p: np.ndarray, grid: Grid) -> np.ndarray:
+def normalized(log_p: np.ndarray, grid: Grid) -> np.ndarray:
     """A log density over the cells of a grid that integrates to 1."""
     cell = float(np.prod(grid.points[1, 1] - grid.points[0, 0]))
     log_p = log_p - log_p.max()
@@ -162,7 +162,7 @@ def plot_shapes(path: Path, fits: dict[str, Fit], tasks: dict[str, Task]) -> Non
             axis.set_title(f"{name}: {title}")
         above = one.log_density.max() - one.log_density
         contour = row[2].contourf(x, y, above.T, np.linspace(0, 12, 13), cmap="viridis", extend="max")
-        row[2].set_title("learnt energy")
+        row[2].set_title("learned energy")
         figure.colorbar(contour, ax=row[2], label="above its minimum")
         row[3].pcolormesh(x, y, np.exp(one.log_density).T, cmap="viridis", rasterized=True)
         row[3].set_title("its density")

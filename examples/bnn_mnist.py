@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Example: A Bayesian neural network with learnt priors
+Example: A Bayesian neural network with learned priors
 =====================================================
 
 Is this digit a 4 or a 9? A network of 40 hidden units without biases, whose two layers have weights from priors of unknown
@@ -14,16 +14,16 @@ scale, as in Section 3.2 of [1]:
     y_m \mid w, v \sim \mathrm{Categorical}(\mathrm{softmax}(\tanh(x_m^T w) \, v)).
 
 Maximum marginal likelihood of :math:`(\alpha, \beta)` is empirical Bayes for a network: the data say how strongly each
-layer is to be regularised. A particle is a whole network of 31 440 weights, and a prediction averages over 100 of them.
+layer is to be regularized. A particle is a whole network of 31 440 weights, and a prediction averages over 100 of them.
 They start as draws of the prior at :math:`\alpha = \beta = 0`.
 
 The settings are those of [1]: 1000 random images of MNIST, 80 % to learn from, h = .1, 500 steps, 100 particles. The
 gradient in :math:`\alpha` is a sum over all weights of its layer, and a step of .1 on it diverges at once; as in [1] it is
-divided by their number, which is a rate per parameter in optax. PQN scales by the curvature and PMGD maximises: both
+divided by their number, which is a rate per parameter in optax. PQN scales by the curvature and PMGD maximizes: both
 need no rate.
 
-The code of [1] standardises pixels with the test images among them. Here the mean and standard deviation are those of the
-images that are learnt from. That leaves a trap: a pixel that is almost always black has a tiny deviation, and a test image
+The code of [1] standardizes pixels with the test images among them. Here the mean and standard deviation are those of the
+images that are learned from. That leaves a trap: a pixel that is almost always black has a tiny deviation, and a test image
 that lights it lies hundreds of deviations out, so test pixels are clipped to the range seen in training (a pixel that is
 constant there tells nothing, and is 0).
 
@@ -75,7 +75,7 @@ PUBLISHED = {  # Kuntz et al.: LPPD, test error, seconds
 
 
 class Split(NamedTuple):
-    """Images to learn from and to test on, each pixel standardised by the former."""
+    """Images to learn from and to test on, each pixel standardized by the former."""
 
     x: Array  # (800, 784)
     y: Array  # (800,), index into CLASSES
@@ -284,7 +284,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="A Bayesian neural network with learnt priors")
+    parser = argparse.ArgumentParser(description="A Bayesian neural network with learned priors")
     parser.add_argument("--methods", nargs="+", choices=list(PUBLISHED), default=list(PUBLISHED))
     parser.add_argument("--num-splits", type=int, default=5, help="of PGD")
     parser.add_argument("--num-other-splits", type=int, default=2, help="of the other methods")

@@ -6,10 +6,10 @@ Example: A Gaussian restricted Boltzmann machine learns a checkerboard
 ======================================================================
 
 Points are uniform on two squares of a checkerboard. A Gaussian-Bernoulli restricted Boltzmann machine with 2 visible and 4
-hidden units is learnt from them by score matching: in exact form, where the hidden units are summed out, and as a model
+hidden units is learned from them by score matching: in exact form, where the hidden units are summed out, and as a model
 with latents and a guide, by bi-level score matching (BiSM) [1], as if nobody could sum them out.
 
-The machine is so small that its normaliser is a sum over 16 states. So every fit is judged by its exact mean log-likelihood of
+The machine is so small that its normalizer is a sum over 16 states. So every fit is judged by its exact mean log-likelihood of
 test points, in nats; no density can have more than log 2 = .693 there, and no mixture of 16 normal laws comes near it.
 
 What is compared, for denoising (DSM, noise .05) and sliced score matching (SSM):
@@ -136,7 +136,7 @@ def make_points(num_points: int, seed: int) -> Array:
 
 
 def log_density(params: dict[str, Array], v: Array) -> Array:
-    """Exact and normalised, ``(len(v),)``."""
+    """Exact and normalized, ``(len(v),)``."""
     rbm = GaussianBernoulliRBM(params["weights"], params["b"], params["c"], params["scale"])
     return rbm.log_prob(v) - rbm.log_normalizer()
 

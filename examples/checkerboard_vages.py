@@ -5,15 +5,15 @@ r"""
 Example: A checkerboard by variational estimates of the score
 =============================================================
 
-The Gaussian-Bernoulli restricted Boltzmann machine of ``checkerboard.py``, with 2 visible and 4 hidden units, is learnt as a
+The Gaussian-Bernoulli restricted Boltzmann machine of ``checkerboard.py``, with 2 visible and 4 hidden units, is learned as a
 model with latents and a guide by variational estimates of the score and of its gradient (VaGES) [1], from L draws of the guide.
 Every fit is judged by its exact mean log-likelihood of test points, in nats.
 
 * ``DSM``: denoising score matching. ``L = 2, 10``: VaGES; ``no cov.``: without the covariance, for comparison; ``weighted``:
   L draws with importance weights, which is not in the paper, ``jackknife``: corrected for the leading term of its bias.
-* ``KSD``: the kernelised Stein discrepancy with a Gaussian kernel of width .1 on pairs of points. ``exact``: with the hidden
+* ``KSD``: the kernelized Stein discrepancy with a Gaussian kernel of width .1 on pairs of points. ``exact``: with the hidden
   units summed out; ``L = 2, 10``: VaGES; ``uniform``: importance sampling with bits from a fair coin; ``weighted``: with bits
-  of the learnt guide. ``all pairs``: exact, over all pairs of a batch in place of 50. ``one-sided``: the published gradient, at
+  of the learned guide. ``all pairs``: exact, over all pairs of a batch in place of 50. ``one-sided``: the published gradient, at
   the second point of every pair alone.
 * ``blind``: denoising with a guide that ignores the visible, and so is never near the posterior.
 
@@ -194,7 +194,7 @@ if __name__ == "__main__":
     parser.add_argument("--num-steps", type=int, default=NUM_STEPS)
     parser.add_argument("--num-seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("outputs/checkerboard_vages"))
-    parser.add_argument("--reuse", action="store_true", help="take from --output what an earlier call has learnt")
+    parser.add_argument("--reuse", action="store_true", help="take from --output what an earlier call has learned")
     parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
     args = parser.parse_args()
     if args.smoke:

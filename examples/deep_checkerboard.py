@@ -5,7 +5,7 @@ r"""
 Example: A deep energy-based latent variable model of the checkerboard
 ======================================================================
 
-Points of two diagonal squares of the plane, learnt by bi-level score matching [1] as an energy of a point and ten latents,
+Points of two diagonal squares of the plane, learned by bi-level score matching [1] as an energy of a point and ten latents,
 
 .. math::
 
@@ -13,7 +13,7 @@ Points of two diagonal squares of the plane, learnt by bi-level score matching [
 
 with the networks of [1] for points (``nets/eblvm.py``): neither :math:`Z` nor :math:`p(v) = \int p(v, h) \, dh` is known. The
 upper level matches the score of :math:`v` to denoised data at noise levels from .05 to 1, the lower level fits a Gaussian guide
-:math:`q(h \mid v)` to the posterior by their Fisher divergence. What is learnt is the law of the data **with noise of standard
+:math:`q(h \mid v)` to the posterior by their Fisher divergence. What is learned is the law of the data **with noise of standard
 deviation .05**, whose density is known here in closed form.
 
 How the model's gradient sees that the guide follows the model is the choice ``--hypergradient``:
@@ -26,8 +26,8 @@ The settings are those of [1] and [2] (K = 5, batches of 100, Adam with beta_2 =
 1e-4 there, a tenth of them at ten times the rate here. ``--num-steps 100000 --learning-rate 1e-4`` is theirs.
 
 All is judged in the plane: :math:`\log \tilde p(v)` is estimated by importance sampling with the guide, on a grid whose sum
-gives the normaliser, and at fresh points. The estimate is only as good as its effective sample size, which is printed with it,
-and the normaliser is that of the box of the grid: nothing forces the energy to be integrable beyond it.
+gives the normalizer, and at fresh points. The estimate is only as good as its effective sample size, which is printed with it,
+and the normalizer is that of the box of the grid: nothing forces the energy to be integrable beyond it.
 
 The script writes to ``--output``: ``checkerboard.png``, data, the density of the noisy data, that of the model, and draws by
 annealed Langevin dynamics of points and latents together. The published schedule, 2700 steps of 2e-4 from temperature 100, is
@@ -88,7 +88,7 @@ class Nets(NamedTuple):
 
 
 class Density(NamedTuple):
-    """An unnormalised density at points, by importance sampling."""
+    """An unnormalized density at points, by importance sampling."""
 
     log_p: np.ndarray  # (num_points,)
     ess: np.ndarray  # (num_points,), effective number of the guide's draws
@@ -146,7 +146,7 @@ def trained(nets: Nets, params: dict[str, Any]) -> Nets:
 
 
 def density(rng_key: Array, nets: Nets, points: Array, num_draws: int, chunk: int = 200) -> Density:
-    """The marginal density of points, up to the normaliser, with the guide as the proposal."""
+    """The marginal density of points, up to the normalizer, with the guide as the proposal."""
 
     @eqx.filter_jit
     def of_point(nets: Nets, key: Array, v: Array) -> tuple[Array, Array]:
@@ -183,9 +183,9 @@ def draw(rng_key: Array, nets: Nets, num_chains: int, temperatures: np.ndarray) 
 
 
 def grid() -> np.ndarray:
-    """Centres of the cells of the box, of shape ``(CELLS^2, 2)``; the second coordinate runs first."""
-    centres = LOW + (HIGH - LOW) * (np.arange(CELLS) + 0.5) / CELLS
-    return np.stack(np.meshgrid(centres, centres, indexing="ij"), -1).reshape(-1, 2)
+    """Centers of the cells of the box, of shape ``(CELLS^2, 2)``; the second coordinate runs first."""
+    centers = LOW + (HIGH - LOW) * (np.arange(CELLS) + 0.5) / CELLS
+    return np.stack(np.meshgrid(centers, centers, indexing="ij"), -1).reshape(-1, 2)
 
 
 def report(on_grid: Density, at_test: Density, test: Array, num_draws: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Example: A learnt energy for a Swiss roll, half-moons and a circle
+Example: A learned energy for a Swiss roll, half-moons and a circle
 ==================================================================
 
 The synthetic experiments of EBIPLA [1]: 10 000 points in the plane, rotated and stretched, by a linear decoder and an energy
@@ -32,12 +32,12 @@ most of it (the page of this example says what a run gives):
 that of a mean over the batch of 1000. Here :math:`h = .2 \, \sigma^2 / |W|^2` with the decoder's first W, which has the
 data's own scale, and the script prints the limit where the particles end.
 
-All is judged by quadrature on a grid, without trusting a chain: the log-likelihood of 10 000 fresh points under the learnt
+All is judged by quadrature on a grid, without trusting a chain: the log-likelihood of 10 000 fresh points under the learned
 law, beside that under the law that made them (their difference is the Kullback-Leibler divergence), and beside the same model
 with a normal prior. V is the mean of :math:`|y - W x - b|^2 / (2 \sigma^2)` over all particles. It is 1 for a plane if the
 model holds; unadjusted particles are wider by the share :math:`hc / 2` of their variance.
 
-The script writes to ``--output``: ``shapes.png``, data, draws and the learnt energy of each shape; ``learning.png``, the
+The script writes to ``--output``: ``shapes.png``, data, draws and the learned energy of each shape; ``learning.png``, the
 divergence and V during the fits.
 
 **References**
@@ -97,7 +97,7 @@ class Shape(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Points to learn from, and how well they can be learnt."""
+    """Points to learn from, and how well they can be learned."""
 
     points: Array  # (10_000, 2)
     test: np.ndarray  # (10_000, 2), fresh points of the same law
@@ -116,17 +116,17 @@ class Nets(NamedTuple):
 class Grid(NamedTuple):
     """Cells of equal size that cover the plane where data and draws are."""
 
-    low: np.ndarray  # (2,), centre of the first cell
+    low: np.ndarray  # (2,), center of the first cell
     shape: tuple[int, int]
 
     @property
     def points(self) -> np.ndarray:
-        """Centres of the cells, of shape ``(rows, columns, 2)``."""
+        """Centers of the cells, of shape ``(rows, columns, 2)``."""
         return self.low + CELL * np.stack(np.meshgrid(*map(np.arange, self.shape), indexing="ij"), -1)
 
 
 class Fit(NamedTuple):
-    """A model learnt, and how the fit went."""
+    """A model learned, and how the fit went."""
 
     nets: Nets
     draws: np.ndarray  # (10_000, 2), of the model, with noise
@@ -169,7 +169,7 @@ SHAPES = {  # noise of the latent, stretched, and of the likelihood
 
 
 def make_nets(rng_key: Array, points: Array, energy_prior: bool, tilted: bool) -> Nets:
-    """The decoder starts as a map from N(0, I) to the data's centre and scale."""
+    """The decoder starts as a map from N(0, I) to the data's center and scale."""
     decoder = eqx.nn.Linear(2, 2, key=rng_key)
     scale = points.std() * jnp.eye(2)
     decoder = eqx.tree_at(lambda net: (net.weight, net.bias), decoder, (scale, points.mean(0)))
@@ -266,7 +266,7 @@ def true_density(shape: Shape, grid: Grid) -> np.ndarray:
 
 
 def model_density(nets: Nets, grid: Grid) -> np.ndarray:
-    """The density of the model: its prior carried over to the plane, normalised on the grid and blurred by the likelihood."""
+    """The density of the model: its prior carried over to the plane, normalized on the grid and blurred by the likelihood."""
     p = np.exp(-energy_above_minimum(nets, grid))
     return gaussian_filter(p / p.sum() / CELL**2, SIGMA / CELL, mode="constant")
 
@@ -285,7 +285,7 @@ def energy_of(nets: Nets, points: Array) -> Array:
 
 
 def log_likelihood(density: np.ndarray, grid: Grid, points: np.ndarray) -> float:
-    """Mean log density of points, linear between the centres of cells."""
+    """Mean log density of points, linear between the centers of cells."""
     p = map_coordinates(density, ((points - grid.low) / CELL).T, order=1)
     return float(np.log(p + 1e-30).mean())
 
@@ -323,7 +323,7 @@ def plot_shapes(path: Path, fits: dict[str, Fit], tasks: dict[str, Task]) -> Non
         contour = row[2].contourf(
             x, y, energy_above_minimum(one.nets, grid).T, np.linspace(0, 12, 13), cmap="viridis", extend="max"
         )
-        row[2].set_title("learnt energy")
+        row[2].set_title("learned energy")
         figure.colorbar(contour, ax=row[2], label="above its minimum")
         for axis in row:
             axis.set(xlim=(x[0] + 0.5, x[-1] - 0.5), ylim=(y[0] + 0.5, y[-1] - 0.5), aspect="equal")
@@ -351,23 +351,23 @@ def main(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     num_steps = 4 if args.smoke else args.num_epochs * NUM_POINTS // BATCH_SIZE
     tasks = {name: make_task(SHAPES[name], args.seed) for name in (args.shapes[:1] if args.smoke else args.shapes)}
-    learnt = {}
+    learned = {}
     for name, task in tasks.items():
         fits = {}
         for label, energy_prior in (("energy prior", True), ("normal prior", False)):
             paper = args.paper and energy_prior
             nets = make_nets(jax.random.key(args.seed), task.points, energy_prior, tilted=not paper)
-            few = num_steps if energy_prior else min(num_steps, 500)  # the normal prior is learnt long before
+            few = num_steps if energy_prior else min(num_steps, 500)  # the normal prior is learned long before
             fits[label] = fit(jax.random.key(args.seed + 1), task, nets, args.num_particles, few, paper)
         print_table(name, fits, task)
-        learnt[name] = fits["energy prior"]
-    plot_shapes(args.output / "shapes.png", learnt, tasks)
-    plot_learning(args.output / "learning.png", learnt)
+        learned[name] = fits["energy prior"]
+    plot_shapes(args.output / "shapes.png", learned, tasks)
+    plot_learning(args.output / "learning.png", learned)
     print(f"The figures are in {args.output}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="A learnt energy for a Swiss roll, half-moons and a circle")
+    parser = argparse.ArgumentParser(description="A learned energy for a Swiss roll, half-moons and a circle")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--num-particles", type=int, default=NUM_PARTICLES, help="per point")
     parser.add_argument("--num-epochs", type=int, default=NUM_EPOCHS)

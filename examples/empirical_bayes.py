@@ -14,14 +14,14 @@ Many similar units with one noisy measurement each, and a population they are dr
 Empirical Bayes learns :math:`\mu` and :math:`\tau` by maximum marginal likelihood and plugs them in. Here the marginal
 likelihood has a closed form, which shows what ``ParticleMMLE`` finds and what plugging in costs.
 
-*Batters* (Efron and Morris [1]): averages of 18 players over their first 45 at-bats, on the variance-stabilised scale
+*Batters* (Efron and Morris [1]): averages of 18 players over their first 45 at-bats, on the variance-stabilized scale
 :math:`\sqrt{45} \arcsin(2y - 1)`, where the noise has variance 1. Shrinking them predicts the rest of the season far better.
-The particles are the standardised effects :math:`z = (x - \mu) / \tau`. With the effects themselves and h = .1 the fit ends at
+The particles are the standardized effects :math:`z = (x - \mu) / \tau`. With the effects themselves and h = .1 the fit ends at
 :math:`\tau = .73` instead of .23: unadjusted particles are too wide by the share hc/2, the curvature is :math:`1 + 1/\tau^2`, and
 the likelihood is too flat in :math:`\tau` to outweigh that.
 
 *Schools* (Rubin [2]): the marginal likelihood of eight schools is highest at :math:`\tau = 0`, where all effects are equal. No
-engine can do better than the likelihood it maximises. With standardised effects the particles head for 0; with the effects
+engine can do better than the likelihood it maximizes. With standardized effects the particles head for 0; with the effects
 themselves they stall near 3, where the likelihood is so flat that the bias of the step outweighs it. The intervals that follow
 from plugging :math:`\tau = 0` in are far too narrow, which the full Bayesian draws show. This is a limit of maximum likelihood
 and not of particles: with eight units, put a prior on :math:`\tau` and use MCMC.
@@ -66,11 +66,11 @@ class Exact(NamedTuple):
     tau: float
 
 
-def model(y: Array, scale: Array, standardised: bool = False) -> None:
+def model(y: Array, scale: Array, standardized: bool = False) -> None:
     mu = numpyro.param("mu", 0.0)
     tau = numpyro.param("tau", 5.0, constraint=constraints.positive)
     with numpyro.plate("units", len(y)):
-        if standardised:
+        if standardized:
             z = numpyro.sample("z", dist.Normal(0, 1))
             x = numpyro.deterministic("x", mu + tau * z)
         else:
@@ -85,7 +85,7 @@ def log_likelihood(y: np.ndarray, scale: np.ndarray, tau: float) -> tuple[float,
     return float(-0.5 * (np.log(2 * np.pi * variance) + (y - mu) ** 2 / variance).sum()), float(mu)
 
 
-def maximise(y: np.ndarray, scale: np.ndarray) -> Exact:
+def maximize(y: np.ndarray, scale: np.ndarray) -> Exact:
     found = minimize_scalar(lambda tau: -log_likelihood(y, scale, tau)[0], bounds=(0, 50), method="bounded")
     best = max([0.0, float(found.x)], key=lambda tau: log_likelihood(y, scale, tau)[0])
     return Exact(log_likelihood(y, scale, best)[1], best)
@@ -99,15 +99,15 @@ def to_average(x: np.ndarray) -> np.ndarray:
     return (np.sin(x / np.sqrt(AT_BATS)) + 1) / 2
 
 
-def fit(rng_key: Array, y: np.ndarray, scale: np.ndarray, step_size: float, num_steps: int, standardised: bool = False):
+def fit(rng_key: Array, y: np.ndarray, scale: np.ndarray, step_size: float, num_steps: int, standardized: bool = False):
     """A run of the particle engine, with its parameters at every step."""
     engine = ParticleMMLE(model, optax.adam(optax.cosine_decay_schedule(0.05, num_steps, 0.02)), NUM_PARTICLES, step_size)
     data = jnp.asarray(y), jnp.asarray(scale)
     result = engine.run(
-        rng_key, num_steps, *data, standardised=standardised, progress_bar=False, collect=engine.get_params,
+        rng_key, num_steps, *data, standardized=standardized, progress_bar=False, collect=engine.get_params,
         init_params={"mu": float(y.mean()), "tau": float(y.std())},
     )  # fmt: skip
-    return result, engine.get_particles(result.state, *data, standardised=standardised)
+    return result, engine.get_particles(result.state, *data, standardized=standardized)
 
 
 def late_mean(trace: dict[str, np.ndarray]) -> dict[str, float]:
@@ -117,13 +117,13 @@ def late_mean(trace: dict[str, np.ndarray]) -> dict[str, float]:
 
 def batters(rng_key: Array, data: Batters, num_steps: int, path: Path) -> None:
     y, scale = to_normal(data.early), np.ones(len(data.early))
-    exact = maximise(y, scale)
+    exact = maximize(y, scale)
     keys = jax.random.split(rng_key, 3)
-    result, _ = fit(keys[0], y, scale, 0.02, num_steps, standardised=True)
+    result, _ = fit(keys[0], y, scale, 0.02, num_steps, standardized=True)
     found = late_mean(result.collected)
     settings = {"num_samples": max(num_steps // 8, 10), "num_chains": 20}
     draws = sample_posterior(keys[1], model, found, jnp.asarray(y), jnp.asarray(scale), **settings)["x"].reshape(-1, len(y))
-    error = standard_errors(keys[2], model, found, jnp.asarray(y), jnp.asarray(scale), standardised=True, **settings)
+    error = standard_errors(keys[2], model, found, jnp.asarray(y), jnp.asarray(scale), standardized=True, **settings)
 
     shrunk = to_average(np.asarray(draws)).mean(0)
     plug_in = exact.mu + exact.tau**2 / (exact.tau**2 + 1) * (y - exact.mu)
@@ -158,16 +158,16 @@ def batters(rng_key: Array, data: Batters, num_steps: int, path: Path) -> None:
 
 def schools(rng_key: Array, data: EightSchools, num_steps: int, path: Path) -> None:
     y, scale = data.effect, data.standard_error
-    exact = maximise(y, scale)
+    exact = maximize(y, scale)
     keys = jax.random.split(rng_key, 2)
-    centred, _ = fit(keys[0], y, scale, 0.5, num_steps)
-    standardised, particles = fit(keys[1], y, scale, 0.1, num_steps, standardised=True)
-    end = {name: float(value[-1]) for name, value in standardised.collected.items()}
+    centered, _ = fit(keys[0], y, scale, 0.5, num_steps)
+    standardized, particles = fit(keys[1], y, scale, 0.1, num_steps, standardized=True)
+    end = {name: float(value[-1]) for name, value in standardized.collected.items()}
     plugged = end["mu"] + end["tau"] * np.asarray(particles["z"])  # (particles, schools)
     reference = data.draws["theta"].reshape(-1, 8)
 
     print(f"\nSchools: the marginal likelihood is highest at tau = {exact.tau:.2f}, mu = {exact.mu:.2f}.")
-    print(f"After {num_steps} steps: tau {centred.params['tau']:.3f} with effects as latents, {end['tau']:.3f} standardised.")
+    print(f"After {num_steps} steps: tau {centered.params['tau']:.3f} with effects as latents, {end['tau']:.3f} standardized.")
     print(f"Full Bayes (reference draws): E mu {data.draws['mu'].mean():.2f}, E tau {data.draws['tau'].mean():.2f}.")
     print("Width of the 90 % interval of each school's effect:")
     widths = [np.diff(np.quantile(draws, [0.05, 0.95], axis=0), axis=0)[0] for draws in (plugged, reference)]
@@ -179,7 +179,7 @@ def schools(rng_key: Array, data: EightSchools, num_steps: int, path: Path) -> N
     values = np.array([log_likelihood(y, scale, tau)[0] for tau in taus])
     axes[0].plot(taus, values - values.max())
     axes[0].set(xlabel=r"$\tau$", ylabel="log marginal likelihood (best $\\mu$)", title="exact")
-    for name, run in (("effects as latents", centred), ("standardised", standardised)):
+    for name, run in (("effects as latents", centered), ("standardized", standardized)):
         axes[1].semilogy(run.collected["tau"], label=name)
     axes[1].set(xlabel="step", ylabel=r"$\tau$", title="particles")
     axes[1].legend(frameon=False)

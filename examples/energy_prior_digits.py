@@ -2,26 +2,26 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Example: A learnt energy prior for handwritten digits
+Example: A learned energy prior for handwritten digits
 =====================================================
 
 A variational autoencoder draws its latents from :math:`N(0, I)`, but its encoder does not fill that ball evenly: digits
-decoded from the holes are no digits. Here the prior is learnt with the rest [1], the normal tilted by a network :math:`E`,
+decoded from the holes are no digits. Here the prior is learned with the rest [1], the normal tilted by a network :math:`E`,
 
 .. math::
 
     p(z) = \frac{e^{-E(z)}}{Z} \, N(z; 0, I), \qquad x \mid z \sim N(g(z), \sigma^2 I),
 
-with a decoder :math:`g`. The normaliser :math:`Z` depends on the weights of :math:`E` and nobody knows it; ``negative_phase``
+with a decoder :math:`g`. The normalizer :math:`Z` depends on the weights of :math:`E` and nobody knows it; ``negative_phase``
 supplies its gradient from Markov chains of the prior. The gradient of the likelihood needs latents too, of every digit:
 
 * ``--engine ebipla``, the default: particles that follow the posterior by Langevin dynamics, ``--num-particles`` per digit,
   by ``ParticleMMLE.ebipla`` [2], with Adam and with persistent MALA chains for the prior, where the paper has short-run ones;
-* ``--engine svi``: an amortised guide :math:`q(z \mid x) = N(\mu(x), \mathrm{diag}(s(x)^2))`, by NumPyro's own ``SVI``.
+* ``--engine svi``: an amortized guide :math:`q(z \mid x) = N(\mu(x), \mathrm{diag}(s(x)^2))`, by NumPyro's own ``SVI``.
 
 The same model with the normal prior, by ``SVI`` with the same networks, noise, steps and seed, is what to beat. Both are judged
 on 360 digits that neither has seen, by the squared maximum mean discrepancy (MMD^2) [3] between those and draws of the model.
-Draws of the energy prior are the negative chains, run on for 3000 moves at the learnt weights; the second half is used.
+Draws of the energy prior are the negative chains, run on for 3000 moves at the learned weights; the second half is used.
 
 What to expect: a minute and a half on two cores. Over the seeds 0 to 4 the MMD^2 of draws is 0.6e-3 on average (0.5e-3 to
 0.7e-3; the estimate is unbiased) with EBIPLA, 0.8e-3 (0.1e-3 to 2.5e-3) with SVI's energy prior and 3.7e-3 (3.0e-3 to 4.6e-3)
@@ -83,7 +83,7 @@ class Digits(NamedTuple):
 
     train: Array  # (1437, 64), in [0, 1]
     held_out: Array  # (360, 64)
-    train_labels: np.ndarray  # (1437,), for the colours of a figure only
+    train_labels: np.ndarray  # (1437,), for the colors of a figure only
 
 
 class Nets(NamedTuple):
@@ -96,7 +96,7 @@ class Nets(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """One of the two models, learnt."""
+    """One of the two models, learned."""
 
     engine: str
     result: Any  # with the fields params, state and losses, whatever the engine
@@ -217,7 +217,7 @@ def reconstruct(
 
 
 def late_draws(rng_key: Array, chains: Array) -> Array:
-    """The second half of the negative chains, run on at fixed weights, shuffled: draws of the learnt prior."""
+    """The second half of the negative chains, run on at fixed weights, shuffled: draws of the learned prior."""
     return jax.random.permutation(rng_key, chains[:, chains.shape[1] // 2 :].reshape(-1, LATENT_DIM))
 
 
@@ -296,16 +296,16 @@ def plot_priors(path: Path, fits: dict[str, Fit], digits: Digits) -> None:
     figure, axes = plt.subplots(1, len(fits), figsize=(5.8 * len(fits), 5), layout="constrained")
     for axis, (name, fit) in zip(axes, fits.items(), strict=True):
         latents = fit.posterior_draws[0]
-        centre = latents.mean(0)
-        plane = jnp.linalg.svd(latents - centre, full_matrices=False)[2][:2]
-        points, draws = (np.asarray((z - centre) @ plane.T) for z in (latents, fit.prior_draws[:10_000]))
+        center = latents.mean(0)
+        plane = jnp.linalg.svd(latents - center, full_matrices=False)[2][:2]
+        points, draws = (np.asarray((z - center) @ plane.T) for z in (latents, fit.prior_draws[:10_000]))
         limit = 1.1 * np.abs(np.concatenate([points, draws])).max()
         ticks = np.linspace(-limit, limit, 120)
         bandwidth = 0.2 * points.std()
         x, y = (np.exp(-((ticks[:, None] - draws[:, i]) ** 2) / (2 * bandwidth**2)) for i in range(2))
         energy = -np.log(y @ x.T / len(draws) + 1e-30)
         levels = np.linspace(0, 6, 13)
-        contour = axis.contourf(ticks, ticks, energy - energy.min(), levels, cmap="Greys_r", vmin=-5, vmax=6)
+        contour = axis.contourf(ticks, ticks, energy - energy.min(), levels, cmap="Grays_r", vmin=-5, vmax=6)
         scatter = axis.scatter(*points.T, c=digits.train_labels, cmap="tab10", s=6, linewidth=0, vmin=-0.5, vmax=9.5)
         axis.set(title=f"{name} ({fit.engine})", xlabel="first principal direction", aspect="equal")
     axes[0].set_ylabel("second principal direction")
@@ -386,7 +386,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="A learnt energy prior for handwritten digits")
+    parser = argparse.ArgumentParser(description="A learned energy prior for handwritten digits")
     parser.add_argument("--engine", choices=["ebipla", "svi"], default="ebipla", help="what learns the energy prior")
     parser.add_argument("--num-particles", type=int, default=NUM_PARTICLES, help="of EBIPLA, per digit")
     parser.add_argument("--seed", type=int, default=0)

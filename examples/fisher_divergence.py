@@ -16,7 +16,7 @@ and 2000 for the estimate. Two scores are given to it: the exact one, and VaES w
 before. Two critics are compared:
 
 * the network of [1]: three linear layers with ELUs between, Adam with rate 2e-4;
-* the model's own score at the guide's mean bits, plus a linear map that is learnt: what it has to learn is the score of the
+* the model's own score at the guide's mean bits, plus a linear map that is learned: what it has to learn is the score of the
   data alone, which is linear here.
 
 Since c* is known, what every bound loses is known too: 1/2 E |c - c*|^2.
@@ -132,7 +132,7 @@ def best_linear_loss(v: Array, c: Array) -> float:
 
 
 class ScoreAndLinear(eqx.Module):
-    """The machine's score at given mean bits, which is fixed, and a linear map, which is learnt."""
+    """The machine's score at given mean bits, which is fixed, and a linear map, which is learned."""
 
     machine: dict[str, Array]
     bits: dict[str, Array]

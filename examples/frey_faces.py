@@ -5,9 +5,9 @@ r"""
 Example: A Gaussian restricted Boltzmann machine learns faces
 =============================================================
 
-A Gaussian-Bernoulli restricted Boltzmann machine with 560 visible and 400 hidden units is learnt from the Frey faces, 1965
+A Gaussian-Bernoulli restricted Boltzmann machine with 560 visible and 400 hidden units is learned from the Frey faces, 1965
 frames of 28 x 20 pixels, divided by 255 and shuffled with a fixed seed: 1400 to learn from, 300 for validation (not used),
-265 for testing. The same machine is learnt
+265 for testing. The same machine is learned
 
 * by denoising (DSM, noise .3) and sliced score matching (SSM), ``exact``: :class:`ScoreMatching` of the free energy;
 * by the same objectives as a model with latents and a guide, by bi-level score matching (BiSM) [1]: K = 5 steps of the guide
@@ -18,9 +18,9 @@ frames of 28 x 20 pixels, divided by 255 and shuffled with a fixed seed: 1400 to
 
 Every machine is judged on the test faces by
 
-* its log-likelihood in nats, with the normaliser by annealed importance sampling. Machines learnt by DSM model the *noised*
+* its log-likelihood in nats, with the normalizer by annealed importance sampling. Machines learned by DSM model the *noised*
   density, and are judged here on clean images. One state of the hidden units bounds it from above, without sampling: the
-  normaliser is more than the weight of the heaviest state that is found;
+  normalizer is more than the weight of the heaviest state that is found;
 * its sliced score matching loss with one Rademacher draw, the same for all: the Fisher divergence from the data less a
   constant that nobody knows. Lower is better; negative is normal.
 
@@ -83,7 +83,7 @@ METHODS += ["SSM, exact", "SSM, N = 5", "SSM, VaGES, L = 2", "CD-1", "PCD-1"]
 
 
 class Learner(NamedTuple):
-    """One method: where it starts, how it goes on, and what it has learnt."""
+    """One method: where it starts, how it goes on, and what it has learned."""
 
     init: Callable[[Array], Any]  # of a key
     update: Callable[[Any], Any]  # of a state
@@ -96,7 +96,7 @@ class Fit(NamedTuple):
     steps: np.ndarray  # (num_looks,)
     ssm: np.ndarray  # (num_seeds, num_looks), on the test faces
     log_likelihood: np.ndarray  # (num_seeds,), nats per test face, at the end
-    error: np.ndarray  # (num_seeds,), of the normaliser
+    error: np.ndarray  # (num_seeds,), of the normalizer
     sample_size: np.ndarray  # (num_seeds,), effective, of annealed importance sampling
     seconds: np.ndarray  # (), of the processor, of learning all seeds, compilation included
     weights: np.ndarray  # of the first seed, as all that follows
@@ -179,7 +179,7 @@ def make_learner(method: str, train: Array) -> Learner:
 
 
 def contrastive_divergence(optim: optax.GradientTransformation, train: Array) -> Learner:
-    """Chains that start at the batch in every step; the log of the scale is learnt, as everywhere."""
+    """Chains that start at the batch in every step; the log of the scale is learned, as everywhere."""
 
     def constrained(theta: dict[str, Array]) -> dict[str, Array]:
         return theta | {"scale": jnp.exp(theta["scale"])}
@@ -291,7 +291,7 @@ def fit_once(method: str, train: Array, test: Array, args: argparse.Namespace) -
 def heaviest_state(rbm: GaussianBernoulliRBM, num_starts: int = 20) -> tuple[float, np.ndarray]:
     """The log weight of one state of the hidden units with the visible ones integrated out, and its mean face.
 
-    By coordinate ascent from random starts. The normaliser is a sum over states, so that this is less than its logarithm,
+    By coordinate ascent from random starts. The normalizer is a sum over states, so that this is less than its logarithm,
     whatever annealed importance sampling says.
     """
     weights, b, c, scale = (np.asarray(x, np.float64) for x in (rbm.weights, rbm.visible_bias, rbm.hidden_bias, rbm.scale))
@@ -384,7 +384,7 @@ if __name__ == "__main__":
     parser.add_argument("--num-chains", type=int, default=500, help="of annealed importance sampling")
     parser.add_argument("--num-temperatures", type=int, default=1000, help="of annealed importance sampling")
     parser.add_argument("--output", type=Path, default=Path("outputs/frey_faces"))
-    parser.add_argument("--reuse", action="store_true", help="take from --output what an earlier call has learnt")
+    parser.add_argument("--reuse", action="store_true", help="take from --output what an earlier call has learned")
     parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
     args = parser.parse_args()
     if args.smoke:

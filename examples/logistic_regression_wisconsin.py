@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Example: Bayesian logistic regression with a learnt prior
+Example: Bayesian logistic regression with a learned prior
 =========================================================
 
-Is a tumour malignant? Nine scores of a biopsy, 683 patients of Wisconsin, and a logistic regression whose weights share a
-prior mean that is learnt by maximum marginal likelihood, as in Section 3.1 of [1]:
+Is a tumor malignant? Nine scores of a biopsy, 683 patients of Wisconsin, and a logistic regression whose weights share a
+prior mean that is learned by maximum marginal likelihood, as in Section 3.1 of [1]:
 
 .. math::
 
@@ -16,8 +16,8 @@ The weights are one latent that all patients share, so that each particle is a w
 them. PGD, PQN, PMGD and SOUL run with the settings of [1] (h = .01, 400 steps, 100 particles, SOUL's chain makes 100
 moves a step), IPLA and NumPyro's ``SVI`` with ``AutoNormal`` beside them.
 
-The numbers of [1] come from one split of the data, on features that were standardised with the test rows. Here every row of
-the table is over random splits of its own, and features are standardised by the rows that are learnt from.
+The numbers of [1] come from one split of the data, on features that were standardized with the test rows. Here every row of
+the table is over random splits of its own, and features are standardized by the rows that are learned from.
 
 What to expect: the same log pointwise predictive density (LPPD) for all methods, about -.09, and a test error of 3 to 4 %;
 the spread over splits is far larger than any difference between methods. All reach the same parameter from both starts. Two
@@ -65,7 +65,7 @@ PUBLISHED = {  # Kuntz et al.: LPPD, test error, seconds
 
 
 class Split(NamedTuple):
-    """Patients to learn from and to test on, features standardised by the former."""
+    """Patients to learn from and to test on, features standardized by the former."""
 
     x: Array  # (546, 9)
     y: Array  # (546,)
@@ -97,7 +97,7 @@ def make_split(patients: Patients, seed: int) -> Split:
 
 
 def make_published_split(patients: Patients) -> Split:
-    """The split of Kuntz et al.: scikit-learn's with seed 0, features standardised by all rows, the test rows included."""
+    """The split of Kuntz et al.: scikit-learn's with seed 0, features standardized by all rows, the test rows included."""
     x = (patients.features - patients.features.mean(0)) / patients.features.std(0)
     train, test, y, y_test = train_test_split(x, patients.malignant, test_size=0.2, random_state=0)
     x, x_test = jnp.asarray(train, jnp.float32), jnp.asarray(test, jnp.float32)
@@ -225,7 +225,7 @@ def main(args: argparse.Namespace) -> None:
     print_table(metrics, len(splits))
 
     key = jax.random.key(0)
-    print("\nThe one split of the publication, on features standardised with the test rows: LPPD, test error")
+    print("\nThe one split of the publication, on features standardized with the test rows: LPPD, test error")
     published = make_published_split(patients)
     for name, engine in engines.items():
         lppd, error = judge(run_engine(key, engine, published, args.num_steps).weights, published)
@@ -245,7 +245,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Bayesian logistic regression with a learnt prior")
+    parser = argparse.ArgumentParser(description="Bayesian logistic regression with a learned prior")
     parser.add_argument("--num-splits", type=int, default=20)
     parser.add_argument("--num-steps", type=int, default=NUM_STEPS)
     parser.add_argument("--output", type=Path, default=Path("outputs/logistic_regression_wisconsin"))

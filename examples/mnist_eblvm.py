@@ -5,7 +5,7 @@ r"""
 Example: A deep energy-based latent variable model of MNIST
 ===========================================================
 
-Handwritten digits as an energy of an image and fifty latents, learnt by bi-level score matching [1],
+Handwritten digits as an energy of an image and fifty latents, learned by bi-level score matching [1],
 
 .. math::
 
@@ -87,7 +87,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 NUM_LATENTS, BATCH_SIZE, INNER_STEPS = 50, 100, 5
-SIGMA0 = 0.1  # noise of what is learnt, and the least that images are given
+SIGMA0 = 0.1  # noise of what is learned, and the least that images are given
 # what [2] moves draws of the guide by: gradient steps, nearly without noise
 REFINE_STEPS, REFINE_STEP, REFINE_TEMPERATURE = 5, 5e-3, 1e-6
 NUM_LABELLED, NUM_TEST = 10_000, 2000  # images for the classifiers, and to judge by
@@ -183,7 +183,7 @@ def guide(v: Array, nets: Nets) -> None:
 
 
 def with_average(optim: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
-    """An optimiser that keeps ``optax.ema`` of the parameters it makes in its state."""
+    """An optimizer that keeps ``optax.ema`` of the parameters it makes in its state."""
     ema = optax.ema(decay)
 
     def follow(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -226,7 +226,7 @@ def latent_means(nets: Nets, v: Array) -> Array:
 
 @eqx.filter_jit
 def denoised(rng_key: Array, nets: Nets, v: Array) -> Array:
-    """Noisy images without their noise, by the score of the model at a draw of the guide, as it is learnt."""
+    """Noisy images without their noise, by the score of the model at a draw of the guide, as it is learned."""
 
     def log_ratio(v: Array, key: Array) -> Array:
         q = amortized_normal(nets.encoder, v)
@@ -290,8 +290,8 @@ def plot_grids(path: Path, grids: dict[str, Array]) -> None:
 
 def plot_latents(path: Path, means: np.ndarray, labels: np.ndarray) -> None:
     """The guide's means along their two widest directions."""
-    centred = means - means.mean(0)
-    points = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
+    centered = means - means.mean(0)
+    points = centered @ np.linalg.svd(centered, full_matrices=False)[2][:2].T
     figure, axis = plt.subplots(figsize=(5.6, 4.6), layout="constrained")
     scatter = axis.scatter(*points.T, c=labels, cmap="tab10", s=5, linewidth=0, vmin=-0.5, vmax=9.5)
     axis.set(xlabel="first principal direction", ylabel="second", title="the guide's means of test images")

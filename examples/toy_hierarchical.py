@@ -13,7 +13,7 @@ The toy hierarchical model of [1]: one parameter and D = 100 latents,
 
 The marginal is :math:`y_d \sim N(\theta, 2)`, so that the maximum of the marginal likelihood is :math:`\theta^* = \bar y`,
 with the standard error :math:`\sqrt{2 / D}`; the posterior is :math:`x_d \mid y \sim N((y_d + \theta) / 2, 1/2)`. Everything
-is linear, and with it the algorithms: the centred pair :math:`z = (\theta - \bar y, \bar x - \bar y)` of the parameter and
+is linear, and with it the algorithms: the centered pair :math:`z = (\theta - \bar y, \bar x - \bar y)` of the parameter and
 the mean of all particles follows
 
 .. math::
@@ -190,9 +190,9 @@ def error_of_mean(theta: np.ndarray) -> float:
     return means.std(ddof=1) / np.sqrt(NUM_BATCHES)
 
 
-def spread_and_error(theta: np.ndarray, centre: float) -> tuple[float, float]:
-    """The standard deviation about a known centre, and its standard error by batch means of the squares."""
-    squares = ((theta[len(theta) // 10 :] - centre) ** 2).astype(float)
+def spread_and_error(theta: np.ndarray, center: float) -> tuple[float, float]:
+    """The standard deviation about a known center, and its standard error by batch means of the squares."""
+    squares = ((theta[len(theta) // 10 :] - center) ** 2).astype(float)
     sd = np.sqrt(squares.mean())
     return sd, error_of_mean(squares) / (2 * sd)
 
@@ -256,18 +256,18 @@ def plot_trajectories(path: Path, runs: dict[str, Run], engines: dict[str, Parti
 
 def plot_step_limits(path: Path, paths: dict[str, np.ndarray], y: Array) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    centre = float(y.mean())
+    center = float(y.mean())
     for name, theta in paths.items():
         label = f"h = {name} / (D + 2)"
         axes[0].plot(theta, linewidth=0.8, label=label)
-        axes[1].semilogy(np.abs(theta - centre), linewidth=0.8, label=label)
-    axes[0].axhline(centre, color="black", linewidth=0.8, linestyle="--")
-    axes[0].set(xlabel="step", ylabel=r"$\theta$", xlim=(0, min(130, len(paths["2.05"]))), ylim=(centre - 3, centre + 3))
+        axes[1].semilogy(np.abs(theta - center), linewidth=0.8, label=label)
+    axes[0].axhline(center, color="black", linewidth=0.8, linestyle="--")
+    axes[0].set(xlabel="step", ylabel=r"$\theta$", xlim=(0, min(130, len(paths["2.05"]))), ylim=(center - 3, center + 3))
     growth = abs(1 - STEP_SIZES["2.05"] * 2 / LIMIT)
     steps = np.arange(len(paths["2.05"]))
     axes[1].plot(
         steps,
-        np.abs(paths["2.05"][-1] - centre) * growth ** (steps - steps[-1]),
+        np.abs(paths["2.05"][-1] - center) * growth ** (steps - steps[-1]),
         color="black",
         linewidth=0.8,
         linestyle=":",

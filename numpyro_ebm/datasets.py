@@ -79,7 +79,7 @@ FILES = {
 class LabelledImages(NamedTuple):
     """Images with their labels."""
 
-    images: np.ndarray  # (num_images, height, width), uint8; with a last axis of three colours if it has colours
+    images: np.ndarray  # (num_images, height, width), uint8; with a last axis of three colors if it has colors
     labels: np.ndarray  # (num_images,), uint8
 
 
@@ -136,12 +136,12 @@ def cifar10(train: bool = True) -> LabelledImages:
     batches = [f"data_batch_{i}" for i in range(1, 6)] if train else ["test_batch"]
     with tarfile.open(fileobj=io.BytesIO(_read(archive))) as files:
         contents = [files.extractfile(f"cifar-10-batches-bin/{batch}.bin").read() for batch in batches]  # type: ignore[union-attr]
-    rows = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, 1 + 3 * 32 * 32)  # a label, and colour by colour the pixels
+    rows = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, 1 + 3 * 32 * 32)  # a label, and color by color the pixels
     return LabelledImages(np.ascontiguousarray(rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), rows[:, 0].copy())
 
 
 def breast_cancer_wisconsin() -> Patients:
-    """Nine scores of a biopsy each, and whether the tumour was malignant (Wolberg and Mangasarian 1990).
+    """Nine scores of a biopsy each, and whether the tumor was malignant (Wolberg and Mangasarian 1990).
 
     :raises FileNotFoundError: if the file is nowhere and cannot be downloaded.
     :raises ValueError: if the file has a wrong checksum.

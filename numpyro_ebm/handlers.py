@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Effect handlers: :class:`negative_phase` supplies the gradient of the normaliser, :class:`unnormalized` goes without.
+r"""Effect handlers: :class:`negative_phase` supplies the gradient of the normalizer, :class:`unnormalized` goes without.
 
 The gradient that ``log_prob`` lacks is an expectation under the model itself,
 
@@ -45,9 +45,9 @@ Message = dict[str, Any]
 
 
 class unnormalized(Messenger):
-    """Lifts the guard: energy sites give their unnormalised ``log_prob`` to every gradient, and nothing is added.
+    """Lifts the guard: energy sites give their unnormalized ``log_prob`` to every gradient, and nothing is added.
 
-    For what never needs the normaliser although the guard cannot know it, such as forward-mode derivatives of a score in the
+    For what never needs the normalizer although the guard cannot know it, such as forward-mode derivatives of a score in the
     parameters, or for an engine that supplies ``d log Z / d theta`` itself. A gradient that does need it is then silently
     wrong.
 
@@ -72,22 +72,22 @@ class unnormalized(Messenger):
 class negative_phase(Messenger):
     r"""Makes the gradient of a model with energy sites right, in NumPyro's own ``SVI`` and wherever a model is differentiated.
 
-    At every site whose distribution has an unknown normaliser it
+    At every site whose distribution has an unknown normalizer it
 
     1. keeps ``num_chains`` chains in the :func:`numpyro.primitives.mutable` site ``"<site>/chains"``, a dictionary of
        ``x``, of shape ``(num_chains,)`` + the site's batch shape before plates expand it + ``event_shape``, and of what
        the sampler keeps beside them (``step_size`` and ``acceptance`` for :class:`~numpyro_ebm.MALA`);
     2. advances them by the sampler at the current parameters, under ``stop_gradient``;
     3. adds the factor ``"<site>/log_normalizer"``, :math:`-(m - \mathrm{stop\_gradient}(m))` with :math:`m` the chains'
-       mean unnormalised log density: its value is 0, its gradient the estimate of :math:`-\nabla \log Z`.
+       mean unnormalized log density: its value is 0, its gradient the estimate of :math:`-\nabla \log Z`.
 
-    The factor of a site stands in its plates, so each of M latents pays its own normaliser, and subsampling and
+    The factor of a site stands in its plates, so each of M latents pays its own normalizer, and subsampling and
     :class:`numpyro.handlers.scale` weigh it as they weigh the site. The chains come back in ``SVIState.mutable_state`` and
-    go on in the next ``run(..., init_state=...)``. **The loss is still unnormalised**: it is off by the unknown
+    go on in the next ``run(..., init_state=...)``. **The loss is still unnormalized**: it is off by the unknown
     :math:`\log Z`, and two fits cannot be compared by it.
 
     A model in which a :func:`numpyro.factor` with parameters couples :class:`~numpyro_ebm.BaseMeasure` sites is a **random
-    field**: it denotes the exponential of all its log terms over one joint normaliser. It has one population, the mutable site
+    field**: it denotes the exponential of all its log terms over one joint normalizer. It has one population, the mutable site
     ``"random_field/chains"``, whose ``x`` is a dictionary of joint values of all sample sites, latent and observed, of shape
     ``(num_replicates,)`` + that of the site in one run of the model; and one factor, ``"random_field/log_normalizer"``. If all
     sites lie in one plate, each of its rows is a field and a chain by itself, and ``num_replicates`` is ``num_chains`` over the
@@ -109,7 +109,7 @@ class negative_phase(Messenger):
         data are not finite, ``init_chains`` names no energy site or has another shape, the state holds chains of another
         shape, a random field has masked sites or sites outside a subsampled plate, or the objective averages over
         ``num_particles > 1``, which would drop the chains.
-    :raises NormalizerError: if the normaliser of a site depends on another latent site, or a random field has discrete or
+    :raises NormalizerError: if the normalizer of a site depends on another latent site, or a random field has discrete or
         energy sites.
     :raises RuntimeError: during a run, through JAX, when chains turn non-finite or run away.
 
@@ -137,8 +137,8 @@ class negative_phase(Messenger):
         >>> model = negative_phase(model, num_chains=1000)
         >>> svi = SVI(model, AutoNormal(model), optax.adam(0.02), Trace_ELBO())
         >>> result = svi.run(jax.random.key(1), 600, y, progress_bar=False)
-        >>> print(f"learnt {result.params['tilt']:.1f}, exact {y.mean():.1f}")
-        learnt 1.5, exact 1.5
+        >>> print(f"learned {result.params['tilt']:.1f}, exact {y.mean():.1f}")
+        learned 1.5, exact 1.5
         >>> result.state.mutable_state["z/chains"]["x"].shape
         (1000,)
     """
@@ -181,7 +181,7 @@ class negative_phase(Messenger):
         return result
 
     def _run(self, is_field: bool | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The model, and after it the normaliser of the random field that it may be."""
+        """The model, and after it the normalizer of the random field that it may be."""
         if is_field is False:
             return super().__call__(*args, **kwargs)
         seen = record_run()
@@ -342,7 +342,7 @@ class negative_phase(Messenger):
         _refuse_who_runs_it(name)
         if msg.get("_control_flow_done"):
             raise NormalizerError(
-                f"site '{name}': inside control_flow.scan it cannot be told whether its unknown normaliser depends on the carry. "
+                f"site '{name}': inside control_flow.scan it cannot be told whether its unknown normalizer depends on the carry. "
                 "Write the steps as a plate, or as a Python loop over sites with names of their own."
             )
         plate = in_subsampled_plate(energy.batch_shape)
@@ -419,7 +419,7 @@ def _fixed_support(name: str, energy: TiltedDistribution, dtype: Any) -> Array:
 
 
 def _where_it_stands(fn: Distribution, log_normalizer: Array) -> Array:
-    """One log-normaliser per element of the site, through the wrappers that plates, masks and users put around it."""
+    """One log-normalizer per element of the site, through the wrappers that plates, masks and users put around it."""
     if isinstance(fn, TiltedDistribution):
         return log_normalizer
     inner = _where_it_stands(fn.base_dist, log_normalizer)
@@ -458,7 +458,7 @@ def _report(name: str, sampler: Any, status: int, num_updates: int) -> None:
 
 
 def explain_chains(phase: negative_phase, name: str, status: int) -> str:
-    """What the ``status`` of a site's chains means, and the mend."""
+    """What the ``status`` of a site's chains means, and the fix."""
     return _explain(phase._sampler_of(name), status)
 
 

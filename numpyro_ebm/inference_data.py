@@ -3,7 +3,7 @@
 
 """Fits, particles and chains as ArviZ data.
 
-The negative chains of a latent site are draws from its learnt prior, so they are the group ``prior``, with the chains
+The negative chains of a latent site are draws from its learned prior, so they are the group ``prior``, with the chains
 that the fit ran side by side as ArviZ's ``chain``: R-hat and ESS of that group say whether the chains mix. Particles are
 another thing. They share the parameters that they move, and are draws of one run: ArviZ's ``draw``.
 """
@@ -47,7 +47,7 @@ def to_inference_data(
     ========================  =========================================  ====================================================
     ``posterior``             ``chain``, ``draw``, site dims             draws of the latents; particles of a run as draws
     ``posterior_predictive``  ``chain``, ``draw``, site dims             draws of the data
-    ``prior``                 ``chain``, ``draw``, site dims             draws of the learnt prior: the negative chains, or given
+    ``prior``                 ``chain``, ``draw``, site dims             draws of the learned prior: the negative chains, or given
     ``prior_predictive``      ``chain``, ``draw``, site dims             draws of the data under the prior, as of a generator
     ``sample_stats_prior``    ``energy_site``                            ``num_updates``, the sampler's statistics (batch means)
     ``observed_data``         site dims                                  the data
@@ -71,7 +71,7 @@ def to_inference_data(
     :param posterior: draws by site, of shape ``(num_samples,) + batch_shape + event_shape``; the particles of ``state`` if not
         given.
     :param posterior_predictive: draws by site, of the same form.
-    :param prior: draws by site of latents under their learnt prior, of the same form, where there are no negative chains.
+    :param prior: draws by site of latents under their learned prior, of the same form, where there are no negative chains.
     :param prior_predictive: draws by site of data under it, of the same form: what :meth:`BiDVL.sample
         <numpyro_ebm.BiDVL.sample>` returns.
     :param int batch_ndims: leading dims of these draws, as in ``Predictive``: 2 for draws of

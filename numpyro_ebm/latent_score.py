@@ -115,9 +115,9 @@ def variational_score(
         if covariance == "none":
             return mean
         rows, g = of(params, draws.covariance)
-        centred = stop_gradient(g - g.mean(0))
+        centered = stop_gradient(g - g.mean(0))
         divisor = len(g) - 1 if covariance == "unbiased" else len(g)
-        return mean + (centred * _along(rows - stop_gradient(rows), g)).sum(0) / divisor
+        return mean + (centered * _along(rows - stop_gradient(rows), g)).sum(0) / divisor
 
     def of_score(params: Any, h: Latents) -> tuple[Array, Array]:
         return scores(log_p, params, v, h)
@@ -160,7 +160,7 @@ def variational_score(
 def weighted_score(log_p: RowDensity, params: Any, log_q: Array, h: Latents, keep: Array | None = None) -> ScoreFn:
     r"""The score of :math:`\log \tfrac1L \sum_i \tilde p(v, h_i) / q(h_i)` with the draws and their ``log_q`` held fixed.
 
-    Draws weigh :math:`\tilde p / q`, normalised by their sum, so that it is consistent whatever the guide.
+    Draws weigh :math:`\tilde p / q`, normalized by their sum, so that it is consistent whatever the guide.
 
     :param log_q: log density of every draw and row, ``(num_samples, batch)``.
     :param keep: ``(num_samples,)``, whether each draw counts; all of them if not given.
@@ -181,7 +181,7 @@ def normalized_weights(log_weights: Array, keep: Array | None = None) -> Array:
 
 
 def effective_sample_size(weights: Array) -> Array:
-    """How many draws the normalised ``weights`` along axis 0 are worth, between 1 and their number."""
+    """How many draws the normalized ``weights`` along axis 0 are worth, between 1 and their number."""
     return 1 / (weights**2).sum(0)
 
 

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which sites of a model have an unknown normaliser, what it depends on, and what learning them takes."""
+"""Which sites of a model have an unknown normalizer, what it depends on, and what learning them takes."""
 
 import warnings
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class SiteReport:
     name: str
     #: name of its distribution, without what plates and masks wrap around it
     distribution: str
-    #: whether its normaliser is unknown
+    #: whether its normalizer is unknown
     is_energy: bool
     #: param sites that its density depends on
     params: tuple[str, ...]
@@ -48,12 +48,12 @@ class ModelReport:
 
     @property
     def needs_negative_phase(self) -> bool:
-        """Whether plain ``SVI`` would need a derivative of an unknown normaliser."""
+        """Whether plain ``SVI`` would need a derivative of an unknown normalizer."""
         return self.is_random_field or any(site.is_energy and site.params for site in self.sites)
 
     @property
     def is_random_field(self) -> bool:
-        """Whether factors couple flat sites into a random field with parameters: the model has one joint normaliser."""
+        """Whether factors couple flat sites into a random field with parameters: the model has one joint normalizer."""
         return any(site.couples and not site.refused for site in self.sites)
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ class ModelReport:
 
 
 def check_model(model: Callable[..., Any], *args: Any, **kwargs: Any) -> ModelReport:
-    """Tells, before anything runs, which sites have an unknown normaliser and what learning the model takes.
+    """Tells, before anything runs, which sites have an unknown normalizer and what learning the model takes.
 
     It reads NumPyro's own model relations; the model is traced abstractly and nothing is computed.
 
@@ -82,8 +82,8 @@ def check_model(model: Callable[..., Any], *args: Any, **kwargs: Any) -> ModelRe
         ...     numpyro.sample("y", dist.Normal(z, 1), obs=y)
         >>> print(check_model(model, jnp.array(1.0)))
         site  distribution        verdict
-        z     TiltedDistribution  unknown normaliser, depends on param 'tilt': learn it under negative_phase
-        y     Normal              normalised
+        z     TiltedDistribution  unknown normalizer, depends on param 'tilt': learn it under negative_phase
+        y     Normal              normalized
     """
     recorder = _record_sites(model)
     with warnings.catch_warnings():
@@ -97,7 +97,7 @@ class _record_sites(Messenger):
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.found: dict[str, tuple[Any, bool, bool]] = {}  # distribution, whether observed, whether inside scan
-        self.has_pool = False  # whether a handler inside has added the normaliser of a random field
+        self.has_pool = False  # whether a handler inside has added the normalizer of a random field
         super().__init__(fn)
 
     def process_message(self, msg: dict[str, Any]) -> None:
@@ -131,16 +131,16 @@ def _report_site(name: str, recorder: _record_sites, relations: dict[str, Any]) 
     flat = [parent for parent in (*parents, name) if isinstance(found[parent][0], BaseMeasure)]
     if isinstance(fn, TiltedDistribution) and not fn.is_normalized:
         if in_scan:
-            verdict = "unknown normaliser inside scan: negative_phase cannot tell whether it depends on the carry and refuses it"
+            verdict = "unknown normalizer inside scan: negative_phase cannot tell whether it depends on the carry and refuses it"
             return SiteReport(name, kind, True, params, latents, True, verdict)
         refused = bool(latents)
         return SiteReport(name, kind, True, params, latents, refused, _verdict_on_energy(params, latents, fn.guarded))
     if kind == "Unit" and flat and (all_params := _params_behind(name, relations)):
         why = _why_no_field(found)
-        field = f"couples the flat sites {_quoted(flat)} into a random field whose unknown normaliser depends on param "
-        mend = "a handler adds it" if recorder.has_pool else why or "learn it under negative_phase"
+        field = f"couples the flat sites {_quoted(flat)} into a random field whose unknown normalizer depends on param "
+        fix = "a handler adds it" if recorder.has_pool else why or "learn it under negative_phase"
         couples = () if recorder.has_pool else tuple(flat)
-        return SiteReport(name, kind, False, params, latents, why is not None, f"{field}{_quoted(all_params)}: {mend}", couples)
+        return SiteReport(name, kind, False, params, latents, why is not None, f"{field}{_quoted(all_params)}: {fix}", couples)
     return SiteReport(name, kind, False, params, latents, False, _verdict_on_the_rest(fn, kind, params))
 
 
@@ -154,7 +154,7 @@ def _params_behind(name: str, relations: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _why_no_field(found: dict[str, tuple[Any, bool, bool]]) -> str | None:
-    """Why the sites of a model cannot be the values of a random field's pool, and the mend."""
+    """Why the sites of a model cannot be the values of a random field's pool, and the fix."""
     for name, (fn, _, in_scan) in found.items():
         if in_scan:
             return f"site '{name}' stands inside scan, where it cannot be told what depends on what: write the steps as a plate"
@@ -172,21 +172,21 @@ def _verdict_on_the_rest(fn: Any, kind: str, params: tuple[str, ...]) -> str:
     if isinstance(fn, ImproperUniform):
         return "flat"
     if kind != "Unit":
-        return "normalised"
-    return "factor" + (f", depends on param {_quoted(params)}: right only if it is a normalised log density" if params else "")
+        return "normalized"
+    return "factor" + (f", depends on param {_quoted(params)}: right only if it is a normalized log density" if params else "")
 
 
 def _verdict_on_energy(params: tuple[str, ...], latents: tuple[str, ...], guarded: bool) -> str:
     if latents:
         return (
-            f"its unknown normaliser depends on latent site {_quoted(latents)} (doubly intractable), which no engine "
+            f"its unknown normalizer depends on latent site {_quoted(latents)} (doubly intractable), which no engine "
             "handles: make what it depends on a numpyro.param, or fix it"
         )
     if params and not guarded:
-        return f"unknown normaliser, depends on param {_quoted(params)}: a handler has lifted the guard"
+        return f"unknown normalizer, depends on param {_quoted(params)}: a handler has lifted the guard"
     if params:
-        return f"unknown normaliser, depends on param {_quoted(params)}: learn it under negative_phase"
-    return "unknown normaliser, but fixed: every engine is right as it is"
+        return f"unknown normalizer, depends on param {_quoted(params)}: learn it under negative_phase"
+    return "unknown normalizer, but fixed: every engine is right as it is"
 
 
 def _parents(name: str, sample_sample: dict[str, list[str]], kinds: dict[str, str]) -> list[str]:

@@ -38,7 +38,7 @@ class KineticLangevinState(NamedTuple):
 def langevin(step_size: float | Schedule) -> optax.GradientTransformationExtraArgs:
     r"""Overdamped Langevin: the update is :math:`-h g + \sqrt{2 h T} \, \xi`, with :math:`\xi \sim N(0, I)`.
 
-    As the optimiser of :class:`~numpyro_ebm.ParticleMMLE` this is IPLA (summed gradient, :math:`T = 1/N`) or EBIPLA (averaged
+    As the optimizer of :class:`~numpyro_ebm.ParticleMMLE` this is IPLA (summed gradient, :math:`T = 1/N`) or EBIPLA (averaged
     gradient, :math:`T = 1/(MN)`), whose stationary law of the parameters is :math:`\propto p_\theta(y)^N` for small h.
 
     :param step_size: the step :math:`h`, or a schedule of it.
@@ -228,6 +228,6 @@ def _require_positive(name: str, value: Any) -> None:
 def _require_extra(name: str, temperature: Any, rng_key: Any) -> None:
     if temperature is None or rng_key is None:
         raise ValueError(
-            f"{name} injects noise and needs the temperature and rng_key that ParticleMMLE passes to its optimiser: it cannot be "
+            f"{name} injects noise and needs the temperature and rng_key that ParticleMMLE passes to its optimizer: it cannot be "
             "used in SVI. By hand, pass them to update: optim.update(gradient, state, temperature=..., rng_key=...)."
         )

@@ -200,7 +200,7 @@ def per_row(terms: dict[str, Array], program: Program, plate: str) -> Array:
         )
     size, rows = program.plates[plate].size, len(program.plates[plate].indices)
     if outside := [name for name in terms if plate not in frames[name]]:  # a site comes after its log Jacobian
-        raise ValueError(f"site '{outside[-1]}' stands outside plate '{plate}': the rows of the plate do not factorise.")
+        raise ValueError(f"site '{outside[-1]}' stands outside plate '{plate}': the rows of the plate do not factorize.")
     out = jnp.zeros(())
     for name, term in terms.items():
         term = jnp.moveaxis(jnp.atleast_1d(term), frames[name][plate], 0)

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""A model whose factors couple flat sites, as one unnormalised law of all its sample sites.
+r"""A model whose factors couple flat sites, as one unnormalized law of all its sample sites.
 
 .. math:: p_\theta(x) = \frac{1}{Z(\theta)} \exp \Big( \sum_s \ell_s(x; \theta) \Big),
 
@@ -25,7 +25,7 @@ from numpyro_ebm._compat import layers
 from numpyro_ebm.distributions.energy import NormalizerError, is_flat
 from numpyro_ebm.program import Model, Program, log_density_terms, per_row, run_program, total, transform_of
 
-FIELD = "random_field"  # the site that its chains and its normaliser are named after
+FIELD = "random_field"  # the site that its chains and its normalizer are named after
 
 Values = dict[str, Array]  # by sample site
 
@@ -50,7 +50,7 @@ class record_run(Messenger):
             return
         if kind == "param" and msg["type"] != "param":
             raise NormalizerError(
-                f"param '{name}' of a random field has become a latent site, on which the field's normaliser then depends "
+                f"param '{name}' of a random field has become a latent site, on which the field's normalizer then depends "
                 "(doubly intractable): leave it a numpyro.param."
             )
         if kind in ("param", "mutable", "plate"):

@@ -35,7 +35,7 @@ def find_visible(
     :param args: arguments of the model, the first a batch of the visible, ``(batch,) + event_shape``.
     :param data: values of sites by name. Latent sites that are missing are 0, or what of their support is near.
     :raises ValueError: if the first argument reaches no observed site or two, a discrete or bounded one, or one by a map that
-        is not linear; if its rows are not those of one plate, or that plate is subsampled; naming the site and the mend.
+        is not linear; if its rows are not those of one plate, or that plate is subsampled; naming the site and the fix.
     """
     visible = _require_batch(args)
     program = _run(model, args, kwargs, rng_key, data)
@@ -52,7 +52,7 @@ def find_visible(
     if site["fn"].support.is_discrete:
         raise ValueError(
             f"site '{name}': a visible with {law_of(site['fn'])} is discrete and has no score. Learn its parameters by likelihood "
-            "(SVI, under negative_phase where the normaliser is unknown), or give the data noise and a continuous law."
+            "(SVI, under negative_phase where the normalizer is unknown), or give the data noise and a continuous law."
         )
 
     if not is_unbounded(site["fn"].support):

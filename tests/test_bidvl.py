@@ -166,8 +166,8 @@ def test_compact_symmetric_divergence_is_that_of_the_gaussians():
     """
     a, s2, t2, m, q2 = 0.7, 0.5, 1.4, 0.4, 0.6
     generated = np.array([[1, a], [a, a**2 + s2]])
-    learnt = np.array([[m**2 * t2 + q2, m * t2], [m * t2, t2]])
-    closed = np.trace(np.linalg.solve(learnt, generated) + np.linalg.solve(generated, learnt)) / 2 - 2
+    learned = np.array([[m**2 * t2 + q2, m * t2], [m * t2, t2]])
+    closed = np.trace(np.linalg.solve(learned, generated) + np.linalg.solve(generated, learned)) / 2 - 2
     np.testing.assert_allclose(closed, 0.2839981, atol=5e-8)
     at = {"loc": 0.0, "spread": t2**0.5, "gain": a, "mean": 0.0, "noise": s2**0.5, "slope": m, "shift": 0.0, "width": q2**0.5}
     for elbo in (TraceMeanField_ELBO(), Trace_ELBO()):
@@ -395,7 +395,7 @@ def test_weights_go_to_rows_under_two_plates():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_one_step_is_that_of_the_closed_form(variant):
-    """theta by the upper level; then phi and omega by the lower, at the new theta. Catches optimisers or an order exchanged."""
+    """theta by the upper level; then phi and omega by the lower, at the new theta. Catches optimizers or an order exchanged."""
     rates = (0.3, 0.2, 0.1)
     engine = engine_of(variant=variant, latent_weight=0.3, vae_weight=1.7, optims=tuple(map(optax.sgd, rates)))
     state, levels = start(engine)
@@ -420,7 +420,7 @@ def test_one_step_is_that_of_the_closed_form(variant):
 
 
 @pytest.mark.parametrize(("variant", "of_encoder"), [("exact", 2), ("complete", 5)])
-def test_optimisers_make_as_many_steps_as_told(variant, of_encoder):
+def test_optimizers_make_as_many_steps_as_told(variant, of_encoder):
     """Three of the energy and two of encoder and generator; in 'complete' the encoder makes one in every upper step too.
 
     The loss is the upper level before the first of them.

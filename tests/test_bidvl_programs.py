@@ -136,7 +136,7 @@ class Critic(eqx.Module):
 
 
 class Normed(eqx.Module):
-    """A linear map of what batch statistics have normalised."""
+    """A linear map of what batch statistics have normalized."""
 
     norm: eqx.nn.BatchNorm
     linear: eqx.nn.Linear
@@ -213,7 +213,7 @@ def test_networks_of_equinox_keep_their_statistics(plane):
 
 
 def test_networks_of_flax_keep_their_statistics(plane):
-    """Spectral and batch normalisation of NNX in single precision; NumPyro puts their states into mutable sites by itself."""
+    """Spectral and batch normalization of NNX in single precision; NumPyro puts their states into mutable sites by itself."""
     with jax.enable_x64(False):
         rngs, v = nnx.Rngs(0), jnp.asarray(plane, jnp.float32)
         critic, last = nnx.SpectralNorm(nnx.Linear(2, 5, rngs=rngs), rngs=rngs), nnx.Linear(5, 1, rngs=rngs)
@@ -247,7 +247,7 @@ REFUSED = {
     ),
     "missing latent": ("generator", {"latents": H | G}, r"site 'g': the encoder has no such site, it has \['h'\]"),
     "shape of a latent": ("encoder", {"latents": {"h": visible_pairs}}, r"'h': the encoder gives shape \(6, 2\), the .* \(6,\)"),
-    "latent not reparametrised": ("encoder", {"latents": {"h": bits}}, "'h': the encoder draws it from Bernoulli.*not reparametr"),
+    "latent not reparametrized": ("encoder", {"latents": {"h": bits}}, "'h': the encoder draws it from Bernoulli.*not reparametr"),
     "discrete prior": ("generator", {"latents": {"h": bits}}, "'h': the generator draws it from Bernoulli.*is discrete"),
     "no latents": ("generator", {"latents": {}}, "the generator has no latent site"),
     "energy with a latent": ("energy", {"latents": G}, "site 'g': the energy has a latent.*Put latents into encoder and generator"),

@@ -202,7 +202,7 @@ def covariance_term(params, v):
 def test_unrolled_gradient_is_that_of_the_whole_map(lower_loss, checkpoint, v):
     """Central differences of theta -> J(theta, phi_N(theta)) along a random direction, through Adam and its state.
 
-    Catches a state of the optimiser, a draw of h or a log q that is held fixed in the unrolled steps.
+    Catches a state of the optimizer, a draw of h or a log q that is held fixed in the unrolled steps.
     """
     adam = optax.adam(0.05, b2=0.95, eps_root=1e-24)
     engine = engine_of(guide_optim=adam, lower_loss=lower_loss, num_unroll_steps=3, checkpoint=checkpoint)
@@ -398,7 +398,7 @@ def test_autoguide_learns_where_the_data_are_one_batch():
     assert jnp.abs(result.params["h_auto_loc"] - engine.init(KEY, v).params["h_auto_loc"]).min() > 0.01
 
 
-def test_discrete_latents_are_learnt_without_unrolling_by_a_graph_elbo(v):
+def test_discrete_latents_are_learned_without_unrolling_by_a_graph_elbo(v):
     """Hard draws have no gradient: the guide's comes from TraceGraph_ELBO, and is not zero."""
 
     def model(v):
@@ -462,7 +462,7 @@ def guide_that_shares(v):
 
 
 def guide_of_gammas(v):
-    """NumPyro does not say that a Poisson is reparametrised."""
+    """NumPyro does not say that a Poisson is reparametrized."""
     rate = numpyro.param("rate", 1.0)
     with numpyro.plate("data", len(v)):
         numpyro.sample("h", dist.Poisson(rate))
@@ -478,9 +478,9 @@ REFUSED_GUIDES = {
     "more": (guide_of_more, "site 'g': the guide samples it and the model has no such latent"),
     "shape": (guide_of_wrong_shape, r"site 'h': the guide gives shape \(10, 2\), the model needs \(10,\)"),
     "shared": (guide_that_shares, r"model and guide share the params \['loc'\]"),
-    "not reparametrised": (
+    "not reparametrized": (
         guide_of_gammas,
-        "site 'h': the guide draws it from Poisson, which is not reparametrised.*GumbelBernoulli",
+        "site 'h': the guide draws it from Poisson, which is not reparametrized.*GumbelBernoulli",
     ),
     "no params": (guide_without_params, "the guide has no param site"),
 }
@@ -493,7 +493,7 @@ def test_guide_that_is_none_of_the_models_is_refused(name):
         BiSM(linear, guide, STEP, STEP, ExactScoreMatching()).init(KEY, normal(4, 10))
 
 
-def test_not_reparametrised_guide_is_refused_without_unrolling_too():
+def test_not_reparametrized_guide_is_refused_without_unrolling_too():
     """Catches the gradient of a plain ELBO, which is silently wrong for hard draws."""
     with pytest.raises(ValueError, match="TraceGraph_ELBO"):
         BiSM(linear, guide_of_gammas, STEP, STEP, ExactScoreMatching(), num_unroll_steps=0).init(KEY, normal(4, 10))
@@ -504,7 +504,7 @@ def test_model_without_latents_is_sent_to_score_matching():
         BiSM(linear_marginal, guide_without_h, STEP, STEP, ExactScoreMatching()).init(KEY, normal(4, 10))
 
 
-def test_normaliser_that_depends_on_a_latent_is_refused():
+def test_normalizer_that_depends_on_a_latent_is_refused():
     def model(v):
         tilt = numpyro.param("tilt", 1.0)
         with numpyro.plate("data", len(v)):
@@ -512,7 +512,7 @@ def test_normaliser_that_depends_on_a_latent_is_refused():
             energy = TiltedDistribution(dist.Normal(0, 1), lambda h, x: tilt * h * x, params=h, batch_shape=(len(v),))
             numpyro.sample("v", energy, obs=v)
 
-    with pytest.raises(NormalizerError, match="site 'v': its unknown normaliser depends on latent site 'h'"):
+    with pytest.raises(NormalizerError, match="site 'v': its unknown normalizer depends on latent site 'h'"):
         BiSM(model, linear_guide, STEP, STEP, ExactScoreMatching()).init(KEY, normal(4, 10))
 
 

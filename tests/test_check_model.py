@@ -40,7 +40,7 @@ def test_every_site_gets_its_verdict():
     assert "learn it under negative_phase" in sites["z"].verdict
     assert (sites["u"].is_energy, sites["u"].params) == (True, ())
     assert "fixed" in sites["u"].verdict
-    assert (sites["y"].is_energy, sites["y"].latents, sites["y"].verdict) == (False, ("z", "u"), "normalised")
+    assert (sites["y"].is_energy, sites["y"].latents, sites["y"].verdict) == (False, ("z", "u"), "normalized")
     table = str(report).splitlines()
     assert len(table) == 4
     assert table[1].split()[:2] == ["z", "TiltedDistribution"]
@@ -85,7 +85,7 @@ def _field(support):
 
 
 def test_random_field_with_parameters_is_told_and_needs_the_negative_phase():
-    # guards against: a joint energy in a factor, which no guard sees, learnt without its normaliser
+    # guards against: a joint energy in a factor, which no guard sees, learned without its normalizer
     report = check_model(_field(constraints.real), jnp.zeros(2))
     sites = {site.name: site for site in report.sites}
     assert sites["h"].verdict == sites["v"].verdict == "flat"
@@ -97,14 +97,14 @@ def test_random_field_with_parameters_is_told_and_needs_the_negative_phase():
 
 
 def test_random_field_of_discrete_sites_is_refused_by_the_handler():
-    # guards against: a discrete field, whose pool nothing moves, taken for one that is learnt
+    # guards against: a discrete field, whose pool nothing moves, taken for one that is learned
     assert not check_model(_field(constraints.boolean), jnp.zeros(2)).is_random_field
     with pytest.raises(NormalizerError, match=r"site 'coupling': couples the flat sites 'h', 'v'.*site 'h' is discrete"):
         numpyro.handlers.seed(negative_phase(_field(constraints.boolean)), 0)(jnp.zeros(2))
 
 
-def test_a_wrapped_random_field_has_its_normaliser():
-    # guards against: a second wrapping that adds the normaliser again
+def test_a_wrapped_random_field_has_its_normalizer():
+    # guards against: a second wrapping that adds the normalizer again
     inner = numpyro.handlers.substitute(negative_phase(_field(constraints.real), num_chains=3), data={"h": jnp.ones(3)})
     report = check_model(inner, jnp.zeros(2))
     assert not report.is_random_field
@@ -112,7 +112,7 @@ def test_a_wrapped_random_field_has_its_normaliser():
 
 
 def test_fixed_random_field_needs_nothing():
-    # guards against: chains for a normaliser that is a constant
+    # guards against: chains for a normalizer that is a constant
     def model(v):
         h = numpyro.sample("h", BaseMeasure())
         numpyro.factor("coupling", -(h**4))
@@ -123,13 +123,13 @@ def test_fixed_random_field_needs_nothing():
     assert report.sites[1].verdict == "factor"
 
 
-def test_a_factor_with_parameters_is_never_called_normalised():
-    # guards against: a tilt written as a factor, whose normaliser nobody sees
+def test_a_factor_with_parameters_is_never_called_normalized():
+    # guards against: a tilt written as a factor, whose normalizer nobody sees
     def model():
         z = numpyro.sample("z", STANDARD)
         numpyro.factor("tilt", numpyro.param("t", 0.7) * z)
 
-    assert "right only if it is a normalised log density" in _sites(model)["tilt"].verdict
+    assert "right only if it is a normalized log density" in _sites(model)["tilt"].verdict
 
 
 def test_nothing_is_computed():

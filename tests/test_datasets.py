@@ -60,7 +60,7 @@ def test_efron_morris_starts_with_clemente():
 
 
 def test_frey_faces_are_the_frames_of_the_video():
-    # Catches images read transposed or out of order: neighbouring frames are alike, and so are neighbouring pixels.
+    # Catches images read transposed or out of order: neighboring frames are alike, and so are neighboring pixels.
     images = _or_skip(datasets.frey_faces)
     assert images.shape == (1965, 28, 20)
     assert images.dtype == np.uint8
@@ -92,11 +92,11 @@ def test_frey_faces_are_read_from_the_original_file_and_checked_by_their_pixels(
         datasets.frey_faces()
 
 
-def test_cifar10_is_read_colour_by_colour_in_the_order_of_its_batches(monkeypatch, tmp_path):
-    # Catches colours or rows read in another order, a label taken for a pixel, and training images given as test images.
+def test_cifar10_is_read_color_by_color_in_the_order_of_its_batches(monkeypatch, tmp_path):
+    # Catches colors or rows read in another order, a label taken for a pixel, and training images given as test images.
     images = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3)).astype(np.uint8)
     labels = np.arange(12, dtype=np.uint8)
-    rows = np.concatenate([labels[:, None], *(images[..., colour].reshape(12, -1) for colour in range(3))], 1)
+    rows = np.concatenate([labels[:, None], *(images[..., color].reshape(12, -1) for color in range(3))], 1)
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         for i, name in enumerate(["test_batch", *(f"data_batch_{i}" for i in range(1, 6))]):
@@ -115,8 +115,8 @@ def test_cifar10_is_read_colour_by_colour_in_the_order_of_its_batches(monkeypatc
         np.testing.assert_array_equal(part.labels, labels[chosen])
 
 
-def test_cifar10_gives_photographs_upright_and_in_colour():
-    # Catches axes exchanged: neighbouring pixels of a photograph are alike, and the sky is above.
+def test_cifar10_gives_photographs_upright_and_in_color():
+    # Catches axes exchanged: neighboring pixels of a photograph are alike, and the sky is above.
     images, labels = _or_skip(datasets.cifar10, False)
     assert images.shape[1:] == (32, 32, 3)
     assert images.dtype == np.uint8
@@ -126,7 +126,7 @@ def test_cifar10_gives_photographs_upright_and_in_colour():
     assert pixels[:, :4, :, 2].mean() > pixels[:, -4:, :, 2].mean()
 
 
-def test_file_that_is_nowhere_is_named_with_the_mend(monkeypatch, tmp_path):
+def test_file_that_is_nowhere_is_named_with_the_fix(monkeypatch, tmp_path):
     monkeypatch.setenv("NUMPYRO_EBM_DATA", str(tmp_path))
     monkeypatch.setattr(datasets, "BESIDE", tmp_path)
     monkeypatch.setattr(datasets, "CACHE", tmp_path)

@@ -394,7 +394,7 @@ def test_scores_of_a_guide_give_the_divergence_of_the_marginal():
 
 
 def test_whatever_of_a_critic_is_no_floating_array_stays():
-    # Catches integer arrays, functions or None in an optimiser, and a result that lacks them.
+    # Catches integer arrays, functions or None in an optimizer, and a result that lacks them.
     def apply(a, order, activation, nothing, v):
         assert nothing is None
         return activation(a * v[order])
@@ -440,7 +440,7 @@ def test_fisher_divergence_refuses(change, message):
         fisher_divergence(**(given | change))
 
 
-def test_an_optimiser_of_another_kind_is_refused():
+def test_an_optimizer_of_another_kind_is_refused():
     with pytest.raises(TypeError, match="optim must be an optax transformation"):
         find(optim=numpyro.optim.Adam(1e-3))
 

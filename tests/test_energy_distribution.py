@@ -82,7 +82,7 @@ def test_base_measure_stands_in_a_plate():
 
 
 def test_base_measure_says_that_it_cannot_be_sampled():
-    # Catches another type of error: NumPyro's initialisation falls back on exactly NotImplementedError.
+    # Catches another type of error: NumPyro's initialization falls back on exactly NotImplementedError.
     with pytest.raises(NotImplementedError, match="initial=") as caught:
         BaseMeasure(constraints.real, (2,)).sample(KEY)
     assert type(caught.value) is NotImplementedError
@@ -310,7 +310,7 @@ def test_transformed_distribution_on_top_has_the_jacobian():
     assert (draws > 0).all()
 
 
-def test_no_energy_distribution_offers_reparametrised_or_enumerated_draws():
+def test_no_energy_distribution_offers_reparametrized_or_enumerated_draws():
     # Catches NumPyro's defaults: has_rsample is vacuously true for empty arg_constraints, enumeration silently wrong.
     discrete = EnergyDistribution(lambda x: x.sum() * 1.0, (2,), support=constraints.boolean)
     for d in (BaseMeasure(), EnergyDistribution(bowl, (2,)), TiltedDistribution(NORMAL2, bowl), discrete):
@@ -338,7 +338,7 @@ def test_no_energy_distribution_offers_reparametrised_or_enumerated_draws():
 )
 @pytest.mark.parametrize("flat", [True, False], ids=["flat", "tilted"])
 def test_score_is_the_gradient_of_log_prob_by_finite_differences(support, x, flat):
-    # Catches a sign, a base whose score is left out, and a normaliser guard that changes gradients in the value.
+    # Catches a sign, a base whose score is left out, and a normalizer guard that changes gradients in the value.
     def energy(x):
         return jnp.sin(x[0]) * x[1] ** 2 + x[0] ** 2
 
@@ -399,7 +399,7 @@ def test_validation_can_be_switched_off():
 
 
 class NormalizedTilt(TiltedDistribution):
-    """exp(alpha x) N(x; 0, 1) / exp(alpha^2 / 2), a tilt that knows its normaliser."""
+    """exp(alpha x) N(x; 0, 1) / exp(alpha^2 / 2), a tilt that knows its normalizer."""
 
     is_normalized = True
 
@@ -410,7 +410,7 @@ class NormalizedTilt(TiltedDistribution):
         return super().log_prob(value) - self.params**2 / 2
 
 
-def test_a_subclass_that_knows_its_normaliser_is_not_guarded():
+def test_a_subclass_that_knows_its_normalizer_is_not_guarded():
     # Catches a guard that ignores is_normalized: d/d alpha of log N(x; alpha, 1) is x - alpha.
     value, grad = jax.value_and_grad(lambda alpha: NormalizedTilt(alpha).log_prob(2.0))(0.5)
     np.testing.assert_allclose(value, log_normal(2.0, 0.5), rtol=1e-6)
@@ -593,7 +593,7 @@ def test_draws_have_sample_batch_and_event_shape(sample_shape):
 
 
 def test_no_gradient_flows_through_draws():
-    # Catches a reparametrised-looking sample: its gradient would be biased and cost all steps.
+    # Catches a reparametrized-looking sample: its gradient would be biased and cost all steps.
     def draw(loc):
         d = TiltedDistribution(dist.Normal(loc, 1), lambda x: loc * x, sampler=UnadjustedLangevin(num_steps=2))
         return d.sample(KEY)
@@ -602,7 +602,7 @@ def test_no_gradient_flows_through_draws():
 
 
 def test_sample_without_a_start_says_to_pass_initial():
-    # Catches another type of error: initialisation, ArviZ and inspection fall back on exactly NotImplementedError.
+    # Catches another type of error: initialization, ArviZ and inspection fall back on exactly NotImplementedError.
     with pytest.raises(NotImplementedError, match="initial=") as caught:
         EnergyDistribution(bowl, (2,)).sample(KEY)
     assert type(caught.value) is NotImplementedError
@@ -668,7 +668,7 @@ def test_hamiltonian_samplers_draw_the_posterior_under_an_energy_prior(kernel):
 
 @pytest.mark.parametrize("init", [init_to_median, init_to_sample])
 def test_nuts_starts_where_an_energy_cannot_be_sampled(init):
-    # Catches an error of another type from sample: NumPyro's initialisation would not fall back on uniform starts.
+    # Catches an error of another type from sample: NumPyro's initialization would not fall back on uniform starts.
     def model():
         numpyro.sample("z", EnergyDistribution(lambda x: 2 * x, support=constraints.positive))
 

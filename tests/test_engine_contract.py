@@ -41,13 +41,13 @@ RATE = 0.02
 class Case(NamedTuple):
     """One engine in one setting."""
 
-    #: ``make(watch, optim)``: an engine with ``watch(model)`` for its model, and this optimiser, if it takes one
+    #: ``make(watch, optim)``: an engine with ``watch(model)`` for its model, and this optimizer, if it takes one
     make: Callable[..., Engine]
     #: arguments of the model; the first is the data, observed at site 'y', and a keyword ``times`` multiplies it
     args: tuple[Any, ...]
-    #: what is learnt in the long run, by param site; a param 'spread', which starts at 2, is positive
+    #: what is learned in the long run, by param site; a param 'spread', which starts at 2, is positive
     exact: dict[str, float]
-    #: whether it takes an optimiser, which is then ``optax.sgd(RATE)`` if not given
+    #: whether it takes an optimizer, which is then ``optax.sgd(RATE)`` if not given
     takes_optim: bool
     #: latent sites of the model
     latents: tuple[str, ...] = ("x",)
@@ -58,7 +58,7 @@ class Case(NamedTuple):
 
 
 def _normal(y, times=1, subsample_size=None):
-    """The marginal law of y is N(loc, 2), so loc = mean(y); spread is learnt from data of its own."""
+    """The marginal law of y is N(loc, 2), so loc = mean(y); spread is learned from data of its own."""
     loc = numpyro.param("loc", 0.5)
     _spread()
     with numpyro.plate("data", len(y), subsample_size=subsample_size) as index:
@@ -71,7 +71,7 @@ def _minibatches(y, times=1):
 
 
 def _tilted(y, times=1):
-    """A prior N(loc, 1) as an energy with an unknown normaliser."""
+    """A prior N(loc, 1) as an energy with an unknown normalizer."""
     loc = numpyro.param("loc", 0.5)
     _spread()
     with numpyro.plate("data", len(y)):
@@ -117,10 +117,10 @@ def _generator(y, times=1):
 
 
 def _energy(y, times=1):
-    centre = numpyro.param("centre", 0.5)
+    center = numpyro.param("center", 0.5)
     scale = numpyro.param("scale", 2.0, constraint=constraints.positive)
     with numpyro.plate("data", len(y)):
-        numpyro.sample("y", EnergyDistribution(lambda y: ((y - centre) / scale) ** 2 / 2), obs=times * y)
+        numpyro.sample("y", EnergyDistribution(lambda y: ((y - center) / scale) ** 2 / 2), obs=times * y)
 
 
 def _unwatched(model):
@@ -169,7 +169,7 @@ def _weighted(watch=_unwatched, optim=None):
 
 
 def _bidvl(watch=_unwatched, optim=None):
-    """The energy by ``optim``; what is learnt in the end is the generator."""
+    """The energy by ``optim``; what is learned in the end is the generator."""
     optims = (optax.sgd(RATE) if optim is None else optim, optax.sgd(RATE), optax.sgd(RATE))
     return BiDVL(_energy, _guide, watch(_generator), *optims, batch_size=4)
 
@@ -186,7 +186,7 @@ CASES = {
     "bism, implicit": Case(_implicit, (Y,), EXACT, True, others=OF_GUIDE, is_linear=False),
     "vages": Case(_vages, (Y,), EXACT, True, others=OF_GUIDE, is_linear=False),
     "vages, weighted": Case(_weighted, (Y,), EXACT, True, others=OF_GUIDE, is_linear=False),
-    "bidvl": Case(_bidvl, (Y,), EXACT, True, others=(*OF_GUIDE, "centre", "scale"), is_linear=False),
+    "bidvl": Case(_bidvl, (Y,), EXACT, True, others=(*OF_GUIDE, "center", "scale"), is_linear=False),
 }
 
 
@@ -456,18 +456,18 @@ def test_init_params_must_be_params(case, engine):
 
 @pytest.fixture(scope="module")
 def reckless(case):
-    """The same engine with an optimiser of NumPyro that makes six steps at RATE and then one to infinity."""
+    """The same engine with an optimizer of NumPyro that makes six steps at RATE and then one to infinity."""
     return case.make(optim=numpyro.optim.SGD(lambda step: jnp.where(step < 6, RATE, jnp.inf)))
 
 
-def test_optimisers_of_numpyro_and_optax_make_the_same_steps(case, by_hand, request):
+def test_optimizers_of_numpyro_and_optax_make_the_same_steps(case, by_hand, request):
     if case.takes_optim:
         state = _run(request.getfixturevalue("reckless"), 6, case).state
         for name, value in by_hand[0][6].params.items():
             np.testing.assert_allclose(state.params[name], value, rtol=1e-4)
 
 
-def test_optimiser_must_be_one(case):
+def test_optimizer_must_be_one(case):
     if case.takes_optim:
         with pytest.raises(TypeError, match="optim must be an optax transformation"):
             case.make(optim="adam")

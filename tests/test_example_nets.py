@@ -35,7 +35,7 @@ def test_numbers_of_parameters_are_the_published_ones(nets):
 @pytest.mark.parametrize(
     ("data", "side", "energy", "guide"), [("CIFAR-10", 32, 63_936_562, 780_516), ("CelebA", 64, 68_876_338, 2_009_316)]
 )
-def test_numbers_of_parameters_are_the_published_ones_for_colour_images(nets, data, side, energy, guide):
+def test_numbers_of_parameters_are_the_published_ones_for_color_images(nets, data, side, energy, guide):
     # Catches a number of channels, of blocks or of cells that is right for one image size only.
     assert num_params(nets.image_energy, (side, side, 3), channels=128, blocks_per_stage=3) == energy
     assert num_params(nets.image_guide, (side, side, 3)) == guide

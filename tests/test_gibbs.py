@@ -172,7 +172,7 @@ def _params(kind):
 
 @pytest.mark.parametrize("kind", ["plain", "scaled", "bernoulli"])
 def test_persistent_chains_give_the_gradient_of_the_exact_likelihood(kind):
-    # Catches a normaliser paid once for all rows, a gradient of the wrong sign, and chains of another law.
+    # Catches a normalizer paid once for all rows, a gradient of the wrong sign, and chains of another law.
     data = jnp.array([[1.0, 0, 0], [1, 1, 0], [0, 1, 1], [1, 0, 1]])
     data, params = data if kind != "bernoulli" else data.astype(int), {k: jnp.asarray(v) for k, v in _params(kind).items()}
     make = BernoulliRBM if kind == "bernoulli" else lambda **p: GaussianBernoulliRBM(**p, coupling=kind)
@@ -207,7 +207,7 @@ def test_rbm_site_moves_by_gibbs_without_being_told_and_its_chains_persist():
 
 
 def test_no_gradient_flows_through_the_chains():
-    # Catches a reparametrised draw of the Gaussian layer that adds its own gradient to the negative phase.
+    # Catches a reparametrized draw of the Gaussian layer that adds its own gradient to the negative phase.
     def position(w):
         rbm = GaussianBernoulliRBM(w, B, C)
         sampler = BlockGibbs(3)
@@ -235,21 +235,21 @@ def test_contrastive_divergence_is_zero_on_average_at_the_models_own_data():
 
 
 def test_persistent_contrastive_divergence_learns_the_maximum_likelihood():
-    # Catches a training loop that moves parameters but not to the maximum: the normaliser's gradient scaled or stale.
+    # Catches a training loop that moves parameters but not to the maximum: the normalizer's gradient scaled or stale.
     truth = BernoulliRBM(W, B, C)
     counts = np.round(1000 * jnp.exp(truth.log_prob(_states(3)) - truth.log_normalizer())).astype(int)
     data, probability = jnp.asarray(np.repeat(_states(3), counts, axis=0)), counts / counts.sum()
     start = {name: 0.1 * jnp.asarray(value) for name, value in _params("bernoulli").items()}
     model = negative_phase(lambda: _program("bernoulli", data, start), num_chains=2000, sampler=BlockGibbs(2))
     svi = SVI(model, lambda: None, optax.adam(optax.cosine_decay_schedule(0.05, 600)), Trace_ELBO())
-    learnt = svi.run(jax.random.key(0), 600, progress_bar=False).params
+    learned = svi.run(jax.random.key(0), 600, progress_bar=False).params
 
     def divergence(params):  # of the data from the model, which the machine that made the data brings to 0
         rbm = BernoulliRBM(**params)
         return probability @ (np.log(probability) + rbm.free_energy(_states(3)) + rbm.log_normalizer())
 
     assert divergence(start) > 0.05
-    assert divergence(learnt) < 3e-3  # 11 parameters learnt with 2000 chains cost about 11 / 2 / 2000
+    assert divergence(learned) < 3e-3  # 11 parameters learned with 2000 chains cost about 11 / 2 / 2000
 
 
 # ---- Bad input ------------------------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def test_number_of_sweeps_must_be_natural(num_steps):
         BlockGibbs(num_steps)
 
 
-def test_energy_without_layers_is_refused_with_the_mend():
+def test_energy_without_layers_is_refused_with_the_fix():
     energy = EnergyDistribution(lambda x: x**2, initial=dist.Normal(0, 1), sampler=BlockGibbs())
     with pytest.raises(TypeError, match=r"this energy has no layers. Use GaussianBernoulliRBM"):
         energy.sample(jax.random.key(0), (3,))

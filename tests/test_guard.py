@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The guard: a gradient that needs an unknown normaliser raises, every other gradient passes untouched."""
+"""The guard: a gradient that needs an unknown normalizer raises, every other gradient passes untouched."""
 
 import equinox as eqx
 import jax
@@ -122,7 +122,7 @@ def test_prior_on_energy_parameters_raises_under_nuts():
 
 
 def test_fixed_energy_passes_svi_and_learns_the_closed_form():
-    # guards against: a guard that fires on what needs no normaliser (tilt 2: posterior mean (y + 2) / 2)
+    # guards against: a guard that fires on what needs no normalizer (tilt 2: posterior mean (y + 2) / 2)
     def model(y):
         z = numpyro.sample("z", TiltedDistribution(STANDARD, lambda z: -2.0 * z))
         numpyro.sample("y", dist.Normal(z, 1), obs=y)
@@ -149,7 +149,7 @@ def test_nuts_over_the_latent_passes_with_energy_parameters_held_fixed():
 
 
 def _score_matching_loss(theta, x):
-    """Hyvarinen's objective of the energy theta x^2 / 2: theta^2 x^2 / 2 - theta, minimised at 1 / mean x^2."""
+    """Hyvarinen's objective of the energy theta x^2 / 2: theta^2 x^2 / 2 - theta, minimized at 1 / mean x^2."""
     energy = EnergyDistribution(lambda x: theta * x**2 / 2)
     score = jax.grad(lambda x: energy.log_prob(x))
     return score(x) ** 2 / 2 + jax.grad(score)(x)
@@ -181,7 +181,7 @@ def test_score_matching_through_the_parameters_passes(transform):
 
 @pytest.mark.parametrize("whole", ["MixtureGeneral", "MixtureSameFamily", "ZeroInflated"])
 def test_energies_inside_mixtures_are_refused(whole):
-    # guards against: components with unknown normalisers, whose weights come out wrong even where all is fixed
+    # guards against: components with unknown normalizers, whose weights come out wrong even where all is fixed
     stack = EnergyDistribution(lambda k, x: k * x**2, params=jnp.array([1.0, 10.0]), batch_shape=(2,))
     parts = [EnergyDistribution(lambda x: x**2), EnergyDistribution(lambda x: 10 * x**2)]
     bit = EnergyDistribution(lambda x: x * 1.0, support=constraints.boolean)

@@ -90,7 +90,7 @@ def test_dims_and_coords_are_named_by_the_user(fit):
 
 
 def test_arviz_reads_and_writes_it(fit, tmp_path):
-    # guards against: a container that ArviZ cannot summarise or save
+    # guards against: a container that ArviZ cannot summarize or save
     result, posterior, draws = fit
     data = to_inference_data(result, chains=draws, posterior=posterior)
     prior = data["prior"]["z"].to_dataset(name="z")  # one form for both ArviZ 0 and 1
@@ -180,7 +180,7 @@ def test_predictions_and_names_of_the_user_go_with_particles(cloud):
     np.testing.assert_array_equal(data["posterior_predictive"]["y"].values[0], predicted["y"])
 
 
-def test_draws_at_fixed_parameters_are_chains_that_arviz_summarises(cloud):
+def test_draws_at_fixed_parameters_are_chains_that_arviz_summarizes(cloud):
     # catches chains and draws exchanged, and a container that az.summary or az.plot_forest cannot read
     engine, result = cloud
     particles = engine.get_particles(result.state, Y)

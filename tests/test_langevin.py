@@ -174,7 +174,7 @@ def test_check_forgives_one_calm_run():
     assert int(moved(sampler, quadratic(0.1), state).runs_near_floor) == 0
 
 
-def test_explanations_name_the_step_and_the_mend():
+def test_explanations_name_the_step_and_the_fix():
     # Catches a status that reaches the user without what to do.
     sampler = UnadjustedLangevin(step_size=0.05)
     for status in (1, 2):

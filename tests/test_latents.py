@@ -128,13 +128,13 @@ def test_rows_that_a_sum_couples_are_found_out():
 
 def test_a_term_outside_the_plate_does_not_couple_rows():
     # catches a penalty on parameters that makes all rows move jointly
-    def penalised(y):
+    def penalized(y):
         loc = numpyro.param("loc", 0.0)
         numpyro.factor("penalty", -(jnp.asarray(loc) ** 2))
         with numpyro.plate("data", len(y)):
             numpyro.sample("y", dist.Normal(numpyro.sample("x", dist.Normal(loc, 1)), 1), obs=y)
 
-    assert Posterior(KEY, penalised, {"loc": 0.0}, (Y,), {}, None).plate == "data"
+    assert Posterior(KEY, penalized, {"loc": 0.0}, (Y,), {}, None).plate == "data"
 
 
 def test_two_sites_and_two_plates_keep_their_elements():
@@ -229,17 +229,17 @@ def test_energy_prior_at_fixed_parameters_gives_its_posterior():
 
     draws = sample_posterior(KEY, negative_phase(model), {"tilt": 3.0}, Y, num_samples=300, num_chains=8)
     assert_moments(draws["x"], (Y + 3) / 2, np.eye(4) / 2)
-    with pytest.raises(NormalizerError, match=r"site 'x': the second derivative of its unknown normaliser"):
+    with pytest.raises(NormalizerError, match=r"site 'x': the second derivative of its unknown normalizer"):
         standard_errors(KEY, negative_phase(model), {"tilt": 3.0}, Y, num_samples=2, num_warmup=0)
 
 
-def test_normaliser_that_depends_on_a_latent_is_refused():
-    # catches draws of a latent whose posterior lacks the normaliser it decides
+def test_normalizer_that_depends_on_a_latent_is_refused():
+    # catches draws of a latent whose posterior lacks the normalizer it decides
     def model(y):
         u = numpyro.sample("u", dist.Normal(0, 1))
         numpyro.sample("y", TiltedDistribution(dist.Normal(0, 1), lambda x: jnp.exp(u) * x**2), obs=y)
 
-    with pytest.raises(NormalizerError, match=r"site 'y': its unknown normaliser depends on a latent"):
+    with pytest.raises(NormalizerError, match=r"site 'y': its unknown normalizer depends on a latent"):
         sample_posterior(KEY, model, {}, 1.0, num_samples=2)
 
 

@@ -65,14 +65,14 @@ def _still(model, site="z", chains=CHAINS):
 
 
 @pytest.mark.parametrize("num_data", [1, 2, 5])
-def test_each_latent_in_a_plate_pays_its_own_normaliser(num_data):
-    # guards against: one normaliser for the whole plate
+def test_each_latent_in_a_plate_pays_its_own_normalizer(num_data):
+    # guards against: one normalizer for the whole plate
     z, y = jnp.arange(num_data) / 4, jnp.zeros(num_data)
     gradient = _gradient(_still(_in_plate), {"tilt": 0.3}, {"z": z}, y)
     np.testing.assert_allclose(gradient["tilt"], z.sum() - num_data * CHAINS.mean(), rtol=1e-6)
 
 
-def test_subsampling_scales_the_normaliser_like_the_site():
+def test_subsampling_scales_the_normalizer_like_the_site():
     # guards against: a factor outside the plate, which would weigh 1 where the site weighs M / B
     z, y, index = jnp.array([0.4, -0.2]), jnp.zeros(6), jnp.array([1, 4])
     gradient = _gradient(_still(_in_plate), {"tilt": 0.3}, {"z": z, "data": index}, y, 2)
@@ -80,7 +80,7 @@ def test_subsampling_scales_the_normaliser_like_the_site():
 
 
 def test_subsampled_gradient_averages_to_the_full_one():
-    # guards against: a plate scale that is right on average for the site but not for its normaliser
+    # guards against: a plate scale that is right on average for the site but not for its normalizer
     z, y = jnp.array([0.4, -0.2, 1.0, 2.0]), jnp.zeros(4)
     full = _gradient(_still(_in_plate), {"tilt": 0.3}, {"z": z}, y)["tilt"]
     pairs = [jnp.array([i, j]) for i in range(4) for j in range(i)]
@@ -88,8 +88,8 @@ def test_subsampled_gradient_averages_to_the_full_one():
     np.testing.assert_allclose(np.mean(parts), full, rtol=1e-6)
 
 
-def test_masked_latents_pay_no_normaliser():
-    # guards against: a normaliser for elements that the mask takes out of the model
+def test_masked_latents_pay_no_normalizer():
+    # guards against: a normalizer for elements that the mask takes out of the model
     observed, z, y = jnp.array([True, False, True]), jnp.array([0.4, 7.0, 1.0]), jnp.zeros(3)
     expected = 1.4 - 2 * CHAINS.mean()
     inner = _still(lambda y: _in_plate(y, wrap=lambda fn: fn.mask(observed)))
@@ -98,8 +98,8 @@ def test_masked_latents_pay_no_normaliser():
         np.testing.assert_allclose(_gradient(model, {"tilt": 0.3}, {"z": z}, y)["tilt"], expected, rtol=1e-6)
 
 
-def test_scale_handler_weighs_the_normaliser():
-    # guards against: annealed or weighted models whose normaliser is not weighed
+def test_scale_handler_weighs_the_normalizer():
+    # guards against: annealed or weighted models whose normalizer is not weighed
     z, y = jnp.array([0.4, -0.2]), jnp.zeros(2)
     gradient = _gradient(scale(_still(_in_plate), scale=0.5), {"tilt": 0.3}, {"z": z}, y)
     np.testing.assert_allclose(gradient["tilt"], 0.5 * (z.sum() - 2 * CHAINS.mean()), rtol=1e-6)
@@ -107,7 +107,7 @@ def test_scale_handler_weighs_the_normaliser():
 
 @pytest.mark.parametrize("wrap", [lambda fn: fn.expand([2, 3]).to_event(2), lambda fn: fn.expand([2, 3])], ids=["event", "batch"])
 def test_expanded_site_outside_a_plate_pays_once_per_element(wrap):
-    # guards against: a normaliser that follows the plates instead of the site's own shape
+    # guards against: a normalizer that follows the plates instead of the site's own shape
     def model():
         numpyro.sample("z", wrap(_tilted()))
 
@@ -116,7 +116,7 @@ def test_expanded_site_outside_a_plate_pays_once_per_element(wrap):
 
 
 def test_observed_batch_without_a_plate_pays_once_per_observation():
-    # guards against: one normaliser for all observations where the plate is left out, as NumPyro allows
+    # guards against: one normalizer for all observations where the plate is left out, as NumPyro allows
     def model(z):
         numpyro.sample("z", _tilted(), obs=z)
 
@@ -160,7 +160,7 @@ def test_several_energy_sites_each_have_their_own_chains_and_gradient():
     np.testing.assert_allclose([gradient["a"], gradient["b"]], [-CHAINS.mean(), -2 * CHAINS.mean()], rtol=1e-6)
 
 
-def test_learnable_base_is_in_the_normaliser_too():
+def test_learnable_base_is_in_the_normalizer_too():
     # guards against: a factor that holds the energy alone (d log b / d loc at the chains is their mean minus loc)
     def model():
         numpyro.sample("z", TiltedDistribution(dist.Normal(numpyro.param("loc", 0.0), 1), lambda z: z**4))
@@ -169,7 +169,7 @@ def test_learnable_base_is_in_the_normaliser_too():
     np.testing.assert_allclose(gradient["loc"], (1.0 - 0.3) - (CHAINS.mean() - 0.3), rtol=1e-6)
 
 
-def test_transformed_energy_has_the_normaliser_of_its_base():
+def test_transformed_energy_has_the_normalizer_of_its_base():
     # guards against: chains moved or averaged in the transformed space
     shift = dist.transforms.AffineTransform(5.0, 2.0)
 
@@ -212,8 +212,8 @@ def test_factor_has_value_zero_and_gradient_of_moving_chains_stops_at_their_posi
     np.testing.assert_allclose(gradient["tilt"], 2 - 2 * chains.mean(), rtol=1e-5)
 
 
-def test_energy_tilted_by_another_has_one_normaliser_for_both():
-    # guards against: the guard of the inner energy holding although the outer one's normaliser has its parameters too
+def test_energy_tilted_by_another_has_one_normalizer_for_both():
+    # guards against: the guard of the inner energy holding although the outer one's normalizer has its parameters too
     def model():
         a, b = numpyro.param("a", 0.2), numpyro.param("b", 0.1)
         inner = TiltedDistribution(STANDARD, lambda z: -a * z)
@@ -223,7 +223,7 @@ def test_energy_tilted_by_another_has_one_normaliser_for_both():
     np.testing.assert_allclose([gradient["a"], gradient["b"]], [3 - CHAINS.mean(), -9 + (CHAINS**2).mean()], rtol=1e-6)
 
 
-def test_wrapping_twice_adds_the_normaliser_once():
+def test_wrapping_twice_adds_the_normalizer_once():
     # guards against: a model wrapped by the user and again by an engine
     model = negative_phase(_still(_in_plate), num_chains=3)
     gradient = _gradient(model, {"tilt": 0.3}, {"z": jnp.ones(1)}, jnp.zeros(1))
@@ -231,7 +231,7 @@ def test_wrapping_twice_adds_the_normaliser_once():
 
 
 def test_unnormalized_adds_nothing():
-    # guards against: the engines' handler paying a normaliser that they supply themselves
+    # guards against: the engines' handler paying a normalizer that they supply themselves
     for model in (unnormalized(_in_plate), negative_phase(unnormalized(_in_plate))):
         gradient = _gradient(model, {"tilt": 0.3}, {"z": jnp.ones(2)}, jnp.zeros(2))
         np.testing.assert_allclose(gradient["tilt"], 2.0, rtol=1e-6)
@@ -286,7 +286,7 @@ def _quadrature():
 
 
 def test_gradient_of_the_loss_equals_quadrature():
-    # guards against: the sign of the normaliser, a wrong law of the chains (constants of the note: .1815, .1882, .2090)
+    # guards against: the sign of the normalizer, a wrong law of the chains (constants of the note: .1815, .1882, .2090)
     x, posterior, prior_moments, posterior_moments = _quadrature()
     exact = posterior_moments - prior_moments
     np.testing.assert_allclose(exact, [0.1815061, 0.1882431, 0.2089626], atol=1e-6)
@@ -358,7 +358,7 @@ def test_persistent_chains_learn_the_exact_tilt(loss):
 
 @pytest.mark.parametrize("autoguide", [AutoNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal, AutoDelta])
 def test_autoguides_learn_the_tilt(autoguide):
-    # guards against: a handler that autoguides cannot trace. AutoDelta maximises over z, which is exact for the mean too
+    # guards against: a handler that autoguides cannot trace. AutoDelta maximizes over z, which is exact for the mean too
     y = MEAN_ONE[::8]
     model = negative_phase(_in_plate, num_chains=1000)
     for guide in (autoguide(model), autoguide(_in_plate)) if autoguide is AutoNormal else (autoguide(model),):
@@ -399,7 +399,7 @@ def _bias_of_ula(tau, variance_of_chain):
     ids=["MALA exact", "ULA h=.1", "ULA h=.2", "short-run ULA J=20"],
 )
 def test_quadratic_energy_reaches_the_fixed_point_its_sampler_implies(sampler, persistent, fixed_point, variance_of_chain):
-    # F4: the learnt precision is biased exactly as the chain's stationary (or J-step) variance says; MALA is exact
+    # F4: the learned precision is biased exactly as the chain's stationary (or J-step) variance says; MALA is exact
     np.testing.assert_allclose(_bias_of_ula(fixed_point, variance_of_chain), 0, atol=2e-4)
     model = negative_phase(_precision_model, num_chains=2000, sampler=sampler, persistent=persistent)
     # relative standard error of a variance of 2000 chains is .03 a step, .01 over the average
@@ -412,7 +412,7 @@ def test_five_short_steps_have_no_fixed_point_and_the_precision_collapses():
     assert _fit(model, _linear_gaussian_guide, "tau", 1500, VARIANCE_THREE) < 0.15
 
 
-def test_observed_energy_site_is_learnt_by_maximum_likelihood_on_a_constrained_support():
+def test_observed_energy_site_is_learned_by_maximum_likelihood_on_a_constrained_support():
     # guards against: a missing log-Jacobian in the chains of a positive site. x ~ rate exp(-rate x): rate = 1 / mean
     def model(x):
         rate = numpyro.param("rate", 1.0, constraint=constraints.positive)
@@ -442,7 +442,7 @@ class _Flip:
         return _Position(jax.lax.scan(step, state.position, jax.random.split(rng_key, 10))[0])
 
 
-def test_discrete_energy_is_learnt_with_a_sampler_of_the_users_own():
+def test_discrete_energy_is_learned_with_a_sampler_of_the_users_own():
     # guards against: discrete sites taken to unconstrained space, or a sampler per site ignored. Bits with P(1) = .75, .5
     x = jnp.array([[1, 1], [1, 0], [1, 1], [0, 0]])
     fair = dist.Bernoulli(0.5).expand([2]).to_event(1)
@@ -473,7 +473,7 @@ def test_a_run_goes_on_from_the_state_of_the_last():
 
 
 def test_seeds_run_side_by_side_under_vmap():
-    # guards against: state or reports that cannot be vectorised
+    # guards against: state or reports that cannot be vectorized
     model = negative_phase(_in_plate, num_chains=20)
     svi = SVI(model, _linear_gaussian_guide, optax.adam(0.02), Trace_ELBO())
     states = jax.vmap(lambda key: svi.init(key, MEAN_ONE))(jax.random.split(jax.random.key(0), 3))
@@ -489,7 +489,7 @@ def test_float64_chains_stay_float64():
         assert chains["x"].dtype == chains["step_size"].dtype == jnp.float64
 
 
-def test_chains_sampled_after_the_fit_follow_the_learnt_prior():
+def test_chains_sampled_after_the_fit_follow_the_learned_prior():
     # guards against: draws at initial instead of fitted parameters. The prior at tilt 3 is N(3, 1)
     handler = negative_phase(_in_plate, num_chains=200)
     state = {"z/chains": _chains_of(handler, jnp.zeros(2))}
@@ -544,7 +544,7 @@ def test_chains_go_on_after_the_fit_where_only_init_chains_told_where_to_start()
         (TraceGraph_ELBO(), r"TraceGraph_ELBO keeps no mutable state"),
     ],
 )
-def test_objectives_that_drop_the_chains_are_refused_with_the_mend(loss, message):
+def test_objectives_that_drop_the_chains_are_refused_with_the_fix(loss, message):
     # guards against: chains that silently restart at every step
     svi = SVI(negative_phase(_in_plate, num_chains=5), _linear_gaussian_guide, optax.adam(0.02), loss)
     with pytest.raises(ValueError, match=f"site 'z': .*{message}"):
@@ -559,7 +559,7 @@ def test_mcmc_is_refused():
 
 
 def test_energy_inside_scan_is_refused():
-    # guards against: a normaliser that depends on the carry, which NumPyro's relations do not show
+    # guards against: a normalizer that depends on the carry, which NumPyro's relations do not show
     def model(y):
         def step(z, y_t):
             z = numpyro.sample("z", TiltedDistribution(STANDARD, lambda carry, z: -carry * z, params=z))
@@ -567,7 +567,7 @@ def test_energy_inside_scan_is_refused():
 
         scan(step, 0.0, y)
 
-    with pytest.raises(NormalizerError, match="site 'z': unknown normaliser inside scan"):
+    with pytest.raises(NormalizerError, match="site 'z': unknown normalizer inside scan"):
         seed(negative_phase(model), 0)(jnp.zeros(3))
 
 
@@ -602,7 +602,7 @@ def test_support_that_depends_on_a_parameter_is_refused():
 
 
 def test_persistent_chains_of_rows_that_come_and_go_are_refused():
-    # guards against: a chain that belongs to another row's energy at every step (learnt -.41 where 0 is right)
+    # guards against: a chain that belongs to another row's energy at every step (learned -.41 where 0 is right)
     def model():
         k = numpyro.param("k", jnp.ones(6), event_dim=0)
         with numpyro.plate("rows", 6, subsample_size=2) as index:
@@ -646,7 +646,7 @@ def _depends_through_deterministic(y):
 
 @pytest.mark.parametrize("model", [_energy_depends, _base_depends, _depends_through_deterministic])
 def test_energy_that_depends_on_a_latent_is_refused_naming_both_sites(model):
-    # guards against: the doubly intractable case learnt with the wrong gradient
+    # guards against: the doubly intractable case learned with the wrong gradient
     with pytest.raises(NormalizerError, match=r"site 'z'.*latent site 'w'"):
         seed(negative_phase(model), 0)(MEAN_ONE)
 

@@ -145,7 +145,7 @@ def test_estimate_refuses_a_gradient_that_it_does_not_have():
         ({"method": "ais", "rng_key": 0, "num_temperatures": 10.0}, "got 10.0"),
     ],
 )
-def test_bad_input_is_named_with_the_mend(kwargs, message):
+def test_bad_input_is_named_with_the_fix(kwargs, message):
     with pytest.raises(ValueError, match=message):
         log_normalizer(_rbm("plain", 2, 3), **kwargs)
 

@@ -139,7 +139,7 @@ def test_the_variance_of_the_position_does_not_cancel_for_small_steps(a):
 
 
 def test_lookahead_is_nesterovs_momentum():
-    # The parameters of the optimiser are the point where the gradient is taken. Guards against: a gradient at x itself
+    # The parameters of the optimizer are the point where the gradient is taken. Guards against: a gradient at x itself
     h, gamma, eta, curvature = 0.2, 0.9, 2.0, 3.0
     optim = kinetic_langevin(h, gamma, inverse_mass=eta, noise=False, lookahead=True)
     e = np.exp(-gamma * eta * h)
@@ -185,7 +185,7 @@ def test_temperature_scales_the_variance_of_the_noise_and_not_the_drift(make):
 
 
 @pytest.mark.parametrize("missing", ["temperature", "rng_key"])
-def test_missing_temperature_or_key_is_refused_with_the_mend(make, missing):
+def test_missing_temperature_or_key_is_refused_with_the_fix(make, missing):
     optim, given = make(), {"temperature": 1.0, "rng_key": KEY}
     del given[missing]
     with pytest.raises(ValueError, match=r"needs the temperature and rng_key .* pass them to update"):

@@ -208,7 +208,7 @@ def _extrapolated(name, variance, **settings):
     return 2 * variance(by_step[1e-3]) - variance(by_step[2e-3])
 
 
-def _centred(speed, theta_noise, h, num_data, num_particles):
+def _centered(speed, theta_noise, h, num_data, num_particles):
     """Variances of loc and of one particle, from the law of loc and the grand mean, and the deviations from that mean."""
     drift = np.array([[speed, -speed], [-1, 2]])
     total = num_data * num_particles
@@ -223,7 +223,7 @@ SIZES = [(D, N), (1, 1), (3, 2)]
 
 @pytest.mark.parametrize(("num_data", "num_particles"), SIZES)
 @pytest.mark.parametrize("h", [0.1, 0.3, 0.7])
-def test_ebipla_has_the_exact_law_of_its_discretisation(num_data, num_particles, h):
+def test_ebipla_has_the_exact_law_of_its_discretization(num_data, num_particles, h):
     # guards against: noise sqrt(2h/N) with averaged drift, Gauss-Seidel for Jacobi, summed drift
     affine, total = laws("ebipla", num_data, num_particles)[h], num_data * num_particles
     denominator = total * (1 - 1.5 * h + 0.25 * h**2)
@@ -235,27 +235,27 @@ def test_ebipla_has_the_exact_law_of_its_discretisation(num_data, num_particles,
 
 @pytest.mark.parametrize("h", [0.1, 0.3, 0.7])
 def test_ebipla_without_noise_on_the_parameters_has_the_law_of_its_drift(h):
-    # guards against: noise that the optimiser was not asked for, a gradient summed over data
+    # guards against: noise that the optimizer was not asked for, a gradient summed over data
     affine = laws("ebipla without noise")[h]
-    np.testing.assert_allclose([_theta(affine), _x(affine)], _centred(1, 0, h, D, N), **EXACT)
+    np.testing.assert_allclose([_theta(affine), _x(affine)], _centered(1, 0, h, D, N), **EXACT)
 
 
 @pytest.mark.parametrize(
     ("name", "num_data", "num_particles"), [("ipla", *size) for size in SIZES] + [("pgd", D, N), ("pgd", 3, 2)]
 )
 @pytest.mark.parametrize("h", [0.01, 0.1, 0.3])
-def test_summed_drift_has_the_law_of_its_discretisation(name, num_data, num_particles, h):
+def test_summed_drift_has_the_law_of_its_discretization(name, num_data, num_particles, h):
     # guards against: a gradient averaged over data, a mean over particles forgotten, noise in PGD and none in IPLA
     affine, noise = laws(name, num_data, num_particles)[h], {"ipla": 2 / num_particles, "pgd": 0.0}[name]
-    exact = _centred(num_data, noise, h, num_data, num_particles)
+    exact = _centered(num_data, noise, h, num_data, num_particles)
     np.testing.assert_allclose([_theta(affine), _x(affine)], exact, **EXACT)
     if (name, num_data, h) == ("ipla", 4, 0.1):
         np.testing.assert_allclose(exact, [0.1126761, 0.5805946], atol=5e-8)
 
 
 @pytest.mark.parametrize("h", [0.01, 0.5, 0.9])
-def test_pmgd_has_the_law_of_its_discretisation(h):
-    # guards against: parameters that maximise for the cloud before its move
+def test_pmgd_has_the_law_of_its_discretization(h):
+    # guards against: parameters that maximize for the cloud before its move
     total = D * N
     np.testing.assert_allclose(_x(laws("pmgd")[h]), (1 - 1 / total) / (2 * (1 - h)) + (2 / total) / (2 - h), rtol=1e-6)
 
@@ -303,7 +303,7 @@ LIMITS = {
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_small_steps_reach_the_law_of_the_diffusion(name):
-    # guards against: an algorithm that is the discretisation of another diffusion
+    # guards against: an algorithm that is the discretization of another diffusion
     for variance, limit in zip((_theta, _x), LIMITS[name], strict=True):
         if limit is not None:
             np.testing.assert_allclose(_extrapolated(name, variance), limit, rtol=1e-4)
@@ -311,7 +311,7 @@ def test_small_steps_reach_the_law_of_the_diffusion(name):
 
 @pytest.mark.parametrize("speed", [0.5, 4.0])
 def test_the_limit_does_not_depend_on_the_speed_of_the_parameters(speed):
-    # Any c with drift c h and noise sqrt(2 c h / (M N)). Guards against: noise that does not follow the optimiser's own step
+    # Any c with drift c h and noise sqrt(2 c h / (M N)). Guards against: noise that does not follow the optimizer's own step
     def make(step_size):
         optim = langevin(lambda count: speed * step_size(count))
         return ParticleMMLE.ebipla(hierarchical, optim, num_particles=N, step_size=step_size)
@@ -521,7 +521,7 @@ def test_the_scale_of_a_plate_counts_for_the_parameters_and_not_for_the_particle
 
 
 def tilted(y):
-    """The prior N(loc, 1) written as exp(loc x) N(x; 0, 1), whose normaliser exp(loc^2 / 2) is not told."""
+    """The prior N(loc, 1) written as exp(loc x) N(x; 0, 1), whose normalizer exp(loc^2 / 2) is not told."""
     loc = numpyro.param("loc", 0.0)
     with numpyro.plate("data", len(y)):
         x = numpyro.sample("x", TiltedDistribution(dist.Normal(0, 1), lambda x: -loc * x))
@@ -553,8 +553,8 @@ def _tilted_ebipla(step_size, sampler, num_chains=1):
     return ParticleMMLE.ebipla(phase, num_particles=N, step_size=step_size)
 
 
-def test_an_energy_prior_with_exact_chains_moves_as_the_normalised_model():
-    # guards against: the sign or the scale of d log Z, a normaliser for the whole plate, one per particle
+def test_an_energy_prior_with_exact_chains_moves_as_the_normalized_model():
+    # guards against: the sign or the scale of d log Z, a normalizer for the whole plate, one per particle
     (energy,) = law(lambda h: _tilted_ebipla(h, FromTilt()), Y, steps=[0.1])
     for ours, exact in zip(energy[:3], laws("ebipla", D, N)[0.1][:3], strict=True):
         np.testing.assert_allclose(ours, exact, atol=1e-12)
@@ -744,7 +744,7 @@ def test_the_biased_fixed_point_is_where_training_ends():
 
 
 def test_the_gradient_of_a_tilted_prior_is_that_of_quadrature():
-    # f = a x - b x^2/2 + c tanh x over N(0, 1), y ~ N(w x, s2). Guards against: the sign of the normaliser's gradient
+    # f = a x - b x^2/2 + c tanh x over N(0, 1), y ~ N(w x, s2). Guards against: the sign of the normalizer's gradient
     params = {"a": 0.3, "b": 0.2, "c": 0.5, "w": 1.1}
     told = {"a": 0.1815061, "b": 0.1882431, "c": 0.2089626, "w": -0.5448966}
     y, s2 = 0.8, 0.3

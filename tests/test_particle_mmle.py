@@ -116,7 +116,7 @@ def _outside_a_subsampled_plate(y):
         (_outside_a_subsampled_plate, "site 'shared' stands outside the subsampled plate 'data'.* Make it a numpyro.param"),
     ],
 )
-def test_models_that_cannot_be_learnt_are_refused_by_name(model, message):
+def test_models_that_cannot_be_learned_are_refused_by_name(model, message):
     with pytest.raises(ValueError, match=message):
         _engine(model).init(KEY, Y)
 
@@ -327,7 +327,7 @@ def test_one_step_follows_the_gradients_of_numpyros_density(model):
         np.testing.assert_allclose(state.particles[name], new, rtol=1e-4, atol=1e-5)
 
 
-def test_energy_prior_of_a_batch_pays_its_normaliser_for_all_data():
+def test_energy_prior_of_a_batch_pays_its_normalizer_for_all_data():
     """With chains that stand at known values: the gradient in the tilt is 6 / 2 * sum over rows of (x - mean of chains)."""
 
     def model(y, index):
@@ -486,8 +486,8 @@ def _tilted(y, tilt=None):
         numpyro.sample("y", dist.Normal(z + loc, 1), obs=y)
 
 
-def test_chains_are_kept_where_an_energy_is_learnt_and_nowhere_else():
-    """Catches a normal model, or a fixed energy, paying for chains, and a learnt one going without."""
+def test_chains_are_kept_where_an_energy_is_learned_and_nowhere_else():
+    """Catches a normal model, or a fixed energy, paying for chains, and a learned one going without."""
     assert _engine(_hierarchical).init(KEY, Y).mutable_state == {}
     assert _engine(_tilted).init(KEY, Y, tilt=0.5).mutable_state == {}
     assert set(_engine(_tilted).init(KEY, Y).mutable_state) == {"z/chains"}
@@ -495,7 +495,7 @@ def test_chains_are_kept_where_an_energy_is_learnt_and_nowhere_else():
     assert state.mutable_state["z/chains"]["x"].shape == (5,)
 
 
-def test_fixed_energy_gives_the_answer_of_its_normalised_form():
+def test_fixed_energy_gives_the_answer_of_its_normalized_form():
     """A tilt of 0.5 is the prior N(0.5, 1), so loc = mean(y) - 0.5. Parameters fluctuate: five standard errors."""
     engine = _engine(_tilted, optax.sgd(0.02))
     loc = _run(engine, 6_000, Y, tilt=0.5, collect=lambda state: state.params["loc"]).collected[1_000:]

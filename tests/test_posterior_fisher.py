@@ -308,7 +308,7 @@ def test_mutable_state_is_handed_on(v):
 
 
 def test_the_guard_of_an_energy_does_not_trip_and_its_gradient_is_right(v):
-    # Catches a guard that refuses a gradient which needs no normaliser: in h, in the guide's parameters, and in the model's.
+    # Catches a guard that refuses a gradient which needs no normalizer: in h, in the guide's parameters, and in the model's.
     def tilted(v):
         theta = numpyro.param("theta", 0.7)
         with numpyro.plate("data", len(v)):

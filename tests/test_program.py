@@ -317,7 +317,7 @@ def test_batches_show_every_row_also_where_the_size_does_not_divide():
 
 
 def test_functions_by_site_leave_what_belongs_to_no_site():
-    """Catches counts of an optimiser's state being gathered as if they were rows."""
+    """Catches counts of an optimizer's state being gathered as if they were rows."""
     state = {"velocity": {"z": jnp.ones(3)}, "count": 4}
     doubled = by_site(lambda name, x: 2 * x, ["z"], state)
     np.testing.assert_array_equal(doubled["velocity"]["z"], 2 * np.ones(3))

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Random fields: the gradient of their joint normaliser, exactly where the pool is given, and what is learnt with it."""
+"""Random fields: the gradient of their joint normalizer, exactly where the pool is given, and what is learned with it."""
 
 from typing import NamedTuple
 
@@ -88,7 +88,7 @@ V, H = jnp.array([[0.4, 1.0], [-0.2, 0.3], [1.1, -0.7]]), jnp.array([[0.2], [-0.
 
 @pytest.mark.parametrize("num_data", [3, 12])
 def test_gradient_of_a_quadratic_field_is_exact_in_a_plate_and_scaled_under_subsampling(num_data):
-    # guards against: the sign, one normaliser for all rows, a missing plate scale, a pool in which the data are not free
+    # guards against: the sign, one normalizer for all rows, a missing plate scale, a pool in which the data are not free
     subsample_size = None if num_data == 3 else 3
     pool = jnp.repeat(_cubature()[:, None], 3, 1)
     model = _still(_quadratic_field, {"v": pool[..., :2], "h": pool[..., 2:]}, 18)
@@ -101,7 +101,7 @@ def test_gradient_of_a_quadratic_field_is_exact_in_a_plate_and_scaled_under_subs
         np.testing.assert_allclose(found[name], exact[name], rtol=2e-5, atol=2e-5)
 
 
-def test_gradient_of_a_field_without_a_plate_has_one_normaliser():
+def test_gradient_of_a_field_without_a_plate_has_one_normalizer():
     # guards against: code that needs a plate
     def model(v):
         params = {name: numpyro.param(name, value) for name, value in PARAMS.items()}
@@ -116,7 +116,7 @@ def test_gradient_of_a_field_without_a_plate_has_one_normaliser():
         np.testing.assert_allclose(found[name], exact[name], rtol=2e-5, atol=2e-5)
 
 
-def test_normalised_sites_and_several_factors_are_in_the_field_too():
+def test_normalized_sites_and_several_factors_are_in_the_field_too():
     # guards against: a pool density of the factors alone. exp(a h v - h^2/2) N(v; b, 1): log Z in closed form
     def model(v):
         a, b = numpyro.param("a", 0.5), numpyro.param("b", 0.3)
@@ -284,7 +284,7 @@ def _assert_at_the_best(found):
 
 @pytest.mark.parametrize("subsample_size", [None, 20])
 def test_particles_learn_the_maximum_likelihood_estimate(subsample_size):
-    # guards against: an engine that leaves out the normaliser (w grows without end), a pool lost between steps
+    # guards against: an engine that leaves out the normalizer (w grows without end), a pool lost between steps
     y = _boltzmann_data()
     model = _boltzmann_field if subsample_size is None else negative_phase(_boltzmann_field, num_chains=300)
     engine = ParticleMMLE(model, optax.adam(0.005), num_particles=20, step_size=0.3)
@@ -310,7 +310,7 @@ def test_svi_learns_the_maximum_likelihood_estimate():
     assert state.mutable_state["random_field/chains"]["num_updates"] == 5001
 
 
-# ---- Against EBIPLA: an energy prior and a normalised decoder --------------------------------------------------------------
+# ---- Against EBIPLA: an energy prior and a normalized decoder --------------------------------------------------------------
 
 SIGMA = 0.3
 
@@ -340,7 +340,7 @@ def _as_field(x):
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
-def test_step_with_a_normalised_decoder_is_that_of_ebipla(num_rows):
+def test_step_with_a_normalized_decoder_is_that_of_ebipla(num_rows):
     # guards against: any difference of the two negative phases. x = g(z) +- sigma eps: the decoder's term cancels in pairs
     x = jnp.array([[0.5, 1.0], [-0.2, 0.1], [0.8, 0.9]])[:num_rows]
     prior_chains = jnp.array([-1.2, 0.3, 0.9, 2.0])
@@ -419,7 +419,7 @@ def test_pool_value_is_zero_and_no_gradient_goes_through_its_moves():
         np.testing.assert_allclose(gradient[name], exact, rtol=1e-4, atol=1e-5)
 
 
-def test_scopes_and_outer_scales_and_a_second_wrapping_leave_the_normaliser_right():
+def test_scopes_and_outer_scales_and_a_second_wrapping_leave_the_normalizer_right():
     # guards against: names and weights of handlers around the model lost or counted twice
     pool = jnp.repeat(_cubature()[:, None], 3, 1)
     inner = _still(_quadratic_field, {"v": pool[..., :2], "h": pool[..., 2:]}, 18)
@@ -471,7 +471,7 @@ def _with(extra):
 
 
 def test_energy_sites_in_a_field_are_refused():
-    # guards against: two normalisers for one field
+    # guards against: two normalizers for one field
     model = _with(lambda: numpyro.sample("z", EnergyDistribution(lambda z: z**2)))
     with pytest.raises(NormalizerError, match=r"'coupling'.*site 'z' is an energy site: make it a BaseMeasure"):
         _run(model, jnp.array(1.0))
@@ -536,7 +536,7 @@ def test_covariates_are_no_trouble_where_every_row_has_chains_of_its_own():
 
 
 def test_parameter_lifted_to_a_latent_is_refused():
-    # guards against: a doubly intractable posterior learnt in silence
+    # guards against: a doubly intractable posterior learned in silence
     model = lift(negative_phase(_with(lambda: None)), prior={"w": dist.HalfNormal(1)})
     with pytest.raises(NormalizerError, match="param 'w' of a random field has become a latent"):
         seed(model, 0)(jnp.array(1.0))

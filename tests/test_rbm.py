@@ -110,7 +110,7 @@ def test_discrete_events_have_no_score():
         _rbm("bernoulli").score(V)
 
 
-# ---- The normaliser -----------------------------------------------------------------------------------------------------
+# ---- The normalizer -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("coupling", ["plain", "scaled"])
@@ -155,7 +155,7 @@ def test_uncoupled_log_normalizer_is_exact():
     np.testing.assert_allclose(_rbm("bernoulli", 0 * W, B, 0 * C).log_normalizer(), expected, rtol=1e-14)
 
 
-def test_enumeration_of_too_many_units_is_refused_with_the_mend():
+def test_enumeration_of_too_many_units_is_refused_with_the_fix():
     with pytest.raises(ValueError, match=r"2\^21 states.*method='ais'"):
         GaussianBernoulliRBM(jnp.zeros((2, 21)), jnp.zeros(2), jnp.zeros(21)).log_normalizer()
     with pytest.raises(ValueError, match=r"2\^21 states"):
@@ -199,12 +199,12 @@ def test_plain_svi_refuses_to_learn_and_check_model_says_so():
     svi = SVI(_program, lambda v: None, optax.adam(1e-2), Trace_ELBO())
     with pytest.raises(NormalizerError, match="site 'v'"):
         svi.run(jax.random.key(0), 1, V, progress_bar=False)
-    assert check_model(_program, V).sites[0].verdict.startswith("unknown normaliser, depends on param 'w'")
+    assert check_model(_program, V).sites[0].verdict.startswith("unknown normalizer, depends on param 'w'")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_guard_raises_for_parameters_and_not_for_the_free_energy(kind):
-    # Catches the guard missing one of the parameters, or standing where no normaliser is needed.
+    # Catches the guard missing one of the parameters, or standing where no normalizer is needed.
     v = jnp.array(_events(kind)[1])
     parameters = [W, B, C] if kind == "bernoulli" else [W, B, C, SCALE]
     for i in range(len(parameters)):
@@ -314,7 +314,7 @@ def test_free_energy_is_finite_and_linear_where_units_saturate():
         (lambda: _rbm("plain").energy(jnp.zeros(2), jnp.zeros(4)), r"hidden units of shape \(4,\) do not end in \(3,\)"),
     ],
 )
-def test_bad_input_is_named_with_the_mend(make, message):
+def test_bad_input_is_named_with_the_fix(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 

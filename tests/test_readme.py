@@ -84,8 +84,8 @@ def test_conventions_page_runs_and_short_runs_are_biased_by_the_formula(capsys):
     page = run("docs/conventions.md")
     # 1000 chains of variance at most 1 / (1 - h/2), amplified by 1 / (1 - 2 (1-h)^J)
     noise = page["predicted"] / page["y"].mean() / jnp.sqrt(1000 * (1 - page["h"] / 2))
-    assert abs(page["learnt"] - page["predicted"]) < 4 * noise
-    assert abs(page["learnt"] - page["y"].mean()) > 4 * noise
+    assert abs(page["learned"] - page["predicted"]) < 4 * noise
+    assert abs(page["learned"] - page["y"].mean()) > 4 * noise
     assert "refused" in capsys.readouterr().out
 
 
@@ -178,8 +178,8 @@ def test_silent_error_is_what_the_readme_says():
     script = runpy.run_path(str(ROOT / "docs" / "silent_error.py"))
     assert "negative_phase" not in script  # NumPyro alone
     x = script["jax"].random.normal(script["jax"].random.key(1), (400,)) / 2
-    normalised, loss = script["fit"](script["normalized_precision"], script["no_latents"], x)
-    unnormalised, lower_loss = script["fit"](script["unnormalized_precision"], script["no_latents"], x)
-    assert normalised["precision"] == pytest.approx(float(1 / (x**2).mean()), rel=1e-2)
-    assert unnormalised["precision"] < 0.01
+    normalized, loss = script["fit"](script["normalized_precision"], script["no_latents"], x)
+    unnormalized, lower_loss = script["fit"](script["unnormalized_precision"], script["no_latents"], x)
+    assert normalized["precision"] == pytest.approx(float(1 / (x**2).mean()), rel=1e-2)
+    assert unnormalized["precision"] < 0.01
     assert lower_loss < loss - 0.5

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Relaxed bits against quadrature over their logistic variable, and amortised guides."""
+"""Relaxed bits against quadrature over their logistic variable, and amortized guides."""
 
 import warnings
 

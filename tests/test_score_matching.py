@@ -29,7 +29,7 @@ SGD = optax.sgd(0.1)
 
 
 def gaussian(v):
-    """An unnormalised normal law of the plane: exact score matching gives the sample's mean and covariance."""
+    """An unnormalized normal law of the plane: exact score matching gives the sample's mean and covariance."""
     loc, precision = numpyro.param("loc", jnp.zeros(2)), numpyro.param("precision", jnp.eye(2))
     energy = EnergyDistribution(lambda x: (x - loc) @ precision @ (x - loc) / 2, event_shape=(2,))
     with numpyro.plate("data", len(v)):
@@ -45,9 +45,9 @@ def test_exact_score_matching_of_a_normal_law_gives_the_samples_moments():
     with jax.enable_x64(True):
         v = jnp.asarray(np.asarray(V), jnp.float64)
         params = fit(ExactScoreMatching(), 4000, v=v).params
-        centred = v - v.mean(0)
+        centered = v - v.mean(0)
         np.testing.assert_allclose(params["loc"], v.mean(0), rtol=1e-8)
-        np.testing.assert_allclose(params["precision"], jnp.linalg.inv(centred.T @ centred / len(v)), rtol=1e-8)
+        np.testing.assert_allclose(params["precision"], jnp.linalg.inv(centered.T @ centered / len(v)), rtol=1e-8)
 
 
 def test_gradient_of_sliced_score_matching_is_that_of_the_exact_form_in_expectation():

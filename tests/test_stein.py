@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The kernelised Stein discrepancy against autodiff, quadrature, closed forms of Gaussians and enumeration of batches."""
+"""The kernelized Stein discrepancy against autodiff, quadrature, closed forms of Gaussians and enumeration of batches."""
 
 import itertools
 import re
@@ -285,7 +285,7 @@ def test_no_gradient_flows_through_the_median():
 
 
 def test_far_from_the_origin_single_precision_is_enough():
-    # Catches distances as differences of squares that were not centred first: at 1000 they would be rounded to .06.
+    # Catches distances as differences of squares that were not centered first: at 1000 they would be rounded to .06.
     with jax.enable_x64(False):
         v = jnp.asarray(np.random.default_rng(0).normal(size=(20, 2)), jnp.float32)
         near, far = (stein_matrix(RBFKernel(0.5), v + shift, -v)[0] for shift in (0.0, 1000.0))
@@ -335,7 +335,7 @@ def test_engine_fits_a_gaussian_at_the_minimum_of_the_statistic():
 
 
 def test_statistics_of_the_test_are_those_of_the_objective():
-    # Catches a test of another statistic than is minimised, and a length that is reported and not used.
+    # Catches a test of another statistic than is minimized, and a length that is reported and not used.
     v = normal(13, 9, 2)
     for kernel in (IMQKernel(), RBFKernel(0.8)):
         result = ksd_test(KEY, v, score_with(1.2)(v), kernel=kernel, num_bootstrap=10)
@@ -491,6 +491,6 @@ def test_data_that_cannot_be_tested_are_refused(v, score, options, words):
 
 
 def test_equal_rows_are_tested_with_a_length_of_ones_own():
-    # Catches the mend of the message not being one: four equal draws, u is k(0) |s|^2 + d / b^2 of each pair.
+    # Catches the fix of the message not being one: four equal draws, u is k(0) |s|^2 + d / b^2 of each pair.
     result = ksd_test(KEY, jnp.ones((4, 2)), lambda v: -v, kernel=RBFKernel(0.5), num_bootstrap=50)
     np.testing.assert_allclose(result.statistic, 2 + 2 / 0.25, rtol=1e-10)

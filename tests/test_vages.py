@@ -473,7 +473,7 @@ def test_the_jackknife_leaves_out_one_draw_at_a_time(v):
 
 
 def test_a_constant_in_the_energy_changes_nothing(v):
-    # A normaliser that moves with the parameters. Catches a covariance that is not centred.
+    # A normalizer that moves with the parameters. Catches a covariance that is not centered.
     def in_plate(v):
         scale = numpyro.param("scale", 0.7)
         params = {name: numpyro.param(name, value) for name, value in start().items()}
@@ -576,7 +576,7 @@ def test_lower_loss_must_be_a_loss():
         make(lower_loss="elbo")
 
 
-def test_a_guide_that_is_not_reparametrised_is_refused_where_it_is_learnt(v):
+def test_a_guide_that_is_not_reparametrized_is_refused_where_it_is_learned(v):
     hard = partial(guide, law=bits)
     with pytest.raises(ValueError, match=r"site 'h': the guide draws it from BernoulliLogits.*GumbelBernoulli"):
         make(guide=hard, num_inner_steps=1).init(KEY, v)

@@ -124,7 +124,7 @@ def conv_energy(key: Array, image_shape: ImageShape, width: int = 64) -> Energy:
         channels = width << i
     top = width << num_halvings
     layers += [(channels, top, 3, 1, 1), (top, top, 4, 1, 0), (top, top, 1, 1, 0), (top, 1, 1, 1, 0)]
-    return Energy(_normalised(key, Conv2d, layers), image_shape, is_dense=False)
+    return Energy(_normalized(key, Conv2d, layers), image_shape, is_dense=False)
 
 
 def conv_encoder(key: Array, image_shape: ImageShape, num_latents: int = 100, width: int = 48) -> Encoder:
@@ -151,7 +151,7 @@ def conv_generator(key: Array, image_shape: ImageShape, num_latents: int = 100, 
 def dense_energy(key: Array, image_shape: ImageShape, width: int) -> Energy:
     """An energy without convolutions. Small images need no others, and a CPU goes through these faster."""
     sizes = [math.prod(image_shape), width, width, width, 1]
-    return Energy(_normalised(key, Linear, list(pairwise(sizes))), image_shape, is_dense=True)
+    return Energy(_normalized(key, Linear, list(pairwise(sizes))), image_shape, is_dense=True)
 
 
 def dense_encoder(key: Array, image_shape: ImageShape, num_latents: int, width: int) -> Encoder:
@@ -169,7 +169,7 @@ def dense_generator(key: Array, image_shape: ImageShape, num_latents: int, width
     return Generator(*layers, _layer(last_key, Linear, (width, math.prod(image_shape))), image_shape, is_dense=True)
 
 
-def _normalised(key: Array, kind: Any, layers: list[tuple[int, ...]]) -> list[SpectralNorm]:
+def _normalized(key: Array, kind: Any, layers: list[tuple[int, ...]]) -> list[SpectralNorm]:
     keys = jax.random.split(key, (len(layers), 2))
     pairs = zip(layers, keys, strict=True)
     return [SpectralNorm(_layer(own_key, kind, layer), "weight", key=norm_key) for layer, (own_key, norm_key) in pairs]

@@ -7,7 +7,7 @@ The energy couples the visible's features to the latents additively,
 
 .. math:: E(v, h) = g_3(g_2(g_1(v), h)), \quad g_2(u, h) = (u + h, h), \quad g_3(x) = \sum_k \mathrm{ELU}(A x + a)_k^2,
 
-with :math:`g_1` a residual network without normalisation layers and a linear map on top. A Gaussian guide has a network of its
+with :math:`g_1` a residual network without normalization layers and a linear map on top. A Gaussian guide has a network of its
 own with a mean and a log scale on top. All modules see one example; ``jax.vmap`` maps them over a batch. Images are
 (height, width, channels). Energies are at least 0, and bounded where every ELU saturates: nothing forces :math:`e^{-E}` to be
 integrable.

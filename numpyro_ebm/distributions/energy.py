@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Distributions whose density is known up to its normaliser, and the guard that keeps their gradients honest.
+r"""Distributions whose density is known up to its normalizer, and the guard that keeps their gradients honest.
 
 .. math:: p(x) = \frac{1}{Z} \exp(-E(x)) \, b(x), \qquad Z = \int \exp(-E(x)) \, b(x) \, dx,
 
@@ -48,7 +48,7 @@ refuse_gradient.defvjp(lambda message, dtype, params: (jnp.zeros((), dtype), Non
 
 def _unknown_log_normalizer(site: str | None, dtype: Any, params: list[Array]) -> Array:
     return refuse_gradient(
-        f"{_place(site)}: this gradient needs d log Z / d theta, the derivative of an unknown normaliser. "
+        f"{_place(site)}: this gradient needs d log Z / d theta, the derivative of an unknown normalizer. "
         "Wrap the model in numpyro_ebm.negative_phase, or hold what the energy depends on fixed; numpyro_ebm.check_model "
         "tells what that is.",
         dtype,
@@ -64,7 +64,7 @@ class BaseMeasure(ImproperUniform):
     r"""The flat measure on a support: Lebesgue where it is continuous, counting where it is discrete.
 
     ``log_prob`` is 0 everywhere on the support. It is the base of :class:`EnergyDistribution`, and the distribution of a
-    latent or visible that a :func:`numpyro.factor` couples into a random field. It has no normaliser and cannot be
+    latent or visible that a :func:`numpyro.factor` couples into a random field. It has no normalizer and cannot be
     sampled.
 
     :param support: a NumPyro constraint on one event, or on its elements.
@@ -141,7 +141,7 @@ class TiltedDistribution(Distribution):
     plain function closes over is static, so inside :func:`numpyro.contrib.control_flow.scan` pass it as ``params``. With
     ``batch_shape``, every array of the energy and of ``params`` has those leading dimensions: a stack of energies.
 
-    ``log_prob`` is unnormalised (``Z`` taken as 1). See :class:`~numpyro_ebm.negative_phase` to learn an energy's
+    ``log_prob`` is unnormalized (``Z`` taken as 1). See :class:`~numpyro_ebm.negative_phase` to learn an energy's
     parameters. ``sample`` runs ``sampler`` from draws of ``initial``: it is **approximate**, as good as the chain is long.
 
     :param Distribution base: the base :math:`b`; its batch shape is broadcast with ``batch_shape``.
@@ -178,7 +178,7 @@ class TiltedDistribution(Distribution):
     has_enumerate_support = False
     reparametrized_params: list[str] = []
     is_normalized: bool = False
-    """Whether ``log_prob`` includes ``log Z``. A subclass that knows its normaliser says so here."""
+    """Whether ``log_prob`` includes ``log Z``. A subclass that knows its normalizer says so here."""
 
     def __init__(
         self,
@@ -240,7 +240,7 @@ class TiltedDistribution(Distribution):
         value = self._events(value)
         if self.guarded and (whole := calling_distribution((TiltedDistribution,))) is not None:
             raise NormalizerError(
-                f"{_place(calling_site(whole))}: {type(whole).__name__} mixes densities, and the unknown normaliser of an energy "
+                f"{_place(calling_site(whole))}: {type(whole).__name__} mixes densities, and the unknown normalizer of an energy "
                 "does not cancel there. Write the whole as one energy."
             )
         # A lambda, because a bound method of a distribution that holds tracers could not be hashed.
@@ -251,7 +251,7 @@ class TiltedDistribution(Distribution):
         return log_prob
 
     def score(self, value: Array) -> Array:
-        r""":math:`\nabla_x \log p(x)`, exact whatever the normaliser.
+        r""":math:`\nabla_x \log p(x)`, exact whatever the normalizer.
 
         :param value: of shape ``sample_shape + batch_shape + event_shape``.
         :return: of the shape of ``value``.
@@ -470,7 +470,7 @@ def _promote_batch_shape_tilted(d: TiltedDistribution):  # type: ignore[no-untyp
 
 
 def energy_site(fn: Distribution) -> TiltedDistribution | None:
-    """The energy distribution with an unknown normaliser inside a site's distribution, if there is one."""
+    """The energy distribution with an unknown normalizer inside a site's distribution, if there is one."""
     found = next((part for part in layers(fn) if isinstance(part, TiltedDistribution)), None)
     return None if found is None or found.is_normalized else found
 

@@ -208,8 +208,8 @@ class GaussianBernoulliRBM(RestrictedBoltzmannMachine):
     last term, so that the mean of :math:`v \mid h` is :math:`b + W h`; at unit scale they are the same. Summed over the
     hidden units it is a mixture of :math:`2^m` Gaussians.
 
-    ``log_prob`` is unnormalised, :math:`-F(v)`. Learn the parameters under :class:`~numpyro_ebm.negative_phase`, or by
-    score matching, which needs no normaliser. ``sample`` runs block Gibbs from the uncoupled law :math:`N(b, \sigma^2)`
+    ``log_prob`` is unnormalized, :math:`-F(v)`. Learn the parameters under :class:`~numpyro_ebm.negative_phase`, or by
+    score matching, which needs no normalizer. ``sample`` runs block Gibbs from the uncoupled law :math:`N(b, \sigma^2)`
     and is approximate.
 
     :param weights: :math:`W`, of shape ``(d, m)``.
@@ -237,7 +237,7 @@ class GaussianBernoulliRBM(RestrictedBoltzmannMachine):
         >>> v = jnp.array([[0.0, 0.0], [3.0, -3.0]])
         >>> print(rbm.log_prob(v).round(1))
         [ 1.4 -5.9]
-        >>> print((rbm.log_prob(v) - rbm.log_normalizer()).round(1))  # normalised: 2^2 hidden states are enumerated
+        >>> print((rbm.log_prob(v) - rbm.log_normalizer()).round(1))  # normalized: 2^2 hidden states are enumerated
         [-2.4 -9.7]
         >>> rbm.hidden_given_visible(v[1]).mean.round(1)
         Array([1., 0.], dtype=float32)
@@ -295,7 +295,7 @@ class BernoulliRBM(RestrictedBoltzmannMachine):
 
         E(v, h) = -b^\top v - c^\top h - v^\top W h, \qquad P(v_i = 1 \mid h) = \mathrm{sigmoid}(b_i + (W h)_i).
 
-    ``log_prob`` is unnormalised, :math:`-F(v)`. Learn the parameters under :class:`~numpyro_ebm.negative_phase`. Its events
+    ``log_prob`` is unnormalized, :math:`-F(v)`. Learn the parameters under :class:`~numpyro_ebm.negative_phase`. Its events
     are binary, so that it has no score. ``sample`` runs block Gibbs from the uncoupled law and is approximate.
 
     :param weights: :math:`W`, of shape ``(d, m)``.

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Distributions for guides of energy-based latent variable models: relaxed bits, and amortised guides over a batch."""
+"""Distributions for guides of energy-based latent variable models: relaxed bits, and amortized guides over a batch."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -25,11 +25,11 @@ class GumbelBernoulli(Distribution):
 
     .. math:: \log q(h) = h l - \log(1 + e^l),
 
-    the Bernoulli's with a soft value. **It is not the density of the draws and is not normalised on** :math:`(0, 1)`. The
+    the Bernoulli's with a soft value. **It is not the density of the draws and is not normalized on** :math:`(0, 1)`. The
     papers choose it because it is the bit's own density that a guide must learn: at the exact posterior of a model that is
     bilinear in its bits, :math:`\log \tilde p(v, h) - \log q(h)` is the same for every h, soft or hard, so that the guide's
     loss has its optimum there. NumPyro's ``RelaxedBernoulli``, the Concrete distribution, has the same draws with their own
-    normalised density, which goes with a model whose prior is Concrete too; against a Bernoulli's energy its ratio is
+    normalized density, which goes with a model whose prior is Concrete too; against a Bernoulli's energy its ratio is
     constant for no guide.
 
     NumPyro validates by default, and a Bernoulli of the *model* is then impossible at a soft value: its log density is minus

@@ -62,7 +62,7 @@ def marginal_score(
 
     Nothing is checked of values here, and everything of shapes and names, so that this can be compiled and mapped.
 
-    :param model: a NumPyro model whose first argument is the visible; it may be unnormalised.
+    :param model: a NumPyro model whose first argument is the visible; it may be unnormalized.
     :param guide: a NumPyro guide with the latent sites of the model, in the plate of its rows.
     :param dict params: values of the param sites of both, constrained, as ``get_params`` of an engine gives them.
     :param v: visibles, of shape ``(batch,) + event_shape``.
@@ -151,7 +151,7 @@ def fisher_divergence(
     A critic is trained to make :math:`E[s \cdot c + \mathrm{tr} \nabla c - \tfrac12 \|c\|^2]` large on the training rows. The one
     that is best on the validation rows is reported, as it is on the test rows: a **lower bound** in expectation for every
     critic, too low by :math:`\tfrac12 E \|c - c^*\|^2`. It may come out negative where the divergence is small. The
-    density of the data is not needed, nor a normaliser of the model, nor an exact score: the score enters linearly, so that one
+    density of the data is not needed, nor a normalizer of the model, nor an exact score: the score enters linearly, so that one
     with noise gives the divergence of its mean, as long as the noise is drawn anew at every call.
 
     Where the score comes from a guide, fit the guide first, by NumPyro's ``SVI`` of
@@ -173,7 +173,7 @@ def fisher_divergence(
     :param v_validation: rows to choose the best step by.
     :param v_test: rows of the estimate, 2 or more.
     :param critic: a callable pytree such as an Equinox module, from one event to an array of its shape. Its floating arrays are
-        learnt, but for those it uses under :func:`jax.lax.stop_gradient`. It is the sharper, the more of :math:`c^*` it knows:
+        learned, but for those it uses under :func:`jax.lax.stop_gradient`. It is the sharper, the more of :math:`c^*` it knows:
         the model's own score as a part of it leaves that of the data to learn. It must be differentiable in the event.
     :param optim: an optax transformation.
     :param int num_steps: steps of the critic.
@@ -214,14 +214,14 @@ def fisher_divergence(
     _require_splits(splits, batch_size)
     _require_critic(critic, splits["v_train"][0])
     train_key, validation_key, test_key, score_key = jax.random.split(rng_key, 4)
-    learnt, rest = _partition(critic)
+    learned, rest = _partition(critic)
     fixed, static = _split((rest, score))
     setup = _Setup(static, _require_transformation(optim), batch_size, num_probes)
     for name, v in splits.items():
         _require_scores(name, score, v, _scores(fixed, v, score_key, setup))
 
-    def validate(learnt: Any, step: int) -> float:
-        bound = float(_bounds(learnt, fixed, splits["v_validation"], validation_key, setup, num_probes).mean())
+    def validate(learned: Any, step: int) -> float:
+        bound = float(_bounds(learned, fixed, splits["v_validation"], validation_key, setup, num_probes).mean())
         if not math.isfinite(bound):
             raise FloatingPointError(
                 f"step {step}: the critic's bound on the validation rows is {bound}. Take a smaller learning rate, or clip the "
@@ -230,18 +230,18 @@ def fisher_divergence(
         return bound
 
     every = validate_every or math.ceil(num_steps / 50)
-    best, best_step, optim_state = learnt, 0, optim.init(learnt)
-    steps, looks = [0], [validate(learnt, 0)]
+    best, best_step, optim_state = learned, 0, optim.init(learned)
+    steps, looks = [0], [validate(learned, 0)]
     with tqdm(total=num_steps, disable=not progress_bar) as bar:
         while steps[-1] < num_steps:
             until = min(steps[-1] + every, num_steps)
-            learnt, optim_state = _train(learnt, optim_state, steps[-1], until, train_key, fixed, splits["v_train"], setup)
+            learned, optim_state = _train(learned, optim_state, steps[-1], until, train_key, fixed, splits["v_train"], setup)
             bar.update(until - steps[-1])
             steps.append(until)
-            looks.append(validate(learnt, until))
+            looks.append(validate(learned, until))
             bar.set_postfix_str(f"validation: {looks[-1]:.4f}", refresh=False)
             if looks[-1] > max(looks[:-1]):
-                best, best_step = learnt, until
+                best, best_step = learned, until
     bounds = _bounds(best, fixed, splits["v_test"], test_key, setup, num_test_probes)
     error = bounds.std(ddof=1) / math.sqrt(len(bounds))
     return FisherDivergence(bounds.mean(), error, best_step, np.array(steps), np.array(looks), _merge(best, rest))
@@ -265,34 +265,34 @@ class _Setup(NamedTuple):
 
 @partial(jax.jit, static_argnames="setup")
 def _train(
-    learnt: Any, optim_state: Any, start: Any, stop: Any, rng_key: Array, fixed: list[Any], v_train: Array, setup: _Setup
+    learned: Any, optim_state: Any, start: Any, stop: Any, rng_key: Array, fixed: list[Any], v_train: Array, setup: _Setup
 ) -> tuple[Any, Any]:
     """The critic's steps from one count to another."""
     rest, score = _join(fixed, setup.static)
 
     def step(count: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        learnt, optim_state = carry
+        learned, optim_state = carry
         row_key, score_key, probe_key = jax.random.split(jax.random.fold_in(rng_key, count), 3)
         v = v_train[jax.random.randint(row_key, (setup.batch_size,), 0, len(v_train))]
         s = score(v, rng_key=score_key)
 
-        def loss(learnt: Any) -> Array:
-            return -critic_bound(_merge(learnt, rest), s, v, probe_key, setup.num_probes).mean()
+        def loss(learned: Any) -> Array:
+            return -critic_bound(_merge(learned, rest), s, v, probe_key, setup.num_probes).mean()
 
-        updates, optim_state = setup.optim.update(jax.grad(loss)(learnt), optim_state, learnt)
-        return optax.apply_updates(learnt, updates), optim_state
+        updates, optim_state = setup.optim.update(jax.grad(loss)(learned), optim_state, learned)
+        return optax.apply_updates(learned, updates), optim_state
 
-    return lax.fori_loop(start, stop, step, (learnt, optim_state))
+    return lax.fori_loop(start, stop, step, (learned, optim_state))
 
 
 @partial(jax.jit, static_argnames=("setup", "num_probes"))
-def _bounds(learnt: Any, fixed: list[Any], v: Array, rng_key: Array, setup: _Setup, num_probes: int | None) -> Array:
+def _bounds(learned: Any, fixed: list[Any], v: Array, rng_key: Array, setup: _Setup, num_probes: int | None) -> Array:
     """The bound on every row."""
     rest, score = _join(fixed, setup.static)
 
     def of_batch(v: Array, rng_key: Array) -> Array:
         score_key, probe_key = jax.random.split(rng_key)
-        return critic_bound(_merge(learnt, rest), score(v, rng_key=score_key), v, probe_key, num_probes)
+        return critic_bound(_merge(learned, rest), score(v, rng_key=score_key), v, probe_key, num_probes)
 
     return _by_batches(of_batch, v, rng_key, setup.batch_size)
 
@@ -348,18 +348,18 @@ def _by_batches(function: Callable[[Array, Array], Array], v: Array, rng_key: Ar
     return jnp.concatenate(parts)
 
 
-def _is_learnt(leaf: Any) -> bool:
+def _is_learned(leaf: Any) -> bool:
     return isinstance(leaf, (Array, np.ndarray)) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _partition(critic: Any) -> tuple[Any, Any]:
     """The arrays to learn, and the rest; None where a leaf is in the other."""
-    learnt = jax.tree.map(lambda leaf: jnp.asarray(leaf) if _is_learnt(leaf) else None, critic)
-    return learnt, jax.tree.map(lambda leaf: None if _is_learnt(leaf) else leaf, critic)
+    learned = jax.tree.map(lambda leaf: jnp.asarray(leaf) if _is_learned(leaf) else None, critic)
+    return learned, jax.tree.map(lambda leaf: None if _is_learned(leaf) else leaf, critic)
 
 
-def _merge(learnt: Any, rest: Any) -> Any:
-    return jax.tree.map(lambda a, b: b if a is None else a, learnt, rest, is_leaf=lambda x: x is None)
+def _merge(learned: Any, rest: Any) -> Any:
+    return jax.tree.map(lambda a, b: b if a is None else a, learned, rest, is_leaf=lambda x: x is None)
 
 
 def _split(tree: Any) -> tuple[list[Any], _Static]:
@@ -426,7 +426,7 @@ def _require_splits(splits: dict[str, Array], batch_size: int) -> None:
 
 
 def _require_critic(critic: Any, v: Array) -> None:
-    if not any(_is_learnt(leaf) for leaf in jax.tree.leaves(critic)):
+    if not any(_is_learned(leaf) for leaf in jax.tree.leaves(critic)):
         raise ValueError(
             "the critic has no floating array to learn: it must be a pytree that holds its parameters, such as an Equinox "
             "module or jax.tree_util.Partial(function, parameters); what a plain function closes over cannot be seen."

@@ -1,10 +1,10 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""The normaliser of a restricted Boltzmann machine, exact or by annealed importance sampling (AIS).
+r"""The normalizer of a restricted Boltzmann machine, exact or by annealed importance sampling (AIS).
 
 AIS moves chains along machines whose weights and hidden biases are scaled by :math:`\beta`, from the uncoupled one
-(:math:`\beta = 0`, whose normaliser is known) to the one in question (:math:`\beta = 1`). On the way from
+(:math:`\beta = 0`, whose normalizer is known) to the one in question (:math:`\beta = 1`). On the way from
 :math:`\beta_{k-1}` to :math:`\beta_k` a chain's weight grows by
 
 .. math::

@@ -14,7 +14,7 @@ generator :math:`p_\omega(v, h) = p(h) \, p_\omega(v|h)` stands for the joint la
     \mathrm{KL}(p_\theta \| p_\omega) &= E_{p_\theta}[-E_\theta - R] - \log Z,
 
 whose sum is free of :math:`\log Z`. The last expectation of :math:`-R` is the negative ELBO of a variational autoencoder on
-draws of the energy, for which data stand, since the energy is learnt to be theirs.
+draws of the energy, for which data stand, since the energy is learned to be theirs.
 """
 
 import copy
@@ -78,11 +78,11 @@ class BiDVLState(NamedTuple):
     phi: Params
     #: param sites of the generator, unconstrained
     omega: Params
-    #: of the energy's optimiser
+    #: of the energy's optimizer
     optim_state: Any
-    #: of the encoder's optimiser
+    #: of the encoder's optimizer
     encoder_optim_state: Any
-    #: of the generator's optimiser
+    #: of the generator's optimizer
     generator_optim_state: Any
     #: mutable sites of the three, such as batch statistics
     mutable_state: Mutable
@@ -121,7 +121,7 @@ class BiDVL(Engine):
     * ``"offset"``, as in the paper's code: :math:`|\mu(\hat v) - \hat h|^2` with the encoder's mean :math:`\mu`, of which only
       the generator learns. The code's ``latent_weight`` is one over the dimension of :math:`h`, or 1e-4.
     * ``"complete"``: :math:`|h' - \hat h|^2` with :math:`h' \sim q(h|\hat v)`, of which both learn; besides, the encoder learns
-      from ``latent_weight`` :math:`\mathrm{KL}(q(h|\hat v) \| p(h))` in the upper level, so that its optimiser steps in both.
+      from ``latent_weight`` :math:`\mathrm{KL}(q(h|\hat v) \| p(h))` in the upper level, so that its optimizer steps in both.
 
     The published method generates means, so that its term :math:`\log p(\hat v|\hat h)` is a constant, and its squared error
     in place of a likelihood is that of a generator with variance 1/2.
@@ -132,7 +132,7 @@ class BiDVL(Engine):
     :param energy: a NumPyro program.
     :param encoder: a NumPyro program; also ``guide``.
     :param generator: a NumPyro program; also ``model``.
-    :param optim: an optax transformation for the energy, or an optimiser of :mod:`numpyro.optim`.
+    :param optim: an optax transformation for the energy, or an optimizer of :mod:`numpyro.optim`.
     :param encoder_optim: the same for the encoder.
     :param generator_optim: the same for the generator.
     :param str variant: ``"exact"``, ``"offset"`` or ``"complete"``.
@@ -146,7 +146,7 @@ class BiDVL(Engine):
         data, which nobody knows, and so moves the optimum where that is not flat.
     :param tuple weight_bounds: least and largest :math:`r` before they are made to have mean 1.
     :param bool noise: whether generated visibles are draws of :math:`p(v|h)`, or its means.
-    :param Sampler sampler: moves generated visibles on the learnt energy before the upper level sees them, such as
+    :param Sampler sampler: moves generated visibles on the learned energy before the upper level sees them, such as
         :class:`~numpyro_ebm.MALA`: it then sees what is of little energy and what the generator does not draw.
     :param elbo: NumPyro's ELBO for the autoencoder; ``TraceMeanField_ELBO()`` if not given.
     :param int num_upper_steps: steps of the energy per step.
@@ -185,8 +185,8 @@ class BiDVL(Engine):
         >>> v = 2.9 + jax.random.normal(jax.random.key(0), (1000,))
         >>> engine = BiDVL(energy, encoder, generator, optax.sgd(0.02), optax.sgd(0.1), optax.sgd(0.02))
         >>> result = engine.run(jax.random.key(1), 2000, v, progress_bar=False)
-        >>> print(f"learnt {result.params['loc']:.1f}, exact {v.mean():.1f}")
-        learnt 2.9, exact 2.9
+        >>> print(f"learned {result.params['loc']:.1f}, exact {v.mean():.1f}")
+        learned 2.9, exact 2.9
         >>> engine.sample(jax.random.key(2), result.state, 500, v)["v"].shape
         (500,)
     """
@@ -282,7 +282,7 @@ class BiDVL(Engine):
         return self._reconstructed(state, args, kwargs)
 
     def energies(self, state: BiDVLState, *args: Any, **kwargs: Any) -> Array:
-        """The learnt energy of every row: the higher, the less the row is like data.
+        """The learned energy of every row: the higher, the less the row is like data.
 
         :param args: arguments of the programs, the first a batch of the visible.
         :return: of shape ``(batch,)``.
@@ -290,7 +290,7 @@ class BiDVL(Engine):
         return self._energies(state, args, kwargs)
 
     def refine(self, rng_key: Array, state: BiDVLState, sampler: Sampler, *args: Any, **kwargs: Any) -> Array:
-        """Visibles moved by a sampler on the learnt energy, each a chain of its own.
+        """Visibles moved by a sampler on the learned energy, each a chain of its own.
 
         :param rng_key: a key of :func:`jax.random.key`.
         :param sampler: such as :class:`~numpyro_ebm.MALA`.
@@ -363,7 +363,7 @@ class BiDVL(Engine):
         known = sorted(name for program, _ in params for name in program.params)
         if unknown := sorted(set(given) - set(known)):
             raise ValueError(f"init_params names {unknown}, which is no param site: the programs have {known}.")
-        self._require_reparametrised(generator, visible)
+        self._require_reparametrized(generator, visible)
         if self.sampler is not None:
             _require_real(visible, energy.sites[visible]["fn"].support)
         self._require_one_particle(encoder, generator)
@@ -387,7 +387,7 @@ class BiDVL(Engine):
             fn = encoder.sites[name]["fn"]
             if not fn.has_rsample:
                 raise ValueError(
-                    f"site '{name}': the encoder draws it from {law_of(fn)}, which is not reparametrised: the lower level "
+                    f"site '{name}': the encoder draws it from {law_of(fn)}, which is not reparametrized: the lower level "
                     "differentiates through the draw. Use a continuous law such as Normal."
                 )
         for name in generator.latents:
@@ -405,17 +405,17 @@ class BiDVL(Engine):
                     "encoder learns by its gradient. Make it continuous."
                 )
 
-    def _require_reparametrised(self, generator: Program, visible: str) -> None:
+    def _require_reparametrized(self, generator: Program, visible: str) -> None:
         for name in generator.latents:
             if not generator.sites[name]["fn"].has_rsample:
                 raise ValueError(
                     f"site '{name}': the generator draws it from {law_of(generator.sites[name]['fn'])}, which is not "
-                    "reparametrised: what it depends on would learn nothing of its draws. Use a law such as Normal."
+                    "reparametrized: what it depends on would learn nothing of its draws. Use a law such as Normal."
                 )
         fn = generator.sites[visible]["fn"]
         if self.noise and not fn.has_rsample:
             raise ValueError(
-                f"site '{visible}': the generator draws it from {law_of(fn)}, which is not reparametrised: the generator could not "
+                f"site '{visible}': the generator draws it from {law_of(fn)}, which is not reparametrized: the generator could not "
                 "learn by the energy of its draws. Pass noise=False, for means, or use a continuous law such as Normal."
             )
 
@@ -506,7 +506,7 @@ class BiDVL(Engine):
             return f"{error} The state before is in .state."
         return (
             f"{', '.join(health)} would no longer be finite. The state before is in .state. Take smaller learning rates, "
-            "upper_loss='hinge', or spectral normalisation of the energy's network."
+            "upper_loss='hinge', or spectral normalization of the energy's network."
         )
 
 

@@ -90,7 +90,7 @@ class BilevelEngine(ScoreEngine):
         :param rng_key: a key of :func:`jax.random.key`.
         :param args: arguments of the model; arrays are traced, everything else is static.
         :param dict init_params: values of :func:`numpyro.param` sites to start from, instead of the model's and guide's own.
-        :raises ValueError: for whatever model, guide or data cannot be learnt with, naming the site and the mend.
+        :raises ValueError: for whatever model, guide or data cannot be learned with, naming the site and the fix.
         """
         if isinstance(self.guide, AutoGuide) and self.guide.prototype_trace is None:
             run_program(self.guide, args, kwargs, rng_key)  # it keeps what it sees first, which must not be traced values
@@ -164,7 +164,7 @@ class BilevelEngine(ScoreEngine):
 
     def _lower_steps(self, levels: "Levels", theta: Any, phi: Any, optim_state: Any, keys: Array) -> tuple[Any, Any]:
         """One step of the guide for every key, with gradients in ``theta`` if they are asked for."""
-        if not len(keys):  # of a guide that is not learnt, the lower level need not have a gradient
+        if not len(keys):  # of a guide that is not learned, the lower level need not have a gradient
             return phi, optim_state
 
         def step(carry: tuple[Any, Any], key: Array) -> tuple[tuple[Any, Any], None]:

@@ -41,9 +41,9 @@ class BiSMState(NamedTuple):
     theta: dict[str, Any]
     #: param sites of the guide, unconstrained
     phi: dict[str, Any]
-    #: of the model's optimiser
+    #: of the model's optimizer
     optim_state: Any
-    #: of the guide's optimiser
+    #: of the guide's optimizer
     guide_optim_state: Any
     #: key of the next step
     rng_key: Array
@@ -60,7 +60,7 @@ class BiSM(BilevelEngine):
     parameters; then one step of the model's, by the gradient of the objective through :math:`\phi`, which is one of
 
     * ``hypergradient="unrolled"``, as published: ``num_unroll_steps`` more steps of the guide are made and differentiated
-      through, state of the optimiser included, and forgotten. 0 is the truncated form: it lacks the posterior's covariance
+      through, state of the optimizer included, and forgotten. 0 is the truncated form: it lacks the posterior's covariance
       whatever the guide, and no number of inner steps replaces unrolling.
     * ``hypergradient="implicit"``, which is not in the paper: at :math:`\phi^*`,
       :math:`dJ/d\theta = \partial_\theta J - \partial_\phi J \, (\partial^2_{\phi\phi} G)^{-1} \partial^2_{\phi\theta} G`, by
@@ -73,12 +73,12 @@ class BiSM(BilevelEngine):
     Every step of the guide sees fresh noise. ``guide_optim`` counts its own steps: ``num_inner_steps`` of them per step.
 
     The first argument of model and guide is the batch of the visible, ``(batch,) + event_shape``. The latents lie in the plate
-    of its rows, and the guide draws them reparametrised: :class:`~numpyro_ebm.GumbelBernoulli` where the model's are binary.
-    The model is unnormalised: energies, or a random field of :class:`~numpyro_ebm.BaseMeasure` sites and a factor.
+    of its rows, and the guide draws them reparametrized: :class:`~numpyro_ebm.GumbelBernoulli` where the model's are binary.
+    The model is unnormalized: energies, or a random field of :class:`~numpyro_ebm.BaseMeasure` sites and a factor.
 
     :param model: a NumPyro model.
     :param guide: a NumPyro guide with the latent sites of the model; an autoguide only makes sense without batches.
-    :param optim: an optax transformation for the model, or an optimiser of :mod:`numpyro.optim`.
+    :param optim: an optax transformation for the model, or an optimizer of :mod:`numpyro.optim`.
     :param guide_optim: the same for the guide. Through unrolled steps it is differentiated: give ``optax.adam`` a small
         ``eps_root`` where a gradient can be exactly 0.
     :param objective: as for :class:`~numpyro_ebm.ScoreMatching`.
@@ -94,9 +94,9 @@ class BiSM(BilevelEngine):
     :param float tol: the residual, relative to the right-hand side, at which it stops.
     :param int num_hessian_draws: draws of the lower level's noise over which its Hessian is averaged.
     :param int batch_size: rows of the first argument in every step, drawn with replacement; all of them if not given.
-    :raises ValueError: for settings out of range; from ``init``, naming the site and the mend, if the first argument does not
+    :raises ValueError: for settings out of range; from ``init``, naming the site and the fix, if the first argument does not
         reach exactly one continuous site, row by row, if a latent is missing from the guide, has another shape there, stands
-        outside the plate of the rows or is drawn without reparametrisation, or if model and guide share a param.
+        outside the plate of the rows or is drawn without reparametrization, or if model and guide share a param.
 
     **References**
 
@@ -122,8 +122,8 @@ class BiSM(BilevelEngine):
         >>> v = 2.9 + jnp.sqrt(2.0) * jax.random.normal(jax.random.key(0), (1000,))
         >>> engine = BiSM(model, guide, optax.adam(0.01), optax.adam(0.01), DenoisingScoreMatching(0.3), hypergradient="implicit")
         >>> result = engine.run(jax.random.key(1), 1500, v, progress_bar=False)
-        >>> print(f"learnt {result.params['loc']:.1f}, exact {v.mean():.1f}")
-        learnt 2.9, exact 2.9
+        >>> print(f"learned {result.params['loc']:.1f}, exact {v.mean():.1f}")
+        learned 2.9, exact 2.9
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class BiSM(BilevelEngine):
         differentiated = self.hypergradient == "implicit" or self.num_unroll_steps > 0
         if not fn.has_rsample and (differentiated or not isinstance(self.lower_loss, TraceGraph_ELBO)):
             raise ValueError(
-                f"site '{name}': the guide draws it from {law_of(fn)}, which is not reparametrised, and BiSM "
+                f"site '{name}': the guide draws it from {law_of(fn)}, which is not reparametrized, and BiSM "
                 "differentiates through the draw. Use GumbelBernoulli for binary latents, or num_unroll_steps=0 with "
                 "lower_loss=TraceGraph_ELBO()."
             )
@@ -213,10 +213,10 @@ class BiSM(BilevelEngine):
     def _loss(self, state: BiSMState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
         return _Levels(self, state, args, kwargs).upper(state.theta, state.phi, state.rng_key)
 
-    def _mend(self, health: dict[str, int]) -> str:
+    def _fix(self, health: dict[str, int]) -> str:
         if self.hypergradient == "unrolled" and self.num_unroll_steps > 0:
             return (
-                "Take smaller learning rates; or, since the guide's optimiser is differentiated, give one whose derivative is "
+                "Take smaller learning rates; or, since the guide's optimizer is differentiated, give one whose derivative is "
                 "finite where a gradient is 0, as optax.adam(..., eps_root=1e-16)."
             )
         return "Take smaller learning rates, or more inner steps for a guide that has lost the posterior."

@@ -72,11 +72,11 @@ class Engine(ABC):
     def _start(
         self, rng_key: Array, init_params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[State, Array]:
-        """The first state, and whether the data can be learnt from; traced. Raises for a model that no data could teach."""
+        """The first state, and whether the data can be learned from; traced. Raises for a model that no data could teach."""
 
     @abstractmethod
     def _refuse(self, rng_key: Array, init_params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raises for data that :meth:`_start` cannot learn from, naming the site and the mend; not traced."""
+        """Raises for data that :meth:`_start` cannot learn from, naming the site and the fix; not traced."""
 
     @abstractmethod
     def _step(self, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[State, Array, Health]:
@@ -88,7 +88,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _explain(self, state: State, health: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """What bad health means, and the mend."""
+        """What bad health means, and the fix."""
 
     def _warnings(self, state: State) -> list[str]:
         """What to warn of between two chunks."""
@@ -100,7 +100,7 @@ class Engine(ABC):
         :param rng_key: a key of :func:`jax.random.key`.
         :param args: arguments of the model; arrays are traced, everything else is static.
         :param dict init_params: values of :func:`numpyro.param` sites to start from, instead of the model's own.
-        :raises ValueError: for whatever the model or data cannot be learnt with, naming the site and the mend.
+        :raises ValueError: for whatever the model or data cannot be learned with, naming the site and the fix.
         """
         init_params = dict(init_params or {})
         dynamic, static = _split(args, kwargs)
@@ -308,7 +308,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def as_transformation(optim: Any) -> optax.GradientTransformationExtraArgs:
-    """An optimiser as an optax transformation: optax's own, or one of :mod:`numpyro.optim`.
+    """An optimizer as an optax transformation: optax's own, or one of :mod:`numpyro.optim`.
 
     :raises TypeError: for anything else.
     """

@@ -64,7 +64,7 @@ def sample_posterior(
 ) -> Latents:
     """Draws of the latents from their posterior at fixed parameters, for the data of a fit or for new data.
 
-    Subsampled plates show all their rows. Energy sites need no normaliser here and are taken as they are.
+    Subsampled plates show all their rows. Energy sites need no normalizer here and are taken as they are.
 
     :param rng_key: a key of :func:`jax.random.key`.
     :param model: a NumPyro model, under :class:`~numpyro_ebm.negative_phase` or not.
@@ -87,7 +87,7 @@ def sample_posterior(
         takes them with ``batch_ndims=2``.
     :raises ValueError: for counts out of range, missing parameters, discrete latents, a ``start`` of another shape, a density
         that is not finite where chains start, or draws that are not finite, naming the site.
-    :raises NormalizerError: if an energy's normaliser depends on another latent.
+    :raises NormalizerError: if an energy's normalizer depends on another latent.
 
     **References**
 
@@ -134,7 +134,7 @@ class MapEstimate(NamedTuple):
 
     #: by latent site, constrained, of shape ``batch_shape + event_shape``
     latents: Latents
-    #: log density of the latents and data there, up to unknown normalisers: ``(rows,)`` if the rows of a plate factorise,
+    #: log density of the latents and data there, up to unknown normalizers: ``(rows,)`` if the rows of a plate factorize,
     #: else a scalar
     log_density: Array
 
@@ -155,15 +155,15 @@ def find_map(
     r"""The most probable latents at fixed parameters, :math:`\arg\max_x \log p_\theta(x, y)`.
 
     The density is that of the constrained values: the search is in unconstrained space, without the Jacobian. Where the rows
-    of a plate that all latents share factorise, the best start is kept row by row.
+    of a plate that all latents share factorize, the best start is kept row by row.
 
     :param rng_key: a key of :func:`jax.random.key`.
     :param model: a NumPyro model, under :class:`~numpyro_ebm.negative_phase` or not.
     :param dict params: values of all :func:`numpyro.param` sites, ``result.params``; others are ignored.
     :param args: arguments of the model.
     :param int num_starts: searches to begin; as many as ``start`` has if it is given, else 4.
-    :param int num_steps: steps of the optimiser.
-    :param optim: an optax transformation or an optimiser of :mod:`numpyro.optim`; Adam with a step that falls from 0.1 to 0
+    :param int num_steps: steps of the optimizer.
+    :param optim: an optax transformation or an optimizer of :mod:`numpyro.optim`; Adam with a step that falls from 0.1 to 0
         along a cosine if not given.
     :param start: latents to start from, constrained, of shape ``(num_starts,) + batch_shape + event_shape``, such as
         particles.
@@ -172,7 +172,7 @@ def find_map(
     :param kwargs: keyword arguments of the model.
     :return: latents by site and their log density. It warns where the density still rises.
     :raises ValueError: as :func:`sample_posterior` does, and if no start reached a finite density.
-    :raises NormalizerError: if an energy's normaliser depends on another latent.
+    :raises NormalizerError: if an energy's normalizer depends on another latent.
 
     .. doctest::
 
@@ -220,7 +220,7 @@ MAP_TOLERANCE = 0.01  # nats that one more line search may gain before find_map 
 
 
 def _climb(log_density: Callable[[Array], Array], x: Array, optim: Any, num_steps: int) -> tuple[Array, Array]:
-    """The best position that an optimiser meets on its way, row by row, and its log density."""
+    """The best position that an optimizer meets on its way, row by row, and its log density."""
 
     def descent(x: Array) -> tuple[Array, Array]:
         value = log_density(x)
@@ -355,7 +355,7 @@ class Posterior:
         return f" in rows {', '.join(map(str, rows[:3]))}{more} of plate '{self.plate}'"
 
     def require_constant_normalizers(self, density: Callable[[Any], dict[str, Array]], at: Any, message: str) -> None:
-        """Refuses energies whose unknown normaliser depends on what a guarded density is a function of."""
+        """Refuses energies whose unknown normalizer depends on what a guarded density is a function of."""
         for name, site in self.program.sites.items():
             if site["type"] != "sample" or energy_site(site["fn"]) is None:
                 continue
@@ -379,7 +379,7 @@ class Posterior:
         self.require_constant_normalizers(
             lambda latents: self.terms(latents, guarded=True),
             latents,
-            "its unknown normaliser depends on a latent, whose posterior would need its value (doubly intractable). Hold what "
+            "its unknown normalizer depends on a latent, whose posterior would need its value (doubly intractable). Hold what "
             "the energy depends on fixed, or make it a numpyro.param.",
         )
 
@@ -387,11 +387,11 @@ class Posterior:
         """The largest plate with all latents in it whose rows are independent."""
         shared = set.intersection(*({plate for plate, _ in site.plates} for site in self.program.latents.values()))
         for plate in sorted(shared, key=lambda plate: (-self.program.plates[plate].size, plate)):
-            if self._factorises(plate, latents):
+            if self._factorizes(plate, latents):
                 return plate
         return None
 
-    def _factorises(self, plate: str, latents: Latents) -> bool:
+    def _factorizes(self, plate: str, latents: Latents) -> bool:
         """Whether the density is a product over rows.
 
         NumPyro takes the user's word for it, which a sum over a plate's rows breaks. Where it is true, weighing the rows'

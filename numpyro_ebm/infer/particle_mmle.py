@@ -3,7 +3,7 @@
 
 r"""Maximum marginal likelihood with interacting particles: PGD, IPLA, EBIPLA, SOUL and the kinetic forms.
 
-Parameters :math:`\theta` that maximise :math:`\log p_\theta(y) = \log \int p_\theta(x, y) \, dx` by Fisher's identity
+Parameters :math:`\theta` that maximize :math:`\log p_\theta(y) = \log \int p_\theta(x, y) \, dx` by Fisher's identity
 :math:`\nabla \log p_\theta(y) = E_{p_\theta(x \mid y)} [\nabla_\theta \log p_\theta(x, y)]`, with the expectation over a cloud of
 N particles that follow the posterior by Langevin dynamics while the parameters move:
 
@@ -59,9 +59,9 @@ class ParticleState(NamedTuple):
 
     #: param sites, constrained
     params: dict[str, Any]
-    #: param sites, unconstrained: what the optimiser moves
+    #: param sites, unconstrained: what the optimizer moves
     unconstrained: dict[str, Any]
-    #: what the optimiser keeps
+    #: what the optimizer keeps
     optim_state: Any
     #: latent sites, unconstrained, of shape ``(num_particles,) + batch_shape + event_shape`` with a row for all data
     particles: Particles
@@ -84,24 +84,24 @@ class ParticleMMLE(Engine):
 
     Used like :class:`numpyro.infer.SVI`, without a guide: every latent site is a cloud of ``num_particles`` points that
     follow the posterior at the current parameters. Any model with continuous latents will do. Constrained latents move in
-    unconstrained space; energy priors are learnt by :class:`~numpyro_ebm.negative_phase`, which is put around the model unless it
+    unconstrained space; energy priors are learned by :class:`~numpyro_ebm.negative_phase`, which is put around the model unless it
     is already there. In a subsampled plate every row of the data keeps its own particles, and those of the batch
     move; the plate's scale counts for the parameters and not for the particles.
 
     The published algorithms are settings of this engine, by the constructors :meth:`pgd`, :meth:`ipla`, :meth:`ebipla`,
     :meth:`soul`, :meth:`pqn`, :meth:`pmgd`, :meth:`kiplmc1`, :meth:`kiplmc2` and :meth:`mpd`.
 
-    The loss is minus the mean over particles of the log joint density, up to unknown normalisers. It is no bound on the
+    The loss is minus the mean over particles of the log joint density, up to unknown normalizers. It is no bound on the
     likelihood, and two fits cannot be compared by it.
 
     :param model: a NumPyro model, or :class:`negative_phase(model, ...) <numpyro_ebm.negative_phase>` to say how its negative
         chains move.
     :param optim: how parameters move: an optax transformation, with :func:`~numpyro_ebm.langevin` for the theory's noise, or an
-        optimiser of :mod:`numpyro.optim`.
+        optimizer of :mod:`numpyro.optim`.
     :param int num_particles: particles per latent.
     :param step_size: the step :math:`h` of the particles, or a schedule of it by the number of steps made. A particle is stable
         below 2 / (largest curvature of its negative log posterior); see :meth:`stability_limit`.
-    :param str drift: ``"sum"``: the optimiser gets the gradient of the loss, a sum over data, at temperature
+    :param str drift: ``"sum"``: the optimizer gets the gradient of the loss, a sum over data, at temperature
         ``1 / num_particles``; ``"mean"``: both divided by the number of data.
     :param str order: ``"jacobi"``: particles and parameters move from the same point; ``"gauss_seidel"``: parameters see the
         particles moved.
@@ -110,7 +110,7 @@ class ParticleMMLE(Engine):
         in the data (Marks et al.). Without subsampling they are the same.
     :param int num_moves: moves of the particles per step of the parameters.
     :param bool average_moves: whether the parameters see the mean gradient over all those moves, instead of the last.
-    :param str m_step: ``"gradient"``; ``"newton"``: the optimiser gets the Newton direction; ``"maximize"``: parameters go to
+    :param str m_step: ``"gradient"``; ``"newton"``: the optimizer gets the Newton direction; ``"maximize"``: parameters go to
         the maximum for the current cloud, by L-BFGS, and ``optim`` is not used.
     :param dynamics: how particles move instead of :func:`~numpyro_ebm.langevin`, such as
         :func:`~numpyro_ebm.kinetic_langevin`.
@@ -141,8 +141,8 @@ class ParticleMMLE(Engine):
         >>> y = 2.9 + jax.random.normal(jax.random.key(0), (100,))
         >>> engine = ParticleMMLE(model, optax.sgd(0.01), num_particles=20, step_size=0.1)
         >>> result = engine.run(jax.random.key(1), 500, y, progress_bar=False)
-        >>> print(f"learnt {result.params['loc']:.1f}, exact {y.mean():.1f}")
-        learnt 3.0, exact 3.0
+        >>> print(f"learned {result.params['loc']:.1f}, exact {y.mean():.1f}")
+        learned 3.0, exact 3.0
         >>> engine.get_particles(result.state, y)["x"].shape
         (20, 100)
     """
@@ -239,7 +239,7 @@ class ParticleMMLE(Engine):
 
     @classmethod
     def soul(cls, model: Model, optim: Any = None, *, num_moves: int, step_size: float | Schedule, **settings: Any) -> Self:
-        """Stochastic optimisation by unadjusted Langevin (De Bortoli et al. 2021): one chain, averaged over its moves.
+        """Stochastic optimization by unadjusted Langevin (De Bortoli et al. 2021): one chain, averaged over its moves.
 
         :param optim: gradient descent of step ``step_size`` if not given.
         :param int num_moves: moves of the chain per step of the parameters.
@@ -390,7 +390,7 @@ class ParticleMMLE(Engine):
         fns = [site["fn"] for site in program.sites.values() if site["type"] == "sample"]
         try:
             return check_model(self._phase.fn, *args, **kwargs).needs_negative_phase
-        except Exception:  # NumPyro's analysis does not cover every model: then every energy and field is taken to be learnt
+        except Exception:  # NumPyro's analysis does not cover every model: then every energy and field is taken to be learned
             return any(energy_site(fn) is not None or is_flat(fn) for fn in fns)
 
     def _require_learnable(self, program: Program, given: dict[str, Any]) -> None:
@@ -578,7 +578,7 @@ class ParticleMMLE(Engine):
         return {name: x + sd[name].astype(x.dtype) * noise[name] for name, x in particles.items()}
 
     def _negative_phase(self, batch: "_Batch", state: ParticleState) -> tuple[Any, dict[str, Any]]:
-        """The gradient of the log normalisers' terms in the parameters, and the mutable state with the chains moved.
+        """The gradient of the log normalizers' terms in the parameters, and the mutable state with the chains moved.
 
         The terms do not depend on the particles: the handler sees one run of the model, with the first.
         """

@@ -3,7 +3,7 @@
 
 """What the engines that match scores share: batches of the visible, and what they refuse.
 
-The first argument of a model is the visible. A score is a derivative in it, which no normaliser has, so models run without
+The first argument of a model is the visible. A score is a derivative in it, which no normalizer has, so models run without
 the guard of their energies.
 """
 
@@ -80,9 +80,9 @@ class ScoreEngine(Engine):
                 self._refuse(state.rng_key, state.params, args, kwargs)
         except ValueError as error:  # a run that goes on from a state may be given other data
             return f"{error} The state before is in .state."
-        return f"{', '.join(health)} would no longer be finite. The state before is in .state. {self._mend(health)}"
+        return f"{', '.join(health)} would no longer be finite. The state before is in .state. {self._fix(health)}"
 
-    def _mend(self, health: dict[str, int]) -> str:
+    def _fix(self, health: dict[str, int]) -> str:
         return "Take a smaller learning rate, or clip the gradient (optax.clip_by_global_norm)."
 
 

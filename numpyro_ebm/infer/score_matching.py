@@ -5,7 +5,7 @@ r"""Score matching for models without latents, or with their latents summed out.
 
 .. math:: \theta^* = \arg\min_\theta E_v \, J(\nabla_v \log p(v; \theta))
 
-for an objective :math:`J` of the score alone, in which the normaliser of :math:`p` does not occur.
+for an objective :math:`J` of the score alone, in which the normalizer of :math:`p` does not occur.
 """
 
 from typing import Any, NamedTuple
@@ -32,9 +32,9 @@ class ScoreMatchingState(NamedTuple):
 
     #: values of the param sites, constrained
     params: dict[str, Any]
-    #: the same, unconstrained: what the optimiser moves
+    #: the same, unconstrained: what the optimizer moves
     unconstrained: dict[str, Any]
-    #: of the optimiser
+    #: of the optimizer
     optim_state: Any
     #: key of the next step
     rng_key: Array
@@ -48,16 +48,16 @@ class ScoreMatching(ScoreEngine):
     """Score matching of a model without latents, called like NumPyro's ``SVI``.
 
     The model's first argument is a batch of the visible, ``(batch,) + event_shape``, which it observes at one site, one row per
-    element of one plate. Its log density may leave out any normaliser, as that of
+    element of one plate. Its log density may leave out any normalizer, as that of
     :class:`~numpyro_ebm.EnergyDistribution` does; where latents can be summed out by hand, as in a restricted Boltzmann
     machine, their free energy is the energy.
 
     :param model: a NumPyro model without latent sites.
-    :param optim: an optax transformation, or an optimiser of :mod:`numpyro.optim`.
-    :param objective: what is minimised: :class:`~numpyro_ebm.ExactScoreMatching`, :class:`~numpyro_ebm.SlicedScoreMatching`,
+    :param optim: an optax transformation, or an optimizer of :mod:`numpyro.optim`.
+    :param objective: what is minimized: :class:`~numpyro_ebm.ExactScoreMatching`, :class:`~numpyro_ebm.SlicedScoreMatching`,
         :class:`~numpyro_ebm.DenoisingScoreMatching` or :class:`~numpyro_ebm.MultiscaleDenoisingScoreMatching`.
     :param int batch_size: rows of the first argument in every step, drawn with replacement; all of them if not given.
-    :raises ValueError: from ``init``, naming the site and the mend, if the first argument does not reach exactly one
+    :raises ValueError: from ``init``, naming the site and the fix, if the first argument does not reach exactly one
         continuous site, row by row; if the model has latents, mutable sites, or no params; if data are not finite.
 
     **References**
@@ -78,8 +78,8 @@ class ScoreMatching(ScoreEngine):
         >>> v = jax.random.normal(jax.random.key(0), (400,)) / 2
         >>> engine = ScoreMatching(model, optax.adam(0.05), ExactScoreMatching())
         >>> result = engine.run(jax.random.key(1), 500, v, progress_bar=False)
-        >>> print(f"learnt {result.params['precision']:.1f}, exact {1 / (v**2).mean():.1f}")
-        learnt 4.2, exact 4.2
+        >>> print(f"learned {result.params['precision']:.1f}, exact {1 / (v**2).mean():.1f}")
+        learned 4.2, exact 4.2
     """
 
     def __init__(self, model: Model, optim: Any, objective: ScoreObjective, *, batch_size: int | None = None) -> None:

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""How sure parameters are that were learnt by maximum marginal likelihood, and whether a run has reached them.
+r"""How sure parameters are that were learned by maximum marginal likelihood, and whether a run has reached them.
 
 Louis' identity gives the observed information of :math:`\theta` from the posterior of the latents,
 
@@ -64,7 +64,7 @@ def standard_errors(
     init_strategy: Callable[..., Any] = init_to_sample,
     **kwargs: Any,
 ) -> StandardErrors:
-    """Standard errors of parameters learnt by maximum marginal likelihood, by Louis' identity.
+    """Standard errors of parameters learned by maximum marginal likelihood, by Louis' identity.
 
     They are those of large-sample theory, from the curvature of the log likelihood at ``params``, and hold for regular models
     at the maximum. The curvature is taken in unconstrained space and carried to constrained values by the delta method.
@@ -85,7 +85,7 @@ def standard_errors(
     :param init_strategy: a NumPyro ``init_to_...`` strategy to start from without ``start``.
     :param kwargs: keyword arguments of the model.
     :return: standard errors by param site, their Monte Carlo errors and the matrices behind them.
-    :raises NormalizerError: if an energy or a random field has parameters to learn: the second derivative of its normaliser is
+    :raises NormalizerError: if an energy or a random field has parameters to learn: the second derivative of its normalizer is
         not known.
     :raises ValueError: if the information is not positive definite, naming the param site that it is worst for; for what
         :func:`~numpyro_ebm.sample_posterior` refuses.
@@ -131,7 +131,7 @@ def standard_errors(
     posterior.require_constant_normalizers(
         lambda theta: posterior.terms(one, posterior.params_at(unravel(theta)), guarded=True),
         theta,
-        "the second derivative of its unknown normaliser in the parameters is not known, so that Louis' identity cannot be used. "
+        "the second derivative of its unknown normalizer in the parameters is not known, so that Louis' identity cannot be used. "
         "Hold the parameters of the energy fixed, or repeat the fit on resampled data.",
     )
     _refuse_random_field(posterior)
@@ -156,7 +156,7 @@ def standard_errors(
 
 
 def _refuse_random_field(posterior: Posterior) -> None:
-    """Refuses factors that couple flat sites, whose joint normaliser depends on the parameters."""
+    """Refuses factors that couple flat sites, whose joint normalizer depends on the parameters."""
     try:
         report = check_model(posterior.guarded, *posterior.args, **posterior.kwargs)
         fields = [site.name for site in report.sites if site.couples]
@@ -166,7 +166,7 @@ def _refuse_random_field(posterior: Posterior) -> None:
         fields = [name for name, core in cores.items() if has_flat_site and isinstance(core, Unit)]
     if fields:
         raise NormalizerError(
-            f"site '{fields[0]}': it makes the model a random field, and the second derivative of its unknown normaliser in the "
+            f"site '{fields[0]}': it makes the model a random field, and the second derivative of its unknown normalizer in the "
             "parameters is not known, so that Louis' identity cannot be used. Repeat the fit on resampled data."
         )
 

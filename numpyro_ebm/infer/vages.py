@@ -51,9 +51,9 @@ class VaGESState(NamedTuple):
     theta: dict[str, Any]
     #: param sites of the guide, unconstrained
     phi: dict[str, Any]
-    #: of the model's optimiser
+    #: of the model's optimizer
     optim_state: Any
-    #: of the guide's optimiser
+    #: of the guide's optimizer
     guide_optim_state: Any
     #: key of the next step
     rng_key: Array
@@ -80,21 +80,21 @@ class VaGES(BilevelEngine):
     (:class:`~numpyro_ebm.GumbelBernoulli`), and memory does not grow with the number of inner steps.
 
     ``importance_weighted=True``, which is not in the paper, weighs L draws by
-    :math:`\tilde p / q`, normalised by their sum, which makes value and gradient those of
+    :math:`\tilde p / q`, normalized by their sum, which makes value and gradient those of
     :math:`\log \tfrac1L \sum_i \tilde p(v, h_i) / q(h_i)` with the draws fixed. The bias is of order 1/L for *any* guide that
     covers the posterior. ``jackknife=True`` takes the leading term off, :math:`L J_L - (L - 1) \bar J_{L - 1}` over the means
     without one draw: at a higher variance.
 
-    Model, guide and their optimisers are as for :class:`~numpyro_ebm.BiSM`.
+    Model, guide and their optimizers are as for :class:`~numpyro_ebm.BiSM`.
 
     :param model: a NumPyro model.
     :param guide: a NumPyro guide with the latent sites of the model.
-    :param optim: an optax transformation for the model, or an optimiser of :mod:`numpyro.optim`.
+    :param optim: an optax transformation for the model, or an optimizer of :mod:`numpyro.optim`.
     :param guide_optim: the same for the guide.
     :param objective: a score objective, such as :class:`~numpyro_ebm.DenoisingScoreMatching` or
         :class:`~numpyro_ebm.KernelSteinDiscrepancy`.
     :param lower_loss: NumPyro's ``Trace_ELBO()``, or :class:`~numpyro_ebm.PosteriorFisher`.
-    :param int num_inner_steps: steps K of the guide per step; 0 for a guide that is not learnt.
+    :param int num_inner_steps: steps K of the guide per step; 0 for a guide that is not learned.
     :param int num_samples: draws L, of each factor, or of all where they are weighted.
     :param bool importance_weighted: whether draws weigh :math:`\tilde p / q`.
     :param bool jackknife: whether the weighted loss is corrected for the leading term of its bias.
@@ -133,8 +133,8 @@ class VaGES(BilevelEngine):
         >>> v = 2.9 + jnp.sqrt(2.0) * jax.random.normal(jax.random.key(0), (1000,))
         >>> engine = VaGES(model, guide, optax.adam(0.01), optax.adam(0.01), DenoisingScoreMatching(0.3))
         >>> result = engine.run(jax.random.key(1), 1500, v, progress_bar=False)
-        >>> print(f"learnt {result.params['loc']:.1f}, exact {v.mean():.1f}")
-        learnt 2.9, exact 2.9
+        >>> print(f"learned {result.params['loc']:.1f}, exact {v.mean():.1f}")
+        learned 2.9, exact 2.9
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class VaGES(BilevelEngine):
     def _require_draws(self, name: str, fn: Any) -> None:
         if self.num_inner_steps and not fn.has_rsample and not isinstance(self.lower_loss, TraceGraph_ELBO):
             raise ValueError(
-                f"site '{name}': the guide draws it from {law_of(fn)}, which is not reparametrised, and its steps differentiate "
+                f"site '{name}': the guide draws it from {law_of(fn)}, which is not reparametrized, and its steps differentiate "
                 "through the draw. Use GumbelBernoulli for binary latents (they are drawn as bits in the upper level), or "
                 "lower_loss=TraceGraph_ELBO()."
             )
@@ -225,7 +225,7 @@ class VaGES(BilevelEngine):
     def _loss(self, state: VaGESState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
         return _Levels(self, state, args, kwargs).upper(state.theta, state.phi, state.rng_key)[0]
 
-    def _mend(self, health: dict[str, int]) -> str:
+    def _fix(self, health: dict[str, int]) -> str:
         if self.importance_weighted:
             return "Take smaller learning rates; or, where all weights underflow, a guide that covers the posterior."
         return "Take smaller learning rates, or more inner steps for a guide that has lost the posterior."

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""A guide against the posterior by their scores in the latents: the Fisher divergence, which needs no normaliser.
+r"""A guide against the posterior by their scores in the latents: the Fisher divergence, which needs no normalizer.
 
 The Kullback-Leibler divergence, up to the constant ``-log p(v)``, is :class:`numpyro.infer.Trace_ELBO`.
 """
@@ -78,7 +78,7 @@ class PosteriorFisher:
         :param guide: its guide, which samples all its latents and nothing else.
         :param args: arguments of both.
         :raises ValueError: naming the site, if model and guide sample different latents or shapes, a latent is discrete, not
-            reparametrised, without a density or outside the one plate of all others, or its values do not vary freely.
+            reparametrized, without a density or outside the one plate of all others, or its values do not vary freely.
         """
         return self._losses(rng_key, params, model, guide, args, kwargs)[0]
 
@@ -200,7 +200,7 @@ def _require_scores(drawn: Program) -> None:
             )
         if not site["fn"].has_rsample:
             raise ValueError(
-                f"site '{name}': draws of {kind} have no gradient in its parameters. Give the guide a reparametrised distribution "
+                f"site '{name}': draws of {kind} have no gradient in its parameters. Give the guide a reparametrized distribution "
                 "such as Normal, or GumbelBernoulli for bits."
             )
         if isinstance(core, Delta):
@@ -220,9 +220,9 @@ def _require_free(site: Site) -> None:
 
 
 def _require_fixed_model(model: Program, guide: Program) -> None:
-    if learnt := sorted(set(model.params) - set(guide.params)):
+    if learned := sorted(set(model.params) - set(guide.params)):
         raise ValueError(
-            f"param site '{learnt[0]}' of the model: SVI would move it to where the posterior suits the guide, whatever the data. "
+            f"param site '{learned[0]}' of the model: SVI would move it to where the posterior suits the guide, whatever the data. "
             "Fix it, with numpyro.handlers.block(numpyro.handlers.substitute(model, data=params), hide=list(params)), or learn "
             "it with an engine that has an objective for the model."
         )

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Score-matching objectives: what is minimised so that a score fits that of the data, whatever the normaliser.
+r"""Score-matching objectives: what is minimized so that a score fits that of the data, whatever the normalizer.
 
 With the score :math:`s = \nabla_v \log p` of the model and :math:`s_*` that of the data, the Fisher divergence
 
@@ -28,7 +28,7 @@ ScoreFn = Callable[[Array], Array]
 
 
 class ScoreObjective(ABC):
-    """What the score-based engines minimise: an objective of one's own gives :meth:`loss`, and more where it differs.
+    """What the score-based engines minimize: an objective of one's own gives :meth:`loss`, and more where it differs.
 
     Objectives are frozen dataclasses: hashable, and compared by value.
     """
@@ -60,7 +60,7 @@ class ScoreObjective(ABC):
         return v
 
     def weight(self, batch_size: int) -> Array:
-        """By row, of shape ``(batch_size,)``, what a guide's loss is multiplied by when it is learnt beside this objective."""
+        """By row, of shape ``(batch_size,)``, what a guide's loss is multiplied by when it is learned beside this objective."""
         return jnp.ones(batch_size)
 
 
@@ -248,7 +248,7 @@ _SPACINGS: dict[str, Callable[..., Any]] = {"geometric": np.geomspace, "linear":
 
 def _score_and_trace(score_fn: ScoreFn, x: Array) -> tuple[Array, Array]:
     """Scores of a batch and the traces of their Jacobians, ``(batch,)``, by forward mode along every coordinate."""
-    # Rows are independent, so one tangent serves all rows. The score is linearised once and the coordinates are gone through
+    # Rows are independent, so one tangent serves all rows. The score is linearized once and the coordinates are gone through
     # one by one: memory does not grow with the dimension, where vmap would hold all columns of the Jacobians. The checkpoint
     # keeps it so when the loss is differentiated in the parameters.
     score, push = jax.linearize(score_fn, x)
@@ -298,10 +298,8 @@ def _require_rows(v: Array, min_batch_size: int = 1) -> None:
 
 def _require_spread(batch_size: int, min_batch_size: int) -> None:
     if batch_size < min_batch_size:
-        mend = "Use a larger batch, or DenoisingScoreMatching with one level." if batch_size else "Give at least one row."
-        raise ValueError(
-            f"a batch of {batch_size}: the spread of noise levels or the mean over rows needs {min_batch_size}. {mend}"
-        )
+        fix = "Use a larger batch, or DenoisingScoreMatching with one level." if batch_size else "Give at least one row."
+        raise ValueError(f"a batch of {batch_size}: the spread of noise levels or the mean over rows needs {min_batch_size}. {fix}")
 
 
 def _require_noise(name: str, value: Any) -> None:

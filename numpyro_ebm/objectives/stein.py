@@ -1,14 +1,14 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""The kernelised Stein discrepancy (KSD) of draws from a model known by its score: an objective, and a test of fit.
+r"""The kernelized Stein discrepancy (KSD) of draws from a model known by its score: an objective, and a test of fit.
 
 For the score :math:`s = \nabla_v \log p` of a model and a positive definite kernel :math:`k`,
 
 .. math:: u(v, v') = k \, s(v)^\top s(v') + s(v)^\top \nabla_{v'} k + s(v')^\top \nabla_v k + \mathrm{tr} \, \nabla_v \nabla_{v'} k
 
 has mean zero under the model in either argument (Stein's identity). Its mean over two draws of the data is a squared distance
-of their law from the model, in which no normaliser occurs. For a kernel of the squared distance alone,
+of their law from the model, in which no normalizer occurs. For a kernel of the squared distance alone,
 :math:`k = \varphi(r^2)`, :math:`r^2 = \|v - v'\|^2`, and events of :math:`d` numbers,
 
 .. math::
@@ -134,7 +134,7 @@ class IMQKernel(RadialKernel):
 
 @dataclass(frozen=True)
 class KernelSteinDiscrepancy(ScoreObjective):
-    r"""The kernelised Stein discrepancy of the rows of a batch.
+    r"""The kernelized Stein discrepancy of the rows of a batch.
 
     ``pairs="all"``: the loss of row :math:`i` is the mean of :math:`u(v_i, v_j)` over the other rows (``statistic="U"``) or over
     all rows, itself among them (``"V"``). The mean over rows is the statistic. U is unbiased and may be negative; V is at least
@@ -178,8 +178,8 @@ class KernelSteinDiscrepancy(ScoreObjective):
         >>> v = jax.random.normal(jax.random.key(0), (400,)) / 2
         >>> engine = ScoreMatching(model, optax.adam(0.05), KernelSteinDiscrepancy(RBFKernel(bandwidth=1.0)))
         >>> result = engine.run(jax.random.key(1), 500, v, progress_bar=False)
-        >>> print(f"learnt {result.params['precision']:.1f}, true 4")
-        learnt 4.3, true 4
+        >>> print(f"learned {result.params['precision']:.1f}, true 4")
+        learned 4.3, true 4
     """
 
     kernel: RadialKernel = RBFKernel()
@@ -241,7 +241,7 @@ def ksd_test(
     num_bootstrap: int = 1000,
     change_probability: float = 0.5,
 ) -> KSDTest:
-    r"""Tests whether draws come from the law that has a given score, by the kernelised Stein discrepancy.
+    r"""Tests whether draws come from the law that has a given score, by the kernelized Stein discrepancy.
 
     If they do, :math:`\frac{1}{n(n-1)} \sum_{i \neq j} w_i w_j u(v_i, v_j)` with random signs :math:`w` has asymptotically the
     law of the statistic, which has all :math:`w = 1` (wild bootstrap). The p-value is the share that reaches the statistic, itself
@@ -261,7 +261,7 @@ def ksd_test(
     :param score: the model's scores at the draws, of the shape of ``v``, or a function that gives them.
     :param kernel: an :class:`~numpyro_ebm.RBFKernel` or :class:`~numpyro_ebm.IMQKernel`.
     :param int num_bootstrap: draws of the signs.
-    :param float change_probability: probability that two neighbouring rows have different signs; .5 is for independent rows.
+    :param float change_probability: probability that two neighboring rows have different signs; .5 is for independent rows.
     :return: a :class:`KSDTest`. Under ``jit`` and ``vmap`` values cannot be refused: the p-value is NaN where they are not finite.
     :raises ValueError: if there are fewer than two rows, a number is not finite, shapes differ, or half of the pairs are equal
         and the kernel has no length of its own.
@@ -324,8 +324,8 @@ def stein_matrix(kernel: RadialKernel, v: Array, score: Array) -> tuple[Array, A
     :return: an array of shape ``(n, n)``, and the kernel's length in use.
     """
     n, dim = v.shape
-    centred = v - v.mean(0)  # u knows differences of rows alone, and Gram matrices cancel less near the origin
-    gram, cross = _dot(centred, centred.T), _dot(score, centred.T)
+    centered = v - v.mean(0)  # u knows differences of rows alone, and Gram matrices cancel less near the origin
+    gram, cross = _dot(centered, centered.T), _dot(score, centered.T)
     r2 = _without_diagonal(jnp.maximum(_sums(jnp.diag(gram)) - 2 * gram, 0))
     contrast = _sums(jnp.diag(cross)) - cross - cross.T  # (s - s') . (v - v')
     length = _length(kernel, r2, skip=n)  # the smallest are the n zeros of the diagonal
@@ -409,4 +409,4 @@ def _require_finite(**arrays: Array) -> None:
     for name, x in arrays.items():
         if not isinstance(x, jax.core.Tracer) and not np.isfinite(x).all():
             bad = int((~np.isfinite(np.asarray(_flat(x))).all(1)).sum())
-            raise ValueError(f"{name}: {bad} of {len(x)} rows are NaN or infinite. Remove those draws, or mend the score.")
+            raise ValueError(f"{name}: {bad} of {len(x)} rows are NaN or infinite. Remove those draws, or fix the score.")

@@ -154,7 +154,7 @@ class UnadjustedLangevin:
         return jnp.where(state.runs_unstable >= RUNS_TO_STOP, RUNNING_AWAY, near)
 
     def explain(self, status: int) -> str:
-        """What a status of :meth:`check` means, and the mend."""
+        """What a status of :meth:`check` means, and the fix."""
         floor = f"no unadjusted chain of step h = {self.step_size:g} is narrower than variance 2h = {2 * self.step_size:g}"
         if status == NEAR_FLOOR:
             return f"the chains are near their variance floor ({floor}): take a smaller step_size, or MALA(), which has none"
@@ -322,7 +322,7 @@ def annealed_langevin(
     :math:`x - \tfrac{\sigma^2}{2} \nabla E + \sqrt{T} \sigma \xi`, which is :math:`h = \sigma^2 / 2`; their :math:`\sigma = .02`
     is the default here.
 
-    A model learnt by denoising has the law of the data with noise on them: :func:`denoise` takes it off afterwards. A chain
+    A model learned by denoising has the law of the data with noise on them: :func:`denoise` takes it off afterwards. A chain
     at a high temperature goes far from the data, and may not come back where :math:`p` is not integrable: look at the draws.
 
     :param rng_key: a key of :func:`jax.random.key`.
@@ -395,7 +395,7 @@ def denoise(log_prob: LogProb, x: Array, sigma: float) -> Array:
     r"""The mean of what noise of standard deviation :math:`\sigma` has made ``x`` of, :math:`x + \sigma^2 \nabla \log p(x)`.
 
     It is exact where :math:`p` is the law of the noisy values (Tweedie's formula): the last step of sampling from what was
-    learnt by denoising score matching.
+    learned by denoising score matching.
 
     :param log_prob: maps noisy values, of shape ``(num_chains,) + event_shape``, to their log densities, ``(num_chains,)``.
     :param x: noisy values.
