@@ -31,16 +31,10 @@ from numpyro.infer import TraceMeanField_ELBO
 from numpyro.infer.elbo import ELBO
 
 from numpyro_ebm.handlers import unnormalized
-from numpyro_ebm.infer.engine import Engine, Health, as_transformation, compiled
+from numpyro_ebm.infer.engine import Engine, as_transformation, compiled
 from numpyro_ebm.infer.rows import first_batch, random_batch
-from numpyro_ebm.infer.score_engine import (
-    apply_gradient,
-    finite_health,
-    keep_if_healthy,
-    require_natural,
-    require_params,
-    require_same_params,
-)
+from numpyro_ebm.infer.score_engine import require_natural, require_params, require_same_params
+from numpyro_ebm.infer.step import Health, apply_gradient, health_of
 from numpyro_ebm.objectives.score import require_one_of
 from numpyro_ebm.program import (
     Model,
@@ -427,8 +421,8 @@ class BiDVL(Engine):
                 "particle, or a network without running statistics."
             )
 
-    def _refuse(self, rng_key: Array, init_params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for site in run_program(self._energy, args, kwargs, rng_key, data=init_params).observed.values():
+    def _refuse(self, rng_key: Array, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for site in run_program(self._energy, args, kwargs, rng_key, data=params).observed.values():
             require_finite(site)
 
     def _step(self, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[BiDVLState, Array, Health]:
@@ -448,14 +442,11 @@ class BiDVL(Engine):
 
         new, losses = lax.scan(upper, state, upper_keys)
         new, lower_losses = lax.scan(lower, new, lower_keys)
-        new = new._replace(lower_loss=lower_losses[-1], rng_key=rng_key, num_steps=state.num_steps + 1)
-        unconstrained = {**new.theta, **new.phi, **new.omega}
-        health = finite_health(loss=losses[0], **{"lower level": new.lower_loss}, params=unconstrained)
-        if new.mutable_state:
-            health |= finite_health(**{"mutable sites": list(new.mutable_state.values())})
-        # params follow from what is kept: to choose between theirs too would cost as much again
-        kept = keep_if_healthy(health, new._replace(params={}), state._replace(params={}, rng_key=rng_key))
-        return kept._replace(params=inspected.constrained(kept.theta, kept.phi, kept.omega)), losses[0], health
+        params = inspected.constrained(new.theta, new.phi, new.omega)
+        new = new._replace(params=params, lower_loss=lower_losses[-1], rng_key=rng_key)
+        health = health_of("loss", losses[0]) | health_of("lower loss", new.lower_loss)
+        health |= health_of("param", {**new.theta, **new.phi, **new.omega}) | health_of("mutable", new.mutable_state)
+        return new, losses[0], health
 
     def _upper_step(self, levels_on: Callable[[Array], "_Levels"], state: BiDVLState, rng_key: Array) -> tuple[BiDVLState, Array]:
         batch_key, unroll_key, draw_key = jax.random.split(rng_key, 3)
@@ -499,15 +490,8 @@ class BiDVL(Engine):
         unroll_key, draw_key = jax.random.split(state.rng_key)
         return self._upper(_Levels(self, state, args, kwargs), state, state.theta, unroll_key, draw_key)[0]
 
-    def _explain(self, state: BiDVLState, health: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        try:
-            self._refuse(state.rng_key, {**state.params, **state.mutable_state}, args, kwargs)
-        except ValueError as error:  # a run that goes on from a state may be given other data
-            return f"{error} The state before is in .state."
-        return (
-            f"{', '.join(health)} would no longer be finite. The state before is in .state. Take smaller learning rates, "
-            "upper_loss='hinge', or spectral normalization of the energy's network."
-        )
+    def _fix(self) -> str:
+        return "Take smaller learning rates, upper_loss='hinge', or spectral normalization of the energy's network."
 
 
 class _Levels:

@@ -18,16 +18,9 @@ from numpyro.handlers import scale
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoGuide
 
-from numpyro_ebm.infer.engine import Health, as_transformation
-from numpyro_ebm.infer.score_engine import (
-    ScoreEngine,
-    apply_gradient,
-    finite_health,
-    keep_if_healthy,
-    require_natural,
-    require_params,
-    require_same_params,
-)
+from numpyro_ebm.infer.engine import as_transformation
+from numpyro_ebm.infer.score_engine import ScoreEngine, require_natural, require_params, require_same_params
+from numpyro_ebm.infer.step import Health, apply_gradient, health_of
 from numpyro_ebm.objectives.score import ScoreObjective
 from numpyro_ebm.program import (
     Model,
@@ -156,11 +149,9 @@ class BilevelEngine(ScoreEngine):
             optim_state=optim_state,
             guide_optim_state=guide_optim_state,
             rng_key=rng_key,
-            num_steps=state.num_steps + 1,
             **others,
         )
-        health = finite_health(loss=value, params={**theta, **phi})
-        return keep_if_healthy(health, new, state._replace(rng_key=rng_key)), value, health
+        return new, value, health_of("loss", value) | health_of("param", {**theta, **phi})
 
     def _lower_steps(self, levels: "Levels", theta: Any, phi: Any, optim_state: Any, keys: Array) -> tuple[Any, Any]:
         """One step of the guide for every key, with gradients in ``theta`` if they are asked for."""

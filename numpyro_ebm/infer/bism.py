@@ -213,7 +213,7 @@ class BiSM(BilevelEngine):
     def _loss(self, state: BiSMState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
         return _Levels(self, state, args, kwargs).upper(state.theta, state.phi, state.rng_key)
 
-    def _fix(self, health: dict[str, int]) -> str:
+    def _fix(self) -> str:
         if self.hypergradient == "unrolled" and self.num_unroll_steps > 0:
             return (
                 "Take smaller learning rates; or, since the guide's optimizer is differentiated, give one whose derivative is "

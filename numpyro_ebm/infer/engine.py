@@ -3,10 +3,10 @@
 
 """What every engine shares: SVI's verbs over a compiled loop.
 
-An engine writes two pure functions, where it starts and one step; ``run`` compiles chunks of steps into one loop. All loops
-have the same compiled body, whatever their number of steps, so that stepping and running give the same numbers, and a
-second ``run`` compiles nothing. Nothing that depends on data is kept on the engine: a state restored from disk goes on in a
-freshly built one.
+An engine writes pure functions: where it starts, one step, the loss. The loop makes the steps, keeps the old state where the
+health of a step is bad, counts, and explains. A step is traced once and compiled at most twice, by itself and inside the
+loop, so that stepping and running give the same numbers and a second ``run`` compiles nothing. Nothing that depends on data is
+kept on the engine: a state restored from disk goes on in a freshly built one.
 """
 
 import time
@@ -14,20 +14,23 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import optax
 from jax import Array, lax
 from tqdm.auto import tqdm
 
-State = Any
-Health = dict[str, Array]  # by what it is the health of: 0 where all is well, else a code
+from numpyro_ebm.infer.step import Health, Part, is_bad, keep, named
 
-MAX_STEPS_PER_CALL = 1024  # of the compiled loop, which has a buffer for their losses
-MAX_BUFFER = 2**24  # bytes of that buffer where ``collect`` returns much
+State = Any
+
+MAX_STEPS_PER_CALL = 1024  # of the loop whose length is open, which has a buffer for their losses
+FIXED_LENGTH = 250  # steps of the loop whose length is fixed
+MAX_BUFFER = 2**24  # bytes that one call of a loop returns at most, where ``collect`` returns much
 SECONDS_PER_CHUNK = 0.3  # how long a chunk may take before the bar moves
 
 
@@ -47,26 +50,36 @@ class RunResult(NamedTuple):
 class NonFiniteError(RuntimeError):
     """A run met numbers that are not finite, or chains that run away, and stopped before it kept them."""
 
-    def __init__(self, message: str, state: Any, step: int) -> None:
+    def __init__(self, message: str, state: Any, step: int, health: dict[Part, int]) -> None:
         super().__init__(message)
         #: the last good state: ``run(..., init_state=error.state)`` goes on from it
         self.state = state
         #: the step, counted from 1 within the run, that was not made
         self.step = step
+        #: what was bad about it: a code by ``(kind, site)``, such as ``{("param", "loc"): 1}``
+        self.health = health
 
 
 class Engine(ABC):
-    """The verbs of NumPyro's ``SVI`` for an engine that gives :meth:`_start` and :meth:`_step`.
+    """The verbs of NumPyro's ``SVI`` for an engine that gives :meth:`_start`, :meth:`_refuse`, :meth:`_step` and :meth:`_loss`.
 
     States are named tuples of arrays with at least the fields ``params`` (constrained), ``rng_key``, ``num_steps`` and
     ``num_skipped``.
     """
 
+    #: Fields of the state that :meth:`_step` itself leaves as they were where its health is bad. They have a row for all data,
+    #: of which a step changes those of its batch, in place: to choose between new and old in the loop would copy all rows.
+    kept_by_step: ClassVar[frozenset[str]] = frozenset()
+
     def __init__(self) -> None:
-        self._loop = jax.jit(self._run_chunk, static_argnames=("static", "stable", "collect"), donate_argnames=("state",))
-        self._once = jax.jit(partial(self._run_chunk, collect=None, max_steps=1), static_argnames=("static", "stable"))
         self._begin = jax.jit(self._start_arrays, static_argnames="static")
+        self._proposed = jax.jit(self._propose, static_argnames="static")  # inside the next three, so that it is traced once
+        self._one = jax.jit(self._make_step, static_argnames="static")
+        self._open_loop = jax.jit(self._make_open, static_argnames=("static", "collect"), donate_argnames="state")
+        self._fixed_loop = jax.jit(self._make_fixed, static_argnames=("static", "collect", "length"), donate_argnames="state")
         self._loss_now = compiled(self._loss)
+
+    # What an engine writes.
 
     @abstractmethod
     def _start(
@@ -75,24 +88,33 @@ class Engine(ABC):
         """The first state, and whether the data can be learned from; traced. Raises for a model that no data could teach."""
 
     @abstractmethod
-    def _refuse(self, rng_key: Array, init_params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _refuse(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises for data that :meth:`_start` cannot learn from, naming the site and the fix; not traced."""
 
     @abstractmethod
     def _step(self, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[State, Array, Health]:
-        """One step; traced. Where the health is bad, the state must be the old one but for its ``rng_key``."""
+        """The state after one step, the loss, and the health of both; traced.
+
+        Only the step: the loop counts, and keeps the old state but for its ``rng_key`` where the health is bad.
+        """
 
     @abstractmethod
     def _loss(self, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
         """The loss at a state; traced."""
 
-    @abstractmethod
-    def _explain(self, state: State, health: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """What bad health means, and the fix."""
+    def _explain(self, state: State, bad: dict[Part, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, str]:
+        """What is wrong with the step from a state, where its data are not to blame; and the fix."""
+        return f"{named(bad)} would no longer be finite.", self._fix()
+
+    def _fix(self) -> str:
+        """What to do about numbers that are no longer finite."""
+        return "Take a smaller learning rate, or clip the gradient (optax.clip_by_global_norm)."
 
     def _warnings(self, state: State) -> list[str]:
         """What to warn of between two chunks."""
         return []
+
+    # What a user calls.
 
     def init(self, rng_key: Array, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any) -> State:
         """The state to start from.
@@ -141,13 +163,15 @@ class Engine(ABC):
         init_state: State | None = None,
         init_params: dict[str, Any] | None = None,
         collect: Callable[[State], Any] | None = None,
-        callbacks: Sequence[Callable[[int, State, Array], Any]] = (),
+        callbacks: Sequence[Callable[[int, State, np.ndarray], Any]] = (),
         chunk_size: int | None = None,
         **kwargs: Any,
     ) -> RunResult:
         """Many steps, in compiled chunks.
 
-        The numbers do not depend on the chunks, nor on the progress bar.
+        On CPUs the numbers do not depend on the chunks, bit for bit; on accelerators to rounding. There a chunk is made of loops
+        of fixed length (``chunk_size``, 250 steps at most), which the device runs without asking the host, and what is left over
+        of single steps: a number of steps that is a multiple is fastest.
 
         :param rng_key: a key of :func:`jax.random.key`; not used with ``init_state``.
         :param int num_steps: steps to make.
@@ -170,90 +194,174 @@ class Engine(ABC):
         state = self.init(rng_key, *args, init_params=init_params, **kwargs) if init_state is None else init_state
         state = _copy(state)  # the loop overwrites what it is given
         dynamic, static = _split(args, kwargs)
-        settings = {"static": static, "stable": stable_update, "collect": collect}
-        pace = _Pace(chunk_size or (max(1, num_steps // 20) if callbacks else None))
-        records, done, warned = [], 0, set[str]()
+        call = _Call(dynamic, static, np.bool_(stable_update), collect)
+        chunk_size = chunk_size or (max(1, num_steps // 20) if callbacks else None)
+        length = self._length(state, call, chunk_size) if _asks_the_host(state, dynamic) else None
+        pace = _Pace(chunk_size, length)
+        log, warned = _Log(num_steps), set[str]()
         with tqdm(total=num_steps, disable=not progress_bar) as bar:
-            while done < num_steps:
-                state, record, health = self._chunk(state, min(pace.next(), num_steps - done), dynamic, settings)
-                records.append(record)
-                count = len(record.loss)
-                pace.tell(count)
-                done += count
-                if health:
-                    raise NonFiniteError(f"step {done + 1}: {self._explain(state, health, args, kwargs)}", state, done + 1)
+            while log.done < num_steps:
+                state, record, bad = self._chunk(state, min(pace.next(), num_steps - log.done), call, length)
+                log.add(record)
+                pace.tell(len(record.loss))
+                if bad:
+                    raise self._error(state, bad, log.done + 1, args, kwargs)
                 for message in set(self._warnings(state)) - warned:
                     warnings.warn(message, stacklevel=2)
                     warned.add(message)
-                bar.update(count)
+                bar.update(len(record.loss))
                 bar.set_postfix_str(f"loss: {record.loss[-1]:.4f}", refresh=False)
                 for callback in callbacks:
-                    callback(done, _copy(state), _joined(records).loss)
-        record = _joined(records)
-        return RunResult(self.get_params(state), state, jnp.asarray(record.loss), record.collected)
+                    callback(log.done, _copy(state), log.losses[: log.done])
+        return RunResult(self.get_params(state), state, jnp.asarray(log.losses), log.collected)
 
-    def _chunk(
-        self, state: State, num_steps: int, dynamic: Any, settings: dict[str, Any]
-    ) -> tuple[State, "_Record", dict[str, int]]:
-        """``num_steps`` steps, or those before the first bad one and what is bad about it."""
-        records, done, bad = [], 0, dict[str, int]()
-        while done < num_steps and not bad:
-            state, count, record, health = self._loop(state, num_steps - done, dynamic, **settings)
-            count, health = jax.device_get((count, health))
-            records.append(jax.tree.map(lambda x, count=count: np.asarray(x)[:count].copy(), record))
-            done += int(count)
-            if not settings["stable"]:
-                bad = {name: int(code) for name, code in health.items() if code}
-        return state, _joined(records), bad
-
-    def _run_chunk(
-        self,
-        state: State,
-        num_steps: Array,
-        dynamic: Any,
-        *,
-        static: "_Static",
-        stable: bool,
-        collect: Any,
-        max_steps: int = MAX_STEPS_PER_CALL,
-    ) -> tuple[State, Array, "_Record", Health]:
-        """Up to ``num_steps`` steps, as many as the buffer holds, stopped before the first bad one unless ``stable``."""
-        args, kwargs = _join(dynamic, static)
-
-        def one(state: State) -> tuple[State, _Record, Health]:
-            new, loss, health = self._step(state, args, kwargs)
-            bad = _is_bad(health)
-            if stable:
-                new = new._replace(num_skipped=new.num_skipped + bad)
-            collected = jax.tree.map(_as_array, collect(new)) if collect else None
-            return new, _Record(jnp.where(bad, jnp.nan, loss), collected), health
-
-        def going(carry: Any) -> Array:
-            done, _, _, health = carry
-            return (done < num_steps) & (done < max_steps) & (stable | ~_is_bad(health))
-
-        def body(carry: Any) -> Any:
-            done, state, buffer, _ = carry
-            state, record, health = one(state)
-            buffer = jax.tree.map(lambda kept, x: lax.dynamic_update_index_in_dim(kept, x, done, 0), buffer, record)
-            return done + 1, state, buffer, health
-
-        _, record, health = jax.eval_shape(one, state)
-        max_steps = min(max_steps, max(1, MAX_BUFFER // sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(record))))
-        buffer = jax.tree.map(lambda x: jnp.zeros((max_steps, *x.shape), x.dtype), record)
-        health = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), health)
-        # A while loop, not a scan: its body is compiled alike whatever the number of steps.
-        done, state, buffer, health = lax.while_loop(going, body, (jnp.zeros((), jnp.int32), state, buffer, health))
-        return state, done - (_is_bad(health) & (not stable)), buffer, health
+    # One step.
 
     def _update(self, state: State, args: tuple[Any, ...], kwargs: dict[str, Any], stable: bool) -> tuple[State, Array]:
         dynamic, static = _split(args, kwargs)
-        state, _, record, _ = self._once(state, 1, dynamic, static=static, stable=stable)
-        return state, record.loss[0]
+        seen = self._one(state, np.False_, np.bool_(stable), dynamic, static=static)
+        return seen.state, seen.loss
+
+    def _make_step(self, state: State, stopped: Array | None, stable: Array, dynamic: Any, *, static: "_Static") -> "_Made":
+        """A step that is kept if it is healthy; none where a run has ``stopped`` before, None if that cannot be."""
+        proposed, loss, health = self._proposed(state, dynamic, static=static)
+        bad = is_bad(health)
+        chosen = set(state._fields) - self.kept_by_step
+        new = proposed._replace(**{field: keep(~bad, getattr(proposed, field), getattr(state, field)) for field in chosen})
+        new = new._replace(
+            rng_key=proposed.rng_key, num_steps=state.num_steps + ~bad, num_skipped=state.num_skipped + (bad & stable)
+        )
+        stops = bad & ~stable
+        if stopped is not None:
+            new, stops = keep(~stopped, new, state), stopped | stops
+        return _Made(new, jnp.where(bad, jnp.nan, loss), health, stops)
+
+    def _propose(self, state: State, dynamic: Any, *, static: "_Static") -> tuple[State, Array, Health]:
+        args, kwargs = _join(dynamic, static)
+        return self._step(state, args, kwargs)
+
+    # Chunks of steps.
+
+    def _chunk(self, state: State, num_steps: int, call: "_Call", length: int | None) -> tuple[State, "_Record", dict[Part, int]]:
+        """``num_steps`` steps, or those before the first bad one and what is bad about it."""
+        return self._open_chunk(state, num_steps, call) if length is None else self._fixed_chunk(state, num_steps, call, length)
+
+    def _open_chunk(self, state: State, num_steps: int, call: "_Call") -> tuple[State, "_Record", dict[Part, int]]:
+        """By a loop that ends where it likes, whose condition costs a CPU nothing."""
+        records, done, bad = [], 0, dict[Part, int]()
+        while done < num_steps and not bad:
+            state, record, count, stopped, health = self._open_loop(
+                state, num_steps - done, call.stable, call.dynamic, static=call.static, collect=call.collect
+            )
+            count, stopped, health = jax.device_get((count, stopped, health))
+            records.append(jax.tree.map(lambda x, count=count: np.asarray(x)[:count].copy(), record))
+            done += int(count)
+            bad = _codes(health) if stopped else {}
+        return state, _joined(records), bad
+
+    def _make_open(
+        self, state: State, num_steps: Array, stable: Array, dynamic: Any, *, static: "_Static", collect: Any
+    ) -> tuple[State, "_Record", Array, Array, Health]:
+        """Up to ``num_steps`` steps, as many as the buffer holds, and how many were made before a bad one stopped them."""
+
+        def one(state: State) -> tuple[State, _Record, Array, Health]:
+            made = self._make_step(state, None, stable, dynamic, static=static)
+            return made.state, _Record(made.loss, _collected(collect, made.state)), made.stopped, made.health
+
+        _, record, _, health = jax.eval_shape(one, state)
+        size = min(MAX_STEPS_PER_CALL, _fitting(record))
+
+        def going(carry: Any) -> Array:
+            done, _, _, stopped, _ = carry
+            return (done < num_steps) & (done < size) & ~stopped
+
+        def body(carry: Any) -> Any:
+            done, state, buffer, _, _ = carry
+            state, record, stopped, health = one(state)
+            buffer = jax.tree.map(lambda kept, x: lax.dynamic_update_index_in_dim(kept, x, done, 0), buffer, record)
+            return done + 1, state, buffer, stopped, health
+
+        buffer = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), record)
+        health = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), health)
+        begin = jnp.zeros((), jnp.int32), state, buffer, jnp.zeros((), bool), health
+        # A while loop, not a scan: its body is compiled alike whatever the number of steps.
+        done, state, buffer, stopped, health = lax.while_loop(going, body, begin)
+        return state, buffer, done - stopped, stopped, health
+
+    def _fixed_chunk(self, state: State, num_steps: int, call: "_Call", length: int) -> tuple[State, "_Record", dict[Part, int]]:
+        """By loops of a fixed length and then by single steps, all of them queued before the host looks at any."""
+        stopped: Any = np.False_
+        seen: list[_Seen] = []
+        while num_steps:
+            if num_steps >= length:
+                state, stopped, steps = self._fixed_loop(
+                    state, stopped, call.stable, call.dynamic, static=call.static, collect=call.collect, length=length
+                )
+            else:
+                before, made = stopped, self._one(state, stopped, call.stable, call.dynamic, static=call.static)
+                state, stopped = made.state, made.stopped
+                steps = _Seen(before, _Record(made.loss, _collected(call.collect, state)), made.health)
+                steps = jax.tree.map(lambda x: jnp.asarray(x)[None], steps)
+            seen.append(steps)
+            num_steps -= length if num_steps >= length else 1
+        before, record, health = _joined(jax.device_get(seen))
+        count = int((~before).sum()) - bool(stopped)  # the last of those that were tried is the bad one
+        return state, jax.tree.map(lambda x: x[:count], record), _codes(jax.tree.map(lambda x: x[count], health)) if stopped else {}
+
+    def _make_fixed(
+        self, state: State, stopped: Array, stable: Array, dynamic: Any, *, static: "_Static", collect: Any, length: int
+    ) -> tuple[State, Array, "_Seen"]:
+        """``length`` steps, which all stay where they are after a bad one: no condition that a device would ask the host for."""
+
+        def body(carry: tuple[State, Array], _: None) -> tuple[tuple[State, Array], _Seen]:
+            state, stopped = carry
+            made = self._make_step(state, stopped, stable, dynamic, static=static)
+            seen = _Seen(stopped, _Record(made.loss, _collected(collect, made.state)), made.health)
+            return (made.state, made.stopped), seen
+
+        (state, stopped), seen = lax.scan(body, (state, stopped), None, length=length)
+        return state, stopped, seen
+
+    def _length(self, state: State, call: "_Call", chunk_size: int | None) -> int:
+        """Of the loop of fixed length in this run."""
+        loss = jax.eval_shape(lambda state: self._proposed(state, call.dynamic, static=call.static)[1], state)
+        record = _Record(loss, jax.eval_shape(partial(_collected, call.collect), state))
+        return min(FIXED_LENGTH, chunk_size or FIXED_LENGTH, _fitting(record))
+
+    def _error(
+        self, state: State, bad: dict[Part, int], step: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> NonFiniteError:
+        given = {**state.params, **getattr(state, "mutable_state", {})}
+        try:
+            with numpyro.validation_enabled(False):  # parameters may be out of range by now: that is told below
+                self._refuse(state.rng_key, given, args, kwargs)
+        except ValueError as error:  # a run that goes on from a state may be given other data
+            what, fix = str(error), ""
+        else:
+            what, fix = self._explain(state, bad, args, kwargs)
+        return NonFiniteError(f"step {step}: {what} The state before is in .state. {fix}".rstrip(), state, step, bad)
 
     def _start_arrays(self, rng_key: Array, init_params: Any, dynamic: Any, static: "_Static") -> tuple[State, Array]:
         args, kwargs = _join(dynamic, static)
         return self._start(rng_key, init_params, args, kwargs)
+
+
+class _Call(NamedTuple):
+    """What the steps of one run have in common."""
+
+    dynamic: Any  # arrays of the model's arguments
+    static: Any  # the rest of them
+    stable: np.bool_
+    collect: Any
+
+
+class _Made(NamedTuple):
+    """What a step made."""
+
+    state: Any
+    loss: Array
+    health: Health
+    stopped: Array  # (), bool: whether no more steps are to be made
 
 
 class _Record(NamedTuple):
@@ -263,38 +371,88 @@ class _Record(NamedTuple):
     collected: Any
 
 
-def _joined(records: Sequence[_Record]) -> _Record:
-    return jax.tree.map(lambda *xs: np.concatenate(xs), *records)
+class _Seen(NamedTuple):
+    """What the host looks at after a chunk of fixed length, with a leading axis of steps."""
+
+    stopped: Any  # bool, before the step
+    record: _Record
+    health: Health
 
 
-def _as_array(x: Any) -> Array:
-    """What ``collect`` returned, and a random key by its numbers."""
-    x = jnp.asarray(x)
-    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+class _Log:
+    """The records of a run so far."""
 
+    def __init__(self, num_steps: int) -> None:
+        self.num_steps, self.done = num_steps, 0
+        self.losses: np.ndarray = np.empty(0)
+        self._collected: list[Any] = []
 
-def _copy(state: State) -> State:
-    return jax.tree.map(lambda x: jnp.asarray(x).copy(), state)
+    def add(self, record: _Record) -> None:
+        if not self.done:
+            self.losses = np.empty(self.num_steps, record.loss.dtype)
+        self.losses[self.done : self.done + len(record.loss)] = record.loss
+        self.done += len(record.loss)
+        self._collected.append(record.collected)
 
-
-def _is_bad(health: Health) -> Array:
-    return jnp.any(jnp.stack(list(health.values())) > 0)
+    @property
+    def collected(self) -> Any:
+        return _joined(self._collected)
 
 
 class _Pace:
-    """How many steps the next chunk makes: as many as asked for, or as many as take a fraction of a second."""
+    """How many steps the next chunk makes: as many as asked for, or as many as take a fraction of a second.
 
-    def __init__(self, fixed: int | None) -> None:
-        self.fixed, self.size = fixed, 1
+    Where several processes run, all must make the same chunks, so that none goes by its own clock.
+    """
+
+    def __init__(self, asked: int | None, length: int | None) -> None:
+        self.asked = asked or (FIXED_LENGTH if jax.process_count() > 1 else None)
+        self.length = length or 1
+        self.size = self.length
         self.start = time.perf_counter()
 
     def next(self) -> int:
         self.start = time.perf_counter()
-        return self.fixed or self.size
+        return self.asked or self.size
 
     def tell(self, count: int) -> None:
         seconds = time.perf_counter() - self.start
-        self.size = min(4 * self.size, max(1, int(count * SECONDS_PER_CHUNK / max(seconds, 1e-9))))
+        size = min(4 * self.size, max(1, int(count * SECONDS_PER_CHUNK / max(seconds, 1e-9))))
+        self.size = max(1, size // self.length) * self.length
+
+
+def _asks_the_host(*trees: Any) -> bool:
+    """Whether the arrays are on a device that asks the host whether a loop goes on, or a branch is taken."""
+    devices = {device.platform for x in jax.tree.leaves(trees) for device in x.devices()}
+    return devices != {"cpu"}
+
+
+def _fitting(record: _Record) -> int:
+    """How many records fit into the buffer."""
+    return max(1, MAX_BUFFER // sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(record)))
+
+
+def _joined(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *trees)
+
+
+def _collected(collect: Callable[[State], Any] | None, state: State) -> Any:
+    """What ``collect`` returns, and of a random key its numbers."""
+
+    def as_array(x: Any) -> Array:
+        x = jnp.asarray(x)
+        return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+    return jax.tree.map(as_array, collect(state)) if collect else None
+
+
+def _codes(health: Any) -> dict[Part, int]:
+    """What is bad, by host numbers."""
+    return {part: int(code) for part, code in health.items() if code}
+
+
+def _copy(state: State) -> State:
+    return jax.tree.map(lambda x: jnp.asarray(x).copy(), state)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

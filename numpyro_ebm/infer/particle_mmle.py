@@ -20,7 +20,6 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
 import optax
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
@@ -28,8 +27,9 @@ from numpyro.infer import init_to_sample
 
 from numpyro_ebm.distributions.energy import energy_site, is_flat
 from numpyro_ebm.handlers import explain_chains, negative_phase, unnormalized
-from numpyro_ebm.infer.engine import Engine, Health, as_transformation, compiled
+from numpyro_ebm.infer.engine import Engine, as_transformation, compiled
 from numpyro_ebm.infer.rows import all_batches, by_site, full_shape, gather, scatter, subsampled_indices
+from numpyro_ebm.infer.step import Health, Part, health_of, is_bad, keep
 from numpyro_ebm.model_check import check_model
 from numpyro_ebm.objectives.score import require_one_of
 from numpyro_ebm.optim import kinetic_langevin, kinetic_langevin_splitting, langevin, normal_like, require_step
@@ -146,6 +146,8 @@ class ParticleMMLE(Engine):
         >>> engine.get_particles(result.state, y)["x"].shape
         (20, 100)
     """
+
+    kept_by_step = frozenset({"particles", "dynamics_state"})
 
     def __init__(
         self,
@@ -351,18 +353,18 @@ class ParticleMMLE(Engine):
 
     # What the loop needs.
 
-    def _refuse(self, rng_key: Array, init_params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        latents = draw_latents(self._inner, args, kwargs, rng_key, data=init_params, init_strategy=self.init_strategy)
-        program = run_program(self._inner, args, kwargs, rng_key, data=init_params, latents=latents)
+    def _refuse(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        latents = draw_latents(self._inner, args, kwargs, rng_key, data=params, init_strategy=self.init_strategy)
+        program = run_program(self._inner, args, kwargs, rng_key, data=params, latents=latents)
         for name, plate in program.plates.items():
             if not plate.is_row.all():
                 bad = int(plate.indices[~plate.is_row][0])
                 wrong = "is out of range" if plate.is_subsampled else "is not at its place, where no row is left out,"
                 raise ValueError(f"plate '{name}': index {bad} {wrong} for {plate.size} rows of data.")
         finite = jax.jit(lambda data, latents: self._finite_batches(program, rng_key, data, latents, args, kwargs))
-        worst = jnp.argmin(finite(init_params, latents))
+        worst = jnp.argmin(finite(params, latents))
         rows = {plate: index[worst] for plate, index in all_batches(program).items()}
-        program = run_program(self._inner, args, kwargs, rng_key, data={**init_params, **rows}, latents=latents)
+        program = run_program(self._inner, args, kwargs, rng_key, data={**params, **rows}, latents=latents)
         for site in program.observed.values():
             require_finite(site)
 
@@ -496,28 +498,21 @@ class ParticleMMLE(Engine):
         new_theta, optim_state = self._move_params(batch, theta, seen, gradient, state.optim_state, optim_key)
         stiffness = _running_stiffness(batch, state, scores, step_size)
         health = _health(batch, loss, new_theta, new_x, mutable_state)
-        good = ~jnp.any(jnp.stack(list(health.values())) > 0)
-
-        def keep(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
-
-        particles = batch.scatter(state.particles, keep(new_x, x))  # only the batch's rows are compared: the rest stay in place
+        good = ~is_bad(health)
+        particles = batch.scatter(state.particles, keep(good, new_x, x))  # the rows of the batch: the rest stay in place
         if self.noise == "all" and batch.indices:
             particles = self._shake(rest_key, batch, particles, jnp.where(good, step_size, 0.0))
-        theta = keep(new_theta, theta)
-        state = ParticleState(
-            params=constrain_params(theta, batch.program.param_transforms),
-            unconstrained=theta,
-            optim_state=keep(optim_state, state.optim_state),
+        new = state._replace(
+            params=constrain_params(new_theta, batch.program.param_transforms),
+            unconstrained=new_theta,
+            optim_state=optim_state,
             particles=particles,
-            dynamics_state=batch.scatter(state.dynamics_state, keep(new_kept, kept)),
-            mutable_state=keep(mutable_state, state.mutable_state),
-            stiffness=keep(stiffness, state.stiffness),
+            dynamics_state=batch.scatter(state.dynamics_state, keep(good, new_kept, kept)),
+            mutable_state=mutable_state,
+            stiffness=stiffness,
             rng_key=rng_key,
-            num_steps=state.num_steps + good,
-            num_skipped=state.num_skipped,
         )
-        return state, loss, health
+        return new, loss, health
 
     def _move(
         self, batch: "_Batch", theta: Any, x: Particles, kept: Any, step_size: Any, rng_key: Array
@@ -630,24 +625,21 @@ class ParticleMMLE(Engine):
                     )
         return found
 
-    def _explain(self, state: ParticleState, health: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        try:
-            with numpyro.validation_enabled(False):  # parameters may be out of range by now: that is told below
-                self._refuse(state.rng_key, state.params, args, kwargs)
-        except ValueError as error:  # a run that goes on from a state may be given other data
-            return f"{error} The state before is in .state."
-        if index := [what for what in health if what.startswith("the indices")]:
-            return f"{index[0]} are out of range, or not in order. The state before is in .state."
-        if chains := [what for what, code in health.items() if what.startswith("the negative chains")]:
-            name = chains[0].split("'")[1]
-            return f"site '{name}': {explain_chains(self._phase, name, health[chains[0]])} The state before is in .state."
-        said = f"{', '.join(health)} would no longer be finite. The state before is in .state."
+    def _explain(
+        self, state: ParticleState, bad: dict[Part, int], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[str, str]:
+        for part, code in bad.items():
+            if part.kind == "plate":
+                return f"{part} are out of range, or not in order.", ""
+            if part.kind == "chains":
+                return f"site '{part.site}': {explain_chains(self._phase, part.site, code)}", ""
+        what, _ = super()._explain(state, bad, args, kwargs)
         limit = self.stability_limit(state, *args, **kwargs)
         h = float(self._step_size(state))
         if not h < limit:
-            return f"{said} The step_size h = {h:g} is above the stability limit of about {limit:.2g} there: take half of that."
-        return (
-            f"{said} Particles are stable there at fixed parameters (h = {h:g}, limit about {limit:.2g}): take a smaller learning "
+            return what, f"The step_size h = {h:g} is above the stability limit of about {limit:.2g} there: take half of that."
+        return what, (
+            f"Particles are stable there at fixed parameters (h = {h:g}, limit about {limit:.2g}): take a smaller learning "
             "rate, which is the step_size too where parameters move by it, or a smaller step_size for places that are steeper."
         )
 
@@ -747,19 +739,12 @@ def _running_stiffness(batch: _Batch, state: ParticleState, scores: Particles, s
 
 
 def _health(batch: _Batch, loss: Array, theta: Any, x: Particles, mutable_state: dict[str, Any]) -> Health:
-    """0 for everything that is finite and in range, by the words that name it in an error."""
-
-    def finite(tree: Any) -> Array:
-        leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-        return 1 - jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])).astype(jnp.int32)
-
-    health = {"the loss": finite(loss)}
-    health |= {f"param '{name}'": finite(value) for name, value in theta.items()}
-    health |= {f"the particles of site '{name}'": finite(value) for name, value in x.items()}
+    """0 for everything that is finite and in range; of chains their status."""
+    health = health_of("loss", loss) | health_of("param", theta) | health_of("particles", x)
     for name, plate in batch.program.plates.items():
-        health[f"the indices of plate '{name}'"] = 1 - plate.is_row.all().astype(jnp.int32)
+        health[Part("plate", name)] = 1 - plate.is_row.all().astype(jnp.int32)
     for name, status in _chain_status(mutable_state).items():
-        health[f"the negative chains of site '{name}'"] = jnp.where(status > 1, status, 0)
+        health[Part("chains", name)] = jnp.where(status > 1, status, 0)
     return health
 
 

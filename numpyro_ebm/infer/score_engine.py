@@ -9,15 +9,11 @@ the guard of their energies.
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpyro
-import optax
 from jax import Array
 
 from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.handlers import unnormalized
-from numpyro_ebm.infer.engine import Engine, Health
+from numpyro_ebm.infer.engine import Engine
 from numpyro_ebm.infer.rows import first_batch, random_batch
 from numpyro_ebm.model_check import check_model
 from numpyro_ebm.objectives.score import ScoreObjective
@@ -69,21 +65,10 @@ class ScoreEngine(Engine):
             if site.is_energy and site.refused and site.latents:
                 raise NormalizerError(f"site '{site.name}': {site.verdict}")
 
-    def _refuse(self, rng_key: Array, init_params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _, program = find_visible(self._inner, args, kwargs, rng_key, data=init_params)
+    def _refuse(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _, program = find_visible(self._inner, args, kwargs, rng_key, data=params)
         for site in program.observed.values():
             require_finite(site)
-
-    def _explain(self, state: Any, health: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        try:
-            with numpyro.validation_enabled(False):  # parameters may be out of range by now: that is told below
-                self._refuse(state.rng_key, state.params, args, kwargs)
-        except ValueError as error:  # a run that goes on from a state may be given other data
-            return f"{error} The state before is in .state."
-        return f"{', '.join(health)} would no longer be finite. The state before is in .state. {self._fix(health)}"
-
-    def _fix(self, health: dict[str, int]) -> str:
-        return "Take a smaller learning rate, or clip the gradient (optax.clip_by_global_norm)."
 
 
 def require_params(program: Program, given: dict[str, Any], what: str = "the model") -> None:
@@ -104,34 +89,6 @@ def require_same_params(program: Program, params: dict[str, Any], what: str = "t
     """
     if program.params.keys() != params.keys():
         raise ValueError(f"the state is of another program: its params are {sorted(params)}, {what} has {sorted(program.params)}.")
-
-
-def apply_gradient(transformation: Any, gradient: Any, optim_state: Any, values: Any) -> tuple[Any, Any]:
-    """One step of an optax transformation: the new values and its new state."""
-    updates, optim_state = transformation.update(gradient, optim_state, values)
-    return optax.apply_updates(values, updates), optim_state
-
-
-def finite_health(**trees: Any) -> Health:
-    """0 for everything that is finite, by the words that name it in an error: a number, or parameters by site."""
-
-    def broken(tree: Any) -> Array:
-        leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-        return 1 - jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in leaves])).astype(jnp.int32)  # 0 of integers alone
-
-    health: Health = {}
-    for name, tree in trees.items():
-        if isinstance(tree, dict):
-            health |= {f"param '{site}'": broken(value) for site, value in tree.items()}
-        else:
-            health[f"the {name}"] = broken(tree)
-    return health
-
-
-def keep_if_healthy(health: Health, new: Any, old: Any) -> Any:
-    """The new values where all is well, the old ones otherwise."""
-    good = ~jnp.any(jnp.stack(list(health.values())) > 0)
-    return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
 
 
 def require_natural(name: str, value: Any, *, least: int = 0) -> None:

@@ -14,15 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from numpyro_ebm.infer.engine import Health, as_transformation
-from numpyro_ebm.infer.score_engine import (
-    ScoreEngine,
-    apply_gradient,
-    finite_health,
-    keep_if_healthy,
-    require_params,
-    require_same_params,
-)
+from numpyro_ebm.infer.engine import as_transformation
+from numpyro_ebm.infer.score_engine import ScoreEngine, require_params, require_same_params
+from numpyro_ebm.infer.step import Health, apply_gradient, health_of
 from numpyro_ebm.objectives.score import ScoreObjective
 from numpyro_ebm.program import Model, Program, constrain_params, log_density, run_program, strong_types, unconstrain_params
 
@@ -116,11 +110,9 @@ class ScoreMatching(ScoreEngine):
 
         value, gradient = jax.value_and_grad(loss)(state.unconstrained)
         theta, optim_state = apply_gradient(self._transformation, gradient, state.optim_state, state.unconstrained)
-        health = finite_health(loss=value, params=theta)
-        theta, optim_state = keep_if_healthy(health, (theta, optim_state), (state.unconstrained, state.optim_state))
         params = constrain_params(theta, transforms)
-        num_steps = keep_if_healthy(health, state.num_steps + 1, state.num_steps)
-        return ScoreMatchingState(params, theta, optim_state, rng_key, num_steps, state.num_skipped), value, health
+        new = state._replace(params=params, unconstrained=theta, optim_state=optim_state, rng_key=rng_key)
+        return new, value, health_of("loss", value) | health_of("param", theta)
 
     def _loss(self, state: ScoreMatchingState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
         self._read(state, self._first_batch(args), kwargs)

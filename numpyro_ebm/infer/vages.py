@@ -225,7 +225,7 @@ class VaGES(BilevelEngine):
     def _loss(self, state: VaGESState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
         return _Levels(self, state, args, kwargs).upper(state.theta, state.phi, state.rng_key)[0]
 
-    def _fix(self, health: dict[str, int]) -> str:
+    def _fix(self) -> str:
         if self.importance_weighted:
             return "Take smaller learning rates; or, where all weights underflow, a guide that covers the posterior."
         return "Take smaller learning rates, or more inner steps for a guide that has lost the posterior."

@@ -1,0 +1,73 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a step of every engine is made of: its health, the choice between new and old values, and a move along a gradient.
+
+The health of a step is data: an integer for each part of it that can go wrong, 0 where all is well. What is wrong is put
+into words only where a run has stopped.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+
+class Part(NamedTuple):
+    """What of a step can go wrong."""
+
+    #: one of the keys of ``WORDS``
+    kind: str
+    #: the site that it belongs to, if there is one
+    site: str = ""
+
+    def __str__(self) -> str:
+        return WORDS[self.kind].format(self.site)
+
+
+WORDS = {
+    "loss": "the loss",
+    "lower loss": "the loss of the lower level",
+    "param": "param '{}'",
+    "mutable": "mutable site '{}'",
+    "particles": "the particles of site '{}'",
+    "chains": "the negative chains of site '{}'",
+    "plate": "the indices of plate '{}'",
+}
+
+Health = dict[Part, Array]  # (), int32 each: 0 where all is well, else a code
+
+
+def health_of(kind: str, value: Any) -> Health:
+    """1 where numbers are not finite: one part for each site of a dictionary, or one for a pytree."""
+    if isinstance(value, dict):
+        return {Part(kind, site): _not_finite(x) for site, x in value.items()}
+    return {Part(kind): _not_finite(value)}
+
+
+def is_bad(health: Health) -> Array:
+    """Whether anything is."""
+    return jnp.any(jnp.stack(list(health.values())) > 0)
+
+
+def named(bad: dict[Part, int]) -> str:
+    """The words for what is bad."""
+    return ", ".join(map(str, bad))
+
+
+def keep(condition: Array, new: Any, old: Any) -> Any:
+    """The new values where the condition holds, the old ones otherwise."""
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
+
+
+def apply_gradient(transformation: Any, gradient: Any, optim_state: Any, values: Any) -> tuple[Any, Any]:
+    """One step of an optax transformation: the new values and its new state."""
+    updates, optim_state = transformation.update(gradient, optim_state, values)
+    return optax.apply_updates(values, updates), optim_state
+
+
+def _not_finite(tree: Any) -> Array:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return 1 - jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in leaves])).astype(jnp.int32)  # 0 of integers alone
