@@ -14,6 +14,7 @@ import copy
 import numbers
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Self
 
 import jax
@@ -297,7 +298,7 @@ class negative_phase(Messenger):
         if isinstance(energy, RandomField) and self.persistent:
             trouble = jnp.maximum(trouble, jnp.where(energy.mixes_fields(x), _MIXED_FIELDS, 0))
         chains["status"] = _watch(name, sampler, state, trouble, chains, self._reports)
-        return log_density
+        return log_density * jnp.where(chains["status"] > 1, jnp.nan, 1)  # so that no fit goes on with such chains, whoever runs it
 
     def _start(self, site: Message, energy: TiltedDistribution, key: Array) -> Array:
         shape = (self.num_chains, *energy.batch_shape, *energy.event_shape)
@@ -433,7 +434,11 @@ def _where_it_stands(fn: Distribution, log_normalizer: Array) -> Array:
 
 
 def _watch(name: str, sampler: Sampler, state: Any, trouble: Array, chains: dict[str, Any], reports: bool) -> Array:
-    """Reports trouble from inside a compiled run: a warning once, an error at once. Costs nothing while all is well."""
+    """The status of a site's chains, reported from inside a compiled run on a CPU: a warning once, an error at once.
+
+    On an accelerator a condition makes the host take part in every step, which costs more than many a step does. There the status
+    is kept with the chains, and the loss is nan from then on.
+    """
     status = jnp.asarray(sampler.check(state) if hasattr(sampler, "check") else 0, jnp.int32)
     status = jnp.where(trouble > 0, trouble, status)
 
@@ -443,7 +448,8 @@ def _watch(name: str, sampler: Sampler, state: Any, trouble: Array, chains: dict
 
     old = chains["status"]
     if reports:
-        lax.cond(status > old, lambda *a: jax.debug.callback(report, *a), lambda *a: None, status, chains["num_updates"], old)
+        told = partial(lax.cond, status > old, lambda *a: jax.debug.callback(report, *a), lambda *a: None)
+        lax.platform_dependent(status, chains["num_updates"], old, cpu=told, default=lambda *a: None)
     return jnp.maximum(status, old)
 
 

@@ -598,7 +598,7 @@ def test_progress_bar_is_shown_once_per_chunk_and_says_the_loss(any_engine, caps
 
 def test_light_steps_share_their_calls_of_the_compiled_loop(any_engine, monkeypatch):
     """Catches a host round trip per step, which takes far longer than a light step."""
-    calls, loop = [], any_engine._loop
-    monkeypatch.setattr(any_engine, "_loop", lambda *args, **kwargs: calls.append(1) or loop(*args, **kwargs))
+    calls, loop = [], any_engine._open_loop
+    monkeypatch.setattr(any_engine, "_open_loop", lambda *args, **kwargs: calls.append(1) or loop(*args, **kwargs))
     any_engine.run(KEY, 20_000, Y, progress_bar=False)
     assert len(calls) < 2000

@@ -12,7 +12,8 @@ kept on the engine: a state restored from disk goes on in a freshly built one.
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,6 +23,7 @@ import numpy as np
 import numpyro
 import optax
 from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
 from numpyro_ebm.infer.step import Health, Part, is_bad, keep, named
@@ -186,14 +188,16 @@ class Engine(ABC):
         :param int chunk_size: steps per chunk; if not given, a twentieth of the run with callbacks, and as many as take a
             fraction of a second without.
         :raises ValueError: if ``num_steps`` or ``chunk_size`` is not a positive integer.
+        :raises TypeError: inside ``jit``, ``vmap`` or ``grad``.
         :raises NonFiniteError: with the last good state, if a step would make anything non-finite.
         """
         _require_count("num_steps", num_steps)
         if chunk_size is not None:
             _require_count("chunk_size", chunk_size)
+        _require_outermost((rng_key, args, kwargs, init_state, init_params))
         state = self.init(rng_key, *args, init_params=init_params, **kwargs) if init_state is None else init_state
-        state = _copy(state)  # the loop overwrites what it is given
         dynamic, static = _split(args, kwargs)
+        state = _copy(state)  # the loop overwrites what it is given
         call = _Call(dynamic, static, np.bool_(stable_update), collect)
         chunk_size = chunk_size or (max(1, num_steps // 20) if callbacks else None)
         length = self._length(state, call, chunk_size) if _asks_the_host(state, dynamic) else None
@@ -238,7 +242,8 @@ class Engine(ABC):
 
     def _propose(self, state: State, dynamic: Any, *, static: "_Static") -> tuple[State, Array, Health]:
         args, kwargs = _join(dynamic, static)
-        return self._step(state, args, kwargs)
+        with _meshes_explained():
+            return self._step(state, args, kwargs)
 
     # Chunks of steps.
 
@@ -281,7 +286,7 @@ class Engine(ABC):
             buffer = jax.tree.map(lambda kept, x: lax.dynamic_update_index_in_dim(kept, x, done, 0), buffer, record)
             return done + 1, state, buffer, stopped, health
 
-        buffer = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), record)
+        buffer = jax.tree.map(partial(_buffer, size), record)
         health = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), health)
         begin = jnp.zeros((), jnp.int32), state, buffer, jnp.zeros((), bool), health
         # A while loop, not a scan: its body is compiled alike whatever the number of steps.
@@ -343,7 +348,8 @@ class Engine(ABC):
 
     def _start_arrays(self, rng_key: Array, init_params: Any, dynamic: Any, static: "_Static") -> tuple[State, Array]:
         args, kwargs = _join(dynamic, static)
-        return self._start(rng_key, init_params, args, kwargs)
+        with _meshes_explained():
+            return self._start(rng_key, init_params, args, kwargs)
 
 
 class _Call(NamedTuple):
@@ -421,10 +427,39 @@ class _Pace:
         self.size = max(1, size // self.length) * self.length
 
 
+def _require_outermost(given: Any) -> None:
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given)):
+        raise TypeError(
+            "run looks at numbers between its chunks, and so cannot be inside jit, vmap or grad: make the steps there by update, in "
+            "a lax.scan."
+        )
+
+
 def _asks_the_host(*trees: Any) -> bool:
     """Whether the arrays are on a device that asks the host whether a loop goes on, or a branch is taken."""
     devices = {device.platform for x in jax.tree.leaves(trees) for device in x.devices()}
     return devices != {"cpu"}
+
+
+@contextmanager
+def _meshes_explained() -> Iterator[None]:
+    """Says what to do about JAX's errors of type ``ShardingTypeError``, which has no public name."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ == "ShardingTypeError":
+            error.add_note(
+                "The arguments lie on a mesh with explicit axes, where JAX wants to be told how the result of this operation, of the "
+                "model or of the engine, is laid out. Make the mesh with automatic axes: "
+                "jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))."
+            )
+        raise
+
+
+def _buffer(size: int, x: jax.ShapeDtypeStruct) -> Array:
+    """Room for ``size`` records, laid out over the devices as one of them is."""
+    sharding = None if x.sharding is None else NamedSharding(x.sharding.mesh, PartitionSpec(None, *x.sharding.spec))
+    return jnp.zeros((size, *x.shape), x.dtype, out_sharding=sharding)
 
 
 def _fitting(record: _Record) -> int:
