@@ -15,21 +15,23 @@ import numpyro_ebm
 
 PACKAGE = Path(numpyro_ebm.__file__).parent
 FLOORS = {
+    "_checks": 0,
     "_compat": 0,
-    "samplers": 0,
-    "optim": 0,
+    "_pytree": 0,
+    "samplers": 1,
+    "optim": 1,
     "datasets": 0,
-    "distributions": 1,
-    "model_check": 2,
-    "program": 2,
-    "random_field": 3,
-    "visible": 3,
-    "handlers": 4,
-    "latent_score": 4,
-    "evaluate": 5,
-    "inference_data": 5,
-    "objectives": 5,
-    "infer": 6,
+    "distributions": 2,
+    "model_check": 3,
+    "program": 3,
+    "random_field": 4,
+    "visible": 4,
+    "handlers": 5,
+    "latent_score": 5,
+    "evaluate": 6,
+    "inference_data": 6,
+    "objectives": 6,
+    "infer": 7,
 }
 
 
