@@ -55,6 +55,18 @@ def require_nonnegative(name: str, value: Any, why: str = "") -> float:
     return float(number)
 
 
+def require_negative(name: str, value: Any, why: str = "") -> float:
+    """A negative finite number.
+
+    :param str why: what the number is for, or what to pass: ends the message.
+    :raises ValueError: naming the setting, what it was and what it must be.
+    """
+    number = _number(value)
+    if number is None or not -math.inf < number < 0:
+        raise ValueError(_message(name, "a negative finite number", value, why))
+    return float(number)
+
+
 def require_fraction(name: str, value: Any, why: str = "", *, zero: bool = False) -> float:
     """A number between 0 and 1, neither of them included; 0 too with ``zero``.
 

@@ -11,7 +11,6 @@ estimated from a population of Markov chains, the negative phase of contrastive 
 """
 
 import copy
-import numbers
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -28,6 +27,7 @@ from numpyro.handlers import block, seed, substitute, trace
 from numpyro.infer import ELBO
 from numpyro.primitives import Messenger, mutable
 
+from numpyro_ebm._checks import require_bool, require_count, require_instance
 from numpyro_ebm._compat import called_by_mcmc, calling_objective, in_subsampled_plate, name_inside
 from numpyro_ebm.distributions.energy import (
     NormalizerError,
@@ -153,14 +153,12 @@ class negative_phase(Messenger):
         persistent: bool = True,
         init_chains: Mapping[str, Array | Mapping[str, Array]] | None = None,
     ) -> None:
-        if not isinstance(num_chains, numbers.Integral) or isinstance(num_chains, bool) or num_chains < 1:
-            raise ValueError(f"num_chains must be a positive integer, got {num_chains!r}: every energy site needs chains.")
         samplers: list[Any] = list(sampler.values()) if isinstance(sampler, Mapping) else [sampler]
+        wanted = "a sampler such as MALA(), or a mapping from site names to samplers"
         for one in samplers if sampler is not None else []:
-            if isinstance(one, type) or not (hasattr(one, "init") and hasattr(one, "run")):
-                raise TypeError(f"sampler must be a sampler such as MALA(), or a mapping from site names to samplers, got {one!r}.")
-        self.num_chains: int = int(num_chains)
-        self.persistent: bool = persistent
+            require_instance("sampler", one, ("init", "run"), wanted)
+        self.num_chains: int = require_count("num_chains", num_chains, why="every energy site needs chains")
+        self.persistent: bool = require_bool("persistent", persistent)
         self.sampler: Sampler | Mapping[str, Sampler] = {} if sampler is None else sampler
         self.init_chains: dict[str, Any] = dict(init_chains or {})
         self._open: list[tuple[Message, str]] = []
@@ -252,6 +250,7 @@ class negative_phase(Messenger):
         :return: draws by site, of shape ``(num_chains, num_samples) + batch_shape + event_shape``, and the mutable state
             after the last. Every site of a random field has draws, of shape ``(num_replicates, num_samples)`` + its own.
         """
+        num_samples = require_count("num_samples", num_samples)
         mutable_state = getattr(getattr(mutable_state, "state", mutable_state), "mutable_state", mutable_state)
         params = getattr(params, "params", params)
 

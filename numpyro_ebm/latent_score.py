@@ -40,6 +40,7 @@ from numpyro_ebm._compat import layers
 from numpyro_ebm.distributions.energy import with_core
 from numpyro_ebm.distributions.relaxed import GumbelBernoulli
 from numpyro_ebm.program import Model, Site, log_density_terms, per_row, run_program
+from numpyro_ebm.weights import normalized_weights
 
 #: values of latent sites by name, with draws along axis 0
 Latents = dict[str, Array]
@@ -171,18 +172,6 @@ def weighted_score(log_p: RowDensity, params: Any, log_q: Array, h: Latents, kee
         return (_along(normalized_weights(rows - log_q, keep), g) * g).sum(0)
 
     return score
-
-
-def normalized_weights(log_weights: Array, keep: Array | None = None) -> Array:
-    """Weights of draws along axis 0, which sum to 1."""
-    if keep is not None:
-        log_weights = jnp.where(keep[:, None], log_weights, -jnp.inf)
-    return jax.nn.softmax(log_weights, 0)
-
-
-def effective_sample_size(weights: Array) -> Array:
-    """How many draws the normalized ``weights`` along axis 0 are worth, between 1 and their number."""
-    return 1 / (weights**2).sum(0)
 
 
 class _hard_bits(Messenger):

@@ -11,16 +11,128 @@ mixed by accident. It passes the random key too, and nothing random is kept in a
 """
 
 import math
-import numbers
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpyro
 import optax
 from jax import Array
 
+from numpyro_ebm._checks import require_bool, require_positive
+
 Schedule = Callable[[Array], Array]
+
+
+def as_transformation(optim: Any, name: str = "optim") -> optax.GradientTransformationExtraArgs:
+    """An optimizer as an optax transformation: optax's own, or one of :mod:`numpyro.optim`.
+
+    What ``update`` is given beside the gradient and the optimizer does not know is left out; what the optimizer needs and
+    ``update`` is not given is told by name.
+
+    :param str name: the argument that it was passed as.
+    :raises TypeError: for anything else; from ``init``, for an optimizer of other params; from ``update``, for one that needs
+        what is not given, such as the value of the loss.
+    """
+    init, update = _functions(optim, name)
+
+    def checked_init(params: Any) -> Any:
+        try:
+            return init(params)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise TypeError(_misfit(name, params, error)) from error
+
+    def fitted_update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        while True:
+            try:
+                return update(updates, state, params, **extra)
+            except AttributeError as error:
+                raise TypeError(_misfit(name, params, error)) from error
+            except (TypeError, ValueError) as error:
+                # optax says nowhere which of these an optimizer takes, and optax.chain hides it: only a call tells
+                unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+                if unknown is not None and unknown[1] in extra:
+                    extra = {key: value for key, value in extra.items() if key != unknown[1]}
+                    continue
+                if needed := _NEEDED.search(str(error)):
+                    raise TypeError(_lack(name, needed[1] or needed[2])) from error
+                raise
+
+    return optax.GradientTransformationExtraArgs(checked_init, fitted_update)
+
+
+def apply_gradient(
+    transformation: Any,
+    gradient: Any,
+    optim_state: Any,
+    values: Any,
+    *,
+    value: Array | None = None,
+    value_fn: Callable[[Any], Array] | None = None,
+) -> tuple[Any, Any]:
+    """One step of an optax transformation: the new values and its new state.
+
+    :param value: the loss at ``values``, for optimizers that need it.
+    :param value_fn: the loss as a function of them, for optimizers that search along a line: ``gradient`` must be its
+        derivative, and it must see the same rows and the same noise.
+    """
+    extra: dict[str, Any] = {} if value is None else {"value": value}
+    if value_fn is not None:
+        extra |= {"grad": gradient, "value_fn": value_fn}
+    updates, optim_state = transformation.update(gradient, optim_state, values, **extra)
+    return optax.apply_updates(values, updates), optim_state
+
+
+_NEEDED = re.compile(r"required keyword-only arguments?: (.*)|(\w+) must be provided")
+
+
+def _functions(optim: Any, name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The two functions of an optimizer."""
+    if isinstance(optim, optax.GradientTransformation):
+        optim = optax.with_extra_args_support(optim)
+        return optim.init, optim.update
+    if isinstance(optim, type) or callable(optim):
+        what = getattr(optim, "__name__", repr(optim))
+        raise TypeError(f"{name} is {what} itself, and must be what it makes: pass an instance, such as {what}(1e-3).")
+    if isinstance(optim, numpyro.optim.Minimize):
+        raise TypeError(
+            f"{name} is numpyro.optim.Minimize, which moves params only where it evaluates the loss itself, in SVI: take an "
+            "optimizer with a step, such as optax.adam(1e-3)."
+        )
+    if not all(hasattr(optim, method) for method in ("init", "update", "get_params")):
+        raise TypeError(f"{name} must be an optax transformation such as optax.adam(1e-3), got {optim!r}.")
+
+    def update(grads: Any, state: Any, params: Any = None, *, value: Any = None, **extra: Any) -> tuple[Any, Any]:
+        if getattr(optim, "update_with_value", False):
+            if value is None:
+                raise TypeError(
+                    f"{name} is an optimizer of NumPyro's that is passed the value of the loss, which is not known here: pass the "
+                    "optax transformation that it was made of, without optax_to_numpyro."
+                )
+            state = optim.update(grads, state, value=value)
+        else:
+            state = optim.update(grads, state)
+        return jax.tree.map(lambda new, old: new - old, optim.get_params(state), params), state
+
+    return optim.init, update
+
+
+def _misfit(name: str, params: Any, error: Exception) -> str:
+    known = f"{sorted(params)}" if isinstance(params, dict) else "these"
+    return (
+        f"{name} does not fit the params {known}: {str(error).strip() or type(error).__name__} Labels and masks must be trees of "
+        "the same names, and an optimizer of params of its own kind, such as optax.lookahead, cannot be used."
+    )
+
+
+def _lack(name: str, needed: str) -> str:
+    return (
+        f"{name} needs {needed} beside the gradient, which cannot be given here: the gradient has noise or a negative phase, or is "
+        "an estimate of its own, so that it belongs to no loss that could be evaluated, or the step is differentiated itself. Take "
+        "an optimizer that needs the gradient alone, such as optax.adam(1e-3)."
+    )
 
 
 class LangevinState(NamedTuple):
@@ -61,7 +173,7 @@ def langevin(step_size: float | Schedule) -> optax.GradientTransformationExtraAr
         >>> updates
         Array([-0.1, -0.1, -0.1], dtype=float32)
     """
-    require_step(step_size)
+    step_size = require_step(step_size)
 
     def init(params: Any) -> LangevinState:
         return LangevinState(jnp.zeros((), jnp.int32))
@@ -111,9 +223,9 @@ def kinetic_langevin(
     1. Oliva and Akyildiz, *Kinetic interacting particle Langevin Monte Carlo*, 2024, arXiv:2407.05790.
     2. Lim et al., *Momentum particle maximum likelihood*, ICML 2024, arXiv:2312.07335.
     """
-    h, gamma, eta = step_size, friction, inverse_mass
-    for name, value in (("step_size", h), ("friction", gamma), ("inverse_mass", eta)):
-        _require_positive(name, value)
+    h, gamma = require_positive("step_size", step_size), require_positive("friction", friction)
+    eta = require_positive("inverse_mass", inverse_mass)
+    noise, lookahead = require_bool("noise", noise), require_bool("lookahead", lookahead)
     a = gamma * eta * h
     decay, gone = math.exp(-a), -math.expm1(-a)  # e and 1 - e
     drift = (a - gone) / (gamma * eta)  # h - (1 - e) / (gamma eta)
@@ -170,9 +282,7 @@ def kinetic_langevin_splitting(step_size: float, friction: float) -> optax.Gradi
 
     1. Oliva and Akyildiz, *Kinetic interacting particle Langevin Monte Carlo*, 2024, arXiv:2407.05790.
     """
-    h = step_size
-    for name, value in (("step_size", h), ("friction", friction)):
-        _require_positive(name, value)
+    h, friction = require_positive("step_size", step_size), require_positive("friction", friction)
     d = math.exp(-friction * h / 2)
     d_bar = math.sqrt(-math.expm1(-friction * h))
 
@@ -214,15 +324,9 @@ def _integrated_variance(a: float) -> float:
     return sum((-a) ** k * (4 - 2**k) / math.factorial(k) for k in range(3, 14))
 
 
-def require_step(step_size: Any) -> None:
-    """Refuses a step that is neither a schedule nor a positive finite number."""
-    if not callable(step_size):
-        _require_positive("step_size", step_size)
-
-
-def _require_positive(name: str, value: Any) -> None:
-    if not (isinstance(value, numbers.Real) and math.isfinite(value) and float(value) > 0):
-        raise ValueError(f"{name} must be a positive finite number, got {value!r}.")
+def require_step(step_size: Any) -> Any:
+    """A schedule, or a positive finite number."""
+    return step_size if callable(step_size) else require_positive("step_size", step_size)
 
 
 def _require_extra(name: str, temperature: Any, rng_key: Any) -> None:

@@ -18,6 +18,7 @@ FLOORS = {
     "_checks": 0,
     "_compat": 0,
     "_pytree": 0,
+    "weights": 0,
     "samplers": 1,
     "optim": 1,
     "datasets": 0,

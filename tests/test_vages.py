@@ -32,7 +32,8 @@ from numpyro_ebm import (
     VaGES,
     annealed_langevin,
 )
-from numpyro_ebm.latent_score import Draws, draw, effective_sample_size, normalized_weights, variational_score, weighted_score
+from numpyro_ebm.latent_score import Draws, draw, variational_score, weighted_score
+from numpyro_ebm.weights import effective_sample_size, normalized_weights
 
 KEY = jax.random.key(5)
 NUM_VISIBLE, NUM_HIDDEN, NUM_ROWS = 2, 3, 4

@@ -13,19 +13,20 @@ gradient raises :class:`NormalizerError` unless :class:`~numpyro_ebm.negative_ph
 
 import copy
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from numpyro.distributions import Distribution, ImproperUniform, biject_to, constraints
 from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.distributions.util import sum_rightmost, validate_sample
 
+from numpyro_ebm._checks import require_instance
 from numpyro_ebm._compat import calling_distribution, calling_site, layers
+from numpyro_ebm._pytree import arrays_and_rest, join
 from numpyro_ebm.samplers import MALA, Sampler
 
 
@@ -111,25 +112,6 @@ class BaseMeasure(ImproperUniform):
         )
 
 
-class _Static(NamedTuple):
-    """What of an energy is not an array: its tree with the arrays taken out. Hashable, compared by plain equality."""
-
-    treedef: Any
-    leaves: tuple[Hashable, ...]  # None where an array was
-
-
-def _split(energy: Callable[..., Any]) -> tuple[list[Any], _Static]:
-    leaves, treedef = jax.tree.flatten(energy)
-    is_array = [isinstance(leaf, (Array, np.ndarray, np.generic)) for leaf in leaves]
-    arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
-    return arrays, _Static(treedef, tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True)))
-
-
-def _join(arrays: list[Any], static: _Static) -> Callable[..., Any]:
-    rest = iter(arrays)
-    return jax.tree.unflatten(static.treedef, [next(rest) if leaf is None else leaf for leaf in static.leaves])
-
-
 class TiltedDistribution(Distribution):
     r"""A distribution reweighted by an energy: :math:`p(x) = \exp(-E(x)) \, b(x) / Z`.
 
@@ -197,9 +179,11 @@ class TiltedDistribution(Distribution):
             raise TypeError(f"base must be a NumPyro distribution, got {type(base).__name__}: it comes before the energy.")
         if initial is not None and initial.event_shape != base.event_shape:
             raise ValueError(f"initial has event_shape {initial.event_shape}, the base has {base.event_shape}: they must agree.")
+        if sampler is not None:
+            require_instance("sampler", sampler, ("init", "run"), "a sampler such as MALA()")
         self.base, self.initial, self.params, self.sampler = base, initial, params, sampler
         self.guarded = not self.is_normalized
-        self._energy_arrays, self._energy_static = _split(energy)
+        self._energy_arrays, self._energy_static = arrays_and_rest(energy)
         arrays = jax.tree.leaves((self._energy_arrays, params))
         for array in arrays:
             if jnp.shape(array)[: len(batch_shape)] != tuple(batch_shape):
@@ -215,7 +199,7 @@ class TiltedDistribution(Distribution):
     @property
     def energy(self) -> Callable[..., Any]:
         """The energy as it was given."""
-        return _join(self._energy_arrays, self._energy_static)
+        return join(self._energy_arrays, self._energy_static)
 
     @property
     def support(self) -> constraints.Constraint:
@@ -365,7 +349,7 @@ class TiltedDistribution(Distribution):
 
     def _energy_of_event(self, arrays: tuple[list[Any], Any], x: Array) -> Array:
         energy_arrays, params = arrays
-        energy = _join(energy_arrays, self._energy_static)
+        energy = join(energy_arrays, self._energy_static)
         try:
             value = jnp.asarray(energy(x) if params is None else energy(params, x))
         except (TypeError, ValueError, IndexError) as error:

@@ -24,6 +24,7 @@ from jax.nn import softplus
 from jax.scipy.special import logsumexp
 from numpyro.distributions import BernoulliLogits, Distribution, Normal, constraints
 
+from numpyro_ebm._checks import require_one_of
 from numpyro_ebm.distributions.energy import EnergyDistribution
 from numpyro_ebm.samplers import BlockGibbs, Sampler
 
@@ -257,9 +258,7 @@ class GaussianBernoulliRBM(RestrictedBoltzmannMachine):
         initial: Distribution | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        if coupling not in get_args(Coupling):
-            raise ValueError(f"coupling must be 'plain' or 'scaled', got {coupling!r}.")
-        self.coupling = coupling
+        self.coupling = require_one_of("coupling", coupling, get_args(Coupling))
         params = _parameters(weights, visible_bias, hidden_bias, scale)
         super().__init__(params, constraints.real, sampler=sampler, initial=initial, validate_args=validate_args)
 

@@ -25,14 +25,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array, lax
 from tqdm.auto import tqdm
 
+from numpyro_ebm._checks import require_bool, require_count
+from numpyro_ebm._pytree import Rest, arrays_and_rest, join, require_hashable
 from numpyro_ebm.handlers import unnormalized
-from numpyro_ebm.latent_score import draw, normalized_weights, row_density, scores
+from numpyro_ebm.latent_score import draw, row_density, scores
+from numpyro_ebm.optim import apply_gradient, as_transformation
 from numpyro_ebm.program import Model, Program, run_program
 from numpyro_ebm.visible import find_visible, require_rows
+from numpyro_ebm.weights import normalized_weights
 
 
 def marginal_score(
@@ -99,7 +102,9 @@ def marginal_score(
         >>> marginal_score(model, guide, {"slope": 0.5}, v, rng_key=jax.random.key(0), variance_reduced=True).round(3) + 0.0
         Array([ 1. ,  0. , -0.5], dtype=float32)
     """
-    _require_count("num_samples", num_samples)
+    num_samples = require_count("num_samples", num_samples)
+    importance_weighted = require_bool("importance_weighted", importance_weighted)
+    variance_reduced, relaxed = require_bool("variance_reduced", variance_reduced), require_bool("relaxed", relaxed)
     v, model = jnp.asarray(v), unnormalized(model)
     draw_key, run_key = jax.random.split(rng_key)
     plate = _require_pair(model, guide, params, (v, *args), kwargs, run_key)
@@ -207,16 +212,17 @@ def fisher_divergence(
         True
     """
     splits = {"v_train": jnp.asarray(v_train), "v_validation": jnp.asarray(v_validation), "v_test": jnp.asarray(v_test)}
-    counts = {"num_steps": num_steps, "batch_size": batch_size, "num_probes": num_probes}
-    options = {"num_test_probes": num_test_probes, "validate_every": validate_every}
-    for name, value in {**counts, **{name: value for name, value in options.items() if value is not None}}.items():
-        _require_count(name, value)
+    num_steps, batch_size = require_count("num_steps", num_steps), require_count("batch_size", batch_size)
+    num_probes = require_count("num_probes", num_probes)
+    num_test_probes = None if num_test_probes is None else require_count("num_test_probes", num_test_probes)
+    every = math.ceil(num_steps / 50) if validate_every is None else require_count("validate_every", validate_every)
     _require_splits(splits, batch_size)
     _require_critic(critic, splits["v_train"][0])
     train_key, validation_key, test_key, score_key = jax.random.split(rng_key, 4)
     learned, rest = _partition(critic)
-    fixed, static = _split((rest, score))
-    setup = _Setup(static, _require_transformation(optim), batch_size, num_probes)
+    fixed, static = arrays_and_rest((rest, score))
+    setup = _Setup(require_hashable("a part of the critic or of the score", static), optim, batch_size, num_probes)
+    optim_state = as_transformation(optim).init(learned)
     for name, v in splits.items():
         _require_scores(name, score, v, _scores(fixed, v, score_key, setup))
 
@@ -229,8 +235,7 @@ def fisher_divergence(
             )
         return bound
 
-    every = validate_every or math.ceil(num_steps / 50)
-    best, best_step, optim_state = learned, 0, optim.init(learned)
+    best, best_step = learned, 0
     steps, looks = [0], [validate(learned, 0)]
     with tqdm(total=num_steps, disable=not progress_bar) as bar:
         while steps[-1] < num_steps:
@@ -247,18 +252,11 @@ def fisher_divergence(
     return FisherDivergence(bounds.mean(), error, best_step, np.array(steps), np.array(looks), _merge(best, rest))
 
 
-class _Static(NamedTuple):
-    """What of a pytree is not an array: hashable, compared by plain equality."""
-
-    structure: Any
-    leaves: tuple[Any, ...]  # None where an array was
-
-
 class _Setup(NamedTuple):
     """What is compiled in."""
 
-    static: _Static
-    optim: Any
+    static: Rest
+    optim: Any  # as it was given: a transformation made of it would be another one, and compile anew, in every call
     batch_size: int
     num_probes: int
 
@@ -268,7 +266,8 @@ def _train(
     learned: Any, optim_state: Any, start: Any, stop: Any, rng_key: Array, fixed: list[Any], v_train: Array, setup: _Setup
 ) -> tuple[Any, Any]:
     """The critic's steps from one count to another."""
-    rest, score = _join(fixed, setup.static)
+    rest, score = join(fixed, setup.static)
+    transformation = as_transformation(setup.optim)
 
     def step(count: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
         learned, optim_state = carry
@@ -279,8 +278,8 @@ def _train(
         def loss(learned: Any) -> Array:
             return -critic_bound(_merge(learned, rest), s, v, probe_key, setup.num_probes).mean()
 
-        updates, optim_state = setup.optim.update(jax.grad(loss)(learned), optim_state, learned)
-        return optax.apply_updates(learned, updates), optim_state
+        value, gradient = jax.value_and_grad(loss)(learned)
+        return apply_gradient(transformation, gradient, optim_state, learned, value=value, value_fn=loss)
 
     return lax.fori_loop(start, stop, step, (learned, optim_state))
 
@@ -288,7 +287,7 @@ def _train(
 @partial(jax.jit, static_argnames=("setup", "num_probes"))
 def _bounds(learned: Any, fixed: list[Any], v: Array, rng_key: Array, setup: _Setup, num_probes: int | None) -> Array:
     """The bound on every row."""
-    rest, score = _join(fixed, setup.static)
+    rest, score = join(fixed, setup.static)
 
     def of_batch(v: Array, rng_key: Array) -> Array:
         score_key, probe_key = jax.random.split(rng_key)
@@ -300,7 +299,7 @@ def _bounds(learned: Any, fixed: list[Any], v: Array, rng_key: Array, setup: _Se
 @partial(jax.jit, static_argnames="setup")
 def _scores(fixed: list[Any], v: Array, rng_key: Array, setup: _Setup) -> Array:
     """Scores of all rows."""
-    _, score = _join(fixed, setup.static)
+    _, score = join(fixed, setup.static)
     return _by_batches(lambda v, key: score(v, rng_key=key), v, rng_key, setup.batch_size)
 
 
@@ -360,19 +359,6 @@ def _partition(critic: Any) -> tuple[Any, Any]:
 
 def _merge(learned: Any, rest: Any) -> Any:
     return jax.tree.map(lambda a, b: b if a is None else a, learned, rest, is_leaf=lambda x: x is None)
-
-
-def _split(tree: Any) -> tuple[list[Any], _Static]:
-    """The arrays of a pytree, and what is left of it."""
-    leaves, structure = jax.tree.flatten(tree)
-    is_array = [isinstance(leaf, (Array, np.ndarray, np.generic)) for leaf in leaves]
-    rest = tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
-    return [leaf for leaf, array in zip(leaves, is_array, strict=True) if array], _Static(structure, rest)
-
-
-def _join(arrays: list[Any], static: _Static) -> Any:
-    given = iter(arrays)
-    return jax.tree.unflatten(static.structure, [next(given) if leaf is None else leaf for leaf in static.leaves])
 
 
 def _require_pair(
@@ -437,19 +423,8 @@ def _require_critic(critic: Any, v: Array) -> None:
         raise ValueError(f"the critic must map one event of shape {v.shape} to one of the same shape, it returned {found}.")
 
 
-def _require_transformation(optim: Any) -> Any:
-    if not isinstance(optim, optax.GradientTransformation):
-        raise TypeError(f"optim must be an optax transformation such as optax.adam(2e-4), got {optim!r}.")
-    return optim
-
-
 def _require_scores(name: str, score: Any, v: Array, s: Array) -> None:
     if s.shape != v.shape:
         raise ValueError(f"score returned shape {s.shape} for {name} of shape {v.shape}: it must return d log p / d v.")
     if bad := int((~jnp.isfinite(s)).reshape(len(s), -1).any(1).sum()):
         raise ValueError(f"score: {bad} of {len(s)} rows of {name} have a score that is NaN or infinite. Look at those rows.")
-
-
-def _require_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}.")

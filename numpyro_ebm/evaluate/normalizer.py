@@ -17,8 +17,7 @@ and the chain makes one sweep of block Gibbs at :math:`\beta_k`. The mean weight
 """
 
 import math
-import numbers
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,21 +26,12 @@ from jax.nn import softplus
 from jax.scipy.special import logsumexp
 from numpyro.distributions import BernoulliLogits
 
+from numpyro_ebm._checks import require_count, require_one_of
 from numpyro_ebm.distributions.energy import refuse_gradient
 from numpyro_ebm.distributions.rbm import RestrictedBoltzmannMachine
+from numpyro_ebm.weights import LogNormalizer, effective_sample_size, normalized_weights
 
 Method = Literal["exact", "ais"]
-
-
-class LogNormalizer(NamedTuple):
-    """What :func:`~numpyro_ebm.log_normalizer` found."""
-
-    #: batch_shape, log Z
-    log_normalizer: Array
-    #: batch_shape, the standard error of log Z, 0 where it is exact
-    standard_error: Array
-    #: batch_shape, how many equally weighted chains the estimate is worth, infinite where it is exact
-    effective_sample_size: Array
 
 
 def log_normalizer(
@@ -87,7 +77,11 @@ def log_normalizer(
         >>> bool(abs(estimate.log_normalizer - exact.log_normalizer) < 4 * estimate.standard_error)
         True
     """
-    _check(rbm, method, num_chains, num_temperatures)
+    if not isinstance(rbm, RestrictedBoltzmannMachine):
+        raise TypeError(f"log_normalizer is for GaussianBernoulliRBM and BernoulliRBM, got {type(rbm).__name__}.")
+    require_one_of("method", method, get_args(Method))
+    num_chains = require_count("num_chains", num_chains, least=2)
+    num_temperatures = require_count("num_temperatures", num_temperatures, least=2)
     if method == "exact":
         exact = rbm.log_normalizer()
         return LogNormalizer(exact, jnp.zeros_like(exact), jnp.full_like(exact, jnp.inf))
@@ -96,7 +90,7 @@ def log_normalizer(
     fixed = lax.stop_gradient(rbm)
     log_weights = _anneal(rng_key, fixed, num_chains, num_temperatures)
     log_mean = logsumexp(log_weights, axis=0) - math.log(num_chains)
-    weights = jnp.exp(log_weights - log_mean)  # their mean is 1
+    weights = normalized_weights(log_weights)
     no_gradient = refuse_gradient(
         "an AIS estimate of log Z has no gradient in the parameters: learn them under numpyro_ebm.negative_phase or by score "
         "matching, or use method='exact' for a small machine.",
@@ -105,8 +99,8 @@ def log_normalizer(
     )
     return LogNormalizer(
         log_normalizer=fixed.uncoupled_log_normalizer() + log_mean + no_gradient,
-        standard_error=jnp.sqrt(weights.var(axis=0, ddof=1) / num_chains),
-        effective_sample_size=num_chains / (weights**2).mean(axis=0),
+        standard_error=jnp.sqrt(num_chains * weights.var(axis=0, ddof=1)),  # of weights with mean 1, over sqrt(num_chains)
+        effective_sample_size=effective_sample_size(weights),
     )
 
 
@@ -131,13 +125,3 @@ def _anneal(rng_key: Array, rbm: RestrictedBoltzmannMachine, num_chains: int, nu
     xs = jnp.arange(num_temperatures - 1), beta[:-1], beta[1:]
     (_, log_weights), _ = lax.scan(step, (start, jnp.zeros((num_chains, *batch_shape), dtype)), xs)
     return log_weights
-
-
-def _check(rbm: object, method: str, num_chains: int, num_temperatures: int) -> None:
-    if not isinstance(rbm, RestrictedBoltzmannMachine):
-        raise TypeError(f"log_normalizer is for GaussianBernoulliRBM and BernoulliRBM, got {type(rbm).__name__}.")
-    if method not in get_args(Method):
-        raise ValueError(f"method must be 'exact' or 'ais', got {method!r}.")
-    for name, number in (("num_chains", num_chains), ("num_temperatures", num_temperatures)):
-        if not isinstance(number, numbers.Integral) or isinstance(number, bool) or number < 2:
-            raise ValueError(f"{name} must be an integer of 2 or more, got {number!r}.")

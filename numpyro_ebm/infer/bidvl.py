@@ -30,12 +30,13 @@ from numpyro.handlers import scale, uncondition
 from numpyro.infer import TraceMeanField_ELBO
 from numpyro.infer.elbo import ELBO
 
+from numpyro_ebm._checks import require_bool, require_count, require_instance, require_nonnegative, require_one_of, require_positive
 from numpyro_ebm.handlers import unnormalized
-from numpyro_ebm.infer.engine import Engine, as_transformation, compiled
+from numpyro_ebm.infer.engine import Engine, compiled
 from numpyro_ebm.infer.rows import first_batch, random_batch
-from numpyro_ebm.infer.score_engine import require_natural, require_params, require_same_params
-from numpyro_ebm.infer.step import Health, apply_gradient, health_of
-from numpyro_ebm.objectives.score import require_one_of
+from numpyro_ebm.infer.score_engine import require_params, require_same_params
+from numpyro_ebm.infer.step import Health, health_of
+from numpyro_ebm.optim import apply_gradient, as_transformation
 from numpyro_ebm.program import (
     Model,
     Program,
@@ -209,23 +210,24 @@ class BiDVL(Engine):
         batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value, allowed in (("variant", variant, VARIANTS), ("upper_loss", upper_loss, UPPER_LOSSES)):
-            require_one_of(name, value, allowed)
-        for name, number in (("latent_weight", latent_weight), ("vae_weight", vae_weight)):
-            if not 0 <= number < float("inf"):
-                raise ValueError(f"{name} must be a number of 0 or more, got {number!r}.")
-        if not 0 < weight_bounds[0] <= weight_bounds[1]:
-            raise ValueError(f"weight_bounds must be positive, the smaller first, got {weight_bounds!r}.")
-        require_natural("num_upper_steps", num_upper_steps, least=1)
-        require_natural("num_lower_steps", num_lower_steps, least=1)
-        require_natural("num_unroll_steps", num_unroll_steps)
-        if batch_size is not None:
-            require_natural("batch_size", batch_size, least=1)
+        self.variant = require_one_of("variant", variant, VARIANTS)
+        self.upper_loss = require_one_of("upper_loss", upper_loss, UPPER_LOSSES)
+        self.latent_weight = require_nonnegative("latent_weight", latent_weight)
+        self.vae_weight = require_nonnegative("vae_weight", vae_weight)
+        self.importance_weighted = require_bool("importance_weighted", importance_weighted)
+        self.weight_bounds = _require_bounds(weight_bounds)
+        self.noise = require_bool("noise", noise, "whether generated visibles are draws or means")
+        self.num_upper_steps = require_count("num_upper_steps", num_upper_steps)
+        self.num_lower_steps = require_count("num_lower_steps", num_lower_steps)
+        self.num_unroll_steps = require_count("num_unroll_steps", num_unroll_steps, least=0)
+        self.batch_size = None if batch_size is None else require_count("batch_size", batch_size)
         if num_unroll_steps and (upper_loss != "difference" or variant == "complete"):
             raise ValueError(
                 "num_unroll_steps needs upper_loss='difference' and no variant='complete': otherwise encoder and generator are "
                 "not at rest where the upper level looks, and its gradient would not be the likelihood's. Leave it out."
             )
+        if sampler is not None:
+            require_instance("sampler", sampler, ("init", "run"), "a sampler such as MALA()")
         if sampler is not None and num_unroll_steps:
             raise ValueError(
                 "sampler does not go with num_unroll_steps: moved visibles have no gradient, so that the upper level could not "
@@ -236,15 +238,11 @@ class BiDVL(Engine):
         self.energy, self.encoder, self.generator = energy, encoder, generator
         self.model, self.guide = generator, encoder  # as SVI calls them
         self.optim, self.encoder_optim, self.generator_optim = optim, encoder_optim, generator_optim
-        self.variant, self.upper_loss, self.noise = variant, upper_loss, noise
-        self.latent_weight, self.vae_weight = latent_weight, vae_weight
-        self.importance_weighted, self.weight_bounds = importance_weighted, weight_bounds
         self.sampler = sampler
         self.elbo = TraceMeanField_ELBO() if elbo is None else elbo
-        self.num_upper_steps, self.num_lower_steps, self.num_unroll_steps = num_upper_steps, num_lower_steps, num_unroll_steps
-        self.batch_size = batch_size
         self._energy = unnormalized(energy)
-        self._transformations = tuple(as_transformation(each) for each in (optim, encoder_optim, generator_optim))
+        optims = {"optim": optim, "encoder_optim": encoder_optim, "generator_optim": generator_optim}
+        self._transformations = tuple(as_transformation(each, name) for name, each in optims.items())
         self._energies, self._sampled = compiled(self._energies_now), compiled(self._sample_now)
         self._reconstructed, self._refined = compiled(self._reconstruct_now), compiled(self._refine_now)
 
@@ -262,10 +260,10 @@ class BiDVL(Engine):
         :param bool noise: whether the visible is drawn, or at its mean given the latents; as for the fit if not given.
         :return: by site, of shape ``(num_samples,) + event_shape``.
         """
-        require_natural("num_samples", num_samples, least=1)
+        num_samples = require_count("num_samples", num_samples)
         rows = jnp.zeros((num_samples, *jnp.shape(v)[1:]), jnp.result_type(v))
-        how = self.noise if noise is None else noise
-        return self._sampled(state, ((rng_key, rows, *args), kwargs), {"noise": bool(how)})
+        noise = self.noise if noise is None else require_bool("noise", noise)
+        return self._sampled(state, ((rng_key, rows, *args), kwargs), {"noise": noise})
 
     def reconstruct(self, state: BiDVLState, *args: Any, **kwargs: Any) -> Array:
         """The generator's mean at the encoder's mean.
@@ -292,6 +290,7 @@ class BiDVL(Engine):
         :return: of the shape of the first argument.
         :raises ValueError: naming the site, if the visible is bounded, where chains would leave its support.
         """
+        require_instance("sampler", sampler, ("init", "run"), "a sampler such as MALA()")
         return self._refined(state, ((rng_key, *args), kwargs), {"sampler": sampler})
 
     def _energies_now(self, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
@@ -647,6 +646,17 @@ def energy_weights(energies: Array, bounds: tuple[float, float]) -> Array:
     """Weights of rows of data that stand for draws of the energy, with mean 1 and without gradient."""
     weights = jnp.clip(jnp.exp(jnp.mean(energies) - energies), *bounds)
     return stop_gradient(weights / weights.mean())
+
+
+def _require_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+    try:
+        least, largest = bounds
+    except (TypeError, ValueError):
+        raise ValueError(f"weight_bounds must be two positive numbers, the smaller first, got {bounds!r}.") from None
+    least, largest = (require_positive(f"weight_bounds[{i}]", bound) for i, bound in enumerate((least, largest)))
+    if least > largest:
+        raise ValueError(f"weight_bounds must be two positive numbers, the smaller first, got {bounds!r}.")
+    return least, largest
 
 
 def _keeps_mutable_state(elbo: Any) -> bool:

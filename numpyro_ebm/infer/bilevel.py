@@ -8,7 +8,8 @@ step of the model's. The engines differ in the upper level.
 """
 
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,11 @@ from numpyro.handlers import scale
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoGuide
 
-from numpyro_ebm.infer.engine import as_transformation
-from numpyro_ebm.infer.score_engine import ScoreEngine, require_natural, require_params, require_same_params
-from numpyro_ebm.infer.step import Health, apply_gradient, health_of
+from numpyro_ebm._checks import require_count, require_instance
+from numpyro_ebm.infer.score_engine import ScoreEngine, require_params, require_same_params
+from numpyro_ebm.infer.step import Health, health_of
 from numpyro_ebm.objectives.score import ScoreObjective
+from numpyro_ebm.optim import apply_gradient, as_transformation
 from numpyro_ebm.program import (
     Model,
     Program,
@@ -50,14 +52,17 @@ class BilevelEngine(ScoreEngine):
         batch_size: int | None,
     ) -> None:
         super().__init__(model, objective, batch_size)
-        require_natural("num_inner_steps", num_inner_steps)
-        self.guide, self.optim, self.guide_optim, self.num_inner_steps = guide, optim, guide_optim, num_inner_steps
-        self.lower_loss = Trace_ELBO() if lower_loss is None else lower_loss
-        if not hasattr(self.lower_loss, "loss"):
-            raise TypeError(
-                f"lower_loss must be one of NumPyro's ELBOs, such as Trace_ELBO(), or PosteriorFisher(), got {lower_loss!r}."
-            )
-        self._transformation, self._guide_transformation = as_transformation(optim), as_transformation(guide_optim)
+        self.guide, self.optim, self.guide_optim = guide, optim, guide_optim
+        self.num_inner_steps = require_count("num_inner_steps", num_inner_steps, least=0)
+        wanted = "one of NumPyro's ELBOs, such as Trace_ELBO(), or PosteriorFisher()"
+        self.lower_loss = Trace_ELBO() if lower_loss is None else require_instance("lower_loss", lower_loss, ("loss",), wanted)
+        self._transformation = as_transformation(optim)
+        self._guide_transformation = as_transformation(guide_optim, "guide_optim")
+
+    @property
+    def _unrolls(self) -> bool:
+        """Whether steps of the guide are differentiated through."""
+        return False
 
     @abstractmethod
     def _first_state(self, **fields: Any) -> Any:
@@ -68,10 +73,8 @@ class BilevelEngine(ScoreEngine):
         """The two levels on one batch."""
 
     @abstractmethod
-    def _upper(
-        self, levels: Any, theta: Any, phi: Any, guide_optim_state: Any, rng_key: Array
-    ) -> tuple[Array, Any, dict[str, Array]]:
-        """The upper level, its gradient in the model's parameters, and other fields of the state."""
+    def _upper(self, levels: Any, theta: Any, phi: Any, guide_optim_state: Any, rng_key: Array) -> "Upper":
+        """The upper level at the model's parameters."""
 
     @abstractmethod
     def _require_draws(self, name: str, fn: Any) -> None:
@@ -140,8 +143,10 @@ class BilevelEngine(ScoreEngine):
         levels = self._levels(state, self._batch(batch_key, args), kwargs)
         keys = jax.random.split(inner_key, self.num_inner_steps)
         phi, guide_optim_state = self._lower_steps(levels, state.theta, state.phi, state.guide_optim_state, keys)
-        value, gradient, others = self._upper(levels, state.theta, phi, guide_optim_state, upper_key)
-        theta, optim_state = apply_gradient(self._transformation, gradient, state.optim_state, state.theta)
+        value, gradient, value_fn, others = self._upper(levels, state.theta, phi, guide_optim_state, upper_key)
+        theta, optim_state = apply_gradient(
+            self._transformation, gradient, state.optim_state, state.theta, value=value, value_fn=value_fn
+        )
         new = state._replace(
             params={**levels.theta_of(theta), **levels.phi_of(phi)},
             theta=theta,
@@ -160,10 +165,24 @@ class BilevelEngine(ScoreEngine):
 
         def step(carry: tuple[Any, Any], key: Array) -> tuple[tuple[Any, Any], None]:
             phi, optim_state = carry
-            gradient = jax.grad(levels.lower, 1)(theta, phi, key)
-            return apply_gradient(self._guide_transformation, gradient, optim_state, phi), None
+
+            def lower(phi: Any) -> Array:
+                return levels.lower(theta, phi, key)
+
+            value, gradient = jax.value_and_grad(lower)(phi)
+            value_fn = None if self._unrolls else lower  # a search along a line cannot be differentiated through
+            return apply_gradient(self._guide_transformation, gradient, optim_state, phi, value=value, value_fn=value_fn), None
 
         return lax.scan(jax.checkpoint(step) if self.checkpoint else step, (phi, optim_state), keys)[0]
+
+
+class Upper(NamedTuple):
+    """What a step of the model's parameters is made of."""
+
+    value: Array
+    gradient: Any  # in the model's parameters
+    value_fn: Callable[[Any], Array] | None = None  # what the gradient is the derivative of, if it is one
+    others: dict[str, Array] = {}  # other fields of the state
 
 
 class Levels:

@@ -24,8 +24,8 @@ import numpyro
 from jax import Array, lax
 from numpyro.infer import TraceGraph_ELBO
 
-from numpyro_ebm.infer.bilevel import BilevelEngine, Levels
-from numpyro_ebm.infer.score_engine import require_natural
+from numpyro_ebm._checks import require_bool, require_count, require_nonnegative, require_one_of
+from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, Upper
 from numpyro_ebm.infer.step import keep
 from numpyro_ebm.objectives.posterior import PosteriorFisher
 from numpyro_ebm.objectives.score import ScoreObjective
@@ -147,21 +147,19 @@ class BiSM(BilevelEngine):
         batch_size: int | None = None,
     ) -> None:
         super().__init__(model, guide, optim, guide_optim, objective, lower_loss, num_inner_steps, batch_size)
-        if hypergradient not in ("unrolled", "implicit"):
-            raise ValueError(f"hypergradient must be 'unrolled' or 'implicit', got {hypergradient!r}.")
-        if curvature not in ("hessian", "fisher"):
-            raise ValueError(f"curvature must be 'hessian' or 'fisher', got {curvature!r}.")
-        require_natural("num_unroll_steps", num_unroll_steps)
-        require_natural("num_cg_steps", num_cg_steps, least=1)
-        require_natural("num_hessian_draws", num_hessian_draws, least=1)
-        for name, value in (("damping", damping), ("tol", tol)):
-            if not value >= 0:
-                raise ValueError(f"{name} must be a number of 0 or more, got {value!r}.")
+        self.hypergradient = require_one_of("hypergradient", hypergradient, ("unrolled", "implicit"))
+        self.num_unroll_steps = require_count("num_unroll_steps", num_unroll_steps, least=0)
+        self.checkpoint = require_bool("checkpoint", checkpoint)
+        self.curvature = require_one_of("curvature", curvature, ("hessian", "fisher"))
+        self.num_cg_steps = require_count("num_cg_steps", num_cg_steps)
+        self.damping, self.tol = require_nonnegative("damping", damping), require_nonnegative("tol", tol)
+        self.num_hessian_draws = require_count("num_hessian_draws", num_hessian_draws)
         if curvature == "fisher" and isinstance(self.lower_loss, PosteriorFisher):
             raise ValueError("curvature='fisher' is that of a Kullback-Leibler divergence: take 'hessian' with PosteriorFisher.")
-        self.num_unroll_steps, self.hypergradient = num_unroll_steps, hypergradient
-        self.checkpoint, self.curvature = checkpoint, curvature
-        self.num_cg_steps, self.damping, self.tol, self.num_hessian_draws = num_cg_steps, damping, tol, num_hessian_draws
+
+    @property
+    def _unrolls(self) -> bool:
+        return self.hypergradient == "unrolled" and self.num_unroll_steps > 0
 
     def _first_state(self, **fields: Any) -> BiSMState:
         return BiSMState(**fields)
@@ -178,18 +176,16 @@ class BiSM(BilevelEngine):
                 "lower_loss=TraceGraph_ELBO()."
             )
 
-    def _upper(
-        self, levels: "_Levels", theta: Any, phi: Any, guide_optim_state: Any, rng_key: Array
-    ) -> tuple[Array, Any, dict[str, Array]]:
+    def _upper(self, levels: "_Levels", theta: Any, phi: Any, guide_optim_state: Any, rng_key: Array) -> Upper:
         lower_key, upper_key = jax.random.split(rng_key)
         if self.hypergradient == "implicit":
-            return *self._implicit(levels, theta, phi, lower_key, upper_key), {}
+            return Upper(*self._implicit(levels, theta, phi, lower_key, upper_key))
         keys = jax.random.split(lower_key, self.num_unroll_steps)
 
         def upper(theta: Any) -> Array:
             return levels.upper(theta, self._lower_steps(levels, theta, phi, guide_optim_state, keys)[0], upper_key)
 
-        return *jax.value_and_grad(upper)(theta), {}
+        return Upper(*jax.value_and_grad(upper)(theta), upper)
 
     def _implicit(self, levels: "_Levels", theta: Any, phi: Any, lower_key: Array, upper_key: Array) -> tuple[Array, Any]:
         value, (direct, of_phi) = jax.value_and_grad(levels.upper, (0, 1))(theta, phi, upper_key)
@@ -214,7 +210,7 @@ class BiSM(BilevelEngine):
         return _Levels(self, state, args, kwargs).upper(state.theta, state.phi, state.rng_key)
 
     def _fix(self) -> str:
-        if self.hypergradient == "unrolled" and self.num_unroll_steps > 0:
+        if self._unrolls:
             return (
                 "Take smaller learning rates; or, since the guide's optimizer is differentiated, give one whose derivative is "
                 "finite where a gradient is 0, as optax.adam(..., eps_root=1e-16)."

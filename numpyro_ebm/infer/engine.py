@@ -21,11 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-import optax
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
+from numpyro_ebm._checks import require_bool, require_count
+from numpyro_ebm._pytree import Rest, arrays_and_rest, join, require_hashable
 from numpyro_ebm.infer.step import Health, Part, is_bad, keep, named
 
 State = Any
@@ -191,9 +192,9 @@ class Engine(ABC):
         :raises TypeError: inside ``jit``, ``vmap`` or ``grad``.
         :raises NonFiniteError: with the last good state, if a step would make anything non-finite.
         """
-        _require_count("num_steps", num_steps)
-        if chunk_size is not None:
-            _require_count("chunk_size", chunk_size)
+        num_steps = require_count("num_steps", num_steps)
+        chunk_size = None if chunk_size is None else require_count("chunk_size", chunk_size)
+        stable_update, progress_bar = require_bool("stable_update", stable_update), require_bool("progress_bar", progress_bar)
         _require_outermost((rng_key, args, kwargs, init_state, init_params))
         state = self.init(rng_key, *args, init_params=init_params, **kwargs) if init_state is None else init_state
         dynamic, static = _split(args, kwargs)
@@ -226,7 +227,7 @@ class Engine(ABC):
         seen = self._one(state, np.False_, np.bool_(stable), dynamic, static=static)
         return seen.state, seen.loss
 
-    def _make_step(self, state: State, stopped: Array | None, stable: Array, dynamic: Any, *, static: "_Static") -> "_Made":
+    def _make_step(self, state: State, stopped: Array | None, stable: Array, dynamic: Any, *, static: Rest) -> "_Made":
         """A step that is kept if it is healthy; none where a run has ``stopped`` before, None if that cannot be."""
         proposed, loss, health = self._proposed(state, dynamic, static=static)
         bad = is_bad(health)
@@ -240,8 +241,8 @@ class Engine(ABC):
             new, stops = keep(~stopped, new, state), stopped | stops
         return _Made(new, jnp.where(bad, jnp.nan, loss), health, stops)
 
-    def _propose(self, state: State, dynamic: Any, *, static: "_Static") -> tuple[State, Array, Health]:
-        args, kwargs = _join(dynamic, static)
+    def _propose(self, state: State, dynamic: Any, *, static: Rest) -> tuple[State, Array, Health]:
+        args, kwargs = join(dynamic, static)
         with _meshes_explained():
             return self._step(state, args, kwargs)
 
@@ -265,7 +266,7 @@ class Engine(ABC):
         return state, _joined(records), bad
 
     def _make_open(
-        self, state: State, num_steps: Array, stable: Array, dynamic: Any, *, static: "_Static", collect: Any
+        self, state: State, num_steps: Array, stable: Array, dynamic: Any, *, static: Rest, collect: Any
     ) -> tuple[State, "_Record", Array, Array, Health]:
         """Up to ``num_steps`` steps, as many as the buffer holds, and how many were made before a bad one stopped them."""
 
@@ -314,7 +315,7 @@ class Engine(ABC):
         return state, jax.tree.map(lambda x: x[:count], record), _codes(jax.tree.map(lambda x: x[count], health)) if stopped else {}
 
     def _make_fixed(
-        self, state: State, stopped: Array, stable: Array, dynamic: Any, *, static: "_Static", collect: Any, length: int
+        self, state: State, stopped: Array, stable: Array, dynamic: Any, *, static: Rest, collect: Any, length: int
     ) -> tuple[State, Array, "_Seen"]:
         """``length`` steps, which all stay where they are after a bad one: no condition that a device would ask the host for."""
 
@@ -346,8 +347,8 @@ class Engine(ABC):
             what, fix = self._explain(state, bad, args, kwargs)
         return NonFiniteError(f"step {step}: {what} The state before is in .state. {fix}".rstrip(), state, step, bad)
 
-    def _start_arrays(self, rng_key: Array, init_params: Any, dynamic: Any, static: "_Static") -> tuple[State, Array]:
-        args, kwargs = _join(dynamic, static)
+    def _start_arrays(self, rng_key: Array, init_params: Any, dynamic: Any, static: Rest) -> tuple[State, Array]:
+        args, kwargs = join(dynamic, static)
         with _meshes_explained():
             return self._start(rng_key, init_params, args, kwargs)
 
@@ -494,66 +495,13 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function(state, args, kwargs)``, compiled once for all arguments of a model that have the same shapes."""
 
     @partial(jax.jit, static_argnames="static")
-    def on_arrays(state: State, dynamic: Any, static: _Static) -> Any:
-        return function(state, *_join(dynamic, static))
+    def on_arrays(state: State, dynamic: Any, static: Rest) -> Any:
+        return function(state, *join(dynamic, static))
 
     return lambda state, args, kwargs: on_arrays(state, *_split(args, kwargs))
 
 
-def as_transformation(optim: Any) -> optax.GradientTransformationExtraArgs:
-    """An optimizer as an optax transformation: optax's own, or one of :mod:`numpyro.optim`.
-
-    :raises TypeError: for anything else.
-    """
-    if isinstance(optim, optax.GradientTransformation):
-        return optax.with_extra_args_support(optim)
-    if not (hasattr(optim, "init") and hasattr(optim, "update") and hasattr(optim, "get_params")):
-        raise TypeError(f"optim must be an optax transformation such as optax.adam(1e-3), got {optim!r}.")
-
-    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        state = optim.update(grads, state)
-        return jax.tree.map(lambda new, old: new - old, optim.get_params(state), params), state
-
-    return optax.GradientTransformationExtraArgs(optim.init, update)
-
-
-class _Static(NamedTuple):
-    """What of a call's arguments is compiled in: everything but arrays."""
-
-    structure: Any
-    leaves: tuple[Any, ...]
-    types: tuple[type, ...]  # since 1 == 1.0 == True
-
-
-_ARRAY = object()
-
-
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Array], _Static]:
-    """The arrays of a call's arguments, and the rest."""
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    is_array = [isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves]
-    rest = tuple(_ARRAY if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
-    static = _Static(structure, rest, tuple(type(leaf) for leaf in rest))
-    for part in (*rest, structure):
-        _require_hashable(part)
-    return [jnp.asarray(leaf) for leaf, array in zip(leaves, is_array, strict=True) if array], static
-
-
-def _require_hashable(part: Any) -> None:
-    try:
-        hash(part)
-    except TypeError:
-        raise TypeError(
-            f"an argument of the model, a {type(part).__name__}, is neither an array nor hashable, and so cannot be compiled "
-            "in. Pass arrays, numbers, strings, functions or pytrees of these."
-        ) from None
-
-
-def _join(dynamic: Sequence[Array], static: _Static) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    arrays = iter(dynamic)
-    return static.structure.unflatten([next(arrays) if leaf is _ARRAY else leaf for leaf in static.leaves])
-
-
-def _require_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Array], Rest]:
+    """The arrays of a call's arguments, and what is compiled in."""
+    arrays, rest = arrays_and_rest((args, kwargs))
+    return [jnp.asarray(array) for array in arrays], require_hashable("an argument of the model", rest)

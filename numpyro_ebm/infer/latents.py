@@ -11,7 +11,6 @@ shrink with the number of data.
 
 import dataclasses
 import math
-import numbers
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -22,11 +21,12 @@ import numpy as np
 import optax
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
-from numpyro.infer import init_to_sample
+from numpyro.infer import NUTS, init_to_sample
 
+from numpyro_ebm._checks import require_count, require_instance
 from numpyro_ebm.distributions.energy import NormalizerError, energy_site
 from numpyro_ebm.handlers import negative_phase, unnormalized
-from numpyro_ebm.infer.engine import as_transformation
+from numpyro_ebm.optim import apply_gradient, as_transformation
 from numpyro_ebm.program import (
     Model,
     Program,
@@ -76,8 +76,8 @@ def sample_posterior(
     :param int thinning: transitions per draw.
     :param sampler: :class:`~numpyro_ebm.MALA` if not given; :class:`~numpyro_ebm.UnadjustedLangevin` goes on as the particles
         of a fit do, with their bias in the step size. One transition is one run of it, ``num_steps`` steps. Rows of a plate
-        that all latents share move independently. ``"nuts"`` moves all latents of a chain together, by BlackJAX with window
-        adaptation.
+        that all latents share move independently. ``"nuts"`` moves all latents of a chain together, by NumPyro's NUTS with
+        its window adaptation.
     :param start: latents to start from, constrained, of shape ``(num_chains,) + batch_shape + event_shape``, such as
         :meth:`ParticleMMLE.get_particles <numpyro_ebm.ParticleMMLE.get_particles>` gives.
     :param mutable_state: values of the model's own :func:`numpyro.primitives.mutable` sites.
@@ -188,11 +188,11 @@ def find_map(
         >>> print(found.latents["x"].round(1), found.log_density.shape)
         [1. 3.] (2,)
     """
-    _require_count("num_steps", num_steps)
+    num_steps = require_count("num_steps", num_steps)
+    optim = as_transformation(optax.adam(optax.cosine_decay_schedule(0.1, num_steps)) if optim is None else optim)
     model_key, start_key = jax.random.split(rng_key)
     posterior = Posterior(model_key, model, params, args, kwargs, mutable_state)
     positions = posterior.start(start_key, start, num_starts, "num_starts", init_strategy)
-    optim = optax.adam(optax.cosine_decay_schedule(0.1, num_steps)) if optim is None else as_transformation(optim)
 
     def log_density(x: Array) -> Array:
         return posterior.row_log_density(posterior.from_rows(x), jacobian=False)
@@ -232,10 +232,10 @@ def _climb(log_density: Callable[[Array], Array], x: Array, optim: Any, num_step
 
     def step(carry: tuple[Array, Any, tuple[Array, Array]], _: None) -> tuple[Any, None]:
         x, state, best = carry
-        (_, value), gradient = jax.value_and_grad(descent, has_aux=True)(x)
+        (loss, value), gradient = jax.value_and_grad(descent, has_aux=True)(x)
         best = keep(best, x, value)
-        updates, state = optim.update(gradient, state, x)
-        return (optax.apply_updates(x, updates), state, best), None
+        x, state = apply_gradient(optim, gradient, state, x, value=loss, value_fn=lambda x: descent(x)[0])
+        return (x, state, best), None
 
     nothing = x, jnp.full(x.shape[:-1], -jnp.inf, jax.eval_shape(log_density, x).dtype)
     (x, _, best), _ = lax.scan(step, (x, optim.init(x), nothing), None, num_steps)
@@ -332,7 +332,7 @@ class Posterior:
     ) -> Array:
         """Where chains or searches start, of shape ``(number, rows, dim)`` or ``(number, dim)``."""
         if number is not None:
-            _require_count(counted, number)
+            number = require_count(counted, number)
         if start is None:
             keys = jax.random.split(rng_key, number or 4)
             latents = jax.jit(jax.vmap(lambda key: self.draw(key, init_strategy)))(keys)
@@ -470,11 +470,10 @@ def draw_posterior(
 ) -> tuple[Posterior, Latents]:
     """The posterior and unconstrained draws of it, ``(num_chains, num_samples) + ...``; see :func:`sample_posterior`."""
     sampler = MALA() if sampler is None else sampler
-    if sampler != "nuts" and (isinstance(sampler, (type, str)) or not (hasattr(sampler, "init") and hasattr(sampler, "run"))):
-        raise TypeError(f"sampler must be a sampler such as MALA(), or 'nuts', got {sampler!r}.")
-    _require_count("num_samples", num_samples)
-    _require_count("thinning", thinning)
-    _require_count("num_warmup", num_warmup, least=1 if sampler == "nuts" else 0)
+    if sampler != "nuts":
+        require_instance("sampler", sampler, ("init", "run"), "a sampler such as MALA(), or 'nuts'")
+    num_samples, thinning = require_count("num_samples", num_samples), require_count("thinning", thinning)
+    num_warmup = require_count("num_warmup", num_warmup, least=1 if sampler == "nuts" else 0)
     model_key, start_key, run_key = jax.random.split(rng_key, 3)
     posterior = Posterior(model_key, model, params, args, kwargs, mutable_state)
     positions = posterior.start(start_key, start, num_chains, "num_chains", init_strategy)
@@ -534,41 +533,33 @@ def _run_nuts(
     num_samples: int,
     thinning: int,
 ) -> tuple[Array, Array]:
-    """Draws of BlackJAX's NUTS, every chain adapted by itself, and the number of transitions that diverged."""
-    import blackjax  # on first use: slow to import
-
+    """Draws of NumPyro's NUTS, every chain adapted by itself, and the number of transitions that diverged."""
     shape = positions.shape[1:]
 
-    def of_chain(position: Array) -> Array:
-        return log_density(position.reshape(1, *shape)).sum()
+    def potential(position: Array) -> Array:
+        return -log_density(position.reshape(1, *shape)).sum()
 
     def chain(key: Array, position: Array) -> tuple[Array, Array]:
-        warm_key, draw_key = jax.random.split(key)
-        warmup = blackjax.window_adaptation(blackjax.nuts, of_chain)
-        (state, parameters), _ = warmup.run(warm_key, position.reshape(-1), num_steps=num_warmup)
-        kernel = blackjax.nuts(of_chain, **parameters)
+        kernel = NUTS(potential_fn=potential)
 
-        def move(state: Any, key: Array) -> tuple[Any, Array]:
-            state, info = kernel.step(key, state)
-            return state, info.is_divergent
+        def move(state: Any, _: None) -> tuple[Any, Array]:
+            state = kernel.sample(state, (), {})
+            return state, state.diverging
 
-        def draw(state: Any, key: Array) -> tuple[Any, tuple[Array, Array]]:
-            state, divergent = lax.scan(move, state, jax.random.split(key, thinning))
-            return state, (state.position, divergent.sum())
+        def draw(state: Any, _: None) -> tuple[Any, tuple[Array, Array]]:
+            state, diverging = lax.scan(move, state, None, thinning)
+            return state, (state.z, diverging.sum())
 
-        _, (draws, divergent) = lax.scan(draw, state, jax.random.split(draw_key, num_samples))
-        return draws.reshape(num_samples, *shape), divergent.sum()
+        state = kernel.init(key, num_warmup, position.reshape(-1), (), {})
+        state, _ = lax.scan(move, state, None, num_warmup)
+        _, (draws, diverging) = lax.scan(draw, state, None, num_samples)
+        return draws.reshape(num_samples, *shape), diverging.sum()
 
-    draws, divergent = jax.vmap(chain)(jax.random.split(rng_key, len(positions)), positions)
-    return draws, divergent.sum()
+    draws, diverging = jax.vmap(chain)(jax.random.split(rng_key, len(positions)), positions)
+    return draws, diverging.sum()
 
 
 def _explain(sampler: Any, status: int, num_transitions: int) -> str:
     if sampler == "nuts":
         return f"{status} of {num_transitions} transitions of NUTS diverged: the draws may miss where the posterior is narrow."
     return f"{sampler.explain(status)}."
-
-
-def _require_count(name: str, value: Any, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")

@@ -13,7 +13,6 @@ N particles that follow the posterior by Langevin dynamics while the parameters 
     \theta &\leftarrow \theta + \frac{h}{N} \sum_i \nabla_\theta \log p_\theta(x_i, y) \; (+ \sqrt{2h / N} \, \xi_0).
 """
 
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
@@ -25,14 +24,22 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 from numpyro.infer import init_to_sample
 
+from numpyro_ebm._checks import require_bool, require_count, require_one_of
 from numpyro_ebm.distributions.energy import energy_site, is_flat
 from numpyro_ebm.handlers import explain_chains, negative_phase, unnormalized
-from numpyro_ebm.infer.engine import Engine, as_transformation, compiled
+from numpyro_ebm.infer.engine import Engine, compiled
 from numpyro_ebm.infer.rows import all_batches, by_site, full_shape, gather, scatter, subsampled_indices
 from numpyro_ebm.infer.step import Health, Part, health_of, is_bad, keep
 from numpyro_ebm.model_check import check_model
-from numpyro_ebm.objectives.score import require_one_of
-from numpyro_ebm.optim import kinetic_langevin, kinetic_langevin_splitting, langevin, normal_like, require_step
+from numpyro_ebm.optim import (
+    Schedule,
+    as_transformation,
+    kinetic_langevin,
+    kinetic_langevin_splitting,
+    langevin,
+    normal_like,
+    require_step,
+)
 from numpyro_ebm.program import (
     Model,
     Program,
@@ -51,7 +58,6 @@ from numpyro_ebm.program import (
 from numpyro_ebm.samplers import UnadjustedLangevin
 
 Particles = dict[str, Array]
-Schedule = Callable[[Array], Array]
 
 
 class ParticleState(NamedTuple):
@@ -167,25 +173,19 @@ class ParticleMMLE(Engine):
         num_data: int | None = None,
     ) -> None:
         super().__init__()
-        _require_positive_integer("num_particles", num_particles, "a cloud needs particles")
-        _require_positive_integer("num_moves", num_moves, "particles must move")
-        for name, value, allowed in (
-            ("drift", drift, ("sum", "mean")),
-            ("order", order, ("jacobi", "gauss_seidel")),
-            ("noise", noise, ("batch", "all")),
-            ("m_step", m_step, ("gradient", "newton", "maximize")),
-        ):
-            require_one_of(name, value, allowed)
+        self.num_particles = require_count("num_particles", num_particles, why="a cloud needs particles")
+        self.step_size = require_step(step_size)
+        self.drift = require_one_of("drift", drift, ("sum", "mean"))
+        self.order = require_one_of("order", order, ("jacobi", "gauss_seidel"))
+        self.noise = require_one_of("noise", noise, ("batch", "all"))
+        self.num_moves = require_count("num_moves", num_moves, why="particles must move")
+        self.average_moves = require_bool("average_moves", average_moves)
+        self.m_step = require_one_of("m_step", m_step, ("gradient", "newton", "maximize"))
         if dynamics is not None and noise == "all":
             raise ValueError("noise='all' is noise between visits of overdamped particles: use noise='batch' with other dynamics.")
-        if num_data is not None:
-            _require_positive_integer("num_data", num_data, "it divides the gradient")
-        self.model, self.optim = model, optim
-        self.num_particles, self.step_size, self.num_moves = int(num_particles), step_size, int(num_moves)
-        self.drift, self.order, self.noise, self.m_step = drift, order, noise, m_step
-        self.average_moves, self.init_strategy, self.num_data = average_moves, init_strategy, num_data
-        require_step(step_size)
-        self.dynamics = dynamics
+        self.num_data = None if num_data is None else require_count("num_data", num_data, why="it divides the gradient")
+        self.model, self.optim, self.init_strategy = model, optim, init_strategy
+        self.dynamics = None if dynamics is None else as_transformation(dynamics, "dynamics")
         self._transformation = optax.identity() if m_step == "maximize" else as_transformation(optim)
         phase = model if isinstance(model, negative_phase) else negative_phase(model)
         self._inner = unnormalized(phase.fn)
@@ -309,7 +309,7 @@ class ParticleMMLE(Engine):
         :param int num_particles: particles in the new state, a multiple of those in the old; this engine's if not given.
         :raises ValueError: if it is no multiple.
         """
-        num_particles = self.num_particles if num_particles is None else num_particles
+        num_particles = self.num_particles if num_particles is None else require_count("num_particles", num_particles)
         old = _num_particles(state)
         if num_particles % old:
             raise ValueError(f"num_particles={num_particles} is no multiple of the state's {old}: copies would weigh unequally.")
@@ -766,8 +766,3 @@ def _minimize(loss: Callable[[Array], Array], start: Array, max_steps: int = 50)
 
     begin = start, solver.init(start), jnp.full((), jnp.inf, start.dtype), jnp.zeros((), jnp.int32)
     return lax.while_loop(going, step, begin)[0]
-
-
-def _require_positive_integer(name: str, value: Any, why: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}: {why}.")

@@ -11,6 +11,7 @@ from typing import Any
 
 from jax import Array
 
+from numpyro_ebm._checks import require_count, require_instance
 from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.infer.engine import Engine
@@ -26,11 +27,9 @@ class ScoreEngine(Engine):
 
     def __init__(self, model: Model, objective: ScoreObjective, batch_size: int | None) -> None:
         super().__init__()
-        if not all(hasattr(objective, name) for name in ("perturb", "loss", "weight")):
-            raise TypeError(f"objective must be a score objective such as DenoisingScoreMatching(0.1), got {objective!r}.")
-        if batch_size is not None:
-            require_natural("batch_size", batch_size, least=1)
-        self.model, self.objective, self.batch_size = model, objective, batch_size
+        wanted = "a score objective such as DenoisingScoreMatching(0.1)"
+        self.model, self.objective = model, require_instance("objective", objective, ("perturb", "loss", "weight"), wanted)
+        self.batch_size = None if batch_size is None else require_count("batch_size", batch_size)
         self._inner = unnormalized(model)
 
     def _batch(self, rng_key: Array, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -89,12 +88,3 @@ def require_same_params(program: Program, params: dict[str, Any], what: str = "t
     """
     if program.params.keys() != params.keys():
         raise ValueError(f"the state is of another program: its params are {sorted(params)}, {what} has {sorted(program.params)}.")
-
-
-def require_natural(name: str, value: Any, *, least: int = 0) -> None:
-    """Refuses anything but an integer of at least ``least``.
-
-    :raises ValueError: naming the value.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of {least} or more, got {value!r}.")

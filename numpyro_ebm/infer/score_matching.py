@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from numpyro_ebm.infer.engine import as_transformation
 from numpyro_ebm.infer.score_engine import ScoreEngine, require_params, require_same_params
-from numpyro_ebm.infer.step import Health, apply_gradient, health_of
+from numpyro_ebm.infer.step import Health, health_of
 from numpyro_ebm.objectives.score import ScoreObjective
+from numpyro_ebm.optim import apply_gradient, as_transformation
 from numpyro_ebm.program import Model, Program, constrain_params, log_density, run_program, strong_types, unconstrain_params
 
 
@@ -109,7 +109,9 @@ class ScoreMatching(ScoreEngine):
             return self._mean_loss(loss_key, constrain_params(theta, transforms), args, kwargs)
 
         value, gradient = jax.value_and_grad(loss)(state.unconstrained)
-        theta, optim_state = apply_gradient(self._transformation, gradient, state.optim_state, state.unconstrained)
+        theta, optim_state = apply_gradient(
+            self._transformation, gradient, state.optim_state, state.unconstrained, value=value, value_fn=loss
+        )
         params = constrain_params(theta, transforms)
         new = state._replace(params=params, unconstrained=theta, optim_state=optim_state, rng_key=rng_key)
         return new, value, health_of("loss", value) | health_of("param", theta)

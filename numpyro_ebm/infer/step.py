@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a step of every engine is made of: its health, the choice between new and old values, and a move along a gradient.
+"""What a step of every engine is made of: its health, and the choice between new and old values.
 
 The health of a step is data: an integer for each part of it that can go wrong, 0 where all is well. What is wrong is put
 into words only where a run has stopped.
@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
 
@@ -60,12 +59,6 @@ def named(bad: dict[Part, int]) -> str:
 def keep(condition: Array, new: Any, old: Any) -> Any:
     """The new values where the condition holds, the old ones otherwise."""
     return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
-
-
-def apply_gradient(transformation: Any, gradient: Any, optim_state: Any, values: Any) -> tuple[Any, Any]:
-    """One step of an optax transformation: the new values and its new state."""
-    updates, optim_state = transformation.update(gradient, optim_state, values)
-    return optax.apply_updates(values, updates), optim_state
 
 
 def _not_finite(tree: Any) -> Array:

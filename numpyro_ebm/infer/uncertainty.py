@@ -28,6 +28,7 @@ from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 from numpyro.distributions import Unit
 from numpyro.infer import init_to_sample
 
+from numpyro_ebm._checks import require_count
 from numpyro_ebm._compat import layers
 from numpyro_ebm.distributions.energy import BaseMeasure, NormalizerError
 from numpyro_ebm.infer.latents import Latents, Posterior, draw_posterior
@@ -315,8 +316,8 @@ def convergence(
         raise TypeError("trace must map param sites to their values: run(..., collect=engine.get_params).collected.")
     values = _by_name(trace)
     num_steps = min(len(value) for value in values.values())
-    burn_in = num_steps // 2 if burn_in is None else burn_in
-    if not 0 <= burn_in <= num_steps - 4:
+    burn_in = num_steps // 2 if burn_in is None else require_count("burn_in", burn_in, least=0)
+    if burn_in > num_steps - 4:
         raise ValueError(f"burn_in={burn_in} leaves {num_steps - burn_in} of {num_steps} steps: at least 4 are needed.")
     kept = {name: value[burn_in:].astype(np.float64) for name, value in values.items()}
     sd = {name: value.std(0, ddof=1) for name, value in kept.items()}
@@ -334,8 +335,7 @@ def convergence(
 def _theory(
     standard_errors: StandardErrors | Mapping[str, Any], num_particles: int | None, sd: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    if isinstance(num_particles, bool) or not isinstance(num_particles, (int, np.integer)) or num_particles < 1:
-        raise ValueError(f"num_particles must be a positive integer to compare with standard errors, got {num_particles!r}.")
+    num_particles = require_count("num_particles", num_particles, why="standard errors are compared at that many particles")
     given = standard_errors.standard_errors if isinstance(standard_errors, StandardErrors) else standard_errors
     errors = _by_name(given)
     for name, value in sd.items():

@@ -21,21 +21,20 @@ import jax.numpy as jnp
 from jax import Array
 from numpyro.infer import TraceGraph_ELBO
 
-from numpyro_ebm.infer.bilevel import BilevelEngine, Levels
-from numpyro_ebm.infer.score_engine import require_natural
+from numpyro_ebm._checks import require_bool, require_count, require_one_of
+from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, Upper
 from numpyro_ebm.latent_score import (
     Draws,
     Latents,
     ScoreFn,
     draw,
-    effective_sample_size,
-    normalized_weights,
     row_density,
     variational_score,
     weighted_score,
 )
-from numpyro_ebm.objectives.score import ScoreObjective, require_one_of
+from numpyro_ebm.objectives.score import ScoreObjective
 from numpyro_ebm.program import Model, is_unbounded, law_of
+from numpyro_ebm.weights import effective_sample_size, normalized_weights
 
 COVARIANCES = ("unbiased", "biased", "none")
 #: an effective sample size below which weights are those of one draw
@@ -158,11 +157,13 @@ class VaGES(BilevelEngine):
         batch_size: int | None = None,
     ) -> None:
         super().__init__(model, guide, optim, guide_optim, objective, lower_loss, num_inner_steps, batch_size)
-        require_natural("num_samples", num_samples, least=1)
-        require_one_of("covariance", covariance, COVARIANCES)
-        self.num_samples, self.importance_weighted, self.jackknife = num_samples, importance_weighted, jackknife
-        self.covariance, self.shared_samples, self.variance_reduced = covariance, shared_samples, variance_reduced
-        self.relaxed, self.refine = relaxed, refine
+        self.num_samples = require_count("num_samples", num_samples)
+        self.importance_weighted = require_bool("importance_weighted", importance_weighted)
+        self.jackknife = require_bool("jackknife", jackknife)
+        self.covariance = require_one_of("covariance", covariance, COVARIANCES)
+        self.shared_samples = require_bool("shared_samples", shared_samples)
+        self.variance_reduced = require_bool("variance_reduced", variance_reduced)
+        self.relaxed, self.refine = require_bool("relaxed", relaxed), refine
         self._require_consistent()
 
     def _require_consistent(self) -> None:
@@ -216,11 +217,14 @@ class VaGES(BilevelEngine):
             "inner steps, a larger family), or more draws."
         ]
 
-    def _upper(
-        self, levels: "_Levels", theta: Any, phi: Any, guide_optim_state: Any, rng_key: Array
-    ) -> tuple[Array, Any, dict[str, Array]]:
-        (value, size), gradient = jax.value_and_grad(levels.upper, has_aux=True)(theta, phi, rng_key)
-        return value, gradient, {"effective_sample_size": size.astype(jnp.result_type(float))}
+    def _upper(self, levels: "_Levels", theta: Any, phi: Any, guide_optim_state: Any, rng_key: Array) -> Upper:
+        def upper(theta: Any) -> tuple[Array, Array]:
+            return levels.upper(theta, phi, rng_key)
+
+        (value, size), gradient = jax.value_and_grad(upper, has_aux=True)(theta)
+        # The estimate of the gradient is no derivative of that of the loss but where both are of the same weighted draws.
+        value_fn = (lambda theta: upper(theta)[0]) if self.importance_weighted else None
+        return Upper(value, gradient, value_fn, {"effective_sample_size": size.astype(jnp.result_type(float))})
 
     def _loss(self, state: VaGESState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
         return _Levels(self, state, args, kwargs).upper(state.theta, state.phi, state.rng_key)[0]

@@ -13,7 +13,6 @@ every loss is differentiable in them.
 """
 
 import math
-import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from numpyro_ebm._checks import require_bool, require_count, require_one_of, require_positive
+
 ScoreFn = Callable[[Array], Array]
+
+NOISE = "it is the standard deviation of the noise"
 
 
 class ScoreObjective(ABC):
@@ -126,10 +129,10 @@ class SlicedScoreMatching(ScoreObjective):
     differentiates_score: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        count = self.num_projections
-        if not isinstance(count, numbers.Integral) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"num_projections must be a positive integer, got {count!r}: 1 direction per row is enough to learn.")
+        count = require_count("num_projections", self.num_projections, why="1 direction per row is enough to learn")
+        object.__setattr__(self, "num_projections", count)
         require_one_of("directions", self.directions, tuple(_DIRECTIONS))
+        object.__setattr__(self, "variance_reduced", require_bool("variance_reduced", self.variance_reduced))
 
     def loss(self, score_fn: ScoreFn, rng_key: Array, v: Array, v_tilde: Array) -> Array:
         x, score_fn = _require_pair(v, v_tilde), _checked(score_fn)
@@ -168,7 +171,7 @@ class DenoisingScoreMatching(ScoreObjective):
     sigma: float
 
     def __post_init__(self) -> None:
-        _require_noise("sigma", self.sigma)
+        object.__setattr__(self, "sigma", require_positive("sigma", self.sigma, NOISE))
 
     def perturb(self, rng_key: Array, v: Array) -> Array:
         _require_rows(v)
@@ -219,7 +222,7 @@ class MultiscaleDenoisingScoreMatching(ScoreObjective):
 
     def __post_init__(self) -> None:
         for name in ("sigma0", "sigma_begin", "sigma_end"):
-            _require_noise(name, getattr(self, name))
+            object.__setattr__(self, name, require_positive(name, getattr(self, name), NOISE))
         require_one_of("spacing", self.spacing, tuple(_SPACINGS))
 
     def perturb(self, rng_key: Array, v: Array) -> Array:
@@ -300,20 +303,6 @@ def _require_spread(batch_size: int, min_batch_size: int) -> None:
     if batch_size < min_batch_size:
         fix = "Use a larger batch, or DenoisingScoreMatching with one level." if batch_size else "Give at least one row."
         raise ValueError(f"a batch of {batch_size}: the spread of noise levels or the mean over rows needs {min_batch_size}. {fix}")
-
-
-def _require_noise(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or float(value) <= 0:
-        raise ValueError(f"{name} must be a positive finite number, got {value!r}: it is the standard deviation of the noise.")
-
-
-def require_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Refuses a setting that is none of the choices.
-
-    :raises ValueError: naming them.
-    """
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
 def _half_square(x: Array) -> Array:

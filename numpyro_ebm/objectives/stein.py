@@ -16,8 +16,6 @@ of their law from the model, in which no normalizer occurs. For a kernel of the 
     u = \varphi \, s^\top s' - 2 \varphi' \, (s - s')^\top (v - v') - 2 d \, \varphi' - 4 r^2 \varphi''.
 """
 
-import math
-import numbers
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from numpyro_ebm.objectives.score import ScoreFn, ScoreObjective, _checked, _require_pair, _require_rows, require_one_of
+from numpyro_ebm._checks import require_count, require_fraction, require_negative, require_one_of, require_positive
+from numpyro_ebm.objectives.score import ScoreFn, ScoreObjective, _checked, _require_pair, _require_rows
 
 
 class RadialKernel(ABC):
@@ -49,13 +48,8 @@ class RadialKernel(ABC):
         """
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _require_length(name: str, value: Any) -> None:
-    if value is not None and not (_is_number(value) and value > 0):
-        raise ValueError(f"{name} must be a positive finite number, or None for the median distance of the rows, got {value!r}.")
+def _require_length(name: str, value: Any) -> float | None:
+    return None if value is None else require_positive(name, value, "or None, for the median distance of the rows")
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,7 @@ class RBFKernel(RadialKernel):
     bandwidth: float | None = None
 
     def __post_init__(self) -> None:
-        _require_length("bandwidth", self.bandwidth)
+        object.__setattr__(self, "bandwidth", _require_length("bandwidth", self.bandwidth))
 
     @property
     def length(self) -> float | None:
@@ -117,9 +111,8 @@ class IMQKernel(RadialKernel):
     exponent: float = -0.5
 
     def __post_init__(self) -> None:
-        _require_length("scale", self.scale)
-        if not _is_number(self.exponent) or not self.exponent < 0:
-            raise ValueError(f"exponent must be a negative finite number, got {self.exponent!r}: -0.5 is usual.")
+        object.__setattr__(self, "scale", _require_length("scale", self.scale))
+        object.__setattr__(self, "exponent", require_negative("exponent", self.exponent, "-0.5 is usual"))
 
     @property
     def length(self) -> float | None:
@@ -282,7 +275,8 @@ def ksd_test(
         True
     """
     _require_kernel(kernel)
-    _require_settings(num_bootstrap, change_probability)
+    num_bootstrap = require_count("num_bootstrap", num_bootstrap, why="1000 resolve a p-value of .01")
+    change_probability = _require_change(change_probability)
     v = jnp.asarray(v)
     _require_rows(v)
     if len(v) < 2:
@@ -395,13 +389,11 @@ def _require_kernel(kernel: Any) -> None:
         raise TypeError(f"kernel must be a radial kernel such as IMQKernel() or RBFKernel(bandwidth=1.0), got {kernel!r}.")
 
 
-def _require_settings(num_bootstrap: Any, change_probability: Any) -> None:
-    if isinstance(num_bootstrap, bool) or not isinstance(num_bootstrap, numbers.Integral) or num_bootstrap < 1:
-        raise ValueError(f"num_bootstrap must be a positive integer, got {num_bootstrap!r}: 1000 resolve a p-value of .01.")
-    if not (_is_number(change_probability) and 0 < change_probability <= 0.5):
-        raise ValueError(
-            f"change_probability must lie in (0, 0.5], got {change_probability!r}: 0.5 for independent rows, less for a chain."
-        )
+def _require_change(probability: Any) -> float:
+    why = "at most 0.5, which is for independent rows, less for a chain"
+    if (value := require_fraction("change_probability", probability, why)) > 0.5:
+        raise ValueError(f"change_probability must be {why}, got {probability!r}.")
+    return value
 
 
 def _require_finite(**arrays: Array) -> None:
