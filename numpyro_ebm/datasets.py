@@ -3,9 +3,9 @@
 
 """Real data of the examples, with checksums.
 
-Files are looked for in the folder that the environment variable ``NUMPYRO_EBM_DATA`` names, in ``shared/data`` beside the
-project's checkout, and in ``~/.cache/numpyro_ebm``; a file that is in none of them is downloaded into the last. A file
-with another checksum than the one that was tested is refused.
+Files are looked for in the folder that the environment variable ``NUMPYRO_EBM_DATA`` names and in ``~/.cache/numpyro_ebm``; a
+file that is in neither is downloaded into the latter, by pooch. A file with another checksum than the one that was tested is
+refused.
 """
 
 import csv
@@ -16,8 +16,6 @@ import json
 import lzma
 import os
 import tarfile
-import urllib.error
-import urllib.request
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +23,6 @@ from typing import NamedTuple
 import numpy as np
 
 CACHE = Path.home() / ".cache" / "numpyro_ebm"
-BESIDE = Path(__file__).parents[2] / "shared" / "data"
 
 _MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 _UCI = "https://archive.ics.uci.edu/ml/machine-learning-databases/"
@@ -187,18 +184,16 @@ def frey_faces() -> np.ndarray:
     :raises ValueError: if the images have a wrong checksum.
     """
     table, original = "frey/frey_faces.npz", "frey/frey_rawface.mat"
-    found = _find(table) or _find(original)
-    content = _download(original, _FREY) if found is None else found.read_bytes()
-    if found is not None and found.suffix == ".npz":
+    found = _find(table) or _find(original) or _download(original, _FREY, None)
+    content = found.read_bytes()
+    if found.suffix == ".npz":
         images = np.load(io.BytesIO(content))["X"]
     else:
-        from scipy.io import loadmat  # JAX brings SciPy; loading its io is slow and seldom needed
+        from scipy.io import loadmat  # on first use: slow to import
 
         images = loadmat(io.BytesIO(content))["ff"].T.reshape(-1, 28, 20)  # one column per frame
     images = np.ascontiguousarray(images, np.uint8)
-    _require_checksum(images.tobytes(), _FREY_PIXELS, found or _FREY)
-    if found is None:
-        _keep(CACHE / original, content)
+    _require_checksum(images.tobytes(), _FREY_PIXELS, found)
     return images
 
 
@@ -219,16 +214,14 @@ def _idx(path: str) -> np.ndarray:
 def _read(path: str) -> bytes:
     """A file with the right checksum."""
     sha256, url = FILES[path]
-    found = _find(path)
-    content = _download(path, url) if found is None else found.read_bytes()
-    _require_checksum(content, sha256, found or url)
-    if found is None:
-        _keep(CACHE / path, content)
+    found = _find(path) or _download(path, url, sha256)
+    content = found.read_bytes()
+    _require_checksum(content, sha256, found)
     return content
 
 
 def _find(path: str) -> Path | None:
-    folders = [os.environ.get("NUMPYRO_EBM_DATA"), BESIDE, CACHE]
+    folders = [os.environ.get("NUMPYRO_EBM_DATA"), CACHE]
     return next((Path(folder) / path for folder in folders if folder and (Path(folder) / path).exists()), None)
 
 
@@ -237,19 +230,26 @@ def _require_checksum(content: bytes, sha256: str, source: Path | str) -> None:
         raise ValueError(f"{source} is not the file that was tested, its sha256 is not {sha256}: remove it and get it anew.")
 
 
-def _download(path: str, url: str) -> bytes:
+def _download(path: str, url: str, sha256: str | None) -> Path:
+    """The file in the cache, whole or not at all, however many processes fetch it at once."""
+    target = CACHE / path
     try:
-        with urllib.request.urlopen(url, timeout=60) as response:
-            return response.read()
-    except (urllib.error.URLError, OSError) as error:
-        raise FileNotFoundError(
-            f"{path} is in none of $NUMPYRO_EBM_DATA, {BESIDE} and {CACHE}, and {url} cannot be reached ({error}): download it "
-            "and put it there, or set NUMPYRO_EBM_DATA to a folder that has it."
-        ) from error
+        import pooch  # an extra, which only a download needs
+
+        known = None if sha256 is None else f"sha256:{sha256}"
+        return Path(pooch.retrieve(url, known, fname=target.name, path=target.parent))
+    except ImportError as error:
+        why = "a download needs pooch: pip install 'numpyro_ebm[examples]'"
+        raise FileNotFoundError(_nowhere(path, url, why)) from error
+    except OSError as error:  # those of requests among them
+        raise FileNotFoundError(_nowhere(path, url, f"the download failed ({error})")) from error
+    except ValueError as error:
+        raise ValueError(f"{url} is not the file that was tested: {error}") from error
 
 
-def _keep(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_bytes(content)
-    part.replace(path)  # whole, or not at all
+def _nowhere(path: str, url: str, why: str) -> str:
+    folder = os.environ.get("NUMPYRO_EBM_DATA") or "which is not set"
+    return (
+        f"{path} is neither in $NUMPYRO_EBM_DATA ({folder}) nor in {CACHE}, and {why}. Get it from {url} and put it under that "
+        "name into one of them, or set NUMPYRO_EBM_DATA to a folder that has it."
+    )

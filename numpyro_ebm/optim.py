@@ -41,7 +41,7 @@ def as_transformation(optim: Any, name: str = "optim") -> optax.GradientTransfor
     def checked_init(params: Any) -> Any:
         try:
             return init(params)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, ValueError) as error:
             raise TypeError(_misfit(name, params, error)) from error
 
     def fitted_update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -58,6 +58,8 @@ def as_transformation(optim: Any, name: str = "optim") -> optax.GradientTransfor
                     continue
                 if needed := _NEEDED.search(str(error)):
                     raise TypeError(_lack(name, needed[1] or needed[2])) from error
+                if "tree structure error" in str(error):
+                    raise TypeError(_misfit(name, params, error)) from error
                 raise
 
     return optax.GradientTransformationExtraArgs(checked_init, fitted_update)
@@ -120,18 +122,20 @@ def _functions(optim: Any, name: str) -> tuple[Callable[..., Any], Callable[...,
 
 
 def _misfit(name: str, params: Any, error: Exception) -> str:
-    known = f"{sorted(params)}" if isinstance(params, dict) else "these"
+    known = f" {sorted(params)}" if isinstance(params, dict) else ""
     return (
-        f"{name} does not fit the params {known}: {str(error).strip() or type(error).__name__} Labels and masks must be trees of "
-        "the same names, and an optimizer of params of its own kind, such as optax.lookahead, cannot be used."
+        f"{name} does not fit the params{known}: labels and masks must be trees of the same names, and an optimizer of params of "
+        "its own kind (optax.lookahead) or one that searches along a line for some params only cannot be used. It failed with: "
+        f"{error}"
     )
 
 
 def _lack(name: str, needed: str) -> str:
     return (
-        f"{name} needs {needed} beside the gradient, which cannot be given here: the gradient has noise or a negative phase, or is "
-        "an estimate of its own, so that it belongs to no loss that could be evaluated, or the step is differentiated itself. Take "
-        "an optimizer that needs the gradient alone, such as optax.adam(1e-3)."
+        f"{name} needs {needed} beside the gradient, which is not given to it here. At most the loss is, by value and as a "
+        "function of the params, and only where the gradient is that of a loss which can be evaluated again: without noise on it, a "
+        "negative phase or a derivative of the step itself. Take an optimizer that needs the gradient alone, such as "
+        "optax.adam(1e-3)."
     )
 
 

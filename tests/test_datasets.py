@@ -2,10 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import io
+import re
+import sys
 import tarfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+import requests
 from scipy.io import savemat
 
 from numpyro_ebm import datasets
@@ -20,10 +27,63 @@ def _or_skip(load, *args):
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
-    def unreachable(url, timeout):
-        raise OSError("no network in tests")
+    get = requests.get
 
-    monkeypatch.setattr(datasets.urllib.request, "urlopen", unreachable)
+    def only_here(url, **kwargs):
+        if not url.startswith("http://127.0.0.1:"):
+            raise requests.ConnectionError("no network in tests")
+        return get(url, **kwargs)
+
+    monkeypatch.setattr(requests, "get", only_here)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+class _Server(ThreadingHTTPServer):
+    """Serves one file at every address of its own, in two halves so that threads overlap, and counts."""
+
+    def __init__(self, content):
+        self.content, self.num_requests = content, 0
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/x.csv"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.num_requests += 1
+        content = self.server.content
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        for half in (content[: len(content) // 2], content[len(content) // 2 :]):
+            self.wfile.write(half)
+            self.wfile.flush()
+            time.sleep(0.1)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch, tmp_path):
+    """Starts a server of some bytes in place of the public copy of the batters, with an empty cache."""
+    servers = []
+
+    def start(content, sha256=None):
+        servers.append(server := _Server(content))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        sha256 = sha256 or datasets.hashlib.sha256(content).hexdigest()
+        monkeypatch.setitem(datasets.FILES, "small/EfronMorris.csv", (sha256, server.url))
+        return server
+
+    monkeypatch.setattr(datasets, "CACHE", tmp_path)
+    monkeypatch.delenv("NUMPYRO_EBM_DATA", raising=False)
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 def test_mnist_has_its_published_sizes():
@@ -80,11 +140,10 @@ def test_frey_faces_are_read_from_the_original_file_and_checked_by_their_pixels(
     original = io.BytesIO()
     savemat(original, {"ff": images.reshape(1965, 560).T})
     monkeypatch.setenv("NUMPYRO_EBM_DATA", str(tmp_path))
-    monkeypatch.setattr(datasets, "BESIDE", tmp_path)
     monkeypatch.setattr(datasets, "CACHE", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"frey_rawface.mat is in none of .* set NUMPYRO_EBM_DATA"):
+    with pytest.raises(FileNotFoundError, match=r"frey_rawface.mat is neither in .* set NUMPYRO_EBM_DATA"):
         datasets.frey_faces()
-    (tmp_path / "frey").mkdir()
+    (tmp_path / "frey").mkdir(exist_ok=True)
     (tmp_path / "frey" / "frey_rawface.mat").write_bytes(original.getvalue())
     np.testing.assert_array_equal(datasets.frey_faces(), images)
     np.savez(tmp_path / "frey" / "frey_faces.npz", X=images[::-1])
@@ -127,11 +186,38 @@ def test_cifar10_gives_photographs_upright_and_in_color():
 
 
 def test_file_that_is_nowhere_is_named_with_the_fix(monkeypatch, tmp_path):
-    monkeypatch.setenv("NUMPYRO_EBM_DATA", str(tmp_path))
-    monkeypatch.setattr(datasets, "BESIDE", tmp_path)
+    # Catches an error that leaves out one of the two places, the address or the reason.
+    monkeypatch.setattr(datasets, "CACHE", tmp_path / "cache")
+    wanted = "small/EfronMorris.csv is neither in $NUMPYRO_EBM_DATA ({}) nor in " + str(tmp_path / "cache")
+    for folder in (str(tmp_path), ""):
+        monkeypatch.setenv("NUMPYRO_EBM_DATA", folder)
+        with pytest.raises(FileNotFoundError, match=re.escape(wanted.format(folder or "which is not set"))) as caught:
+            datasets.efron_morris()
+        for part in ("no network in tests", "EfronMorris.csv and put it under that name", "set NUMPYRO_EBM_DATA to a folder"):
+            assert part in str(caught.value)
+
+
+def test_download_without_pooch_names_the_extra(monkeypatch, tmp_path):
+    # Catches a ModuleNotFoundError for users who have the files of the package alone.
     monkeypatch.setattr(datasets, "CACHE", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"EfronMorris.csv is in none of .* set NUMPYRO_EBM_DATA"):
+    monkeypatch.delenv("NUMPYRO_EBM_DATA", raising=False)
+    monkeypatch.setitem(sys.modules, "pooch", None)
+    with pytest.raises(FileNotFoundError, match=r"pooch: pip install 'numpyro_ebm\[examples\]'"):
         datasets.efron_morris()
+
+
+def test_only_the_two_named_folders_are_looked_in(monkeypatch, tmp_path):
+    # Catches a third place that the documentation does not name, and the cache preferred to the folder that was named.
+    table = "name,y,p,n\n{},1,1,1\n"
+    for folder in ("cache", "named"):
+        (tmp_path / folder / "small").mkdir(parents=True)
+        (tmp_path / folder / "small" / "EfronMorris.csv").write_text(table.format(folder))
+    monkeypatch.setattr(datasets, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets, "_require_checksum", lambda *args: None)
+    monkeypatch.setenv("NUMPYRO_EBM_DATA", str(tmp_path / "named"))
+    assert datasets.efron_morris().name == ["named"]
+    monkeypatch.delenv("NUMPYRO_EBM_DATA")
+    assert datasets.efron_morris().name == ["cache"]
 
 
 def test_file_with_another_checksum_is_refused(monkeypatch, tmp_path):
@@ -143,24 +229,30 @@ def test_file_with_another_checksum_is_refused(monkeypatch, tmp_path):
         datasets.efron_morris()
 
 
-def test_download_is_kept_whole_in_the_cache(monkeypatch, tmp_path):
-    content = b"name,y,p,n\nSomebody,1,1,1\n"
-
-    class Response:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            return None
-
-        def read(self):
-            return content
-
-    monkeypatch.setattr(datasets.urllib.request, "urlopen", lambda url, timeout: Response())
-    monkeypatch.setattr(datasets, "BESIDE", tmp_path / "none")
-    monkeypatch.setattr(datasets, "CACHE", tmp_path)
-    monkeypatch.delenv("NUMPYRO_EBM_DATA", raising=False)
-    sha256 = datasets.hashlib.sha256(content).hexdigest()
-    monkeypatch.setitem(datasets.FILES, "small/EfronMorris.csv", (sha256, "https://example.org/x.csv"))
-    assert datasets.efron_morris().name == ["Somebody"]
+def test_download_is_kept_whole_in_the_cache(serve, tmp_path):
+    server = serve(b"name,y,p,n\nSomebody,1,1,1\n")
+    assert datasets.efron_morris().name == datasets.efron_morris().name == ["Somebody"]
     assert [path.name for path in (tmp_path / "small").iterdir()] == ["EfronMorris.csv"]
+    assert server.num_requests == 1
+
+
+def test_six_threads_that_fetch_one_file_all_get_it(serve, tmp_path):
+    # Catches a temporary file of one name, which the first to finish moves away from under the others.
+    serve(b"name,y,p,n\nSomebody,1,1,1\n")
+    together = threading.Barrier(6)
+
+    def fetch(_):
+        together.wait()
+        return datasets.efron_morris().name
+
+    with ThreadPoolExecutor(6) as threads:
+        assert list(threads.map(fetch, range(6))) == [["Somebody"]] * 6
+    assert [path.name for path in (tmp_path / "small").iterdir()] == ["EfronMorris.csv"]
+
+
+def test_download_with_another_checksum_is_refused_and_not_kept(serve, tmp_path):
+    # Catches a page of a captive portal kept in the cache as the data.
+    serve(b"<html>", sha256="0" * 64)
+    with pytest.raises(ValueError, match=r"x.csv is not the file that was tested"):
+        datasets.efron_morris()
+    assert list((tmp_path / "small").iterdir()) == []
