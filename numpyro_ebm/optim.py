@@ -133,8 +133,8 @@ def _misfit(name: str, params: Any, error: Exception) -> str:
 def _lack(name: str, needed: str) -> str:
     return (
         f"{name} needs {needed} beside the gradient, which is not given to it here. At most the loss is, by value and as a "
-        "function of the params, and only where the gradient is that of a loss which can be evaluated again: without noise on it, a "
-        "negative phase or a derivative of the step itself. Take an optimizer that needs the gradient alone, such as "
+        "function of the params, and only where the gradient is that of a loss which can be evaluated again: without noise on "
+        "it, a negative phase or a derivative of the step itself. Take an optimizer that needs the gradient alone, such as "
         "optax.adam(1e-3)."
     )
 
