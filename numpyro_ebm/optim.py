@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Langevin dynamics as optax transformations: gradient steps with the noise that makes them sample.
+r"""What is an optimizer, and Langevin dynamics as optax transformations: gradient steps with the noise that makes them sample.
 
 Given the gradient :math:`g` of a potential :math:`U`, they move by a step :math:`h` at temperature :math:`T`, so that the law
 :math:`\propto \exp(-U / T)` is stationary as :math:`h \to 0`. **The temperature is not an argument of theirs.** It belongs to

@@ -516,30 +516,6 @@ def test_normalizer_that_depends_on_a_latent_is_refused():
         BiSM(model, linear_guide, STEP, STEP, ExactScoreMatching()).init(KEY, normal(4, 10))
 
 
-SETTINGS = {
-    "num_inner_steps": (-1, "num_inner_steps must be an integer of 0 or more, got -1"),
-    "num_unroll_steps": (1.5, "num_unroll_steps must be an integer of 0 or more"),
-    "hypergradient": ("exact", "hypergradient must be 'unrolled' or 'implicit', got 'exact'"),
-    "curvature": ("newton", "curvature must be 'hessian' or 'fisher', got 'newton'"),
-    "num_cg_steps": (0, "num_cg_steps must be an integer of 1 or more"),
-    "num_hessian_draws": (0, "num_hessian_draws must be an integer of 1 or more"),
-    "damping": (-1.0, "damping must be a number of 0 or more, got -1.0"),
-    "tol": (-1.0, "tol must be a number of 0 or more, got -1.0"),
-}
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_settings_out_of_range_are_refused(name):
-    value, message = SETTINGS[name]
-    with pytest.raises(ValueError, match=message):
-        BiSM(linear, linear_guide, STEP, STEP, ExactScoreMatching(), **{name: value})
-
-
 def test_fishers_information_is_refused_for_another_divergence():
     with pytest.raises(ValueError, match="curvature='fisher' is that of a Kullback-Leibler divergence"):
         BiSM(linear, linear_guide, STEP, STEP, ExactScoreMatching(), PosteriorFisher(), curvature="fisher")
-
-
-def test_lower_loss_must_be_one():
-    with pytest.raises(TypeError, match="lower_loss must be one of NumPyro's ELBOs"):
-        BiSM(linear, linear_guide, STEP, STEP, ExactScoreMatching(), "elbo")

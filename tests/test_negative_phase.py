@@ -696,12 +696,6 @@ def test_a_mask_made_inside_the_model_is_no_obstacle_to_a_run():
     assert jnp.isfinite(svi.run(jax.random.key(0), 3, y, progress_bar=False).losses).all()
 
 
-@pytest.mark.parametrize("num_chains", [0, -1, 1.5])
-def test_bad_numbers_of_chains_are_refused(num_chains):
-    with pytest.raises(ValueError, match=f"num_chains must be a positive integer, got {num_chains}"):
-        negative_phase(_in_plate, num_chains=num_chains)
-
-
 def test_a_base_without_draws_and_without_initial_chains_is_refused():
     # guards against: chains that start at zero without a word
     def model():

@@ -135,19 +135,9 @@ def test_estimate_refuses_a_gradient_that_it_does_not_have():
     assert (jax.grad(estimate)(jnp.ones((2, 3)), "exact") > 0).all()
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"method": "AIS"}, "method must be 'exact' or 'ais', got 'AIS'"),
-        ({"method": "ais"}, "pass rng_key"),
-        ({"method": "ais", "rng_key": 0, "num_chains": 1}, "num_chains must be an integer of 2 or more, got 1"),
-        ({"method": "ais", "rng_key": 0, "num_temperatures": 1}, "num_temperatures must be an integer of 2 or more, got 1"),
-        ({"method": "ais", "rng_key": 0, "num_temperatures": 10.0}, "got 10.0"),
-    ],
-)
-def test_bad_input_is_named_with_the_fix(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        log_normalizer(_rbm("plain", 2, 3), **kwargs)
+def test_sampling_without_a_key_is_refused_with_the_fix():
+    with pytest.raises(ValueError, match="pass rng_key"):
+        log_normalizer(_rbm("plain", 2, 3), method="ais")
 
 
 def test_other_distributions_are_refused():

@@ -212,20 +212,9 @@ def test_batch_of_one_has_no_spread_of_noise_levels():
         ScoreMatching(observing("v"), SGD, objective).init(KEY, ROW[:1])
 
 
-@pytest.mark.parametrize("batch_size", [0, -1, 2.5, True])
-def test_batch_size_must_be_a_positive_integer(batch_size):
-    with pytest.raises(ValueError, match="batch_size must be an integer of 1 or more"):
-        ScoreMatching(observing("v"), SGD, ExactScoreMatching(), batch_size=batch_size)
-
-
 def test_batch_must_not_be_larger_than_the_data():
     with pytest.raises(ValueError, match="batch_size=301 is more than the 300 rows"):
         ScoreMatching(observing("v"), SGD, ExactScoreMatching(), batch_size=301).init(KEY, ROW)
-
-
-def test_objective_must_be_one():
-    with pytest.raises(TypeError, match="objective must be a score objective"):
-        ScoreMatching(observing("v"), SGD, "dsm")
 
 
 def test_state_of_another_model_is_refused():

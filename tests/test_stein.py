@@ -438,21 +438,9 @@ def test_traced_test_marks_numbers_that_are_not_finite():
     assert jnp.isnan(jax.jit(lambda v: ksd_test(KEY, v, v, num_bootstrap=20).p_value)(jnp.ones((4, 2))))
 
 
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda: RBFKernel(0.0), "bandwidth must be a positive finite number"),
-        (lambda: RBFKernel(float("nan")), "bandwidth must be a positive finite number"),
-        (lambda: IMQKernel(-1.0), "scale must be a positive finite number"),
-        (lambda: IMQKernel(1.0, 0.5), "exponent must be a negative"),
-        (lambda: KernelSteinDiscrepancy(statistic="W"), "statistic must be one of 'U', 'V'"),
-        (lambda: KernelSteinDiscrepancy(pairs="some"), "pairs must be one of 'all', 'halves'"),
-        (lambda: KernelSteinDiscrepancy(RBFKernel(), "V", "halves"), "statistic='V' has every row paired with itself"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(make, words):
-    with pytest.raises(ValueError, match=words):
-        make()
+def test_the_diagonal_of_halves_is_refused():
+    with pytest.raises(ValueError, match="statistic='V' has every row paired with itself"):
+        KernelSteinDiscrepancy(RBFKernel(), "V", "halves")
 
 
 def test_batches_without_pairs_are_refused_before_anything_is_compiled():
@@ -481,8 +469,7 @@ def test_batches_without_pairs_are_refused_before_anything_is_compiled():
         (np.ones((4, 2)), np.ones((4, 1)), {}, r"score has shape \(4, 1\) and v \(4, 2\)"),
         (np.ones((4, 2)), lambda v: v[:, 0], {}, r"score has shape \(4,\) and v \(4, 2\)"),
         (np.ones((4, 2)), lambda v: -v, {}, "remove repeated draws, or give IMQKernel a length"),
-        (np.eye(4), lambda v: -v, {"num_bootstrap": 0}, "num_bootstrap must be a positive integer"),
-        (np.eye(4), lambda v: -v, {"change_probability": 0.0}, r"change_probability must lie in \(0, 0.5\]"),
+        (np.eye(4), lambda v: -v, {"change_probability": 0.7}, "change_probability must be at most 0.5"),
     ],
 )
 def test_data_that_cannot_be_tested_are_refused(v, score, options, words):

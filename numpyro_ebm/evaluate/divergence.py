@@ -216,13 +216,14 @@ def fisher_divergence(
     num_probes = require_count("num_probes", num_probes)
     num_test_probes = None if num_test_probes is None else require_count("num_test_probes", num_test_probes)
     every = math.ceil(num_steps / 50) if validate_every is None else require_count("validate_every", validate_every)
+    transformation = as_transformation(optim)
     _require_splits(splits, batch_size)
     _require_critic(critic, splits["v_train"][0])
     train_key, validation_key, test_key, score_key = jax.random.split(rng_key, 4)
     learned, rest = _partition(critic)
     fixed, static = arrays_and_rest((rest, score))
     setup = _Setup(require_hashable("a part of the critic or of the score", static), optim, batch_size, num_probes)
-    optim_state = as_transformation(optim).init(learned)
+    optim_state = transformation.init(learned)
     for name, v in splits.items():
         _require_scores(name, score, v, _scores(fixed, v, score_key, setup))
 

@@ -47,7 +47,8 @@ class ScoreMatching(ScoreEngine):
     machine, their free energy is the energy.
 
     :param model: a NumPyro model without latent sites.
-    :param optim: an optax transformation, or an optimizer of :mod:`numpyro.optim`.
+    :param optim: an optax transformation, or an optimizer of :mod:`numpyro.optim`. What searches along a line, such as
+        ``optax.lbfgs()``, sees one batch and one noise in every step.
     :param objective: what is minimized: :class:`~numpyro_ebm.ExactScoreMatching`, :class:`~numpyro_ebm.SlicedScoreMatching`,
         :class:`~numpyro_ebm.DenoisingScoreMatching` or :class:`~numpyro_ebm.MultiscaleDenoisingScoreMatching`.
     :param int batch_size: rows of the first argument in every step, drawn with replacement; all of them if not given.
