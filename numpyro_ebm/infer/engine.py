@@ -431,8 +431,8 @@ class _Pace:
 def _require_outermost(given: Any) -> None:
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given)):
         raise TypeError(
-            "run looks at numbers between its chunks, and so cannot be inside jit, vmap or grad: make the steps there by update, in "
-            "a lax.scan."
+            "run looks at numbers between its chunks, and so cannot be inside jit, vmap or grad: make the steps there by update, "
+            "in a lax.scan."
         )
 
 
@@ -450,8 +450,8 @@ def _meshes_explained() -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ == "ShardingTypeError":
             error.add_note(
-                "The arguments lie on a mesh with explicit axes, where JAX wants to be told how the result of this operation, of the "
-                "model or of the engine, is laid out. Make the mesh with automatic axes: "
+                "The arguments lie on a mesh with explicit axes, where JAX wants to be told how the result of this operation, of "
+                "the model or of the engine, is laid out. Make the mesh with automatic axes: "
                 "jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))."
             )
         raise
