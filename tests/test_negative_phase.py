@@ -831,3 +831,32 @@ def test_default_sampler_learns_the_bimodal_prior(bimodal):
     np.testing.assert_allclose(jnp.abs(chains["x"]).mean(), truth, atol=0.1)
     assert 0.35 < (chains["x"] > 0).mean() < 0.65
     np.testing.assert_allclose(chains["acceptance"], 0.574, atol=0.05)
+
+
+# ---- Trouble on accelerators, where no host looks at a step ------------------------------------------------------------
+
+
+def test_a_step_compiled_for_a_gpu_does_not_ask_the_host():
+    # guards against: a report, or a condition around it, for which a GPU waits for the host at every step
+    y = jnp.zeros(3)
+    svi = SVI(_still(_in_plate), AutoNormal(_still(_in_plate)), optax.sgd(0.1), Trace_ELBO())
+    update = jax.jit(svi.update).trace(svi.init(jax.random.key(0), y), y)
+    programs = {platform: update.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda")}
+    assert "callback" in programs["cpu"]
+    assert "callback" not in programs["cuda"]
+
+
+@pytest.mark.parametrize(("status", "is_finite"), [(0, True), (1, True), (2, False), (9, False)])
+def test_chains_in_trouble_make_loss_and_gradient_nan(status, is_finite):
+    # guards against: a fit that goes on where nothing reports: a nan loss is seen, whoever runs the steps
+    model = _still(_in_plate).without_reports()
+    with seed(rng_seed=0), trace() as sites:
+        model(jnp.zeros(2))
+    chains = {**sites["z/chains"]["value"], "status": jnp.int32(status)}
+
+    def log_joint(tilt):
+        data = {"tilt": tilt, "z": jnp.zeros(2), "z/chains": dict(chains)}
+        return log_density(seed(model, jax.random.key(0)), (jnp.zeros(2),), {}, data)[0]
+
+    value, gradient = jax.value_and_grad(log_joint)(0.5)
+    assert jnp.isfinite(value) == jnp.isfinite(gradient) == is_finite
