@@ -27,7 +27,7 @@ from numpyro.handlers import block, seed, substitute, trace
 from numpyro.infer import ELBO
 from numpyro.primitives import Messenger, mutable
 
-from numpyro_ebm._checks import require_bool, require_count, require_instance
+from numpyro_ebm._checks import require_bool, require_count
 from numpyro_ebm._compat import called_by_mcmc, calling_objective, in_subsampled_plate, name_inside
 from numpyro_ebm.distributions.energy import (
     NormalizerError,
@@ -38,9 +38,10 @@ from numpyro_ebm.distributions.energy import (
     without_guard,
 )
 from numpyro_ebm.model_check import check_model
-from numpyro_ebm.program import require_finite
+from numpyro_ebm.program import require_finite, run_program
 from numpyro_ebm.random_field import FIELD, RandomField, record_run
-from numpyro_ebm.samplers import MALA, Sampler
+from numpyro_ebm.samplers import Sampler
+from numpyro_ebm.samplers.base import require_sampler
 
 Message = dict[str, Any]
 
@@ -100,7 +101,8 @@ class negative_phase(Messenger):
     :param int num_chains: chains at each energy site. The variance that they add to the gradient falls as
         ``1 / num_chains``.
     :param sampler: how the chains move, a :class:`~numpyro_ebm.samplers.Sampler`, or a mapping from site names to samplers;
-        10 steps of :class:`~numpyro_ebm.MALA` if not given, of :class:`~numpyro_ebm.BlockGibbs` at the site of an RBM.
+        where none is given, by the ``sampler`` of the site's distribution, and if it has none by 10 steps of
+        :class:`~numpyro_ebm.MALA`, of :class:`~numpyro_ebm.BlockGibbs` at the site of an RBM.
     :param bool persistent: whether chains go on from where the last step left them (persistent contrastive divergence) or
         start afresh from ``initial`` or the base every time (short-run).
     :param init_chains: a mapping from site names to where chains start, of shape ``(num_chains,) + batch_shape +
@@ -154,9 +156,8 @@ class negative_phase(Messenger):
         init_chains: Mapping[str, Array | Mapping[str, Array]] | None = None,
     ) -> None:
         samplers: list[Any] = list(sampler.values()) if isinstance(sampler, Mapping) else [sampler]
-        wanted = "a sampler such as MALA(), or a mapping from site names to samplers"
         for one in samplers if sampler is not None else []:
-            require_instance("sampler", one, ("init", "run"), wanted)
+            require_sampler("sampler", one, ", or a mapping from site names to samplers")
         self.num_chains: int = require_count("num_chains", num_chains, why="every energy site needs chains")
         self.persistent: bool = require_bool("persistent", persistent)
         self.sampler: Sampler | Mapping[str, Sampler] = {} if sampler is None else sampler
@@ -164,6 +165,7 @@ class negative_phase(Messenger):
         self._open: list[tuple[Message, str]] = []
         self._checked: dict[Any, bool | None] = {}  # by the kind of arguments: whether the model is a random field, if known
         self._reports: bool = True
+        self._frozen: bool = False
         super().__init__(fn)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -242,6 +244,8 @@ class negative_phase(Messenger):
     ) -> tuple[dict[str, Array], dict[str, Any]]:
         """Draws of every energy site at fixed parameters, by moving the chains on from a fit.
 
+        Samplers are :meth:`~numpyro_ebm.samplers.Sampler.frozen`: a step that the fit has adapted is held.
+
         :param rng_key: a key of :func:`jax.random.key`.
         :param dict params: values of the :func:`numpyro.param` sites, ``result.params``.
         :param mutable_state: ``result.state.mutable_state``, or ``result`` or ``result.state`` themselves.
@@ -253,10 +257,12 @@ class negative_phase(Messenger):
         num_samples = require_count("num_samples", num_samples)
         mutable_state = getattr(getattr(mutable_state, "state", mutable_state), "mutable_state", mutable_state)
         params = getattr(params, "params", params)
+        held = copy.copy(self)
+        held._open, held._frozen = [], True
 
         def step(state: dict[str, Any], key: Array) -> tuple[dict[str, Any], dict[str, Array]]:
             with trace() as sites, seed(rng_seed=key), substitute(data={**params, **state}), substitute(substitute_fn=_feasible):
-                self(*args, **kwargs)
+                held(*args, **kwargs)
             state = {name: sites[name]["value"] for name in state}
             return state, positions({name: state[name] for name in state if name.endswith("/chains")})
 
@@ -276,8 +282,8 @@ class negative_phase(Messenger):
         :param energy: a :class:`TiltedDistribution`, whose chains are an array, or a :class:`RandomField`, whose are one by site.
         """
         sampler = self._sampler_of(name, energy)
-        log_prob = energy.chain_log_prob(sampler)
-        fresh = sampler.init(energy.to_chain(start, sampler), log_prob)
+        target = energy.chain_log_prob(sampler)
+        fresh = sampler.init(energy.to_chain(start, sampler), target)
         kept = {field: value for field, value in fresh._asdict().items() if field != "position"}
         count = jnp.zeros((), jnp.int32)
         chains = mutable(f"{name_inside(self, name)}/chains", {"x": start, "num_updates": count, "status": count, **kept})
@@ -288,7 +294,7 @@ class negative_phase(Messenger):
             )
         position = energy.to_chain(chains["x"] if self.persistent else start, sampler)
         state = fresh._replace(position=position, **{field: chains[field] for field in kept})
-        state = sampler.run(run_key, log_prob, state)
+        state = sampler.run(run_key, target, state)
         x = lax.stop_gradient(energy.from_chain(state.position, sampler))
         chains.update({"x": x, "num_updates": chains["num_updates"] + 1, **{field: getattr(state, field) for field in kept}})
         log_density: Array = energy._log_density(x)
@@ -306,16 +312,17 @@ class negative_phase(Messenger):
         start = jnp.asarray(self.init_chains[site["name"]])
         if start.shape != shape:
             raise ValueError(f"site '{site['name']}': init_chains has shape {start.shape}, it must be {shape}.")
+        start = energy.as_events(start)
         inside = energy.support(start)
         if not isinstance(inside, jax.core.Tracer) and not inside.all():
             raise ValueError(f"site '{site['name']}': init_chains has values outside the support {energy.support}, or nan.")
         return start
 
-    def _sampler_of(self, name: str, energy: Any = None) -> Sampler:
-        if isinstance(self.sampler, Mapping):
-            default: Sampler = getattr(energy, "chain_sampler", MALA())
-            return self.sampler.get(name, default)
-        return self.sampler
+    def _sampler_of(self, name: str, energy: Any) -> Sampler:
+        """How the chains of a site move: as this handler was told, else as the distribution of the site was."""
+        named = self.sampler.get(name) if isinstance(self.sampler, Mapping) else self.sampler
+        sampler: Sampler = energy.chain_sampler if named is None else named
+        return sampler.frozen() if self._frozen else sampler
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool | None, Exception | None]:
         """What only the whole model shows: which site depends on which, and whether every name given is a site.
@@ -462,12 +469,27 @@ def _report(name: str, sampler: Any, status: int, num_updates: int) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def explain_chains(phase: negative_phase, name: str, status: int) -> str:
-    """What the ``status`` of a site's chains means, and the fix."""
-    return _explain(phase._sampler_of(name), status)
+def explain_chains(
+    phase: negative_phase, name: str, status: int, args: tuple[Any, ...], kwargs: dict[str, Any], data: dict[str, Any]
+) -> str:
+    """What the ``status`` of a site's chains means, and the fix, in the words of the sampler that moves them.
+
+    A status says nothing of its sampler, which the model may give to the site: it is run again, abstractly.
+
+    :param data: values of param and mutable sites.
+    """
+    found: list[Sampler] = []
+
+    def run() -> None:
+        program = run_program(substitute(phase.fn, substitute_fn=_feasible), args, kwargs, jax.random.key(0), data=data)
+        energy = RandomField if name == FIELD else energy_site(program.sites[name]["fn"])
+        found.append(phase._sampler_of(name, energy))
+
+    jax.eval_shape(run)
+    return _explain(found[0], status)
 
 
-def _explain(sampler: Any, status: int) -> str:
+def _explain(sampler: Sampler, status: int) -> str:
     if status == _MIXED_FIELDS:
         return (
             "the rows of its subsampled plate have fields of their own (covariates or parameters differ between rows), so that a "

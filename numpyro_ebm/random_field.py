@@ -11,7 +11,7 @@ the data are free (Tang et al., *Particle dynamics for latent-variable energy-ba
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from numpyro.primitives import Messenger
 from numpyro_ebm._compat import layers
 from numpyro_ebm.distributions.energy import NormalizerError, is_flat
 from numpyro_ebm.program import Model, Program, log_density_terms, per_row, run_program, total, transform_of
+from numpyro_ebm.samplers import MALA, Sampler, Target
 
 FIELD = "random_field"  # the site that its chains and its normalizer are named after
 
@@ -98,6 +99,9 @@ class RandomField:
     :raises ValueError: if a site is masked, or stands outside a subsampled plate.
     """
 
+    chain_sampler: Sampler = MALA()
+    """How its chains move if no sampler is named."""
+
     def __init__(
         self, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], rng_key: Array, seen: record_run, num_chains: int
     ) -> None:
@@ -130,14 +134,17 @@ class RandomField:
         """Positions of a sampler as a pool."""
         return {name: self._transforms[name](value) for name, value in self._by_site(position).items()}
 
-    def chain_log_prob(self, sampler: Any = None) -> Callable[[Array], Array]:
-        """The log density of positions of a sampler, every chain by itself; without gradients in the parameters."""
+    def chain_log_prob(self, sampler: Any = None) -> Target:
+        """The log density of positions of a sampler, every chain by itself; without gradients in the parameters.
+
+        The path to it starts at the flat measure of the supports, which has no normalizer: there is no reference.
+        """
         given = lax.stop_gradient(self._given)
 
-        def log_prob(position: Array) -> Array:
-            return self._log_density_of_chains(self._by_site(position), given).reshape(-1)
+        def log_prob(position: Array, beta: Any) -> Array:
+            return self._log_density_of_chains(self._by_site(position), given, beta).reshape(-1)
 
-        return log_prob
+        return Target(log_prob)
 
     def _log_density(self, x: Values) -> Array:
         """The log density of every replicate as the model scales it, of shape ``(num_replicates,)``.
@@ -161,11 +168,16 @@ class RandomField:
         with block():
             return log_density_terms(*self._call, data=given, latents=x)
 
-    def _log_density_of_chains(self, position: Values, given: dict[str, Any]) -> Array:
-        """Of shape ``(num_replicates, rows)``, without the scale of a subsampled plate: a row's own density has none."""
+    def _log_density_of_chains(self, position: Values, given: dict[str, Any], beta: Any = 1.0) -> Array:
+        """Of shape ``(num_replicates, rows)``, without the scale of a subsampled plate: a row's own density has none.
+
+        :param beta: what the log terms of the model are multiplied by; not so the Jacobians of the transforms.
+        """
+        jacobians = {f"_{name}_log_det" for name in position}
 
         def rows(x: Values) -> Array:
             terms, program = self._terms(x, given)
+            terms = {name: term if name in jacobians else beta * term for name, term in terms.items()}
             return total(terms)[None] if self._plate is None else per_row(terms, program, self._plate)
 
         return jax.vmap(rows)(position)

@@ -39,7 +39,7 @@ from numpyro_ebm import (
 )
 from numpyro_ebm.infer import particle_mmle
 from numpyro_ebm.optim import normal_like
-from numpyro_ebm.samplers import langevin as samplers
+from numpyro_ebm.samplers import unadjusted
 
 Y = np.array([-0.3, 2.2, 1.4, 0.7])  # mean 1
 KEY = jax.random.key(3)
@@ -709,7 +709,7 @@ def _short_run_precision(num_steps, steps):
     @contextmanager
     def exactly():
         loop = SimpleNamespace(scan=_unrolled, stop_gradient=lax.stop_gradient)
-        with mock.patch.object(jax.random, "normal", _Design()), mock.patch.object(samplers, "lax", loop), _fed(_Feed()):
+        with mock.patch.object(jax.random, "normal", _Design()), mock.patch.object(unadjusted, "lax", loop), _fed(_Feed()):
             yield
 
     return roots(resting_drift(make, PAIR, "tau", jnp.log, exactly), 1e-3, 3.0, steps)

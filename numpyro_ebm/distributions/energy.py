@@ -24,10 +24,10 @@ from numpyro.distributions import Distribution, ImproperUniform, biject_to, cons
 from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.distributions.util import sum_rightmost, validate_sample
 
-from numpyro_ebm._checks import require_instance
 from numpyro_ebm._compat import calling_distribution, calling_site, layers
 from numpyro_ebm._pytree import arrays_and_rest, join
-from numpyro_ebm.samplers import MALA, Sampler
+from numpyro_ebm.samplers import MALA, Reference, Sampler, Target
+from numpyro_ebm.samplers.base import require_sampler
 
 
 class NormalizerError(RuntimeError):
@@ -130,8 +130,10 @@ class TiltedDistribution(Distribution):
     :param energy: ``energy(x)``, or ``energy(params, x)`` if ``params`` is given; ``x`` of shape ``event_shape``.
     :param params: parameters of the energy, a pytree of arrays.
     :param tuple batch_shape: leading dimensions of the energy's arrays and of ``params``.
-    :param Sampler sampler: how :meth:`sample` draws; 200 steps of :class:`~numpyro_ebm.MALA` if not given.
+    :param Sampler sampler: how :meth:`sample` draws, and how the chains of :class:`~numpyro_ebm.negative_phase` move unless it
+        is given another; 200 steps of :class:`~numpyro_ebm.MALA` for the former and 10 for the latter if not given.
     :param Distribution initial: where chains start; the base if not given.
+    :raises TypeError: if ``sampler`` is not a :class:`~numpyro_ebm.samplers.Sampler`.
     :raises ValueError: at first use, if the energy does not map one event to one real scalar.
 
     **References**
@@ -161,6 +163,9 @@ class TiltedDistribution(Distribution):
     reparametrized_params: list[str] = []
     is_normalized: bool = False
     """Whether ``log_prob`` includes ``log Z``. A subclass that knows its normalizer says so here."""
+    # If no sampler is given: chains that go on from step to step of a fit need few moves, draws from nothing need many.
+    _default_sampler: Sampler = MALA(num_steps=200)
+    _default_chain_sampler: Sampler = MALA()
 
     def __init__(
         self,
@@ -179,9 +184,8 @@ class TiltedDistribution(Distribution):
             raise TypeError(f"base must be a NumPyro distribution, got {type(base).__name__}: it comes before the energy.")
         if initial is not None and initial.event_shape != base.event_shape:
             raise ValueError(f"initial has event_shape {initial.event_shape}, the base has {base.event_shape}: they must agree.")
-        if sampler is not None:
-            require_instance("sampler", sampler, ("init", "run"), "a sampler such as MALA()")
-        self.base, self.initial, self.params, self.sampler = base, initial, params, sampler
+        self.base, self.initial, self.params = base, initial, params
+        self.sampler = None if sampler is None else require_sampler("sampler", sampler)
         self.guarded = not self.is_normalized
         self._energy_arrays, self._energy_static = arrays_and_rest(energy)
         arrays = jax.tree.leaves((self._energy_arrays, params))
@@ -221,7 +225,7 @@ class TiltedDistribution(Distribution):
         :raises NormalizerError: in the backward pass, if the result is differentiated in anything but ``value``; at once
             if the density is asked for as a component of a mixture or the like, where ``Z`` does not cancel.
         """
-        value = self._events(value)
+        value = self.as_events(value)
         if self.guarded and (whole := calling_distribution((TiltedDistribution,))) is not None:
             raise NormalizerError(
                 f"{_place(calling_site(whole))}: {type(whole).__name__} mixes densities, and the unknown normalizer of an energy "
@@ -246,10 +250,14 @@ class TiltedDistribution(Distribution):
                 f"{_place(calling_site(self))}: a score needs real events, got dtype {jnp.result_type(value)} "
                 f"on the support {self.support}. Convert the value to float, or use a sampler for discrete events."
             )
-        return jax.grad(lambda x: self._log_density(x).sum())(self._events(value))
+        return jax.grad(lambda x: self._log_density(x).sum())(self.as_events(value))
 
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
         """Approximate draws: independent short chains from ``initial``, moved by ``sampler``.
+
+        The default sampler adapts its step to the chains that are drawn together. A single draw is a chain alone, which is then
+        a few percent too narrow (see :class:`~numpyro_ebm.MALA`): ask for many at once, or fix the step,
+        ``sampler=MALA(step_size, 200, adapt=False)``.
 
         :param key: a key of :func:`jax.random.key`.
         :return: of shape ``sample_shape + batch_shape + event_shape``, with gradients stopped.
@@ -259,10 +267,10 @@ class TiltedDistribution(Distribution):
         if num_chains == 0:
             return jnp.zeros(self.shape(tuple(sample_shape)))
         start_key, run_key = jax.random.split(key)
-        sampler = self.sampler or MALA(num_steps=200)
-        log_prob = self.chain_log_prob(sampler)
-        state = sampler.init(self.to_chain(self.initial_chains(start_key, num_chains), sampler), log_prob)
-        state = sampler.run(run_key, log_prob, state)
+        sampler = self._default_sampler if self.sampler is None else self.sampler
+        target = self.chain_log_prob(sampler)
+        state = sampler.init(self.to_chain(self.initial_chains(start_key, num_chains), sampler), target)
+        state = sampler.run(run_key, target, state)
         return lax.stop_gradient(self.from_chain(state.position, sampler)).reshape(self.shape(tuple(sample_shape)))
 
     def initial_chains(self, key: Array, num_chains: int) -> Array:
@@ -272,7 +280,7 @@ class TiltedDistribution(Distribution):
         """
         source = self.base if self.initial is None else self.initial
         try:
-            return source.expand(self.batch_shape).sample(key, (num_chains,))
+            return self.as_events(source.expand(self.batch_shape).sample(key, (num_chains,)))
         except NotImplementedError:
             raise NotImplementedError(
                 f"{_place(calling_site(self))}: chains have nowhere to start, because {type(source).__name__} cannot be sampled. "
@@ -281,29 +289,59 @@ class TiltedDistribution(Distribution):
 
     # A sampler that differentiates moves in unconstrained space, where the density has the Jacobian of the transform.
 
+    @property
+    def chain_sampler(self) -> Sampler:
+        """How the chains of :class:`~numpyro_ebm.negative_phase` move if it names no sampler: by ``sampler``, if it was given."""
+        return self._default_chain_sampler if self.sampler is None else self.sampler
+
     def to_chain(self, value: Array, sampler: Sampler) -> Array:
         """Events as positions of ``sampler``: unconstrained if it uses the score."""
+        value = self.as_events(value)
         return biject_to(self.support).inv(value) if self._unconstrains(sampler) else value
 
     def from_chain(self, position: Array, sampler: Sampler) -> Array:
         """Positions of ``sampler`` as events."""
         return biject_to(self.support)(position) if self._unconstrains(sampler) else position
 
-    def chain_log_prob(self, sampler: Sampler) -> Callable[[Array], Array]:
-        """The log density of positions of ``sampler``."""
-        if not self._unconstrains(sampler):
-            return self._log_density
+    def chain_log_prob(self, sampler: Sampler) -> Target:
+        """The log density of positions of ``sampler``, with the path to it from the base, where that can be sampled."""
+        return Target(self._of_positions(self._log_density, sampler), self._chain_reference(sampler))
+
+    def _chain_reference(self, sampler: Sampler) -> Reference | None:
+        """The distribution at the start of the path, in the space of the chains."""
+        fn = self._reference()
+        if fn is None:
+            return None
+
+        def sample(rng_key: Array, n: int) -> Array:
+            return self.to_chain(fn.expand(self.batch_shape).sample(rng_key, (n,)), sampler)
+
+        return Reference(sample, self._of_positions(fn.log_prob, sampler))
+
+    def _reference(self) -> Distribution | None:
+        """What the density is without its energy; None if that is flat, or itself known up to its normalizer only."""
+        return None if is_flat(self.base) or energy_site(self.base) is not None else self.base
+
+    def _of_positions(self, log_density: Callable[..., Array], sampler: Sampler) -> Callable[..., Array]:
+        """A log density of events as one of positions of ``sampler``."""
+        if not self._unconstrains(sampler):  # nothing keeps its chains in the support but the density
+            return lambda x, *beta: jnp.where(self._is_inside(x), log_density(x, *beta), -jnp.inf)
         transform = biject_to(self.support)
 
-        def log_prob(position: Array) -> Array:
+        def of_position(position: Array, *beta: Any) -> Array:
             value = transform(position)
             log_det = transform.log_abs_det_jacobian(position, value)
-            return self._log_density(value) + sum_rightmost(log_det, self.event_dim - transform.codomain.event_dim)
+            return log_density(value, *beta) + sum_rightmost(log_det, self.event_dim - transform.codomain.event_dim)
 
-        return log_prob
+        return of_position
+
+    def _is_inside(self, value: Array) -> Array:
+        """Whether events lie in the support, which may be one of their elements."""
+        inside = self.support(value)
+        return inside.reshape((*value.shape[: value.ndim - self.event_dim], -1)).all(-1)
 
     def _unconstrains(self, sampler: Sampler) -> bool:
-        if not getattr(sampler, "uses_score", False):
+        if not sampler.uses_score:
             return False
         if self.support.is_discrete:
             raise NotImplementedError(
@@ -320,7 +358,11 @@ class TiltedDistribution(Distribution):
             unguarded.base = without_guard(self.base)
         return unguarded
 
-    def _events(self, value: Array) -> Array:
+    def as_events(self, value: Any) -> Array:
+        """``value`` as an array of events: real numbers, whatever they were given as, unless the support is discrete.
+
+        :raises ValueError: if its shape does not end in ``event_shape``.
+        """
         value = jnp.asarray(value)
         shape = value.shape[max(value.ndim - self.event_dim, 0) :]
         if shape != self.event_shape:
@@ -331,8 +373,8 @@ class TiltedDistribution(Distribution):
             value = value.astype(jnp.result_type(float))
         return value
 
-    def _log_density(self, value: Array) -> Array:
-        """``log b(x) - E(x)`` of a batch of events, unguarded."""
+    def _log_density(self, value: Array, beta: Any = 1.0) -> Array:
+        """``log b(x) - beta E(x)`` of a batch of events, unguarded."""
         energy_batch = self._energy_batch_shape
         batch = lax.broadcast_shapes(value.shape[: value.ndim - self.event_dim], energy_batch)
         arrays = (self._energy_arrays, self.params)
@@ -345,7 +387,7 @@ class TiltedDistribution(Distribution):
             arrays = jax.tree.map(lambda a: jnp.reshape(a, sizes + jnp.shape(a)[jnp.ndim(a) - next(ndims) :]), arrays)
         for is_stacked in stacked:
             energy = jax.vmap(energy, in_axes=(0 if is_stacked else None, 0))
-        return self.base.log_prob(value) - energy(arrays, jnp.broadcast_to(value, batch + self.event_shape))
+        return self.base.log_prob(value) - beta * energy(arrays, jnp.broadcast_to(value, batch + self.event_shape))
 
     def _energy_of_event(self, arrays: tuple[list[Any], Any], x: Array) -> Array:
         energy_arrays, params = arrays
@@ -392,7 +434,8 @@ class EnergyDistribution(TiltedDistribution):
     :param support: a NumPyro constraint on one event, or on its elements; the reals if not given.
     :param params: parameters of the energy, a pytree of arrays.
     :param tuple batch_shape: leading dimensions of the energy's arrays and of ``params``.
-    :param Sampler sampler: how :meth:`~TiltedDistribution.sample` draws; 200 steps of :class:`~numpyro_ebm.MALA` if not given.
+    :param Sampler sampler: how :meth:`~TiltedDistribution.sample` draws, and how the chains of
+        :class:`~numpyro_ebm.negative_phase` move unless it is given another; :class:`~numpyro_ebm.MALA` if not given.
     :param Distribution initial: where chains start.
     :raises ValueError: at first use, if the energy does not map one event to one real scalar.
 

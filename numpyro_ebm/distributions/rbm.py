@@ -26,7 +26,7 @@ from numpyro.distributions import BernoulliLogits, Distribution, Normal, constra
 
 from numpyro_ebm._checks import require_one_of
 from numpyro_ebm.distributions.energy import EnergyDistribution
-from numpyro_ebm.samplers import BlockGibbs, Sampler
+from numpyro_ebm.samplers import BlockGibbs, Reference, Sampler, Target
 
 MAX_ENUMERATED_UNITS = 20
 
@@ -39,8 +39,8 @@ class RestrictedBoltzmannMachine(EnergyDistribution):
     Shapes: ``d`` visible and ``m`` hidden units; every parameter may lead with batch dimensions, which broadcast.
     """
 
-    chain_sampler: Sampler = BlockGibbs()
-    """How the chains of :class:`~numpyro_ebm.negative_phase` move if it is given no sampler."""
+    _default_sampler = BlockGibbs(num_steps=1000)
+    _default_chain_sampler = BlockGibbs()
 
     def __init__(
         self,
@@ -51,19 +51,19 @@ class RestrictedBoltzmannMachine(EnergyDistribution):
         initial: Distribution | None,
         validate_args: bool | None,
     ) -> None:
-        *batch_shape, num_visible, num_hidden = params["weights"].shape
+        *batch_shape, num_visible, _ = params["weights"].shape
         super().__init__(
             type(self).free_energy,  # named for what it is: this class maps it over batches itself, in _log_density
             (num_visible,),
             support=support,
             params=params,
             batch_shape=tuple(batch_shape),
-            sampler=BlockGibbs(num_steps=1000) if sampler is None else sampler,
+            sampler=sampler,
             initial=initial,
             validate_args=validate_args,
         )
         if initial is None:
-            self.initial = self.visible_given_hidden(jnp.zeros(num_hidden, self.weights.dtype))
+            self.initial = self.uncoupled_visible()
 
     @property
     def weights(self) -> Array:
@@ -113,7 +113,7 @@ class RestrictedBoltzmannMachine(EnergyDistribution):
 
         :param v: of shape ``sample_shape + batch_shape + (d,)``.
         """
-        v = self._real(self._events(v))
+        v = self._real(self.as_events(v))
         return self.hidden_bias + jnp.einsum("...i,...ij->...j", v, self._coupling_weights)
 
     def energy(self, v: Array, h: Array) -> Array:
@@ -123,7 +123,7 @@ class RestrictedBoltzmannMachine(EnergyDistribution):
         :param h: hidden units, of shape ``sample_shape + batch_shape + (m,)``; relaxed ones are taken as they are.
         :return: of shape ``sample_shape + batch_shape``.
         """
-        v, h = self._real(self._events(v)), self._hidden(h)
+        v, h = self._real(self.as_events(v)), self._hidden(h)
         return self._visible_energy(v) - (self.hidden_bias * h).sum(-1) - (v * self._field(h)).sum(-1)
 
     def free_energy(self, v: Array) -> Array:
@@ -132,7 +132,7 @@ class RestrictedBoltzmannMachine(EnergyDistribution):
         :param v: of shape ``sample_shape + batch_shape + (d,)``.
         :return: of shape ``sample_shape + batch_shape``.
         """
-        return self._visible_energy(self._real(self._events(v))) - softplus(self.hidden_logits(v)).sum(-1)
+        return self._visible_energy(self._real(self.as_events(v))) - softplus(self.hidden_logits(v)).sum(-1)
 
     def log_normalizer(self) -> Array:
         r""":math:`\log Z`, exact, by enumerating the hidden layer (or the visible one, if it is binary and smaller).
@@ -155,9 +155,20 @@ class RestrictedBoltzmannMachine(EnergyDistribution):
         num_visible, num_hidden = self.weights.shape[-2:]
         return num_hidden * math.log(2) + self._log_partition(jnp.zeros(num_visible, self.weights.dtype))
 
-    def chain_log_prob(self, sampler: Sampler) -> Callable[[Array], Array]:
-        """The log density of positions of ``sampler``, with the conditionals that :class:`~numpyro_ebm.BlockGibbs` draws from."""
-        return super().chain_log_prob(sampler) if self._unconstrains(sampler) else _LayeredLogProb(self)
+    def uncoupled_visible(self) -> Distribution:
+        """The distribution of the visible units at :math:`W = 0, c = 0`, where the layers are independent."""
+        return self.visible_given_hidden(jnp.zeros(self.weights.shape[-1], self.weights.dtype))
+
+    def chain_log_prob(self, sampler: Sampler) -> Target:
+        r"""The log density of positions of ``sampler``, with the conditionals that :class:`~numpyro_ebm.BlockGibbs` draws from.
+
+        The path to it scales :math:`W` and :math:`c` by :math:`\beta`, from the uncoupled machine.
+        """
+        log_prob, reference = self._of_positions(self._log_density, sampler), self._chain_reference(sampler)
+        return Target(log_prob, reference) if self._unconstrains(sampler) else _LayeredTarget(log_prob, reference, self)
+
+    def _reference(self) -> Distribution:
+        return lax.stop_gradient(self.uncoupled_visible())
 
     def _enumerated_layer(self) -> tuple[int, Callable[[Array], Array]]:
         """A layer to enumerate: its number of units, and the log of the other layer's sum at given states of it."""
@@ -167,8 +178,8 @@ class RestrictedBoltzmannMachine(EnergyDistribution):
 
         return self.weights.shape[-1], log_weight
 
-    def _log_density(self, value: Array) -> Array:
-        return -self.free_energy(value)
+    def _log_density(self, value: Array, beta: Any = 1.0) -> Array:
+        return softplus(beta * self.hidden_logits(value)).sum(-1) - self._visible_energy(self._real(self.as_events(value)))
 
     def _field(self, h: Array) -> Array:
         """:math:`W h`, what the hidden units do to the visible ones."""
@@ -185,16 +196,18 @@ class RestrictedBoltzmannMachine(EnergyDistribution):
         return units if jnp.issubdtype(units.dtype, jnp.floating) else units.astype(self.weights.dtype)
 
 
-class _LayeredLogProb:
-    """A log density of visible units that can also draw each layer. The draws have no gradient in the parameters."""
+class _LayeredTarget(Target):
+    """The density of visible units, with each layer given the other. What is drawn has no gradient in the parameters."""
 
-    def __init__(self, rbm: RestrictedBoltzmannMachine) -> None:
-        fixed = lax.stop_gradient(rbm)
-        self._log_density = rbm._log_density
-        self.hidden_given_visible, self.visible_given_hidden = fixed.hidden_given_visible, fixed.visible_given_hidden
+    def __init__(self, log_prob: Callable[..., Array], reference: Reference | None, rbm: RestrictedBoltzmannMachine) -> None:
+        super().__init__(log_prob, reference)
+        self._rbm: RestrictedBoltzmannMachine = lax.stop_gradient(rbm)
 
-    def __call__(self, v: Array) -> Array:
-        return self._log_density(v)
+    def hidden_given_visible(self, v: Array) -> Distribution:
+        return BernoulliLogits(self.beta * self._rbm.hidden_logits(v)).to_event(1)
+
+    def visible_given_hidden(self, h: Array) -> Distribution:
+        return self._rbm.visible_given_hidden(self.beta * self._rbm._hidden(h))
 
 
 class GaussianBernoulliRBM(RestrictedBoltzmannMachine):
@@ -218,7 +231,8 @@ class GaussianBernoulliRBM(RestrictedBoltzmannMachine):
     :param hidden_bias: :math:`c`, of shape ``(m,)``.
     :param scale: :math:`\sigma`, a number or of shape ``(d,)``.
     :param str coupling: ``"plain"`` or ``"scaled"``.
-    :param Sampler sampler: how :meth:`sample` draws; 1000 sweeps of :class:`~numpyro_ebm.BlockGibbs` if not given.
+    :param Sampler sampler: how :meth:`sample` draws, and how the chains of :class:`~numpyro_ebm.negative_phase` move unless it
+        is given another; 1000 sweeps of :class:`~numpyro_ebm.BlockGibbs` for the former and 10 for the latter if not given.
     :param Distribution initial: where chains start; :math:`N(b, \sigma^2)` if not given.
     :raises ValueError: if shapes disagree, a parameter is not finite, or ``scale`` is not positive.
 
@@ -300,7 +314,8 @@ class BernoulliRBM(RestrictedBoltzmannMachine):
     :param weights: :math:`W`, of shape ``(d, m)``.
     :param visible_bias: :math:`b`, of shape ``(d,)``.
     :param hidden_bias: :math:`c`, of shape ``(m,)``.
-    :param Sampler sampler: how :meth:`sample` draws; 1000 sweeps of :class:`~numpyro_ebm.BlockGibbs` if not given.
+    :param Sampler sampler: how :meth:`sample` draws, and how the chains of :class:`~numpyro_ebm.negative_phase` move unless it
+        is given another; 1000 sweeps of :class:`~numpyro_ebm.BlockGibbs` for the former and 10 for the latter if not given.
     :param Distribution initial: where chains start; independent units with logits :math:`b` if not given.
     :raises ValueError: if shapes disagree or a parameter is not finite.
 

@@ -30,7 +30,7 @@ from numpyro.handlers import scale, uncondition
 from numpyro.infer import TraceMeanField_ELBO
 from numpyro.infer.elbo import ELBO
 
-from numpyro_ebm._checks import require_bool, require_count, require_instance, require_nonnegative, require_one_of, require_positive
+from numpyro_ebm._checks import require_bool, require_count, require_nonnegative, require_one_of, require_positive
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.infer.engine import Engine, compiled
 from numpyro_ebm.infer.rows import first_batch, random_batch
@@ -54,6 +54,7 @@ from numpyro_ebm.program import (
     unconstrain_params,
 )
 from numpyro_ebm.samplers import Sampler
+from numpyro_ebm.samplers.base import real_positions, require_sampler
 
 UPPER_LOSSES = ("difference", "softplus", "hinge")
 VARIANTS = ("exact", "offset", "complete")
@@ -226,8 +227,6 @@ class BiDVL(Engine):
                 "num_unroll_steps needs upper_loss='difference' and no variant='complete': otherwise encoder and generator are "
                 "not at rest where the upper level looks, and its gradient would not be the likelihood's. Leave it out."
             )
-        if sampler is not None:
-            require_instance("sampler", sampler, ("init", "run"), "a sampler such as MALA()")
         if sampler is not None and num_unroll_steps:
             raise ValueError(
                 "sampler does not go with num_unroll_steps: moved visibles have no gradient, so that the upper level could not "
@@ -238,7 +237,7 @@ class BiDVL(Engine):
         self.energy, self.encoder, self.generator = energy, encoder, generator
         self.model, self.guide = generator, encoder  # as SVI calls them
         self.optim, self.encoder_optim, self.generator_optim = optim, encoder_optim, generator_optim
-        self.sampler = sampler
+        self.sampler = None if sampler is None else require_sampler("sampler", sampler)
         self.elbo = TraceMeanField_ELBO() if elbo is None else elbo
         self._energy = unnormalized(energy)
         optims = {"optim": optim, "encoder_optim": encoder_optim, "generator_optim": generator_optim}
@@ -290,8 +289,7 @@ class BiDVL(Engine):
         :return: of the shape of the first argument.
         :raises ValueError: naming the site, if the visible is bounded, where chains would leave its support.
         """
-        require_instance("sampler", sampler, ("init", "run"), "a sampler such as MALA()")
-        return self._refined(state, ((rng_key, *args), kwargs), {"sampler": sampler})
+        return self._refined(state, ((rng_key, *args), kwargs), {"sampler": require_sampler("sampler", sampler)})
 
     def _energies_now(self, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
         return _Levels(self, state, args, kwargs).energies(state.theta, args[0], state.mutable_state)[0]
@@ -570,7 +568,7 @@ class _Levels:
     def move(self, sampler: Sampler, theta: Params, v: Array, mutable: Mutable, rng_key: Array) -> Array:
         """Visibles after a run of a sampler on the energy, each a chain of its own; without gradient."""
         _require_real(self.visible, self.support)
-        theta, v = stop_gradient((theta, v))
+        theta, v = stop_gradient((theta, real_positions(v)))
 
         def log_prob(v: Array) -> Array:
             return -self.energies(theta, v, mutable)[0]

@@ -113,7 +113,7 @@ class Engine(ABC):
         """What to do about numbers that are no longer finite."""
         return "Take a smaller learning rate, or clip the gradient (optax.clip_by_global_norm)."
 
-    def _warnings(self, state: State) -> list[str]:
+    def _warnings(self, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         """What to warn of between two chunks."""
         return []
 
@@ -211,7 +211,7 @@ class Engine(ABC):
                 pace.tell(len(record.loss))
                 if bad:
                     raise self._error(state, bad, log.done + 1, args, kwargs)
-                for message in set(self._warnings(state)) - warned:
+                for message in set(self._warnings(state, args, kwargs)) - warned:
                     warnings.warn(message, stacklevel=2)
                     warned.add(message)
                 bar.update(len(record.loss))

@@ -9,7 +9,6 @@ product over the rows of a plate, every row is accepted by itself and has a step
 shrink with the number of data.
 """
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 from numpyro.infer import NUTS, init_to_sample
 
-from numpyro_ebm._checks import require_count, require_instance
+from numpyro_ebm._checks import require_count
 from numpyro_ebm.distributions.energy import NormalizerError, energy_site
 from numpyro_ebm.handlers import negative_phase, unnormalized
 from numpyro_ebm.optim import apply_gradient, as_transformation
@@ -43,6 +42,7 @@ from numpyro_ebm.program import (
     whole_plates,
 )
 from numpyro_ebm.samplers import MALA, Sampler
+from numpyro_ebm.samplers.base import require_sampler
 
 Latents = dict[str, Array]
 
@@ -434,7 +434,8 @@ class Posterior:
             shape = (number, *jnp.shape(self.program.sites[name]["value"]))
             if jnp.shape(value) != shape:
                 raise ValueError(f"site '{name}': start has shape {jnp.shape(value)}, with {counted}={number} it must be {shape}.")
-        given = {name: jnp.asarray(value) for name, value in start.items()}
+        dtypes = {name: jnp.result_type(self.program.sites[name]["value"]) for name in start}
+        given = {name: jnp.asarray(value, dtypes[name]) for name, value in start.items()}  # integers would not move
         latents = jax.jit(jax.vmap(lambda values: self.draw(self.rng_key, lambda site: values[site["name"]])))(given)
         for name, position in latents.items():
             if not np.isfinite(position).all():
@@ -470,8 +471,8 @@ def draw_posterior(
 ) -> tuple[Posterior, Latents]:
     """The posterior and unconstrained draws of it, ``(num_chains, num_samples) + ...``; see :func:`sample_posterior`."""
     sampler = MALA() if sampler is None else sampler
-    if sampler != "nuts":
-        require_instance("sampler", sampler, ("init", "run"), "a sampler such as MALA(), or 'nuts'")
+    if not isinstance(sampler, str) or sampler != "nuts":
+        require_sampler("sampler", sampler, ", or 'nuts'")
     num_samples, thinning = require_count("num_samples", num_samples), require_count("thinning", thinning)
     num_warmup = require_count("num_warmup", num_warmup, least=1 if sampler == "nuts" else 0)
     model_key, start_key, run_key = jax.random.split(rng_key, 3)
@@ -498,7 +499,7 @@ def draw_posterior(
 
 def _run_sampler(
     rng_key: Array,
-    sampler: Any,
+    sampler: Sampler,
     log_density: Callable[[Array], Array],
     positions: Array,
     num_warmup: int,
@@ -506,7 +507,7 @@ def _run_sampler(
     thinning: int,
 ) -> tuple[Array, Array]:
     """Draws of a sampler, whose step is adapted in the warmup and held afterwards: a step that goes on to adapt is no chain."""
-    held = dataclasses.replace(sampler, adapt=False) if getattr(sampler, "adapt", False) else sampler
+    held = sampler.frozen()
 
     def warm(state: Any, key: Array) -> tuple[Any, None]:
         return sampler.run(key, log_density, state), None
@@ -521,8 +522,7 @@ def _run_sampler(
     warm_key, draw_key = jax.random.split(rng_key)
     state = lax.scan(warm, sampler.init(positions, log_density), jax.random.split(warm_key, num_warmup))[0]
     state, draws = lax.scan(draw, state, jax.random.split(draw_key, num_samples))
-    status = sampler.check(state) if hasattr(sampler, "check") else jnp.zeros((), jnp.int32)
-    return jnp.moveaxis(draws, 1, 0), status
+    return jnp.moveaxis(draws, 1, 0), sampler.check(state)
 
 
 def _run_nuts(
@@ -559,7 +559,7 @@ def _run_nuts(
     return draws, diverging.sum()
 
 
-def _explain(sampler: Any, status: int, num_transitions: int) -> str:
-    if sampler == "nuts":
+def _explain(sampler: Sampler | Literal["nuts"], status: int, num_transitions: int) -> str:
+    if isinstance(sampler, str):
         return f"{status} of {num_transitions} transitions of NUTS diverged: the draws may miss where the posterior is narrow."
     return f"{sampler.explain(status)}."

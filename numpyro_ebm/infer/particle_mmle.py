@@ -610,11 +610,11 @@ class ParticleMMLE(Engine):
     def _step_size(self, state: ParticleState) -> Any:
         return self.step_size(state.num_steps) if callable(self.step_size) else self.step_size
 
-    def _warnings(self, state: ParticleState) -> list[str]:
+    def _warnings(self, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         found = []
         for name, status in _chain_status(state.mutable_state).items():
             if int(status) == 1:
-                found.append(f"site '{name}': {explain_chains(self._phase, name, 1)}")
+                found.append(self._explain_chains(name, 1, state, args, kwargs))
         if self.dynamics is None:
             for name, ratio in state.stiffness.items():
                 if (worst := float(jnp.max(ratio))) > STIFF:
@@ -625,6 +625,10 @@ class ParticleMMLE(Engine):
                     )
         return found
 
+    def _explain_chains(self, name: str, status: int, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        data = {**state.params, **state.mutable_state}
+        return f"site '{name}': {explain_chains(self._phase, name, status, args, kwargs, data)}"
+
     def _explain(
         self, state: ParticleState, bad: dict[Part, int], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[str, str]:
@@ -632,7 +636,7 @@ class ParticleMMLE(Engine):
             if part.kind == "plate":
                 return f"{part} are out of range, or not in order.", ""
             if part.kind == "chains":
-                return f"site '{part.site}': {explain_chains(self._phase, part.site, code)}", ""
+                return self._explain_chains(part.site, code, state, args, kwargs), ""
         what, _ = super()._explain(state, bad, args, kwargs)
         limit = self.stability_limit(state, *args, **kwargs)
         h = float(self._step_size(state))

@@ -208,7 +208,7 @@ class VaGES(BilevelEngine):
                 "sample a real latent and transform it with numpyro.deterministic."
             )
 
-    def _warnings(self, state: VaGESState) -> list[str]:
+    def _warnings(self, state: VaGESState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         if not self.importance_weighted or state.effective_sample_size >= DEGENERATE:
             return []
         return [

@@ -9,25 +9,26 @@ Within a layer the units of a restricted Boltzmann machine are independent given
 population is two matrix products and has no step size, no rejection and no score: it also moves binary events.
 """
 
-import numbers
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jax import Array, lax
 from numpyro.distributions import Distribution
 
-from numpyro_ebm.samplers.langevin import LogProb
+from numpyro_ebm._checks import require_count
+from numpyro_ebm.samplers.base import LogProb, Sampler
 
 
+@runtime_checkable
 class Layers(Protocol):
-    """What block Gibbs needs to know of a law of two layers: each given the other, as NumPyro distributions."""
+    """What block Gibbs needs to know of two layers: the distribution of each given the other."""
 
     def hidden_given_visible(self, v: Array) -> Distribution:
-        """The law of the hidden units at visible units ``v``."""
+        """The distribution of the hidden units at visible units ``v``."""
 
     def visible_given_hidden(self, h: Array) -> Distribution:
-        """The law of the visible units at hidden units ``h``."""
+        """The distribution of the visible units at hidden units ``h``."""
 
 
 def block_gibbs(rng_key: Array, layers: Layers, v: Array, num_steps: int = 1) -> Array:
@@ -70,15 +71,15 @@ class BlockGibbsState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BlockGibbs:
+class BlockGibbs(Sampler):
     """Block Gibbs as a sampler: ``num_steps`` sweeps over both layers in one run. The default of the RBMs.
 
-    It moves sites whose distribution gives the law of each layer at the other (:class:`~numpyro_ebm.GaussianBernoulliRBM`,
+    It moves sites of two layers, each of which can be drawn given the other (:class:`~numpyro_ebm.GaussianBernoulliRBM`,
     :class:`~numpyro_ebm.BernoulliRBM`). Under :class:`~numpyro_ebm.negative_phase` its chains are persistent contrastive
     divergence.
 
     :param int num_steps: sweeps in one run; 0 leaves the chains where they are.
-    :raises ValueError: if ``num_steps`` is not a natural number.
+    :raises ValueError: if ``num_steps`` is not an integer of 0 or more.
 
     **References**
 
@@ -94,29 +95,27 @@ class BlockGibbs:
     """
 
     num_steps: int = 10
-    uses_score: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_steps, numbers.Integral) or isinstance(self.num_steps, bool) or self.num_steps < 0:
-            raise ValueError(f"num_steps must be a natural number, got {self.num_steps!r}.")
+        object.__setattr__(self, "num_steps", require_count("num_steps", self.num_steps, least=0))
 
-    def init(self, position: Array, log_prob: LogProb | None = None) -> BlockGibbsState:
+    def init(self, position: Array, target: LogProb | None = None) -> BlockGibbsState:
         """The state of chains that stand at ``position``, of shape ``(num_chains,) + batch_shape + (num_visible,)``."""
         return BlockGibbsState(position)
 
-    def run(self, rng_key: Array, log_prob: Any, state: BlockGibbsState) -> BlockGibbsState:
+    def run(self, rng_key: Array, target: Any, state: BlockGibbsState) -> BlockGibbsState:
         """``num_steps`` sweeps of every chain.
 
         :param rng_key: a key of :func:`jax.random.key`.
-        :param log_prob: the log density of a law of two layers, with the methods of :class:`Layers`.
+        :param target: the log density of one of two layers, with the methods of :class:`Layers`.
         :param state: where the chains stand.
         :return: the state after the last sweep, with gradients stopped.
-        :raises TypeError: if ``log_prob`` has no layers.
+        :raises TypeError: if ``target`` has no layers.
         """
-        if not hasattr(log_prob, "hidden_given_visible"):
+        if not isinstance(target, Layers):
             raise TypeError(
                 "BlockGibbs draws each layer of an RBM given the other, and this energy has no layers. "
                 "Use GaussianBernoulliRBM or BernoulliRBM, or another sampler, such as MALA()."
             )
         position = lax.stop_gradient(state.position)
-        return BlockGibbsState(lax.stop_gradient(block_gibbs(rng_key, log_prob, position, self.num_steps)))
+        return BlockGibbsState(lax.stop_gradient(block_gibbs(rng_key, target, position, self.num_steps)))
