@@ -9,7 +9,7 @@ draws, make each term of the engine its expectation.
 """
 
 import itertools
-from typing import Any, NamedTuple
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 from numpyro_ebm import MALA, BiDVL, EnergyDistribution
 from numpyro_ebm.infer.bidvl import UPPER_LOSSES, VARIANTS, _Levels, contrast, energy_weights
+from numpyro_ebm.samplers import Sampler
 
 KEY = jax.random.key(11)
 STEP = optax.sgd(1.0)  # so that a step is the gradient
@@ -292,17 +293,11 @@ def test_without_noise_visibles_are_means():
     np.testing.assert_allclose(levels.lower(*blocks(state), {}, KEY)[0], closed, rtol=1e-12)
 
 
-class Descent(NamedTuple):
-    """A sampler without noise, and its own state: a step of ``rate`` down the energy."""
+class Descent(Sampler):
+    """A sampler of a user's own, without noise: a step of .8 down the energy."""
 
-    position: Any = None
-    rate: float = 0.8
-
-    def init(self, position, log_prob):
-        return self._replace(position=position)
-
-    def run(self, rng_key, log_prob, state):
-        return self.init(state.position + self.rate * jax.grad(lambda v: log_prob(v).sum())(state.position), log_prob)
+    def run(self, rng_key, target, state):
+        return state._replace(position=state.position + 0.8 * jax.grad(lambda v: target(v).sum())(state.position))
 
 
 def test_sampler_moves_generated_visibles_for_the_upper_level_alone():
@@ -627,6 +622,26 @@ def test_refined_visibles_have_the_law_of_the_energy(fitted):
     assert_mean(v, 0.3)
     assert_mean((v - 0.3) ** 2, 0.49)
     assert (engine.refine(KEY, state, MALA(0.3, num_steps=0), jnp.full(3, 3.0)) == 3.0).all()
+
+
+def test_refinement_of_whole_numbers_moves_them(fitted):
+    """Catches chains that stand still because every move is cut to an integer."""
+    engine, state = fitted
+    for sampler in (MALA(0.3, num_steps=20), Descent()):
+        v = engine.refine(KEY, state, sampler, jnp.arange(3))
+        assert jnp.issubdtype(v.dtype, jnp.floating)
+        assert (v != jnp.arange(3)).all()
+
+
+@pytest.mark.parametrize("sampler", [None, MALA, SimpleNamespace(init=len, run=len)])
+def test_what_is_no_sampler_is_refused(fitted, sampler):
+    """Catches an error about a missing attribute from deep inside the compiled run."""
+    engine, state = fitted
+    with pytest.raises(TypeError, match=r"sampler must be a sampler such as MALA\(\), got"):
+        engine.refine(KEY, state, sampler, jnp.zeros(3))
+    if sampler is not None:
+        with pytest.raises(TypeError, match=r"sampler must be a sampler such as MALA\(\), got"):
+            engine_of(sampler=sampler)
 
 
 def test_refinement_is_refused_where_it_would_leave_the_support(fitted):

@@ -257,7 +257,7 @@ def test_persistent_contrastive_divergence_learns_the_maximum_likelihood():
 
 @pytest.mark.parametrize("num_steps", [-1, 1.5, True, "3"])
 def test_number_of_sweeps_must_be_natural(num_steps):
-    with pytest.raises(ValueError, match=f"num_steps must be a natural number, got {num_steps!r}"):
+    with pytest.raises(ValueError, match=f"num_steps must be an integer of 0 or more, got {num_steps!r}"):
         BlockGibbs(num_steps)
 
 

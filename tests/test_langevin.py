@@ -14,7 +14,7 @@ from blackjax.mcmc import mala
 
 from numpyro_ebm import MALA, UnadjustedLangevin
 from numpyro_ebm.samplers import MALAState, UnadjustedLangevinState
-from numpyro_ebm.samplers.langevin import ADAPTATION_GAIN
+from numpyro_ebm.samplers.mala import ADAPTATION_GAIN
 
 KEY = jax.random.key(20)
 
@@ -251,6 +251,19 @@ def test_mala_adapts_from_steps_far_too_small_and_too_large():
     assert log_steps[2] < log_steps[0] - 0.3
 
 
+def test_mala_without_adaptation_makes_every_step_alike_and_frozen_frees_stuck_chains_still():
+    # Catches a quarter of the steps shrunk where a fixed step was asked for: on a flat density every square is 2h on average,
+    # and E[x^4] = 3 (2h)^2; and a frozen sampler that loses its small steps, without which a chain that is stuck stays so.
+    assert MALA(adapt=False) == MALA(adapt=False, small_steps=0.0)
+    assert MALA().frozen() == MALA(adapt=False, small_steps=0.25)
+    assert MALA(small_steps=0.1).frozen().small_steps == 0.1
+    sampler, n = MALA(step_size=0.5, num_steps=1, adapt=False), 20_000
+    init = sampler.init(jnp.zeros(1))
+    x = jax.vmap(lambda key: sampler.run(key, jnp.zeros_like, init).position[0])(jax.random.split(KEY, n))
+    assert_moments(x, 0.0, 1.0)
+    assert abs((x**4).mean() - 3) < 4.5 * np.sqrt(96 / n)
+
+
 def test_mala_without_adaptation_keeps_the_step():
     # Catches an adapt flag that is not read: the chain would no longer be reversible.
     sampler = MALA(step_size=2.0, num_steps=20, adapt=False)
@@ -453,6 +466,25 @@ def test_float32_chains_on_a_float64_density_stay_float32(cls):
         precision = jnp.ones((), jnp.float64)
         state = moved(sampler, quadratic(precision), sampler.init(jnp.ones(3, jnp.float32)))
         assert state.position.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("cls", SAMPLERS)
+def test_chains_of_half_precision_stay_so(cls, dtype):
+    # Catches a run that ends in float32, which a scan over runs refuses.
+    sampler = cls(num_steps=2)
+    state = moved(sampler, quadratic(1.0), sampler.init(jnp.ones(3, dtype)))
+    assert jax.tree.map(jnp.result_type, state) == jax.tree.map(jnp.result_type, sampler.init(jnp.ones(3, dtype)))
+    assert state.position.dtype == dtype
+    assert (state.position != 1).any()
+
+
+def test_mala_adapts_at_half_precision_as_at_single():
+    # Catches log h in bfloat16, whose digits end where a single adaptation begins: the step would stay at 1e-3.
+    sampler = MALA(step_size=1e-3, num_steps=200)
+    steps = [moved(sampler, quadratic(1.0), sampler.init(jnp.zeros(300, d))).step_size for d in (jnp.bfloat16, jnp.float32)]
+    assert jnp.log(steps[0]) == pytest.approx(float(jnp.log(steps[1])), abs=0.3)
+    assert steps[1] > 0.3
 
 
 @pytest.mark.parametrize("cls", SAMPLERS)

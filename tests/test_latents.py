@@ -31,6 +31,7 @@ from numpyro_ebm import (
     standard_errors,
 )
 from numpyro_ebm.infer.latents import Posterior
+from numpyro_ebm.samplers import Sampler
 
 KEY = jax.random.key(0)
 Y = jnp.array([-1.0, 0.5, 2.0, 4.0])
@@ -179,7 +180,7 @@ class _CountState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Count:
+class _Count(Sampler):
     """Moves by 1 at every run, by 100 while it adapts."""
 
     adapt: bool = True
@@ -189,6 +190,9 @@ class _Count:
 
     def run(self, rng_key, log_prob, state):
         return _CountState(state.position + (100 if self.adapt else 1))
+
+    def frozen(self):
+        return _Count(adapt=False)
 
 
 def test_warmup_and_thinning_count_transitions():

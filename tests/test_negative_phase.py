@@ -30,6 +30,7 @@ from numpyro_ebm import (
     negative_phase,
     unnormalized,
 )
+from numpyro_ebm.samplers import Sampler
 
 STANDARD = dist.Normal(0, 1)
 STILL = MALA(num_steps=0)  # chains that stay where init_chains puts them make the added gradient a plain number
@@ -184,7 +185,7 @@ class _Position(NamedTuple):
     position: jax.Array
 
 
-class _Ascent:
+class _Ascent(Sampler):
     """A user's own sampler, which neither adds noise nor stops gradients."""
 
     uses_score = True
@@ -425,7 +426,7 @@ def test_observed_energy_site_is_learned_by_maximum_likelihood_on_a_constrained_
     np.testing.assert_allclose(_fit(handler, lambda x: None, "rate", 1000, x), 1 / 0.3, rtol=0.05)
 
 
-class _Flip:
+class _Flip(Sampler):
     """Metropolis on bits: a sampler for discrete events, which uses no score."""
 
     def init(self, position, log_prob):

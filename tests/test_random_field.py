@@ -30,6 +30,7 @@ from numpyro_ebm import (
     negative_phase,
     to_inference_data,
 )
+from numpyro_ebm.samplers import Sampler
 
 STILL = MALA(num_steps=0)  # a pool that stays where init_chains puts it makes the added gradient a plain number
 REAL = constraints.real
@@ -196,7 +197,7 @@ class _Probed(NamedTuple):
     log_p: jax.Array
 
 
-class _Probe:
+class _Probe(Sampler):
     """A sampler that moves nothing and keeps the log density of every chain."""
 
     uses_score = True

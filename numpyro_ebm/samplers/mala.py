@@ -147,7 +147,8 @@ class MALA(Sampler):
         shrink = jax.random.geometric(shrink_key, 1 - (self.small_steps or 0.0), (self.num_steps,)) - 1
         carry = chains, jnp.broadcast_to(jnp.log(step_size), batch_shape), jnp.broadcast_to(acceptance, batch_shape)
         (chains, log_step, acceptance), _ = lax.scan(step, carry, (jax.random.split(move_key, self.num_steps), shrink))
-        return lax.stop_gradient(MALAState(chains.position, jnp.exp(log_step), acceptance))
+        held = jnp.broadcast_to(step_size, batch_shape)  # to the last digit: exp(log(h)) would drift from run to run
+        return lax.stop_gradient(MALAState(chains.position, jnp.exp(log_step) if self.adapt else held, acceptance))
 
     def frozen(self) -> "MALA":
         """The same sampler with the step held where its state has it. Small steps go on: they free chains that are stuck."""
