@@ -324,7 +324,9 @@ class TiltedDistribution(Distribution):
 
     def _of_positions(self, log_density: Callable[..., Array], sampler: Sampler) -> Callable[..., Array]:
         """A log density of events as one of positions of ``sampler``."""
-        if not self._unconstrains(sampler):  # nothing keeps its chains in the support but the density
+        if not self._unconstrains(
+            sampler
+        ):  # only the density keeps its chains in the support, and NumPyro's not without validation
             return lambda x, *beta: jnp.where(self._is_inside(x), log_density(x, *beta), -jnp.inf)
         transform = biject_to(self.support)
 
