@@ -11,7 +11,7 @@ to compute anything.
 
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpyro.distributions as dist
 from numpyro.handlers import scope
@@ -19,6 +19,8 @@ from numpyro.infer import MCMC, SVI
 from numpyro.infer.elbo import ELBO
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.primitives import _PYRO_STACK, Messenger, plate
+
+Handler = TypeVar("Handler", bound=Messenger)
 
 WRAPPERS = (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution, dist.TransformedDistribution)
 
@@ -59,6 +61,11 @@ def in_subsampled_plate(batch_shape: tuple[int, ...]) -> str | None:
         if len(batch_shape) >= -handler.dim and batch_shape[handler.dim] > 1:
             return handler.name
     return None
+
+
+def open_handler(kind: type[Handler]) -> Handler | None:
+    """The innermost handler of a kind, of those open now."""
+    return next((handler for handler in reversed(_PYRO_STACK) if isinstance(handler, kind)), None)
 
 
 def name_inside(handler: Messenger, name: str) -> str:

@@ -23,12 +23,12 @@ import numpyro
 from jax import Array, lax
 from numpyro.distributions import Distribution, ExpandedDistribution, Independent, MaskedDistribution
 from numpyro.distributions.util import sum_rightmost
-from numpyro.handlers import block, seed, substitute, trace
+from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import ELBO
 from numpyro.primitives import Messenger, mutable
 
 from numpyro_ebm._checks import require_bool, require_count
-from numpyro_ebm._compat import called_by_mcmc, calling_objective, in_subsampled_plate, name_inside
+from numpyro_ebm._compat import called_by_mcmc, calling_objective, in_subsampled_plate, name_inside, open_handler
 from numpyro_ebm.distributions.energy import (
     NormalizerError,
     TiltedDistribution,
@@ -37,7 +37,7 @@ from numpyro_ebm.distributions.energy import (
     refuse_gradient,
     without_guard,
 )
-from numpyro_ebm.model_check import check_model
+from numpyro_ebm.model_check import check_run
 from numpyro_ebm.program import require_finite, run_program
 from numpyro_ebm.random_field import FIELD, RandomField, record_run
 from numpyro_ebm.samplers import Sampler
@@ -47,7 +47,8 @@ Message = dict[str, Any]
 
 
 class unnormalized(Messenger):
-    """Lifts the guard: energy sites give their unnormalized ``log_prob`` to every gradient, and nothing is added.
+    """Lifts the guard: energy sites give their unnormalized ``log_prob`` to every gradient, and nothing is added: a
+    :class:`negative_phase` inside it steps aside.
 
     For what never needs the normalizer although the guard cannot know it, such as forward-mode derivatives of a score in the
     parameters, or for an engine that supplies ``d log Z / d theta`` itself. A gradient that does need it is then silently
@@ -163,35 +164,38 @@ class negative_phase(Messenger):
         self.sampler: Sampler | Mapping[str, Sampler] = {} if sampler is None else sampler
         self.init_chains: dict[str, Any] = dict(init_chains or {})
         self._open: list[tuple[Message, str]] = []
-        self._checked: dict[Any, bool | None] = {}  # by the kind of arguments: whether the model is a random field, if known
+        self._checked: dict[Any, bool] = {}  # by the kind of arguments and sites: whether the model is a random field
         self._reports: bool = True
         self._frozen: bool = False
         super().__init__(fn)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kind = jax.tree.structure((args, kwargs)), tuple(_kind(leaf) for leaf in jax.tree.leaves((args, kwargs)))
         if self.fn is None:
             return super().__call__(*args, **kwargs)
-        if kind in self._checked:
-            return self._run(self._checked[kind], args, kwargs)
-        is_field, unchecked = self._check(args, kwargs)
-        result = self._run(is_field, args, kwargs)  # what is wrong with the model itself is raised here, in its own words
-        self._checked[kind] = is_field
-        if unchecked is not None:
-            warnings.warn(f"negative_phase could not check which sites depend on which: {unchecked}", stacklevel=2)
-        return result
-
-    def _run(self, is_field: bool | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The model, and after it the normalizer of the random field that it may be."""
-        if is_field is False:
-            return super().__call__(*args, **kwargs)
+        if open_handler(unnormalized) is not None:  # who lifts the guard outside wants nothing added
+            return self.fn(*args, **kwargs)
+        outside = open_handler(negative_phase)
+        if outside is not None and self._reports and not outside._reports:  # of an engine, which reads the status itself
+            return self.without_reports()(*args, **kwargs)
         seen = record_run()
         with self:
-            with seen:
-                result = self.fn(*args, **kwargs)
-            if is_field or seen.looks_like_a_field:
+            try:
+                with seen:
+                    result = self.fn(*args, **kwargs)
+            except NotImplementedError:  # a site cannot be drawn: if the model is refused anyway, that says more
+                self._is_field(args, kwargs, seen)
+                raise
+            if self._is_field(args, kwargs, seen):
                 self._add_field_normalizer(seen, args, kwargs)
         return result
+
+    def _is_field(self, args: tuple[Any, ...], kwargs: dict[str, Any], seen: record_run) -> bool:
+        """Whether the model is a random field with parameters; it is checked once for every kind of arguments and of sites."""
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        kind = structure, tuple(_kind(leaf) for leaf in leaves), tuple(seen.kinds.items())
+        if kind not in self._checked:
+            self._checked[kind] = self._check(args, kwargs, seen)
+        return self._checked[kind]
 
     def _add_field_normalizer(self, seen: record_run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _refuse_who_runs_it(FIELD)
@@ -324,33 +328,27 @@ class negative_phase(Messenger):
         sampler: Sampler = energy.chain_sampler if named is None else named
         return sampler.frozen() if self._frozen else sampler
 
-    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool | None, Exception | None]:
+    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any], seen: record_run) -> bool:
         """What only the whole model shows: which site depends on which, and whether every name given is a site.
 
-        :return: whether the model is a random field with parameters; or what kept NumPyro's analysis, which does not cover
-            every model that SVI can run, from telling.
+        :param seen: a run of the model, with what handlers outside made of its sites.
+        :return: whether the model is a random field with parameters.
         """
-        try:
-            with block():
-                report = check_model(self.fn, *args, **kwargs)
-        except Exception as error:
-            return None, error
-        refused = [site for site in report.sites if site.refused]
-        if refused:
-            raise NormalizerError("\n".join(f"site '{site.name}': {site.verdict}" for site in refused))
+        report = check_run(self.fn, args, kwargs, data=seen.given, kinds=seen.kinds)
+        report.require_learnable()
         sites = [site.name for site in report.sites if site.is_energy] + [FIELD] * report.is_random_field
         named = {*self.init_chains, *(self.sampler if isinstance(self.sampler, Mapping) else ())}
         if not named <= set(sites):
             raise ValueError(f"no energy site is called {sorted(named - set(sites))}: the model has {sites}.")
-        return report.is_random_field, None
+        return report.is_random_field
 
     def _refuse_where_it_stands(self, msg: Message, energy: TiltedDistribution) -> None:
         name = msg["name"]
         _refuse_who_runs_it(name)
         if msg.get("_control_flow_done"):
             raise NormalizerError(
-                f"site '{name}': inside control_flow.scan it cannot be told whether its unknown normalizer depends on the carry. "
-                "Write the steps as a plate, or as a Python loop over sites with names of their own."
+                f"site '{name}': unknown normalizer inside scan: it cannot be told whether it depends on the carry. Write the "
+                "steps as a plate, or as a Python loop over sites with names of their own."
             )
         plate = in_subsampled_plate(energy.batch_shape)
         if plate is not None and self.persistent:
@@ -478,6 +476,10 @@ def explain_chains(
 
     :param data: values of param and mutable sites.
     """
+    inside: Any = phase
+    while (inside := getattr(inside, "fn", None)) is not None:
+        if isinstance(inside, negative_phase):  # the innermost has the chains
+            phase = inside
     found: list[Sampler] = []
 
     def run() -> None:

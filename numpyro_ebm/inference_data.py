@@ -18,7 +18,7 @@ from numpyro.distributions import Unit
 from numpyro.infer import init_to_sample
 
 from numpyro_ebm._compat import layers
-from numpyro_ebm.handlers import negative_phase, positions
+from numpyro_ebm.handlers import positions, unnormalized
 from numpyro_ebm.program import Site, constrained, draw_latents, run_program, whole_plates
 
 
@@ -143,7 +143,7 @@ class _Seen(NamedTuple):
 
 def _look(state: Any, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
     """One run of the model on all its data, at the parameters of the state."""
-    model = model.fn if isinstance(model, negative_phase) else model
+    model = unnormalized(model)  # whose chains are in the state
     key, inner = jax.random.key(0), _state(state)
     params = getattr(inner, "params", None) or getattr(state, "params", None) or {}
     data = {**params, **(getattr(inner, "mutable_state", None) or {})}

@@ -3,18 +3,19 @@
 
 """Which sites of a model have an unknown normalizer, what it depends on, and what learning them takes."""
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from numpyro.distributions import ImproperUniform
-from numpyro.infer.inspect import get_model_relations
-from numpyro.primitives import Messenger
+from numpyro.distributions import ImproperUniform, Unit
+from numpyro.handlers import block, seed, substitute
 
 from numpyro_ebm._compat import layers
-from numpyro_ebm.distributions.energy import BaseMeasure, TiltedDistribution
+from numpyro_ebm.distributions.energy import BaseMeasure, NormalizerError, TiltedDistribution, energy_site
+from numpyro_ebm.provenance import mark, sources
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class SiteReport:
     distribution: str
     #: whether its normalizer is unknown
     is_energy: bool
-    #: param sites that its density depends on
+    #: param sites that its density depends on, or its normalizer if that is unknown
     params: tuple[str, ...]
-    #: latent sites that its density depends on
+    #: latent sites that its density depends on, or its normalizer if that is unknown
     latents: tuple[str, ...]
     #: whether no engine can learn it yet
     refused: bool
@@ -37,6 +38,8 @@ class SiteReport:
     verdict: str
     #: the flat sites that it couples into a random field with parameters, if it is a factor that does
     couples: tuple[str, ...] = ()
+    #: whether its unknown normalizer depends on the model's first argument, the visible of engines that match scores
+    of_first_argument: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,41 @@ class ModelReport:
     @property
     def needs_negative_phase(self) -> bool:
         """Whether plain ``SVI`` would need a derivative of an unknown normalizer."""
-        return self.is_random_field or any(site.is_energy and site.params for site in self.sites)
+        return bool(self.learned)
+
+    @property
+    def learned(self) -> tuple[SiteReport, ...]:
+        """The sites whose unknown normalizer has a derivative in the parameters."""
+        return tuple(site for site in self.sites if (site.is_energy and site.params) or site.couples)
 
     @property
     def is_random_field(self) -> bool:
         """Whether factors couple flat sites into a random field with parameters: the model has one joint normalizer."""
         return any(site.couples and not site.refused for site in self.sites)
+
+    def require_learnable(self) -> None:
+        """Refuses what no gradient can learn.
+
+        :raises NormalizerError: naming the sites.
+        """
+        self._refuse([(site, site.verdict) for site in self.sites if site.refused])
+
+    def require_scores(self) -> None:
+        """Refuses what the scores of the first argument, or a guide beside them, cannot learn.
+
+        :raises NormalizerError: naming the sites.
+        """
+        of_visible = (
+            "its unknown normalizer depends on the first argument, the visible, whose score lacks its derivative: write the site "
+            "as a distribution with a known normalizer, or the whole as one energy of the visible"
+        )
+        energies = [site for site in self.sites if site.is_energy]
+        self._refuse([(site, site.verdict) for site in energies if site.latents])
+        self._refuse([(site, of_visible) for site in energies if site.of_first_argument])
+
+    def _refuse(self, found: list[tuple[SiteReport, str]]) -> None:
+        if found:
+            raise NormalizerError("\n".join(f"site '{site.name}': {why}" for site, why in found))
 
     def __str__(self) -> str:
         rows = [("site", "distribution", "verdict"), *((s.name, s.distribution, s.verdict) for s in self.sites)]
@@ -65,9 +97,10 @@ class ModelReport:
 def check_model(model: Callable[..., Any], *args: Any, **kwargs: Any) -> ModelReport:
     """Tells, before anything runs, which sites have an unknown normalizer and what learning the model takes.
 
-    It reads NumPyro's own model relations; the model is traced abstractly and nothing is computed.
+    The model is traced abstractly, every param and every value marked where it arises, and nothing is computed: what a density
+    or a normalizer is made of is told through deterministic sites, handlers and functions.
 
-    :param model: a NumPyro model.
+    :param model: a NumPyro model, with handlers around it or not.
     :param args: its arguments.
     :return: one :class:`SiteReport` per sample site, in order; ``print`` it.
 
@@ -85,34 +118,125 @@ def check_model(model: Callable[..., Any], *args: Any, **kwargs: Any) -> ModelRe
         z     TiltedDistribution  unknown normalizer, depends on param 'tilt': learn it under negative_phase
         y     Normal              normalized
     """
-    recorder = _record_sites(model)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"init_to_median\(\) skipping")  # the recorder gave the site its value
-        relations = get_model_relations(recorder, model_args=args, model_kwargs=kwargs)
-    return ModelReport(tuple(_report_site(name, recorder, relations) for name in recorder.found))
+    try:
+        return check_run(model, args, kwargs, mark_visible=True)
+    except _NEEDS_VALUES:  # the model looks at the values of its first argument, as no engine that compiles it would let it
+        return check_run(model, args, kwargs)
 
 
-class _record_sites(Messenger):
-    """Notes what stands at each sample site while NumPyro traces the model, and gives flat and energy sites a value."""
+_NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+_VISIBLE = "(first argument)"
 
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        self.found: dict[str, tuple[Any, bool, bool]] = {}  # distribution, whether observed, whether inside scan
+
+def check_run(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    data: Mapping[str, Any] | None = None,
+    kinds: Mapping[str, str] | None = None,
+    mark_visible: bool = False,
+) -> ModelReport:
+    """The report of a model; its own errors are raised as they are, since no engine could run it either.
+
+    :param data: values of param and mutable sites and indices of plates, by name; the model's own where missing.
+    :param kinds: what handlers outside make of sites: ``"param"``, ``"latent"`` or ``"observed"``, by name.
+    :param mark_visible: whether to tell what depends on the first argument, of which the model may then know no value.
+    """
+    look = _look()
+
+    def run() -> dict[str, Any]:
+        first = mark(args[:1], _VISIBLE) if mark_visible else args[:1]
+        given = jax.tree.map(lambda x: x, dict(data or {}))  # in containers of its own: mutable sites are updated in place
+        with block(), seed(rng_seed=0), look, substitute(data=given):
+            model(*first, *args[1:], **kwargs)
+        return look.densities
+
+    try:
+        densities = sources(run)
+    except Exception as error:
+        error.add_note("The model was run on abstract values, to tell what its energies depend on.")
+        raise
+    return _Report(look, densities, kinds or {}).of_model()
+
+
+class _look(substitute):
+    """Notes what stands at each sample site and what its density is made of, with every param and value marked by its site.
+
+    The density of an energy is taken at an event of no site: what is left in it is what its normalizer depends on.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[str, _Found] = {}
+        self.densities: dict[str, Any] = {}
+        self.params: set[str] = set()
         self.has_pool = False  # whether a handler inside has added the normalizer of a random field
-        super().__init__(fn)
+        super().__init__(substitute_fn=self._value)
 
-    def process_message(self, msg: dict[str, Any]) -> None:
-        fn = _core(msg["fn"]) if msg["type"] == "sample" else None
-        if msg.get("value") is None and isinstance(fn, (BaseMeasure, TiltedDistribution)):
-            whole = msg["fn"]
-            msg["value"] = whole.support.feasible_like(jnp.zeros(whole.shape()))
+    def _value(self, msg: dict[str, Any]) -> Any:
+        if msg["type"] != "sample" or _is_factor(msg["fn"]):
+            return None
+        value, in_scan = msg["value"], "_scan_current_index" in msg["infer"]
+        if value is None:
+            shape = msg["kwargs"].get("sample_shape", ())
+            value = _feasible(msg["fn"], shape) if _is_undrawable(msg["fn"]) else msg["fn"].sample(jax.random.key(0), shape)
+        elif in_scan:
+            return None
+        return mark(value, msg["name"])
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "param":
+            self.params.add(msg["name"])
+            msg["value"] = mark(msg["value"], msg["name"], learned=True)
         if msg["type"] != "sample":
             return
-        if msg["name"].endswith("/log_normalizer"):  # what negative_phase adds
-            self.has_pool |= msg["name"].endswith("random_field/log_normalizer")
+        name = msg["name"]
+        if name.endswith("/log_normalizer"):  # what negative_phase adds
+            self.has_pool |= name.endswith("random_field/log_normalizer")
         else:
-            self.found[msg["name"]] = (_core(msg["fn"]), msg["is_observed"], msg.get("_control_flow_done", False))
+            self.found[name] = _Found(_core(msg["fn"]), msg["is_observed"], msg.get("_control_flow_done", False))
+            self.densities[name] = _density(msg)
+
+
+class _Found(NamedTuple):
+    """A sample site."""
+
+    fn: Any  # its distribution, without what plates and masks wrap around it
+    is_observed: bool
+    in_scan: bool
+
+    @property
+    def is_energy(self) -> bool:
+        return isinstance(self.fn, TiltedDistribution) and not self.fn.is_normalized
+
+    @property
+    def is_flat(self) -> bool:
+        return isinstance(self.fn, BaseMeasure)
+
+
+def _density(msg: dict[str, Any]) -> Any:
+    energy = energy_site(msg["fn"])
+    if energy is None:
+        return msg["fn"].log_prob(msg["value"])
+    bounds = [bound for bound in jax.tree.leaves(energy.support) if isinstance(bound, jax.Array)]
+    return energy._log_density(_feasible(energy)), bounds
+
+
+def _feasible(fn: Any, sample_shape: tuple[int, ...] = ()) -> Any:
+    return fn.support.feasible_like(jnp.zeros(fn.shape(sample_shape)))
+
+
+def _is_undrawable(fn: Any) -> bool:
+    return isinstance(_core(fn), (ImproperUniform, TiltedDistribution))
+
+
+def _is_factor(fn: Any) -> bool:
+    return isinstance(_core(fn), Unit)
 
 
 def _core(fn: Any) -> Any:
@@ -121,44 +245,66 @@ def _core(fn: Any) -> Any:
     return next((part for part in parts if isinstance(part, TiltedDistribution)), parts[-1])
 
 
-def _report_site(name: str, recorder: _record_sites, relations: dict[str, Any]) -> SiteReport:
-    found = recorder.found
-    fn, _, in_scan = found[name]
-    kind = type(fn).__name__
-    parents = [p for p in _parents(name, relations["sample_sample"], relations["sample_dist"]) if p in found]
-    params = tuple(sorted(relations["sample_param"][name]))
-    latents = tuple(parent for parent in parents if not found[parent][1])
-    flat = [parent for parent in (*parents, name) if isinstance(found[parent][0], BaseMeasure)]
-    if isinstance(fn, TiltedDistribution) and not fn.is_normalized:
-        if in_scan:
-            verdict = "unknown normalizer inside scan: negative_phase cannot tell whether it depends on the carry and refuses it"
-            return SiteReport(name, kind, True, params, latents, True, verdict)
-        refused = bool(latents)
-        return SiteReport(name, kind, True, params, latents, refused, _verdict_on_energy(params, latents, fn.guarded))
-    if kind == "Unit" and flat and (all_params := _params_behind(name, relations)):
-        why = _why_no_field(found)
-        field = f"couples the flat sites {_quoted(flat)} into a random field whose unknown normalizer depends on param "
-        fix = "a handler adds it" if recorder.has_pool else why or "learn it under negative_phase"
-        couples = () if recorder.has_pool else tuple(flat)
-        return SiteReport(name, kind, False, params, latents, why is not None, f"{field}{_quoted(all_params)}: {fix}", couples)
-    return SiteReport(name, kind, False, params, latents, False, _verdict_on_the_rest(fn, kind, params))
+class _Report:
+    """What was found, and what depends on what, as reports of sites."""
+
+    def __init__(self, look: _look, densities: dict[str, Any], kinds: Mapping[str, str]) -> None:
+        self.found, self.params, self.has_pool = look.found, look.params, look.has_pool
+        self.behind = {name: frozenset[str]().union(*jax.tree.leaves(marks)) for name, marks in densities.items()}
+        known = {name: "observed" if site.is_observed else "latent" for name, site in look.found.items()}
+        self.kinds = {**dict.fromkeys(look.params, "param"), **known, **kinds}
+
+    def of_model(self) -> ModelReport:
+        return ModelReport(tuple(self._of_site(name) for name in self.found))
+
+    def _of_site(self, name: str) -> SiteReport:
+        site = self.found[name]
+        kind = type(site.fn).__name__
+        parents = self._parents(name)
+        params, latents = self._of_kind("param", parents), self._of_kind("latent", parents)
+        report = partial(SiteReport, name, kind, site.is_energy, params, latents)
+        if site.is_energy:
+            given = _VISIBLE in self.behind[name]
+            refused = bool(latents or (params and site.in_scan))
+            return report(refused, _verdict_on_energy(params, latents, site, given), of_first_argument=given)
+        flat = tuple(parent for parent in (*parents, name) if parent in self.found and self.found[parent].is_flat)
+        if kind == "Unit" and flat and (all_params := self._params_behind(name)):
+            why = _why_no_field(self.found)
+            field = f"couples the flat sites {_quoted(flat)} into a random field whose unknown normalizer depends on param "
+            fix = "a handler adds it" if self.has_pool else why or "learn it under negative_phase"
+            return report(why is not None, f"{field}{_quoted(all_params)}: {fix}", () if self.has_pool else flat)
+        return report(False, _verdict_on_the_rest(site.fn, kind, params))
+
+    def _parents(self, name: str) -> list[str]:
+        """What a site's density depends on, its normalizer if that is unknown, in the order of the model."""
+        marks = self.behind[name]
+        own = set() if self.found[name].is_energy else {name}  # an energy depends on its own site by the carry of a scan alone
+        hidden = marks - self.kinds.keys() - {_VISIBLE}  # sites of a scan that has a scope around it
+        return [
+            site
+            for site in self.kinds
+            if site not in own and (site in marks or (hidden and site in self.found and self.found[site].in_scan))
+        ]
+
+    def _of_kind(self, kind: str, names: list[str]) -> tuple[str, ...]:
+        found = [name for name in names if self.kinds[name] == kind]
+        return tuple(sorted(found) if kind == "param" else found)
+
+    def _params_behind(self, name: str) -> tuple[str, ...]:
+        """The param sites of a site's density and of those that it depends on, lifted or not, directly or not."""
+        behind = [name]
+        for site in behind:
+            behind.extend(parent for parent in self._parents(site) if parent not in behind and parent in self.found)
+        return tuple(sorted({param for site in behind for param in self._parents(site) if param in self.params}))
 
 
-def _params_behind(name: str, relations: dict[str, Any]) -> tuple[str, ...]:
-    """The param sites of a site's density and of those that it depends on, directly or not."""
-    behind, found = [name], set[str]()
-    for site in behind:
-        found.update(relations["sample_param"][site])
-        behind.extend(parent for parent in relations["sample_sample"][site] if parent not in behind)
-    return tuple(sorted(found))
-
-
-def _why_no_field(found: dict[str, tuple[Any, bool, bool]]) -> str | None:
+def _why_no_field(found: dict[str, _Found]) -> str | None:
     """Why the sites of a model cannot be the values of a random field's pool, and the fix."""
-    for name, (fn, _, in_scan) in found.items():
-        if in_scan:
+    for name, site in found.items():
+        fn = site.fn
+        if site.in_scan:
             return f"site '{name}' stands inside scan, where it cannot be told what depends on what: write the steps as a plate"
-        if isinstance(fn, TiltedDistribution) and not fn.is_normalized:
+        if site.is_energy:
             return f"site '{name}' is an energy site: make it a BaseMeasure and put its energy into a factor"
         if type(fn).__name__ != "Unit" and fn.support.is_discrete:
             return (
@@ -176,26 +322,21 @@ def _verdict_on_the_rest(fn: Any, kind: str, params: tuple[str, ...]) -> str:
     return "factor" + (f", depends on param {_quoted(params)}: right only if it is a normalized log density" if params else "")
 
 
-def _verdict_on_energy(params: tuple[str, ...], latents: tuple[str, ...], guarded: bool) -> str:
+def _verdict_on_energy(params: tuple[str, ...], latents: tuple[str, ...], site: _Found, given: bool) -> str:
+    if site.in_scan and (params or latents):
+        return "unknown normalizer inside scan: negative_phase cannot tell whether it depends on the carry and refuses it"
     if latents:
         return (
             f"its unknown normalizer depends on latent site {_quoted(latents)} (doubly intractable), which no engine "
             "handles: make what it depends on a numpyro.param, or fix it"
         )
-    if params and not guarded:
+    if params and not site.fn.guarded:
         return f"unknown normalizer, depends on param {_quoted(params)}: a handler has lifted the guard"
     if params:
         return f"unknown normalizer, depends on param {_quoted(params)}: learn it under negative_phase"
+    if given:
+        return "unknown normalizer, fixed by the first argument: right as it is, but not for the score of that argument"
     return "unknown normalizer, but fixed: every engine is right as it is"
-
-
-def _parents(name: str, sample_sample: dict[str, list[str]], kinds: dict[str, str]) -> list[str]:
-    """The sample sites that a site's density depends on; deterministic sites are looked through."""
-    parents: list[str] = []
-    for parent in sample_sample[name]:
-        found = _parents(parent, sample_sample, kinds) if kinds[parent] == "Deterministic" else [parent]
-        parents.extend(site for site in found if site not in parents and site != name)
-    return parents
 
 
 def _quoted(names: Any) -> str:

@@ -22,7 +22,7 @@ from numpyro.handlers import block
 from numpyro.primitives import Messenger
 
 from numpyro_ebm._compat import layers
-from numpyro_ebm.distributions.energy import NormalizerError, is_flat
+from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.program import Model, Program, log_density_terms, per_row, run_program, total, transform_of
 from numpyro_ebm.samplers import MALA, Sampler, Target
 
@@ -37,7 +37,8 @@ class record_run(Messenger):
     def __init__(self) -> None:
         self.given: dict[str, Any] = {}  # param and mutable sites and indices of plates: what makes a second run the same
         self.values: Values = {}  # sample sites other than factors
-        self.has_factor, self.has_flat_site, self.has_params = False, False, False
+        self.kinds: dict[str, str] = {}  # what handlers outside left of each site: "param", "latent" or "observed"
+        self.lifted: str | None = None  # a param that has become a latent, if there is one
         self.masked: str | None = None  # a site that is masked, if there is one
         self._open: list[tuple[str | None, str]] = []
         super().__init__()
@@ -49,30 +50,21 @@ class record_run(Messenger):
         name, kind = self._open.pop()
         if name is None:
             return
-        if kind == "param" and msg["type"] != "param":
-            raise NormalizerError(
-                f"param '{name}' of a random field has become a latent site, on which the field's normalizer then depends "
-                "(doubly intractable): leave it a numpyro.param."
-            )
+        if kind in ("param", "sample"):
+            left = "param" if msg["type"] == "param" else "observed" if msg.get("is_observed") else "latent"
+            self.kinds.setdefault(name, left)  # NumPyro's lift shows a param that is asked for again as observed
+        if kind == "param" and msg["type"] == "sample":
+            self.lifted = name
         if kind in ("param", "mutable", "plate"):
             self.given[name] = jax.tree.map(lambda x: x, msg["value"])  # a copy: mutable sites are updated in place
-            self.has_params |= kind == "param"
         elif kind == "sample":
             self._note(name, msg)
 
     def _note(self, name: str, msg: dict[str, Any]) -> None:
         parts = list(layers(msg["fn"]))
         self.masked = self.masked or (name if any(isinstance(part, MaskedDistribution) for part in parts) else None)
-        if isinstance(parts[-1], Unit):
-            self.has_factor |= not name.endswith(("/log_normalizer", "_log_det"))  # those are handlers' own
-            return
-        self.has_flat_site |= is_flat(msg["fn"])
-        self.values[name] = lax.stop_gradient(jnp.asarray(msg["value"]))
-
-    @property
-    def looks_like_a_field(self) -> bool:
-        """Whether the model may be a random field with parameters, judged by one run alone."""
-        return self.has_factor and self.has_flat_site and self.has_params
+        if not isinstance(parts[-1], Unit):
+            self.values[name] = lax.stop_gradient(jnp.asarray(msg["value"]))
 
 
 class unobserved(Messenger):
@@ -96,6 +88,7 @@ class RandomField:
     :param rng_key: a key for what else the model draws.
     :param seen: the run of the model that the pool belongs to.
     :param int num_chains: chains to keep at least.
+    :raises NormalizerError: if a param has become a latent.
     :raises ValueError: if a site is masked, or stands outside a subsampled plate.
     """
 
@@ -105,6 +98,11 @@ class RandomField:
     def __init__(
         self, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], rng_key: Array, seen: record_run, num_chains: int
     ) -> None:
+        if seen.lifted is not None:
+            raise NormalizerError(
+                f"param '{seen.lifted}' of a random field has become a latent site, on which the field's normalizer then depends "
+                "(doubly intractable): leave it a numpyro.param."
+            )
         self._call = unobserved(model), args, kwargs, rng_key
         self._given = seen.given
         with block():

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.extend.core import ClosedJaxpr, Var
 from numpyro.handlers import substitute
 
 from numpyro_ebm.program import Model, Program, Site, is_latent, is_unbounded, law_of, run_program
+from numpyro_ebm.provenance import mark, sources
 
 
 class Visible(NamedTuple):
@@ -44,9 +44,9 @@ def find_visible(
     def observe(v: Array) -> dict[str, Array]:
         return _observations(_run(model, (v, *args[1:]), kwargs, rng_key, data))
 
-    reached = _reached(jax.make_jaxpr(observe)(visible), 1)
     values = _observations(program)
-    sites = [name for name, hit in zip(sorted(values), reached, strict=True) if hit]  # a dictionary's leaves are sorted
+    reached = sources(lambda: observe(mark(visible, "v")))
+    sites = [name for name in sorted(values) if reached[name]]
     name = _the_only(sites, values)
     site = program.sites[name]
     if site["fn"].support.is_discrete:
@@ -64,7 +64,7 @@ def find_visible(
     def tangent(v: Array) -> Array:
         return jax.jvp(lambda v: observe(v)[name], (v,), (jnp.ones_like(v),))[1]
 
-    if _reached(jax.make_jaxpr(tangent)(visible), 1)[0]:
+    if sources(lambda: tangent(mark(visible, "v"))):
         raise ValueError(
             f"site '{name}': its data are a function of the first argument that is not linear, whose Jacobian the log density "
             "lacks. Transform the data before, and pass what the site observes."
@@ -111,15 +111,6 @@ def _run(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], rng_key: A
 def _observations(program: Program) -> dict[str, Array]:
     """The data of observed sites; a factor has none."""
     return {name: jnp.asarray(site["value"]) for name, site in program.observed.items() if jnp.size(site["value"])}
-
-
-def _reached(closed: ClosedJaxpr, num_inputs: int) -> list[bool]:
-    """Which outputs of a traced function depend on its inputs."""
-    reached: set[Var] = set(closed.jaxpr.invars[:num_inputs])
-    for equation in closed.jaxpr.eqns:
-        if any(isinstance(x, Var) and x in reached for x in equation.invars):
-            reached.update(equation.outvars)
-    return [isinstance(x, Var) and x in reached for x in closed.jaxpr.outvars]
 
 
 def _the_only(sites: list[str], values: dict[str, Array]) -> str:

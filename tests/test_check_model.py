@@ -6,13 +6,25 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro.contrib.module import eqx_module
+from numpyro.contrib.control_flow import scan
+from numpyro.contrib.module import eqx_module, random_eqx_module
 from numpyro.distributions import constraints
+from numpyro.handlers import block, condition, do, lift, mask, reparam, scope, substitute
+from numpyro.infer.reparam import LocScaleReparam
 
-from numpyro_ebm import BaseMeasure, EnergyDistribution, NormalizerError, TiltedDistribution, check_model, negative_phase
+from numpyro_ebm import (
+    BaseMeasure,
+    EnergyDistribution,
+    NormalizerError,
+    TiltedDistribution,
+    check_model,
+    negative_phase,
+    unnormalized,
+)
 
 STANDARD = dist.Normal(0, 1)
 
@@ -163,3 +175,151 @@ def test_a_wrapped_model_is_reported_as_such():
     report = check_model(negative_phase(model, num_chains=3))
     assert [site.name for site in report.sites] == ["z"]
     assert report.sites[0].verdict.endswith("a handler has lifted the guard")
+
+
+# ---- One model in many forms --------------------------------------------------------------------------------------------
+
+Y = jnp.array([0.3, -0.4, 1.0])
+
+
+def _with_rate(rate):
+    """x ~ exp(-rate x^2 / 2) / Z(rate), y ~ N(x, 1), beside a latent, a param and a random network that are no part of it."""
+
+    def model(y):
+        k = rate()
+        loc = numpyro.sample("loc", dist.Normal(numpyro.param("mu", 0.0), 1))
+        decoder = random_eqx_module("decoder", eqx.nn.Linear("scalar", "scalar", key=jax.random.key(0)), prior=STANDARD)
+        with numpyro.plate("data", len(y)):
+            x = numpyro.sample("x", EnergyDistribution(lambda x: k * x**2 / 2, initial=STANDARD))
+            numpyro.sample("y", dist.Normal(jax.vmap(decoder)(x) + loc, 1), obs=y)
+
+    return model
+
+
+def _network_rate():
+    return eqx_module("t", eqx.nn.Linear("scalar", "scalar", key=jax.random.key(0)))(jnp.ones(()))
+
+
+def _param():
+    return numpyro.param("t", 1.0)
+
+
+def _latent():
+    return numpyro.sample("w", dist.HalfNormal(1.0))
+
+
+def _thrice(rate):
+    """Through two deterministic sites and a jitted function with other arguments and a derivative of its own."""
+    first = numpyro.deterministic("first", jnp.exp(rate))
+    return numpyro.deterministic("second", jax.jit(lambda a, b: (jax.nn.relu(a), b))(2 * first, jnp.ones(()))[0])
+
+
+def _stepwise(rate):
+    """A carry that needs two turns to reach the second place, beside one that never does."""
+    return jax.lax.scan(lambda c, _: ((rate, c[0], c[2]), None), (0.0, 0.0, numpyro.param("no", 1.0)), None, 3)[0][1]
+
+
+FORMS = {
+    "plain": lambda rate: _with_rate(rate),
+    "deterministic": lambda rate: _with_rate(lambda: numpyro.deterministic("t_positive", jnp.exp(rate()))),
+    "two deterministic sites": lambda rate: _with_rate(lambda: _thrice(rate())),
+    "scan": lambda rate: _with_rate(lambda: _stepwise(rate())),
+    "cond": lambda rate: _with_rate(lambda: (lambda k: jax.lax.cond(k > 0, lambda: k, lambda: -k))(rate())),
+    "scope": lambda rate: scope(_with_rate(lambda: numpyro.deterministic("d", rate())), prefix="m"),
+    "condition": lambda rate: condition(_with_rate(rate), data={"loc": jnp.array(0.1)}),
+    "do": lambda rate: do(_with_rate(rate), data={"loc": jnp.array(0.1)}),
+    "lambda": lambda rate: lambda y: _with_rate(rate)(y),
+    "mask": lambda rate: mask(_with_rate(rate), mask=jnp.array(True)),
+    "reparam": lambda rate: reparam(_with_rate(rate), config={"loc": LocScaleReparam(0.0)}),
+    "substitute": lambda rate: substitute(_with_rate(rate), data={"mu": jnp.array(0.1)}),
+    "unnormalized": lambda rate: unnormalized(_with_rate(rate)),
+}
+RATES = {
+    "param": (_param, ("t",), ()),
+    "param in a dict": (lambda: numpyro.param("t", {"a": jnp.ones(()), "b": jnp.zeros(())})["a"], ("t",), ()),
+    "param by a function": (lambda: numpyro.param("t", lambda key: jax.random.normal(key)), ("t",), ()),
+    "network": (_network_rate, ("t$params",), ()),
+    "latent": (_latent, (), ("w",)),
+    "discrete latent": (lambda: jnp.array([1.0, 2.0])[numpyro.sample("w", dist.Bernoulli(0.5))], (), ("w",)),
+    "latent of a param": (lambda: numpyro.sample("w", dist.LogNormal(_param(), 1.0)), (), ("w",)),
+    "both": (lambda: _param() * _latent(), ("t",), ("w",)),
+    "nothing": (lambda: 2.0 + 0 * numpyro.param("t", jnp.ones(3)).shape[0], (), ()),
+}
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_what_an_energy_depends_on_is_the_same_in_every_form_of_a_model(rate):
+    # guards against: deterministic sites, handlers and functions that hide a param or a latent from the check
+    rate, params, latents = RATES[rate]
+    for name, form in FORMS.items():
+        prefix = "m/" if name == "scope" else ""
+        report = check_model(form(rate), Y)
+        site = {site.name: site for site in report.sites}[prefix + "x"]
+        assert (name, site.params, site.latents) == (name, tuple(prefix + p for p in params), tuple(prefix + p for p in latents))
+        assert (site.refused, report.needs_negative_phase) == (bool(latents), bool(params))
+        assert ("fixed: every engine is right" in site.verdict) == (not params and not latents)
+
+
+def test_handlers_that_fix_a_latent_or_free_a_param_change_the_answer():
+    # guards against: a report of the model as it is written, and not as handlers make it
+    latent = _with_rate(lambda: numpyro.deterministic("d", _latent()))
+    for fixed in (condition(latent, data={"w": jnp.ones(())}), do(latent, data={"w": jnp.ones(())})):
+        assert (_sites(fixed, Y)["x"].latents, _sites(fixed, Y)["x"].refused) == ((), False)
+    param = _with_rate(lambda: numpyro.deterministic("d", _param()))
+    assert _sites(block(param, hide=["t"]), Y)["x"].params == ()
+    lifted = _sites(lift(param, prior={"t": dist.HalfNormal(1.0)}), Y)["x"]
+    assert (lifted.params, lifted.latents, lifted.refused) == ((), ("t",), True)
+
+
+def test_a_param_behind_a_stopped_gradient_is_not_learned():
+    # guards against: chains for a gradient that nobody takes; a latent's value counts all the same
+    assert _sites(_with_rate(lambda: jax.lax.stop_gradient(_param())), Y)["x"].params == ()
+    assert _sites(_with_rate(lambda: jax.lax.stop_gradient(_latent())), Y)["x"].latents == ("w",)
+
+
+def test_a_field_is_told_through_deterministic_sites_and_params_of_what_it_couples():
+    # guards against: a joint normalizer that depends on a param by a deterministic site, or by the prior of a coupled latent
+    def model(v, prior):
+        w = 1.0 if prior else numpyro.deterministic("w_positive", jnp.exp(numpyro.param("w", 0.0)))
+        z = numpyro.deterministic("twice", 2 * numpyro.sample("z", dist.Normal(numpyro.param("loc", 0.0) if prior else 0.0, 1)))
+        v = numpyro.sample("v", BaseMeasure(), obs=v)
+        numpyro.factor("coupling", -w * (numpyro.deterministic("d", v) - z) ** 2)
+
+    for prior, param in ((False, "w"), (True, "loc")):
+        report = check_model(model, jnp.array(0.3), prior)
+        assert report.sites[-1].couples == ("v",)
+        assert f"normalizer depends on param '{param}': learn it under negative_phase" in report.sites[-1].verdict
+
+
+def test_an_energy_inside_scan_is_refused_only_where_its_normalizer_moves():
+    # guards against: a fixed energy of a time series taken for one that depends on the carry, and the reverse
+    def model(y, kind, prior=None):
+        slope = numpyro.param("slope", 0.5)
+
+        def step(carry, y_t):
+            rate = {"fixed": 2.0, "param": slope, "carry": carry}[kind]
+            z = numpyro.sample("z", TiltedDistribution(STANDARD, lambda k, z: k * z**2, params=jnp.asarray(rate)))
+            numpyro.sample("y", dist.Normal(slope * z, 1), obs=y_t)
+            return z, None
+
+        scan(step, 0.0, y)
+
+    for form in (model, scope(model, prefix="m", divider=".")):
+        energies = {kind: check_model(form, Y, kind).sites[0] for kind in ("fixed", "param", "carry")}
+        assert [energies[kind].refused for kind in energies] == [False, True, True]
+        assert "fixed" in energies["fixed"].verdict
+        assert all("inside scan" in energies[kind].verdict for kind in ("param", "carry"))
+
+
+def test_dependence_on_the_first_argument_is_told():
+    # guards against: a normalizer Z(v) called fixed, whose derivative is missing from a score in v; values needed by the model
+    def model(v, x, by_value=False):
+        rate = float(np.asarray(v)[0]) if by_value else jnp.exp(v[0])
+        numpyro.sample("of_v", EnergyDistribution(lambda z: rate * z**2, initial=STANDARD))
+        numpyro.sample("of_x", EnergyDistribution(lambda z: x * z**2 * len(v), initial=STANDARD))
+
+    sites = _sites(model, Y, 2.0)
+    assert (sites["of_v"].of_first_argument, sites["of_x"].of_first_argument) == (True, False)
+    assert sites["of_v"].verdict.endswith("not for the score of that argument")
+    assert sites["of_x"].verdict.endswith("every engine is right as it is")
+    assert not _sites(model, Y, 2.0, True)["of_v"].of_first_argument

@@ -32,6 +32,7 @@ from numpyro_ebm._checks import require_bool, require_count
 from numpyro_ebm._pytree import Rest, arrays_and_rest, join, require_hashable
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.latent_score import draw, row_density, scores
+from numpyro_ebm.model_check import check_run
 from numpyro_ebm.optim import apply_gradient, as_transformation
 from numpyro_ebm.program import Model, Program, run_program
 from numpyro_ebm.visible import find_visible, require_rows
@@ -79,6 +80,7 @@ def marginal_score(
     :return: scores, of the shape of ``v``.
     :raises ValueError: naming the site, if the visible has no score (see :class:`~numpyro_ebm.ScoreMatching`), if model and
         guide do not have the same latents in the plate of the rows, or if ``params`` lacks one of their param sites.
+    :raises NormalizerError: naming the site, if an unknown normalizer depends on a latent or on the visible.
 
     **References**
 
@@ -108,6 +110,7 @@ def marginal_score(
     v, model = jnp.asarray(v), unnormalized(model)
     draw_key, run_key = jax.random.split(rng_key)
     plate = _require_pair(model, guide, params, (v, *args), kwargs, run_key)
+    check_run(model, (v, *args), kwargs, data=params, mark_visible=True).require_scores()
     h = draw(guide, (v, *args), kwargs, draw_key, num_samples, params=params, relaxed=relaxed)
     log_p, score = scores(row_density(model, args, kwargs, run_key, plate), params, v, h)
     if not importance_weighted and not variance_reduced:

@@ -23,8 +23,9 @@ from jax.flatten_util import ravel_pytree
 from numpyro.infer import NUTS, init_to_sample
 
 from numpyro_ebm._checks import require_count
-from numpyro_ebm.distributions.energy import NormalizerError, energy_site
-from numpyro_ebm.handlers import negative_phase, unnormalized
+from numpyro_ebm.distributions.energy import NormalizerError
+from numpyro_ebm.handlers import unnormalized
+from numpyro_ebm.model_check import check_run
 from numpyro_ebm.optim import apply_gradient, as_transformation
 from numpyro_ebm.program import (
     Model,
@@ -268,13 +269,13 @@ class Posterior:
         mutable_state: Mapping[str, Any] | None,
     ) -> None:
         self.args, self.kwargs, self.rng_key = args, kwargs, rng_key
-        self.guarded = model.fn if isinstance(model, negative_phase) else model
-        self.model = unnormalized(self.guarded)
+        self.model = unnormalized(model)
         self.data = {**params, **(mutable_state or {})}
         latents = self.draw(rng_key, init_to_sample)
         with whole_plates():
             self.program: Program = run_program(self.model, args, kwargs, rng_key, data=self.data, latents=latents)
-        self._require_drawable(params, latents)
+        self.report = check_run(self.model, args, kwargs, data=self.data)
+        self._require_drawable(params)
         self.params = self.program.params
         self._shapes = {name: latents[name] for name in sorted(latents)}
         self.plate = self._common_plate(latents)
@@ -284,13 +285,11 @@ class Posterior:
         with whole_plates():
             return draw_latents(self.model, self.args, self.kwargs, rng_key, data=self.data, init_strategy=init_strategy)
 
-    def terms(
-        self, latents: Latents, params: Mapping[str, Any] | None = None, *, jacobian: bool = True, guarded: bool = False
-    ) -> dict[str, Array]:
+    def terms(self, latents: Latents, params: Mapping[str, Any] | None = None, *, jacobian: bool = True) -> dict[str, Array]:
         """The log density of every site at unconstrained latents, at these parameters or at others."""
-        model, data = self.guarded if guarded else self.model, {**self.data, **(params or {})}
+        data = {**self.data, **(params or {})}
         with whole_plates():
-            terms = log_density_terms(model, self.args, self.kwargs, self.rng_key, data=data, latents=latents)[0]
+            terms = log_density_terms(self.model, self.args, self.kwargs, self.rng_key, data=data, latents=latents)[0]
         jacobians = {f"_{name}_log_det" for name in latents}
         return {name: term for name, term in terms.items() if jacobian or name not in jacobians}
 
@@ -354,20 +353,10 @@ class Posterior:
         more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
         return f" in rows {', '.join(map(str, rows[:3]))}{more} of plate '{self.plate}'"
 
-    def require_constant_normalizers(self, density: Callable[[Any], dict[str, Array]], at: Any, message: str) -> None:
-        """Refuses energies whose unknown normalizer depends on what a guarded density is a function of."""
-        for name, site in self.program.sites.items():
-            if site["type"] != "sample" or energy_site(site["fn"]) is None:
-                continue
-            try:
-                jax.eval_shape(jax.grad(lambda at, name=name: density(at)[name].sum()), at)
-            except NormalizerError as error:
-                raise NormalizerError(f"site '{name}': {message}") from error
-
     def _axis(self, name: str) -> int:
         return dict(self.program.latents[name].plates)[self.plate]  # type: ignore[index]
 
-    def _require_drawable(self, params: Mapping[str, Any], latents: Latents) -> None:
+    def _require_drawable(self, params: Mapping[str, Any]) -> None:
         require_continuous(self.program)
         if not self.program.latents:
             raise ValueError("the model has no latent site, so that there is no posterior to look at.")
@@ -376,12 +365,12 @@ class Posterior:
         for site in self.program.sites.values():
             if site["type"] == "sample" and site["is_observed"]:
                 require_finite(site)
-        self.require_constant_normalizers(
-            lambda latents: self.terms(latents, guarded=True),
-            latents,
-            "its unknown normalizer depends on a latent, whose posterior would need its value (doubly intractable). Hold what "
-            "the energy depends on fixed, or make it a numpyro.param.",
-        )
+        for found in self.report.sites:
+            if found.is_energy and found.latents:
+                raise NormalizerError(
+                    f"site '{found.name}': its unknown normalizer depends on a latent, whose posterior would need its value "
+                    "(doubly intractable). Hold what the energy depends on fixed, or make it a numpyro.param."
+                )
 
     def _common_plate(self, latents: Latents) -> str | None:
         """The largest plate with all latents in it whose rows are independent."""

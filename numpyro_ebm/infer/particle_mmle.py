@@ -25,12 +25,12 @@ from jax.flatten_util import ravel_pytree
 from numpyro.infer import init_to_sample
 
 from numpyro_ebm._checks import require_bool, require_count, require_one_of
-from numpyro_ebm.distributions.energy import energy_site, is_flat
+from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.handlers import explain_chains, negative_phase, unnormalized
 from numpyro_ebm.infer.engine import Engine, compiled
 from numpyro_ebm.infer.rows import all_batches, by_site, full_shape, gather, scatter, subsampled_indices
 from numpyro_ebm.infer.step import Health, Part, health_of, is_bad, keep
-from numpyro_ebm.model_check import check_model
+from numpyro_ebm.model_check import check_run
 from numpyro_ebm.optim import (
     Schedule,
     as_transformation,
@@ -125,6 +125,8 @@ class ParticleMMLE(Engine):
     :param int num_data: the number of data that ``"mean"`` divides by; that of the plates that all latents share if not given.
     :raises ValueError: for a setting out of range; when a model is first seen, naming the site, for a discrete latent, no
         latent or no param site, a latent outside a subsampled plate, or data that are not finite.
+    :raises NormalizerError: when a model is first seen, naming the site, if an unknown normalizer depends on a latent, or on
+        parameters that do not move by their gradient (``m_step``).
     :raises NonFiniteError: during a run, with the last good state.
 
     **References**
@@ -187,8 +189,8 @@ class ParticleMMLE(Engine):
         self.model, self.optim, self.init_strategy = model, optim, init_strategy
         self.dynamics = None if dynamics is None else as_transformation(dynamics, "dynamics")
         self._transformation = optax.identity() if m_step == "maximize" else as_transformation(optim)
-        phase = model if isinstance(model, negative_phase) else negative_phase(model)
-        self._inner = unnormalized(phase.fn)
+        phase = model if isinstance(model, negative_phase) else negative_phase(model)  # which adds nothing to one inside
+        self._inner = unnormalized(model)
         self._values, self._curvature = compiled(self._constrained_particles), compiled(self._largest_curvature)
         self._phase = phase.without_reports()
 
@@ -386,14 +388,18 @@ class ParticleMMLE(Engine):
         batches = all_batches(program)
         return lax.map(finite, batches) if batches else finite({})[None]
 
-    def _needs_phase(self, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if isinstance(self.model, negative_phase):
-            return True
-        fns = [site["fn"] for site in program.sites.values() if site["type"] == "sample"]
-        try:
-            return check_model(self._phase.fn, *args, **kwargs).needs_negative_phase
-        except Exception:  # NumPyro's analysis does not cover every model: then every energy and field is taken to be learned
-            return any(energy_site(fn) is not None or is_flat(fn) for fn in fns)
+    def _needs_phase(self, given: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the gradient in the parameters needs negative chains; refuses what they cannot make right."""
+        report = check_run(self._inner, args, kwargs, data=given)
+        report.require_learnable()
+        if self.m_step != "gradient" and report.learned:
+            site = report.learned[0]
+            raise NormalizerError(
+                f"site '{site.name}': its unknown normalizer depends on the parameters, and m_step='{self.m_step}' goes by the "
+                "unnormalized density, of which negative chains give no more than the gradient. Take m_step='gradient': pgd, ipla, "
+                "ebipla or soul in the place of pqn and pmgd."
+            )
+        return report.needs_negative_phase or isinstance(self.model, negative_phase)
 
     def _require_learnable(self, program: Program, given: dict[str, Any]) -> None:
         require_continuous(program)
@@ -436,7 +442,7 @@ class ParticleMMLE(Engine):
         rng_key, run_key, draw_key = jax.random.split(rng_key, 3)
         data = constrain_params(params, program.param_transforms)
         particles = self._draw_particles(draw_key, program, data, args, kwargs)
-        phase = self._phase if self._needs_phase(program, args, kwargs) else self._inner
+        phase = self._phase if self._needs_phase(init_params, args, kwargs) else self._inner
         mutable_state = run_program(phase, args, kwargs, run_key, data=data, latents=_first(particles)).mutable_state
         stiffness = {name: jnp.zeros(x.shape[x.ndim - program.latents[name].event_dim :], x.dtype) for name, x in particles.items()}
         count = jnp.zeros((), jnp.int32)

@@ -12,11 +12,10 @@ from typing import Any
 from jax import Array
 
 from numpyro_ebm._checks import require_count, require_instance
-from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.infer.engine import Engine
 from numpyro_ebm.infer.rows import first_batch, random_batch
-from numpyro_ebm.model_check import check_model
+from numpyro_ebm.model_check import check_run
 from numpyro_ebm.objectives.score import ScoreObjective
 from numpyro_ebm.program import Model, Program, require_finite
 from numpyro_ebm.visible import Visible, find_visible, require_rows
@@ -52,17 +51,8 @@ class ScoreEngine(Engine):
                 f"site '{next(iter(program.mutable_state))}': mutable sites are not kept by {type(self).__name__}: use a network "
                 "without running statistics."
             )
-        self._require_known_normalizers(args, kwargs)
+        check_run(self._inner, args, kwargs, data=data, mark_visible=True).require_scores()
         return visible, program
-
-    def _require_known_normalizers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        try:
-            report = check_model(self.model, *args, **kwargs)
-        except Exception:  # NumPyro's analysis does not cover every model: one that it cannot read is taken at its word
-            return
-        for site in report.sites:
-            if site.is_energy and site.refused and site.latents:
-                raise NormalizerError(f"site '{site.name}': {site.verdict}")
 
     def _refuse(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _, program = find_visible(self._inner, args, kwargs, rng_key, data=params)

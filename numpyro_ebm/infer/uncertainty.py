@@ -25,14 +25,11 @@ import numpy as np
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
-from numpyro.distributions import Unit
 from numpyro.infer import init_to_sample
 
 from numpyro_ebm._checks import require_count
-from numpyro_ebm._compat import layers
-from numpyro_ebm.distributions.energy import BaseMeasure, NormalizerError
+from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.infer.latents import Latents, Posterior, draw_posterior
-from numpyro_ebm.model_check import check_model
 from numpyro_ebm.program import Model, total
 from numpyro_ebm.samplers import Sampler
 
@@ -127,15 +124,8 @@ def standard_errors(
     )
     if not posterior.params:
         raise ValueError("the model has no param site, so that there is nothing to give standard errors of.")
+    _require_known_normalizers(posterior)
     theta, unravel = ravel_pytree(posterior.theta())
-    one = jax.tree.map(lambda x: x[0, 0], draws)
-    posterior.require_constant_normalizers(
-        lambda theta: posterior.terms(one, posterior.params_at(unravel(theta)), guarded=True),
-        theta,
-        "the second derivative of its unknown normalizer in the parameters is not known, so that Louis' identity cannot be used. "
-        "Hold the parameters of the energy fixed, or repeat the fit on resampled data.",
-    )
-    _refuse_random_field(posterior)
     moments = jax.jit(lambda theta, draws: _moments(posterior, unravel, theta, draws))(theta, draws)
     information, of_chains = _information(jax.tree.map(lambda x: np.asarray(x, np.float64), moments))
     _require_positive_definite(information, moments.information.mean(0), _names(posterior.theta()))
@@ -156,19 +146,13 @@ def standard_errors(
     )
 
 
-def _refuse_random_field(posterior: Posterior) -> None:
-    """Refuses factors that couple flat sites, whose joint normalizer depends on the parameters."""
-    try:
-        report = check_model(posterior.guarded, *posterior.args, **posterior.kwargs)
-        fields = [site.name for site in report.sites if site.couples]
-    except Exception:  # NumPyro's analysis does not cover every model: then every factor beside a flat site is taken for one
-        cores = {name: list(layers(site["fn"]))[-1] for name, site in posterior.program.sites.items() if site["type"] == "sample"}
-        has_flat_site = any(isinstance(core, BaseMeasure) for core in cores.values())
-        fields = [name for name, core in cores.items() if has_flat_site and isinstance(core, Unit)]
-    if fields:
+def _require_known_normalizers(posterior: Posterior) -> None:
+    """Refuses energies and random fields with parameters to learn."""
+    for site in posterior.report.learned:
+        field = "it makes the model a random field, and " if site.couples else ""
         raise NormalizerError(
-            f"site '{fields[0]}': it makes the model a random field, and the second derivative of its unknown normalizer in the "
-            "parameters is not known, so that Louis' identity cannot be used. Repeat the fit on resampled data."
+            f"site '{site.name}': {field}the second derivative of its unknown normalizer in the parameters is not known, so that "
+            "Louis' identity cannot be used. Hold the parameters of the energy fixed, or repeat the fit on resampled data."
         )
 
 

@@ -1,0 +1,83 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a traced function's outputs depend on, told from its jaxpr: nothing is computed.
+
+Values of interest are marked where they arise, by a name that JAX carries along; an output depends on those marks from which
+a path of equations leads to it. NumPyro has the like, but it takes all of a ``scan``, a ``cond`` or a function with a
+derivative of its own together, and knows nothing of stopped gradients.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core.primitives import cond_p, name_p, scan_p, stop_gradient_p
+
+Sources = frozenset[str]
+
+_PREFIX, _LEARNED = "numpyro_ebm.source:", "numpyro_ebm.learned:"
+
+
+def mark(value: Any, name: str, *, learned: bool = False) -> Any:
+    """The same arrays and numbers, known by ``name`` from here on and no longer by what they are made of.
+
+    :param learned: whether they only count where a gradient reaches them: not behind :func:`jax.lax.stop_gradient`.
+    """
+    tag = (_LEARNED if learned else _PREFIX) + name
+    numeric = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+    return jax.tree.map(lambda x: checkpoint_name(x, tag) if isinstance(x, numeric) else x, value)
+
+
+def sources(fn: Callable[[], Any]) -> Any:
+    """The names of the marks that each output of a function depends on, in the structure of what it returns."""
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)()
+    found = [frozenset(tag.split(":", 1)[1] for tag in tags) for tags in _of_outputs(closed, [])]
+    return jax.tree.unflatten(jax.tree.structure(shapes), found)
+
+
+def _of_outputs(jaxpr: Any, inputs: Sequence[Sources]) -> list[Sources]:
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # of a closed one
+    known: dict[Any, Sources] = dict(zip(jaxpr.invars, inputs, strict=False))
+
+    def read(x: Any) -> Sources:
+        return frozenset() if isinstance(x, Literal) else known.get(x, frozenset())
+
+    for equation in jaxpr.eqns:
+        known.update(zip(equation.outvars, _of_equation(equation, [read(x) for x in equation.invars]), strict=True))
+    return [read(x) for x in jaxpr.outvars]
+
+
+def _of_equation(equation: Any, inputs: list[Sources]) -> list[Sources]:
+    params, num_outputs = equation.params, len(equation.outvars)
+    if equation.primitive is name_p and params["name"].startswith((_PREFIX, _LEARNED)):
+        return [frozenset({params["name"]})]
+    if equation.primitive is stop_gradient_p:
+        return [frozenset(tag for tag in inputs[0] if tag.startswith(_PREFIX))]
+    if equation.primitive is scan_p:
+        return _of_scan(params["jaxpr"], inputs, params["num_consts"], params["num_carry"])
+    if equation.primitive is cond_p:
+        branches = [_of_outputs(branch, inputs[1:]) for branch in params["branches"]]
+        return [inputs[0].union(*outputs) for outputs in zip(*branches, strict=True)]
+    inner = params.get("jaxpr", params.get("call_jaxpr"))  # jit, remat, functions with derivatives of their own
+    if inner is not None and _has_shape(inner, len(inputs), num_outputs):
+        return _of_outputs(inner, inputs)
+    return [frozenset().union(*inputs)] * num_outputs
+
+
+def _of_scan(body: ClosedJaxpr, inputs: list[Sources], num_consts: int, num_carry: int) -> list[Sources]:
+    consts, carry, xs = inputs[:num_consts], inputs[num_consts : num_consts + num_carry], inputs[num_consts + num_carry :]
+    while True:
+        outputs = _of_outputs(body, [*consts, *carry, *xs])
+        grown = [old | new for old, new in zip(carry, outputs[:num_carry], strict=True)]
+        if grown == carry:
+            return [*carry, *outputs[num_carry:]]
+        carry = grown
+
+
+def _has_shape(jaxpr: Any, num_inputs: int, num_outputs: int) -> bool:
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    return len(getattr(jaxpr, "invars", ())) == num_inputs and len(getattr(jaxpr, "outvars", ())) == num_outputs
