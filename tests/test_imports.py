@@ -16,6 +16,7 @@ import numpyro_ebm
 PACKAGE = Path(numpyro_ebm.__file__).parent
 FLOORS = {
     "_compat": 0,
+    "_map_over": 0,
     "samplers": 0,
     "optim": 0,
     "datasets": 0,

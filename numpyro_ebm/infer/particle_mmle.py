@@ -26,6 +26,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 from numpyro.infer import init_to_sample
 
+from numpyro_ebm._map_over import map_over
 from numpyro_ebm.distributions.energy import energy_site, is_flat
 from numpyro_ebm.handlers import explain_chains, negative_phase, unnormalized
 from numpyro_ebm.infer.engine import Engine, Health, as_transformation, compiled
@@ -691,7 +692,7 @@ class _Batch:
 
     def log_joint(self, theta: Any, x: Particles) -> Array:
         """The log joint density of every particle, of shape (num_particles,)."""
-        return jax.vmap(lambda x: total(self.terms(self.model, theta, x)[0]))(x)
+        return map_over(lambda x: total(self.terms(self.model, theta, x)[0]), x)
 
     def loss(self, theta: Any, x: Particles) -> Array:
         return -self.log_joint(theta, x).mean()
