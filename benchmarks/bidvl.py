@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 import optax
-from bism import in_turn, show_ratio, timed  # which pins the process to one core
+from _timing import in_turn, show_ratio, timed, use_one_core
 
 from numpyro_ebm import BiDVL, EnergyDistribution
 
@@ -46,8 +46,7 @@ def init_params(args):
     )
 
 
-def by_engine(v, args, variant):
-    """A state, and the engine's step as a function of it."""
+def make_engine(args, variant):
     theta, phi, omega = init_params(args)
 
     def energy(v):
@@ -68,7 +67,12 @@ def by_engine(v, args, variant):
 
     optims = [optax.adam(RATE)] * 3
     weights = {"latent_weight": LATENT_WEIGHT, "vae_weight": VAE_WEIGHT}
-    engine = BiDVL(energy, encoder, generator, *optims, variant=variant, **weights)
+    return BiDVL(energy, encoder, generator, *optims, variant=variant, **weights)
+
+
+def by_engine(v, args, variant):
+    """A state, and the engine's step as a function of it."""
+    engine = make_engine(args, variant)
     return engine.init(jax.random.key(1), v), lambda state: engine.update(state, v)
 
 
@@ -129,6 +133,7 @@ def by_hand(v, args, variant):
 
 
 def main(args):
+    use_one_core()
     sizes = f"{NUM_VISIBLE} visible, {NUM_LATENTS} latents, batch {args.batch_size}"
     print(f"device {jax.devices()[0].device_kind}; {sizes}; medians of {args.repeats} rounds")
     v = jax.random.normal(jax.random.key(3), (args.batch_size, NUM_VISIBLE))

@@ -14,17 +14,13 @@ so that the ratio holds when the machine's speed drifts. Run ``make bench``, or 
 """
 
 import argparse
-import os
-import time
-
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import optax
+from _timing import compiled, in_turn, show_ratio, timed, timed_eagerly, use_one_core
 from numpyro.distributions import constraints
 
 from numpyro_ebm import BaseMeasure, BiSM, DenoisingScoreMatching, GumbelBernoulli
@@ -62,10 +58,9 @@ def adam():
     return optax.adam(RATE, *BETAS, eps_root=EPS_ROOT)
 
 
-def by_engine(v, num_hidden, num_inner_steps, num_unroll_steps, **settings):
-    """A state, and the engine's step as a function of it."""
-    model, guide = make_model(v.shape[1], num_hidden)
-    engine = BiSM(
+def make_engine(num_visible, num_hidden, num_inner_steps, num_unroll_steps, **settings):
+    model, guide = make_model(num_visible, num_hidden)
+    return BiSM(
         model,
         guide,
         adam(),
@@ -75,6 +70,11 @@ def by_engine(v, num_hidden, num_inner_steps, num_unroll_steps, **settings):
         num_unroll_steps=num_unroll_steps,
         **settings,
     )
+
+
+def by_engine(v, *size, **settings):
+    """A state, and the engine's step as a function of it."""
+    engine = make_engine(v.shape[1], *size, **settings)
     return engine.init(jax.random.key(1), v), lambda state: engine.update(state, v)
 
 
@@ -187,52 +187,8 @@ def by_torch(v, num_hidden, num_inner_steps, num_unroll_steps):
     return step
 
 
-def timed(state, update, num_steps):
-    """A function that makes ``num_steps`` steps in one compiled loop and returns the seconds per step."""
-    run = jax.jit(lambda state: jax.lax.scan(lambda state, _: update(state), state, length=num_steps), donate_argnums=0)
-    box = [run(jax.tree.map(jnp.copy, state))[0]]
-
-    def seconds():
-        start = time.perf_counter()
-        box[0] = jax.block_until_ready(run(box[0])[0])
-        return (time.perf_counter() - start) / num_steps
-
-    seconds()
-    return seconds
-
-
-def timed_torch(step, num_steps):
-    def seconds():
-        start = time.perf_counter()
-        for _ in range(num_steps):
-            step()
-        return (time.perf_counter() - start) / num_steps
-
-    seconds()
-    return seconds
-
-
-def in_turn(*timers, repeats):
-    return np.array([[timer() for timer in timers] for _ in range(repeats)])
-
-
-def show_ratio(title, times):
-    ratios = times[:, 0] / times[:, 1]
-    first, second = np.median(times, 0) * 1e3
-    print(
-        f"{title:<48}{np.median(ratios):7.3f} (from {ratios.min():.3f} to {ratios.max():.3f}); {first:.1f} against {second:.1f} ms"
-    )
-
-
-def compiled(state, update):
-    """Seconds to compile a step, and megabytes of its temporary buffers."""
-    start = time.perf_counter()
-    program = jax.jit(update).lower(state).compile()
-    seconds, analysis = time.perf_counter() - start, program.memory_analysis()
-    return seconds, float("nan") if analysis is None else analysis.temp_size_in_bytes / 1e6
-
-
 def main(args):
+    use_one_core()
     size = f"{args.num_visible} x {args.num_hidden}, batch 100"
     print(f"device {jax.devices()[0].device_kind}; {size}; medians of {args.repeats} rounds")
     v = jax.random.uniform(jax.random.key(3), (100, args.num_visible))
@@ -244,7 +200,7 @@ def main(args):
         if step is None:
             print("torch: not installed, left out")
         else:
-            rivals["torch"] = timed_torch(step, args.num_steps)
+            rivals["torch"] = timed_eagerly(step, args.num_steps)
         for name, rival in rivals.items():
             show_ratio(f"{name}: K = 5, N = {num_unroll_steps}", in_turn(engine, rival, repeats=args.repeats))
     unrolled = timed(*by_engine(v, args.num_hidden, 5, 5), args.num_steps)

@@ -12,15 +12,14 @@ drifts. Run ``make bench``, or ``python benchmarks/negative_phase.py --help``.
 """
 
 import argparse
-import time
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
+from _timing import in_turn, show_ratio, timed
 from numpyro.contrib.module import eqx_module
 from numpyro.infer import SVI, Trace_ELBO
 
@@ -114,28 +113,11 @@ def by_hand(images):
     return (params, OPTIM.init(params), chains, jnp.log(0.1), jax.random.key(1)), update
 
 
-def compiled(state, update, num_steps):
-    run = jax.jit(lambda state: jax.lax.scan(lambda state, _: update(state), state, length=num_steps))
-    run = run.lower(state).compile()
-
-    def seconds_per_step():
-        start = time.perf_counter()
-        jax.block_until_ready(run(state))
-        return (time.perf_counter() - start) / num_steps
-
-    seconds_per_step()
-    return seconds_per_step
-
-
 def main(args):
     images = jax.random.uniform(jax.random.key(3), (BATCH, PIXELS))
-    ours, hand = (compiled(*make(images), args.num_steps) for make in (by_numpyro_ebm, by_hand))
-    times = np.array([[ours(), hand()] for _ in range(args.repeats)])
-    ratios = times[:, 0] / times[:, 1]
+    ours, hand = (timed(*make(images), args.num_steps) for make in (by_numpyro_ebm, by_hand))
     print(f"device {jax.devices()[0].device_kind}; {args.repeats} pairs of {args.num_steps} steps; medians")
-    print(f"SVI(negative_phase(model))  {np.median(times[:, 0]) * 1e3:8.3f} ms a step")
-    print(f"the same maths by hand      {np.median(times[:, 1]) * 1e3:8.3f} ms a step")
-    print(f"ratio                       {np.median(ratios):8.3f} (from {ratios.min():.3f} to {ratios.max():.3f})")
+    show_ratio("SVI(negative_phase(model)) over the maths by hand", in_turn(ours, hand, repeats=args.repeats))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ What is compared is timed in turn, A B A B, so that the ratio holds when the mac
 """
 
 import argparse
-import time
 
 import equinox as eqx
 import jax
@@ -25,6 +24,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
+from _timing import in_turn, show_ratio, timed
 from numpyro.contrib.module import eqx_module
 
 from numpyro_ebm import ParticleMMLE
@@ -83,39 +83,12 @@ def by_hand(images, num_particles, batch_size=None):
     return (params, OPTIM.init(params), z, jax.random.key(1)), update
 
 
-def timed(state, update, num_steps):
-    """A function that makes ``num_steps`` steps in one compiled loop and returns the seconds per step."""
-    run = jax.jit(lambda state: jax.lax.scan(lambda state, _: update(state), state, length=num_steps), donate_argnums=0)
-    box = [run(jax.tree.map(jnp.copy, state))[0]]
-
-    def seconds():
-        start = time.perf_counter()
-        box[0] = jax.block_until_ready(run(box[0])[0])
-        return (time.perf_counter() - start) / num_steps
-
-    seconds()
-    return seconds
-
-
-def in_turn(*timers, repeats):
-    return np.array([[timer() for timer in timers] for _ in range(repeats)])
-
-
 def megabytes(state):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(state) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)) / 1e6
 
 
 def slope(sizes, seconds):
     return np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
-
-
-def show_ratio(title, times, column=0, over=1):
-    ratios = times[:, column] / times[:, over]
-    medians = np.median(times, 0) * 1e3
-    print(
-        f"{title:<52}{np.median(ratios):7.3f} (from {ratios.min():.3f} to {ratios.max():.3f}); "
-        f"{medians[column]:.2f} against {medians[over]:.2f} ms"
-    )
 
 
 def main(args):

@@ -17,31 +17,23 @@ import argparse
 import jax
 import numpy as np
 import optax
-from bism import (  # which pins the process to one core
-    BETAS,
-    RATE,
-    SIGMA,
-    TEMPERATURE,
-    adam,
-    compiled,
-    energy,
-    in_turn,
-    make_model,
-    show_ratio,
-    timed,
-    timed_torch,
-)
+from _timing import compiled, in_turn, show_ratio, timed, timed_eagerly, use_one_core
+from bism import BETAS, RATE, SIGMA, TEMPERATURE, adam, energy, make_model
 from bism import by_engine as bism_engine
 
 from numpyro_ebm import DenoisingScoreMatching, VaGES
 
 
-def by_engine(v, num_hidden, num_inner_steps, num_samples, **settings):
-    """A state, and the engine's step as a function of it."""
-    model, guide = make_model(v.shape[1], num_hidden)
+def make_engine(num_visible, num_hidden, num_inner_steps, num_samples, **settings):
+    model, guide = make_model(num_visible, num_hidden)
     objective = DenoisingScoreMatching(SIGMA)
     settings |= {"num_inner_steps": num_inner_steps, "num_samples": num_samples}
-    engine = VaGES(model, guide, adam(), adam(), objective, **settings)
+    return VaGES(model, guide, adam(), adam(), objective, **settings)
+
+
+def by_engine(v, *size, **settings):
+    """A state, and the engine's step as a function of it."""
+    engine = make_engine(v.shape[1], *size, **settings)
     return engine.init(jax.random.key(1), v), lambda state: engine.update(state, v)
 
 
@@ -153,6 +145,7 @@ def by_torch(v, num_hidden, num_inner_steps, num_samples):
 
 
 def main(args):
+    use_one_core()
     size = f"{args.num_visible} x {args.num_hidden}, batch 100"
     print(f"device {jax.devices()[0].device_kind}; {size}; medians of {args.repeats} rounds")
     v = jax.random.uniform(jax.random.key(3), (100, args.num_visible))
@@ -166,14 +159,16 @@ def main(args):
         if step is None:
             print("torch: not installed, left out")
         else:
-            show_ratio(f"torch: K = 5, L = {num_samples}", in_turn(engine, timed_torch(step, args.num_steps), repeats=args.repeats))
+            show_ratio(
+                f"torch: K = 5, L = {num_samples}", in_turn(engine, timed_eagerly(step, args.num_steps), repeats=args.repeats)
+            )
     truncated = timed(*bism_engine(v, args.num_hidden, 5, 0), args.num_steps)
-    print(f"{'estimators: BiSM, N = 0':<48}{compiled(*bism_engine(v, args.num_hidden, 5, 0))[1]:56.1f} MB of buffers")
+    print(f"{'estimators: BiSM, N = 0':<52}{compiled(*bism_engine(v, args.num_hidden, 5, 0))[1]:56.1f} MB of buffers")
     for title, make in args.estimators.items():
         show_ratio(
             f"estimators: {title}", in_turn(timed(*make(v, args.num_hidden), args.num_steps), truncated, repeats=args.repeats)
         )
-        print(f"{'':<48}{compiled(*make(v, args.num_hidden))[1]:56.1f} MB of buffers")
+        print(f"{'':<52}{compiled(*make(v, args.num_hidden))[1]:56.1f} MB of buffers")
     for num_inner_steps in args.inner:
         seconds, megabytes = compiled(*by_engine(v, args.num_hidden, num_inner_steps, 2))
         print(f"memory: K = {num_inner_steps:>3} {megabytes:9.1f} MB of buffers, compiled in {seconds:.1f} s")

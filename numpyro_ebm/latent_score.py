@@ -37,6 +37,7 @@ from jax.lax import stop_gradient
 from numpyro.primitives import Messenger
 
 from numpyro_ebm._compat import layers
+from numpyro_ebm._map_over import map_over
 from numpyro_ebm.distributions.energy import with_core
 from numpyro_ebm.distributions.relaxed import GumbelBernoulli
 from numpyro_ebm.program import Model, Site, log_density_terms, per_row, run_program
@@ -58,7 +59,7 @@ def draw(
         with nullcontext() if relaxed else _hard_bits():
             return run_program(guide, args, kwargs, key, data=params).drawn
 
-    return stop_gradient(jax.vmap(one)(jax.random.split(rng_key, num_samples)))
+    return stop_gradient(map_over(one, jax.random.split(rng_key, num_samples)))
 
 
 def row_density(program: Model, args: tuple[Any, ...], kwargs: dict[str, Any], rng_key: Array, plate: str) -> RowDensity:
@@ -83,7 +84,7 @@ def scores(log_density: RowDensity, params: Any, v: Array, h: Latents) -> tuple[
         score, rows = jax.grad(total, has_aux=True)(v)
         return rows, score
 
-    return jax.vmap(of_one)(h)
+    return map_over(of_one, h)
 
 
 class Draws(NamedTuple):

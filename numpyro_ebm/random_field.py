@@ -22,6 +22,7 @@ from numpyro.handlers import block
 from numpyro.primitives import Messenger
 
 from numpyro_ebm._compat import layers
+from numpyro_ebm._map_over import map_over
 from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.program import Model, Program, log_density_terms, per_row, run_program, total, transform_of
 from numpyro_ebm.samplers import MALA, Sampler, Target
@@ -150,7 +151,7 @@ class RandomField:
         The positions are held in unconstrained space, where the Jacobian makes the gradient right in a support as well.
         """
         position = lax.stop_gradient(self._unconstrained(x))
-        return jax.vmap(lambda x: total(self._terms(x, self._given)[0]))(position)
+        return map_over(lambda x: total(self._terms(x, self._given)[0]), position)
 
     def mixes_fields(self, x: Values) -> Array:
         """Whether rows of a subsampled plate have fields of their own: whether it matters in which row a value stands."""
@@ -178,7 +179,7 @@ class RandomField:
             terms = {name: term if name in jacobians else beta * term for name, term in terms.items()}
             return total(terms)[None] if self._plate is None else per_row(terms, program, self._plate)
 
-        return jax.vmap(rows)(position)
+        return map_over(rows, position)
 
     def _value(self, name: str) -> Array:
         """A site's value in this run: of its full shape, and real where data were given as integers."""

@@ -17,6 +17,7 @@ PACKAGE = Path(numpyro_ebm.__file__).parent
 FLOORS = {
     "_checks": 0,
     "_compat": 0,
+    "_map_over": 0,
     "_pytree": 0,
     "weights": 0,
     "samplers": 1,

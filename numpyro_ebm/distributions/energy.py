@@ -25,6 +25,7 @@ from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.distributions.util import sum_rightmost, validate_sample
 
 from numpyro_ebm._compat import calling_distribution, calling_site, layers
+from numpyro_ebm._map_over import map_over
 from numpyro_ebm._pytree import arrays_and_rest, join
 from numpyro_ebm.samplers import MALA, Reference, Sampler, Target
 from numpyro_ebm.samplers.base import require_sampler
@@ -381,15 +382,21 @@ class TiltedDistribution(Distribution):
         batch = lax.broadcast_shapes(value.shape[: value.ndim - self.event_dim], energy_batch)
         arrays = (self._energy_arrays, self.params)
         energy = self._energy_of_event
-        # From the innermost batch dimension outwards. Arrays of size 1 there are shared, not copied.
-        stacked = [size != 1 for size in reversed(energy_batch)] + [False] * (len(batch) - len(energy_batch))
+        # From the innermost batch dimension outwards, up to the last that has an energy for every element. Arrays of size 1 are
+        # shared, not copied.
+        stacked = [size != 1 for size in reversed(energy_batch)]
+        while stacked and not stacked[-1]:
+            stacked.pop()
         if energy_batch:
             sizes = tuple(size for size in energy_batch if size != 1)
             ndims = iter(self._event_ndims)
             arrays = jax.tree.map(lambda a: jnp.reshape(a, sizes + jnp.shape(a)[jnp.ndim(a) - next(ndims) :]), arrays)
         for is_stacked in stacked:
             energy = jax.vmap(energy, in_axes=(0 if is_stacked else None, 0))
-        return self.base.log_prob(value) - beta * energy(arrays, jnp.broadcast_to(value, batch + self.event_shape))
+        # All dimensions before are one for the energy: a network costs XLA on the CPU 1.6 times as much under two maps.
+        inner = batch[len(batch) - len(stacked) :] + self.event_shape
+        events = jnp.broadcast_to(value, batch + self.event_shape).reshape(math.prod(batch[: len(batch) - len(stacked)]), *inner)
+        return self.base.log_prob(value) - beta * map_over(lambda x: energy(arrays, x), events).reshape(batch)
 
     def _energy_of_event(self, arrays: tuple[list[Any], Any], x: Array) -> Array:
         energy_arrays, params = arrays

@@ -25,6 +25,7 @@ from jax import Array, lax
 from numpyro.infer import TraceGraph_ELBO
 
 from numpyro_ebm._checks import require_bool, require_count, require_nonnegative, require_one_of
+from numpyro_ebm._map_over import map_over
 from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, Upper
 from numpyro_ebm.infer.step import keep
 from numpyro_ebm.objectives.posterior import PosteriorFisher
@@ -192,7 +193,7 @@ class BiSM(BilevelEngine):
         keys = jax.random.split(lower_key, self.num_hessian_draws)
 
         def lower_gradient(theta: Any, phi: Any) -> Any:
-            return jax.grad(lambda phi: jax.vmap(lambda key: levels.lower(theta, phi, key))(keys).mean())(phi)
+            return jax.grad(lambda phi: map_over(lambda key: levels.lower(theta, phi, key), keys).mean())(phi)
 
         if self.curvature == "fisher":
             product = levels.fisher_product(phi, keys)
@@ -264,7 +265,7 @@ class _Levels(Levels):
             terms, program = log_density_terms(self.guide, args, self.kwargs, draw_key, data=data, latents={})
             return per_row(terms, program, self.plate)
 
-        rows, slopes = jax.linearize(lambda phi: jax.vmap(lambda key: log_q(phi, key))(keys), phi)
+        rows, slopes = jax.linearize(lambda phi: map_over(lambda key: log_q(phi, key), keys), phi)
         transposed = jax.linear_transpose(slopes, phi)
         return lambda x: transposed(weight * slopes(x) / rows.size)[0]
 

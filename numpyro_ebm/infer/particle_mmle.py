@@ -25,6 +25,7 @@ from jax.flatten_util import ravel_pytree
 from numpyro.infer import init_to_sample
 
 from numpyro_ebm._checks import require_bool, require_count, require_one_of
+from numpyro_ebm._map_over import map_over
 from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.handlers import explain_chains, negative_phase, unnormalized
 from numpyro_ebm.infer.engine import Engine, compiled
@@ -693,7 +694,7 @@ class _Batch:
 
     def log_joint(self, theta: Any, x: Particles) -> Array:
         """The log joint density of every particle, of shape (num_particles,)."""
-        return jax.vmap(lambda x: total(self.terms(self.model, theta, x)[0]))(x)
+        return map_over(lambda x: total(self.terms(self.model, theta, x)[0]), x)
 
     def loss(self, theta: Any, x: Particles) -> Array:
         return -self.log_joint(theta, x).mean()
