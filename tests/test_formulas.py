@@ -40,6 +40,9 @@ def docstring_formulas(source):
 
 
 def problem(render, tex, display):
+    name = re.search(r"(?<![\\a-zA-Z])(log|exp|max|min|sin|cos|tanh?|det|sup|inf)\b", re.sub(r"\\text\{[^}]*\}", "", tex))
+    if name:
+        return f"a product of letters: \\{name[0]}"
     try:
         render(tex, display)
     except ValueError as error:
@@ -50,7 +53,7 @@ def problem(render, tex, display):
     ("paths", "formulas"), [(PAGES, page_formulas), (SOURCES, docstring_formulas)], ids=["pages", "docstrings"]
 )
 def test_formulas_are_known_to_the_renderer(render, paths, formulas):
-    # an unknown command, a brace or a \left without its partner, a Unicode letter that has no glyph
+    # an unknown command, a brace or a \left without its partner, a letter that has no glyph, "log" without its backslash
     found = [(path, tex, display) for path in paths for tex, display in formulas((ROOT / path).read_text(encoding="utf-8"))]
     assert len(found) > 100  # a collector that finds nothing would pass everything
     assert {display for _, _, display in found} == {True, False}
