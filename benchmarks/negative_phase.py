@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Seconds per step of ``SVI(negative_phase(model))`` over the same maths written by hand in JAX.
+"""Seconds per step of ``SVI(negative_phase(model))`` over the same mathematics written by hand in JAX.
 
 The model is a latent energy-based prior on 64 pixels: 128 images a step, a latent of 10, a decoder, an encoder and an
 energy, 256 persistent chains moved by 10 steps of MALA. The hand-written step knows nothing of NumPyro: it draws from the
@@ -134,7 +134,7 @@ def main(args):
     ratios = times[:, 0] / times[:, 1]
     print(f"device {jax.devices()[0].device_kind}; {args.repeats} pairs of {args.num_steps} steps; medians")
     print(f"SVI(negative_phase(model))  {np.median(times[:, 0]) * 1e3:8.3f} ms a step")
-    print(f"the same maths by hand      {np.median(times[:, 1]) * 1e3:8.3f} ms a step")
+    print(f"the same mathematics by hand      {np.median(times[:, 1]) * 1e3:8.3f} ms a step")
     print(f"ratio                       {np.median(ratios):8.3f} (from {ratios.min():.3f} to {ratios.max():.3f})")
 
 
