@@ -1,7 +1,8 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a step of ``BiDVL`` costs over the same maths written by hand in JAX, without NumPyro, for two forms of the latent term.
+"""What a step of ``BiDVL`` costs over the same mathematics written by hand in JAX, without NumPyro, for two forms of the latent
+term.
 
 The size is that of the digits of scikit-learn: visibles of 64, latents of 8, batch 256; networks of two hidden layers, 256 wide
 for generator and encoder, 128 for the energy. Both sides draw as many random numbers. All run on one core, timed in turn. Run

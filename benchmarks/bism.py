@@ -3,7 +3,7 @@
 
 """What a step of ``BiSM`` costs: a Gaussian restricted Boltzmann machine of the size of the Frey faces (560 x 400), batch 100.
 
-* ``hand``: one step over the same maths written by hand in JAX, no NumPyro: draws, two levels, Adam differentiated through.
+* ``hand``: one step over the same mathematics written by hand in JAX, no NumPyro: samples, two levels, Adam differentiated through.
 * ``torch``: the same step over a plain PyTorch implementation on the CPU (``pip install torch==2.13.0``; left out without it).
 * ``implicit``: one step with the implicit hypergradient over one with five unrolled steps.
 * ``compile``: seconds to compile a step, and megabytes of its temporary buffers, against K, N and ``checkpoint``; the time of

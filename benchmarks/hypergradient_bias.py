@@ -8,13 +8,13 @@ that are differentiated through bring it back at the rate of the guide's optimiz
 both for denoising with the same noise in every gradient, in double precision, all parameters of the machine in one vector:
 
 1. The lower level is the exact Kullback-Leibler divergence, its optimizer gradient descent with rate alpha, the guide starts off
-   the posterior. Bias: ||mean gradient - exact|| / ||exact||, the mean over draws of the hidden units.
+   the posterior. Bias: ||mean gradient - exact|| / ||exact||, the mean over samples of the hidden units.
 2. As in practice: one-sample ELBO of bits relaxed at temperature .1, Adam at 1e-3 with moments of 2000 steps near the posterior.
    Recovered: the projection of g_N - g_0 on exact - g_0, which is 1 for all of what is missing and 0 for nothing, with its
-   standard error. Spread: root mean square over draws of ||gradient - mean|| / ||exact||.
+   standard error. Spread: root mean square over samples of ||gradient - mean|| / ||exact||.
 
 Both have the implicit form beside the unrolled. In the second panel it has BiSM's own settings, but for the curvature (the
-Hessian of the lower level, or the guide's Fisher information) and the number of its draws.
+Hessian of the lower level, or the guide's Fisher information) and the number of its samples.
 
 Run ``python benchmarks/hypergradient_bias.py --help``.
 """
@@ -124,7 +124,7 @@ def exact_gradient(v):
 
 
 def draw_gradients(engine, v, num_draws):
-    """A function of the state that gives ``(num_draws, size)``; the same draws of the upper level for every engine."""
+    """A function of the state that gives ``(num_draws, size)``; the same samples of the upper level for every engine."""
     keys = jax.random.split(KEY, num_draws)
 
     @jax.jit
@@ -204,7 +204,7 @@ def sampled_lower_level(v, exact, args):
         print(f"{name:<24}{row[1]:>9.3f}{row[2]:>11.3f}{row[3]:>14.4f} +- {row[4]:.4f}{row[5]:>16.4f} +- {row[6]:.4f}", flush=True)
         return row
 
-    print(f"\n2. One-sample ELBO, Adam at 1e-3, {args.num_sampled} draws of each gradient")
+    print(f"\n2. One-sample ELBO, Adam at 1e-3, {args.num_sampled} samples of each gradient")
     print(f"{'':<24}{'bias':>9}{'spread':>11}{'recovered':>14}{'':>10}{'of hidden biases':>19}")
     unrolled = [report("unrolled, N = 0", none)]
     for n in args.adam:
@@ -240,8 +240,8 @@ def plot(path, exact_table, sampled, args):
     right.set_xticks(places, names, rotation=45, ha="right", fontsize=8)
     right.set_ylim(-0.75, 1.75)
     right.set(
-        ylabel="share of the missing part recovered",
-        title="one-sample ELBO, Adam at 1e-3\nunrolled (blue), implicit by curvature and draws (orange)",
+        ylabel="fraction of the missing part recovered",
+        title="one-sample ELBO, Adam at 1e-3\nunrolled (blue), implicit by curvature and samples (orange)",
     )
     for ax in (left, right):
         ax.grid(alpha=0.3)
@@ -262,10 +262,10 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num-draws", type=int, default=400, help="draws of the hidden units in the first panel")
-    parser.add_argument("--num-sampled", type=int, default=1000, help="draws of every gradient in the second panel")
+    parser.add_argument("--num-draws", type=int, default=400, help="samples of the hidden units in the first panel")
+    parser.add_argument("--num-sampled", type=int, default=1000, help="samples of every gradient in the second panel")
     parser.add_argument("--output", type=Path, default=Path("outputs/hypergradient_bias.png"))
-    parser.add_argument("--smoke", action="store_true", help="a few settings and draws, to see that it runs")
+    parser.add_argument("--smoke", action="store_true", help="a few settings and samples, to see that it runs")
     args = parser.parse_args()
     args.unroll, args.inner, args.num_cg_steps = (0, 1, 5, 10, 50, 200), (0, 10, 100, 1000), (1, 2, 5, 16)
     args.adam, args.hessian_draws, args.warm_up = (1, 5, 10, 50), (1, 2, 8, 32), 2000

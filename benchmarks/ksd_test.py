@@ -3,12 +3,13 @@
 
 """What ``ksd_test`` rejects: its level where the model fits, and its power where it does not.
 
-The model is a standard normal law in one and in ten dimensions. The level is the share of tests with a p-value of at most .01,
-.05 and .1 for draws of the model itself; the power that with at most .05 for draws of another law, every coordinate of which is
+The model is a standard normal distribution in one and in ten dimensions. The level is the fraction of tests with a p-value of at
+most .01, .05 and .1 for samples of the model itself; the power that with at most .05 for samples of another distribution, every
+coordinate of which is
 
 * shifted by ``size``;
 * ``1 + size`` times as wide;
-* a mixture, of mean 0 and variance 1, of the law of Laplace with probability ``size`` and the normal law.
+* a mixture, of mean 0 and variance 1, of the Laplace distribution with probability ``size`` and the normal distribution.
 
 Kernels have the median heuristic. Every share is of as many tests as ``--num-tests`` says, each on data and signs of its own.
 Run ``python benchmarks/ksd_test.py --help``.
@@ -34,7 +35,7 @@ LEVELS = (0.01, 0.05, 0.1)
 ALTERNATIVES = {
     "mean shifted by": (0.0, 0.1, 0.2, 0.3, 0.5),
     "scale larger by": (0.0, 0.1, 0.2, 0.3, 0.5),
-    "share of Laplace": (0.0, 0.25, 0.5, 0.75, 1.0),
+    "fraction of Laplace": (0.0, 0.25, 0.5, 0.75, 1.0),
 }
 
 
@@ -51,7 +52,7 @@ def draw(alternative, size, rng_key, shape):
 
 @partial(jax.jit, static_argnames=("kernel", "num_bootstrap"))
 def p_values(rng_key, v, kernel, num_bootstrap):
-    """The p-values of ``(num_tests, n, d)`` draws as if from a standard normal law."""
+    """The p-values of ``(num_tests, n, d)`` samples as if from a standard normal distribution."""
 
     def one(args):
         key, v = args
@@ -61,7 +62,7 @@ def p_values(rng_key, v, kernel, num_bootstrap):
 
 
 def shares(alternative, size, kernel, n, d, args):
-    """The share of tests with a p-value of at most each of the levels."""
+    """The fraction of tests with a p-value of at most each of the levels."""
     data_key, test_key = jax.random.split(jax.random.key(n + d))
     v = draw(alternative, size, data_key, (args.num_tests, n, d))
     p = np.asarray(p_values(test_key, v, kernel, args.num_bootstrap))
@@ -69,7 +70,7 @@ def shares(alternative, size, kernel, n, d, args):
 
 
 def measure(args):
-    """The power at .05 by alternative, dimension, kernel and number of draws, one number per size."""
+    """The power at .05 by alternative, dimension, kernel and number of samples, one number per size."""
     print(f"Level, {args.num_tests} tests. Standard errors .003, .007, .009 for 1000")
     print(f"{'':<22}" + "".join(f"{level:>8}" for level in LEVELS))
     for d, n, name in cases(args):
@@ -102,7 +103,7 @@ def plot(path, table, args):
         ax.set(xlabel=alternative, title=f"d = {d}")
         ax.grid(alpha=0.3)
     for ax in axes[:, 0]:
-        ax.set_ylabel("share rejected at .05")
+        ax.set_ylabel("fraction rejected at .05")
     axes[0, 0].legend(fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,8 +119,8 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num-tests", type=int, default=1000, help="tests behind every share")
-    parser.add_argument("--num-bootstrap", type=int, default=199, help="draws of the signs in a test")
+    parser.add_argument("--num-tests", type=int, default=1000, help="number of tests for every fraction")
+    parser.add_argument("--num-bootstrap", type=int, default=199, help="samples of the signs in a test")
     parser.add_argument("--output", type=Path, default=Path("outputs/ksd_power.png"))
     parser.add_argument("--smoke", action="store_true", help="a few tests and sizes, to see that it runs")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Seconds per step of ``SVI(negative_phase(model))`` over the same maths written by hand in JAX.
+"""Seconds per step of ``SVI(negative_phase(model))`` over the same mathematics written by hand in JAX.
 
 The model is a latent energy-based prior on 64 pixels: 128 images a step, a latent of 10, a decoder, an encoder and an
 energy, 256 persistent chains moved by 10 steps of MALA. The hand-written step knows nothing of NumPyro: it draws from the

@@ -1,15 +1,15 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a step of ``ParticleMMLE`` costs: over the same maths by hand, against the number of particles and of data.
+"""What a step of ``ParticleMMLE`` costs: over the same mathematics by hand, against the number of particles and of data.
 
 The model is a decoder of 2 layers from a latent of 10 to 64 pixels, learned with Adam.
 
-* ``hand``: seconds per ``update`` over the same maths written by hand in JAX (particles, decoder, optimizer; no NumPyro).
+* ``hand``: seconds per ``update`` over the same mathematics written by hand in JAX (particles, decoder, optimizer; no NumPyro).
 * ``particles``, ``data``: seconds per step and megabytes of the state against the number of particles and of data, and the
   slope of log seconds against log size: 1 is linear, less where a fixed cost still counts.
 * ``minibatch``: batches of 256 out of 100 000 data with 10 particles each, over batches of 256 out of 1 000: 1 if a step
-  costs what its batch costs. The second ratio is over the same maths by hand, with NumPyro's draw of the batch.
+  costs what its batch costs. The second ratio is over the same mathematics by hand, with NumPyro's sampling of the batch.
 
 What is compared is timed in turn, A B A B, so that the ratio holds when the machine's speed drifts. Run ``make bench``, or
 ``python benchmarks/particle_mmle.py --help``.
@@ -75,7 +75,7 @@ def by_hand(images, num_particles, batch_size=None):
             params, optim_state, z, loss = step(params, optim_state, z, images, noise_key)
             return (params, optim_state, z, key), loss
         with numpyro.handlers.seed(rng_seed=batch_key), numpyro.plate("data", len(images), batch_size) as rows:
-            pass  # the same draw of a batch
+            pass  # the same sample of a batch
         params, optim_state, batch, loss = step(params, optim_state, z[:, rows], images[rows], noise_key)
         return (params, optim_state, z.at[:, rows].set(batch), key), loss
 
@@ -96,7 +96,7 @@ def main(args):
     key, size = jax.random.key(3), 256
     images = jax.random.uniform(key, (size, PIXELS))
     times = in_turn(*(timed(*make(images, 10), args.num_steps) for make in (by_engine, by_hand)), repeats=args.repeats)
-    show_ratio("hand: one step of the engine over the maths by hand", times)
+    show_ratio("hand: one step of the engine over the mathematics by hand", times)
 
     for title, sizes, make in (
         ("particles", args.particles, lambda n: by_engine(images, n)),
@@ -112,7 +112,7 @@ def main(args):
     problems = by_engine(many, 10, size), by_engine(many[:1000], 10, size), by_hand(many, 10, size)
     times = in_turn(*(timed(*p, args.num_steps) for p in problems), repeats=args.repeats)
     show_ratio(f"minibatch: {args.many} data over 1000", times)
-    show_ratio(f"minibatch: {args.many} data over the maths by hand", times, 0, 2)
+    show_ratio(f"minibatch: {args.many} data over the mathematics by hand", times, 0, 2)
 
 
 if __name__ == "__main__":

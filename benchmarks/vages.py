@@ -3,7 +3,7 @@
 
 """What a step of ``VaGES`` costs: a Gaussian restricted Boltzmann machine of the size of the Frey faces (560 x 400), batch 100.
 
-* ``hand``: one step over the same maths written by hand in JAX, no NumPyro.
+* ``hand``: one step over the same mathematics written by hand in JAX, no NumPyro.
 * ``torch``: the same step over a plain PyTorch implementation on the CPU (``pip install torch==2.13.0``; left out without it).
 * ``estimators``: one step of ``BiSM`` and of the forms of ``VaGES``, over one of ``BiSM`` with N = 0, and megabytes of
   temporary buffers; what they are worth is in ``benchmarks/vages_bias.py``.

@@ -223,7 +223,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num-draws", type=int, default=40_000, help="gradients behind every mean")
     parser.add_argument("--output", type=Path, default=Path("outputs/vages_bias"))
-    parser.add_argument("--smoke", action="store_true", help="few draws, to see that it runs")
+    parser.add_argument("--smoke", action="store_true", help="few samples, to see that it runs")
     args = parser.parse_args()
     args.distances, args.samples, args.names = DISTANCES, SAMPLES, None
     if args.smoke:

@@ -5,11 +5,10 @@
 
 import inspect
 import re
+import sys
 from functools import reduce
 from pathlib import Path
 
-from docutils import nodes
-from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.errors import SphinxError
 
 import numpyro_ebm
@@ -20,11 +19,13 @@ author = "The numpyro_ebm contributors"
 project_copyright = author
 release = version = numpyro_ebm.__version__
 
+sys.path.insert(0, str(Path(__file__).parent))  # formulas.py
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",  # the directive of the docstrings' examples; pytest runs them
     "sphinx_copybutton",
+    "formulas",
 ]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath"]
@@ -38,7 +39,7 @@ autodoc_typehints = "none"  # the docstrings say types in words
 add_module_names = False
 python_use_unqualified_type_names = True
 
-html_math_renderer = "mathml"  # browsers draw MathML themselves: the pages need no script from the network
+html_math_renderer = "katex"
 html_theme = "furo"
 html_title = "numpyro_ebm"
 html_static_path = ["_static"]
@@ -80,24 +81,5 @@ def _require_documented(app):
         raise SphinxError("undocumented public symbols: " + "; ".join(sorted(set(problems))))
 
 
-def _mathml(node, **options):
-    # docutils leaves out the thin spaces that TeX sets around "log" and "exp"
-    space, apply = '<mspace width="0.17em"/>', "<mo>&ApplyFunction;</mo>"
-    mathml = tex2mathml(node.astext(), **options)
-    mathml = re.sub(rf"{apply}(?=\s*<m(?!o[ >]))", apply + space, mathml)
-    return re.sub(r"(?<=</mi>|msub>)(?=\s*<mi>(?:log|exp)</mi>)", space, mathml)
-
-
-def _inline_math(writer, node):
-    writer.body.append(_mathml(node))
-    raise nodes.SkipNode
-
-
-def _displayed_math(writer, node):
-    writer.body.append(f'<div class="math" style="overflow-y: hidden; padding: 0.4em 0">{_mathml(node, as_block=True)}</div>\n')
-    raise nodes.SkipNode
-
-
 def setup(app):
-    app.add_html_math_renderer("mathml", inline_renderers=(_inline_math, None), block_renderers=(_displayed_math, None))
     app.connect("builder-inited", _require_documented)

@@ -7,33 +7,34 @@ Example: Handwritten digits by five engines
 
 The 8 x 8 digits of scikit-learn by bi-level doubly variational learning (``BiDVL``) [1]: an energy of images :math:`E(v)`, an
 encoder :math:`q(h|v)` and a generator :math:`N(h; 0, I) \, N(v; g(h), \sigma^2 I)`, all learned together without a Markov chain.
-The generator draws, the encoder reconstructs, and the energy tells digits from what is none.
+The generator draws, the encoder reconstructs, and the energy tells digits from other images.
 
-Beside it, on the same split, with networks 256 wide, eight latents and 3000 steps, each engine with the batches and rates that
-suit it (``bism`` and ``vages`` 100 rows and five steps of the guide, the others 256 rows; no split was kept to choose them by):
+It is compared, on the same split, with networks 256 wide, eight latents and 3000 steps, with other engines, each with the batches
+and rates that suit it (``bism`` and ``vages`` 100 rows and five steps of the guide, the others 256 rows; no split was kept to
+choose them by):
 
 * ``vae``: generator and encoder alone, a variational autoencoder by NumPyro's ``SVI``;
 * ``ebipla``: the same generator with a learned energy for the prior of its latents, by ``ParticleMMLE.ebipla`` (the example
   ``energy_prior_digits.py``);
 * ``bism``, ``vages``: an energy of images and latents together, by score matching (``BiSM`` with N = 0, ``VaGES`` with L = 2);
-* ``bidvl``: the symmetric divergence (``variant="exact"``); ``bidvl-offset``: terms as in the paper's code, means in the place of
-  draws, squared errors of pixels in [-1, 1] for likelihoods, the hinge of its residual networks with the latent weight of the
+* ``bidvl``: the symmetric divergence (``variant="exact"``); ``bidvl-offset``: terms as in the paper's code, means in place of
+  samples, squared errors of pixels in [-1, 1] for likelihoods, the hinge of its residual networks with the latent weight of the
   others, both levels of weight 1.
 
 All are judged on the 360 digits that none has seen:
 
-* **MMD^2** between them and as many draws as there are training digits, unbiased, with the RBF kernel at the median distance;
-  draws with the model's noise, and their means. ``bism`` and ``vages`` draw images by annealed Langevin dynamics given the
+* **MMD^2** between them and as many samples as there are training digits, unbiased, with the RBF kernel at the median distance;
+  samples with the model's noise, and their means. ``bism`` and ``vages`` draw images by annealed Langevin dynamics given the
   latents of random training digits; the others draw from nothing.
 * **Reconstruction**, the mean squared error per pixel: of the generator's mean at the encoder's mean; for ``ebipla``, which
-  has no encoder, at the most probable latents; for ``bism`` and ``vages``, of draws given the guide's mean.
+  has no encoder, at the most probable latents; for ``bism`` and ``vages``, of samples given the guide's mean.
 * **AUROC** of telling held-out digits from other images by a score that should be higher for those: the energy of ``bidvl``; minus
-  an importance-weighted bound on :math:`\log p(v)` from 50 draws of the encoder (``vae``, ``bism``, ``vages``; up to a constant);
+  an importance-weighted bound on :math:`\log p(v)` from 50 samples of the encoder (``vae``, ``bism``, ``vages``; up to a constant);
   minus the log density at the most probable latents (``ebipla``). The other images are the held-out digits with inverted pixels,
   turned by 90 degrees, with shuffled pixels, uniform noise, and images of one gray.
 
 What a run gives is on this example's page. Every fit is kept in ``--output``; ``--reuse`` takes what is there. ``samples.png``
-there shows draws of every model of the first seed, and ``energies.png`` the scores of digits and of other images.
+there shows samples of every model of the first seed, and ``energies.png`` the scores of digits and of other images.
 
 **References**
 
@@ -115,7 +116,7 @@ TEMPERATURES = annealing_schedule(100, 600, 100, hottest=10.0)
 class Judged(NamedTuple):
     """A fit, and what it is worth; all arrays, to be kept in a file."""
 
-    means: np.ndarray  # (num_draws, 64), draws without their noise
+    means: np.ndarray  # (num_draws, 64), samples without their noise
     mmd2_draws: float
     mmd2_means: float
     reconstruction: float
@@ -141,7 +142,7 @@ class EnergyNets(NamedTuple):
     energy: eqx.nn.MLP  # image -> scalar
     encoder: eqx.nn.MLP  # image -> mean and scale of the latent
     generator: eqx.nn.MLP  # latent -> mean of the pixels
-    mean: Array  # (64,), the image that the base law of the energy is about
+    mean: Array  # (64,), the image that the base distribution of the energy is about
 
 
 def adam(rate: float, num_steps: int, **settings: float) -> optax.GradientTransformation:

@@ -2,27 +2,27 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Example: An energy of images, with an encoder and a generator beside it
-=======================================================================
+Example: An energy of images, with an encoder and a generator
+=============================================================
 
-Images as an energy :math:`E(v)`, learned by bi-level doubly variational learning [1] without a chain of samples: a generator
-stands for the energy's law, and an encoder :math:`q(h \mid v)` for its posterior. Afterwards the generator draws, encoder and
-generator reconstruct, and the energy tells images of the kind it has seen from others.
+An energy :math:`E(v)` of images, learned using bi-level doubly variational learning [1] without Markov chains: a generator
+replaces samples of the energy, and an encoder :math:`q(h \mid v)` its posterior. Afterwards the generator makes new images,
+encoder and generator reconstruct, and the energy tells images of the kind it has seen from others.
 
 * ``--size full`` is the published setting for CIFAR-10: convolutional networks with spectral and batch normalization
-  (``nets/bidvl.py``), the softplus of the energy, means instead of draws (``noise=False``), 600 epochs. It wants a GPU. MNIST is
+  (``nets/bidvl.py``), the softplus of the energy, means instead of samples (``noise=False``), 600 epochs. It needs a GPU. MNIST is
   padded to 32 x 32 for the same networks.
 * ``--size reduced``, the default, is for two cores and some minutes: images of 16 x 16, dense networks, and the hinge of the
-  publication's residual networks as upper level, with ``SCALE`` times a network of spectral norm 1 as energy.
+  paper's residual networks as upper level, with ``SCALE`` times a network of spectral norm 1 as energy.
 
 Spectral norms and batch statistics are kept in mutable sites of the three programs. Pixels are in [-1, 1].
 
 The hinge asks for an energy below -1 of data and above 1 of generated images. Such an energy ranks images, and
-its scale is that of the hinge, not that of a log density. Draws are refined by Langevin dynamics at a low temperature, which the
+its scale is that of the hinge, not that of a log density. Samples are refined by Langevin dynamics at a low temperature, which the
 energy's program takes as an argument.
 
 The script prints the error of reconstruction, and by the kind of other images the area under the ROC curve (AUROC) of telling
-them from test images: by the energy, and for comparison by the error of reconstruction. The publication also has SVHN, CelebA and
+them from test images: by the energy, and for comparison by the error of reconstruction. The paper also has SVHN, CelebA and
 textures, which this package does not load.
 
 It writes to ``--output``: ``images.png``, ``energies.png``, ``loss.png``, and ``weights.eqx``, params and mutable sites.
@@ -70,7 +70,7 @@ from numpyro_ebm.datasets import cifar10, frey_faces, mnist
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-GENERATOR_SCALE = 0.5**0.5  # makes the likelihood the squared error of the publication
+GENERATOR_SCALE = 0.5**0.5  # makes the likelihood the squared error of the paper
 NUM_TEST, CHUNK = 1000, 100  # images of every kind to judge by, and at a time
 SCALE = 20.0  # of the energy without softplus
 TEMPERATURE = 1e-3
@@ -290,7 +290,7 @@ def main(args: argparse.Namespace) -> None:
     kinds = {"test images": test, **other_images(args.data, test, size.side, np.random.default_rng(args.seed), args.smoke)}
     draws = engine.sample(keys[2], state, len(test), test, nets, size, **fixed)["v"]
     refined = engine.refine(keys[3], state, LANGEVIN, draws, nets, size, temperature=TEMPERATURE, **fixed)
-    kinds |= {"draws of the generator": np.asarray(draws), "the same, refined": np.asarray(refined)}
+    kinds |= {"samples of the generator": np.asarray(draws), "the same, refined": np.asarray(refined)}
     energies = {kind: in_chunks(lambda v: engine.energies(state, v, nets, size, **fixed), v) for kind, v in kinds.items()}
     found = {kind: in_chunks(lambda v: engine.reconstruct(state, v, nets, size, **fixed), v) for kind, v in kinds.items()}
     errors = {kind: ((found[kind] - v) ** 2).mean((1, 2, 3)) for kind, v in kinds.items()}
@@ -301,14 +301,14 @@ def main(args: argparse.Namespace) -> None:
     print_auroc(energies, errors)
     plot_energies(args.output / "energies.png", energies)
     pairs = np.stack([test[:32].reshape(4, 8, *shape), found["test images"][:32].reshape(4, 8, *shape)], 1)
-    square = {"training images": train[:64], "draws of the generator": draws[:64], "draws, refined": refined[:64]}
+    square = {"training images": train[:64], "samples of the generator": draws[:64], "samples, refined": refined[:64]}
     grids = {title: np.asarray(images).reshape(8, 8, *shape) for title, images in square.items()}
     plot_images(args.output / "images.png", grids | {"test images, and reconstructions below": pairs.reshape(8, 8, *shape)})
     print(f"\nThe figures are in {args.output}. All of it took {time.process_time():.0f} seconds of processors.")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="An energy of images, with an encoder and a generator beside it")
+    parser = argparse.ArgumentParser(description="An energy of images, with an encoder and a generator")
     parser.add_argument("--data", choices=["mnist", "cifar10"], default="mnist")
     parser.add_argument("--size", choices=list(SIZES), default="reduced")
     parser.add_argument("--num-steps", type=int, help="instead of the epochs of the size")

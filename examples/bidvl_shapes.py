@@ -5,7 +5,7 @@ r"""
 Example: Density, energy and generator of points in the plane
 =============================================================
 
-Bi-level doubly variational learning [1] of half-moons, a circle, and eight normal laws on a ring: an energy over the plane
+Bi-level doubly variational learning [1] of half-moons, a circle, and eight normal distributions on a ring: an energy over the plane
 
 .. math::
 
@@ -14,16 +14,16 @@ Bi-level doubly variational learning [1] of half-moons, a circle, and eight norm
 about the mean m and the scale s of the data, an encoder, and a generator :math:`N(h; 0, I) \, N(v; g(h), .1^2 I)` of two
 latents, all networks with hidden layers of 64. In the plane everything can be judged by quadrature on a grid:
 
-* the energy, by the Kullback-Leibler divergence from the law that made the data, on 10 000 fresh points;
-* the generator, by the sliced Wasserstein distance of its draws from those points;
-* the same for draws that 200 moves of MALA on the energy have refined.
+* the energy, by the Kullback-Leibler divergence from the distribution that generated the data, on 10 000 new points;
+* the generator, by the sliced Wasserstein distance of its samples from those points;
+* the same for samples that 200 moves of MALA on the energy have refined.
 
-The generator stands for the energy's law in the gradient of the likelihood, and draws hardly where data are not: what the energy
-is there, no gradient says. ``--sampler`` says how generated points move on the energy before the upper level sees them: not at
-all (``none``, as in [1]), or by ten moves of ``MALA`` that start afresh from the generator at every step. By default both are
-learned and compared.
+The generator replaces samples of the energy in the gradient of the likelihood, and makes hardly any where there are no data: no
+gradient constrains the energy there. ``--sampler`` says how generated points move on the energy before the upper level sees
+them: not at all (``none``, as in [1]), or by ten moves of ``MALA`` that restart from the generator at every step. By default both
+are learned and compared.
 
-The script writes ``shapes.png`` to ``--output``: data, draws, the learned energy and its density, for every shape.
+The script writes ``shapes.png`` to ``--output``: data, samples, the learned energy and its density, for every shape.
 
 **References**
 
@@ -60,7 +60,7 @@ SAMPLERS = {"none": None, "MALA": MALA(0.01, 10)}
 
 
 class Nets(NamedTuple):
-    """The networks, and where the base law of the energy is."""
+    """The networks, and where the base distribution of the energy is."""
 
     energy: eqx.nn.MLP  # R^2 -> scalar
     encoder: eqx.nn.MLP  # R^2 -> mean and scale of the latents
@@ -143,7 +143,7 @@ def normalized(log_p: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 def print_table(name: str, fits: dict[str, Fit], task: Task) -> None:
-    print(f"\n{name}: log-likelihood per fresh point under the law that made it {task.best:.3f}")
+    print(f"\n{name}: log-likelihood per new point under the distribution that generated it {task.best:.3f}")
     print(f"{'sampler':<12}{'KL of the energy':>18}{'W2 of draws':>13}{'W2 refined':>12}{'seconds':>9}")
     for label, one in fits.items():
         kl = task.best - log_likelihood(np.exp(one.log_density), task.grid, task.test)

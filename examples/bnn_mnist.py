@@ -15,7 +15,7 @@ scale, as in Section 3.2 of [1]:
 
 Maximum marginal likelihood of :math:`(\alpha, \beta)` is empirical Bayes for a network: the data say how strongly each
 layer is to be regularized. A particle is a whole network of 31 440 weights, and a prediction averages over 100 of them.
-They start as draws of the prior at :math:`\alpha = \beta = 0`.
+They start as samples of the prior at :math:`\alpha = \beta = 0`.
 
 The settings are those of [1]: 1000 random images of MNIST, 80 % to learn from, h = .1, 500 steps, 100 particles. The
 gradient in :math:`\alpha` is a sum over all weights of its layer, and a step of .1 on it diverges at once; as in [1] it is
@@ -28,8 +28,8 @@ that lights it lies hundreds of deviations out, so test pixels are clipped to th
 constant there tells nothing, and is 0).
 
 What to expect: test errors of 3 to 5 % and an LPPD of about -.11 in every particle method, with differences between methods
-that are small beside those between splits, and SOUL behind, whose one chain is one mode of the posterior. The page of this
-example has the table, beside the published one.
+that are small compared with those between splits. SOUL is behind, because its one chain is one mode of the posterior. The page
+of this example has the table, and the published one.
 
 The script writes to ``--output``: ``parameters.png``, alpha and beta against the step; ``learning.png``, test error and LPPD
 against the step; ``digits.png``, test images that the networks get wrong or are least sure of.
@@ -88,7 +88,7 @@ class Score(NamedTuple):
     """How well networks predict the test images."""
 
     lppd: Array  # (), log pointwise predictive density per image
-    error: Array  # (), share of the images that are misclassified
+    error: Array  # (), fraction of the images that are misclassified
     probabilities: Array  # (200, 2), averaged over the networks
 
 

@@ -7,16 +7,16 @@ Example: A Gaussian restricted Boltzmann machine learns a checkerboard
 
 Points are uniform on two squares of a checkerboard. A Gaussian-Bernoulli restricted Boltzmann machine with 2 visible and 4
 hidden units is learned from them by score matching: in exact form, where the hidden units are summed out, and as a model
-with latents and a guide, by bi-level score matching (BiSM) [1], as if nobody could sum them out.
+with latents and a guide, by bi-level score matching (BiSM) [1], without using that they can be summed out.
 
 The machine is so small that its normalizer is a sum over 16 states. So every fit is judged by its exact mean log-likelihood of
-test points, in nats; no density can have more than log 2 = .693 there, and no mixture of 16 normal laws comes near it.
+test points, in nats; no density can have more than log 2 = .693 there, and no mixture of 16 normal distributions comes near it.
 
 What is compared, for denoising (DSM, noise .05) and sliced score matching (SSM):
 
 * ``exact``: :class:`ScoreMatching` of the free energy;
 * ``N = 0, 5, 10``: BiSM with K = 5 steps of the guide per step, and N more that are differentiated through. N = 0 is plain
-  alternation, and is wrong: the posterior changes with the model, and it does not see that;
+  alternation, and is wrong: it ignores that the posterior changes with the model;
 * ``implicit``: BiSM with the hypergradient by the implicit function theorem, which is not in the paper; ``Fisher``: the same
   with the guide's Fisher information for the Hessian, which is cheaper.
 

@@ -6,11 +6,11 @@ Example: A checkerboard by variational estimates of the score
 =============================================================
 
 The Gaussian-Bernoulli restricted Boltzmann machine of ``checkerboard.py``, with 2 visible and 4 hidden units, is learned as a
-model with latents and a guide by variational estimates of the score and of its gradient (VaGES) [1], from L draws of the guide.
+model with latents and a guide by variational estimates of the score and of its gradient (VaGES) [1], from L samples of the guide.
 Every fit is judged by its exact mean log-likelihood of test points, in nats.
 
 * ``DSM``: denoising score matching. ``L = 2, 10``: VaGES; ``no cov.``: without the covariance, for comparison; ``weighted``:
-  L draws with importance weights, which is not in the paper, ``jackknife``: corrected for the leading term of its bias.
+  L samples with importance weights, which is not in the paper, ``jackknife``: corrected for the leading term of its bias.
 * ``KSD``: the kernelized Stein discrepancy with a Gaussian kernel of width .1 on pairs of points. ``exact``: with the hidden
   units summed out; ``L = 2, 10``: VaGES; ``uniform``: importance sampling with bits from a fair coin; ``weighted``: with bits
   of the learned guide. ``all pairs``: exact, over all pairs of a batch in place of 50. ``one-sided``: the published gradient, at
@@ -86,7 +86,7 @@ class OneSided(ScoreObjective):
 
 
 def blind_guide(v: Array) -> None:
-    """Hidden units whose law is the same for every point."""
+    """Hidden units whose distribution is the same for every point."""
     shift = numpyro.param("shift", jnp.zeros(NUM_HIDDEN))
     with numpyro.plate("points", len(v)):
         numpyro.sample("h", GumbelBernoulli(jnp.broadcast_to(shift, (len(v), NUM_HIDDEN))).to_event(1))

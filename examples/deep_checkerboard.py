@@ -13,8 +13,8 @@ Points of two diagonal squares of the plane, learned by bi-level score matching 
 
 with the networks of [1] for points (``nets/eblvm.py``): neither :math:`Z` nor :math:`p(v) = \int p(v, h) \, dh` is known. The
 upper level matches the score of :math:`v` to denoised data at noise levels from .05 to 1, the lower level fits a Gaussian guide
-:math:`q(h \mid v)` to the posterior by their Fisher divergence. What is learned is the law of the data **with noise of standard
-deviation .05**, whose density is known here in closed form.
+:math:`q(h \mid v)` to the posterior by their Fisher divergence. What is learned is the distribution of the data **with noise of
+standard deviation .05**, whose density is known here in closed form.
 
 How the model's gradient sees that the guide follows the model is the choice ``--hypergradient``:
 
@@ -26,10 +26,10 @@ The settings are those of [1] and [2] (K = 5, batches of 100, Adam with beta_2 =
 1e-4 there, a tenth of them at ten times the rate here. ``--num-steps 100000 --learning-rate 1e-4`` is theirs.
 
 All is judged in the plane: :math:`\log \tilde p(v)` is estimated by importance sampling with the guide, on a grid whose sum
-gives the normalizer, and at fresh points. The estimate is only as good as its effective sample size, which is printed with it,
+gives the normalizer, and at new points. The estimate is only as good as its effective sample size, which is printed with it,
 and the normalizer is that of the box of the grid: nothing forces the energy to be integrable beyond it.
 
-The script writes to ``--output``: ``checkerboard.png``, data, the density of the noisy data, that of the model, and draws by
+The script writes to ``--output``: ``checkerboard.png``, data, the density of the noisy data, that of the model, and samples by
 annealed Langevin dynamics of points and latents together. The published schedule, 2700 steps of 2e-4 from temperature 100, is
 over before the latents have cooled; here it starts at 10, has steps of 1e-3, and 500 more of them at temperature 1.
 
@@ -91,7 +91,7 @@ class Density(NamedTuple):
     """An unnormalized density at points, by importance sampling."""
 
     log_p: np.ndarray  # (num_points,)
-    ess: np.ndarray  # (num_points,), effective number of the guide's draws
+    ess: np.ndarray  # (num_points,), effective number of the guide's samples
 
 
 def checkerboard(rng: np.random.Generator, num_points: int) -> Array:
@@ -198,10 +198,10 @@ def report(on_grid: Density, at_test: Density, test: Array, num_draws: int) -> n
     values, clean = at_test.log_p - log_z, np.asarray(test, np.float64)
     noise, error, ess = SIGMA0 * norm.rvs(size=clean.shape, random_state=0), values.std() / len(values) ** 0.5, at_test.ess
     rim = np.pad(np.zeros((CELLS - 2, CELLS - 2)), 1, constant_values=1).reshape(-1)
-    print(f"\nMean log-likelihood of {len(test)} fresh points: {values.mean():.3f}, standard error {error:.3f}")
-    print(f"  under the law of the noisy data: {np.log(noisy_density(clean)).mean():.3f} (of clean data: log 2 = .693)")
-    print(f"  under that law, for fresh points with noise: {np.log(noisy_density(clean + noise)).mean():.3f}")
-    print(f"Divergence of the model from the law of the noisy data, by quadrature: KL {kl:.3f}")
+    print(f"\nMean log-likelihood of {len(test)} new points: {values.mean():.3f}, standard error {error:.3f}")
+    print(f"  under the distribution of the noisy data: {np.log(noisy_density(clean)).mean():.3f} (of clean data: log 2 = .693)")
+    print(f"  under that distribution, for new points with noise: {np.log(noisy_density(clean + noise)).mean():.3f}")
+    print(f"Divergence of the model from the distribution of the noisy data, by quadrature: KL {kl:.3f}")
     print(f"Effective sample size of {num_draws} draws: mean {ess.mean():.0f}, 5 % quantile {np.quantile(ess, 0.05):.0f}", end="")
     print(f", least {ess.min():.0f}")
     print(f"Mass in the outermost cells of the box: {(p * rim).sum() * area:.1e}")
@@ -210,7 +210,7 @@ def report(on_grid: Density, at_test: Density, test: Array, num_draws: int) -> n
 
 def plot(path: Path, data: Array, p: np.ndarray, draws: np.ndarray) -> None:
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
-    shown = {"data": np.asarray(data[:2000]), "draws of the model": draws}
+    shown = {"data": np.asarray(data[:2000]), "samples of the model": draws}
     for axis, (title, points) in zip(axes[[0, 3]], shown.items(), strict=True):
         axis.scatter(*points.T, s=2, alpha=0.6, linewidth=0)
         axis.set_title(title)
@@ -247,7 +247,7 @@ def main(args: argparse.Namespace) -> None:
     p = report(on_grid, at_test, test, num_draws)
     draws = draw(keys[5], fitted, num_chains, temperatures)
     inside = ((np.abs(draws - 0.25) < 0.25 + SIGMA0).all(-1) | (np.abs(draws - 0.75) < 0.25 + SIGMA0).all(-1)).mean()
-    print(f"Of {num_chains} draws by annealed Langevin {inside:.3f} lie in the squares, or within {SIGMA0} of them.")
+    print(f"Of {num_chains} samples by annealed Langevin {inside:.3f} lie in the squares, or within {SIGMA0} of them.")
     plot(args.output / "checkerboard.png", data, p, draws)
     print(f"The figure is in {args.output}")
 

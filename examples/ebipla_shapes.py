@@ -12,14 +12,14 @@ over a latent plane,
 
     p(x) = \frac{e^{-E(x)}}{Z} \, N(x; 0, I), \qquad y \mid x \sim N(W x + b, \sigma^2 I), \quad \sigma = .05,
 
-with a network :math:`E` of three hidden layers of 128. Every point has N particles, posterior draws of its latent that move
+with a network :math:`E` of three hidden layers of 128. Every point has N particles, posterior samples of its latent that move
 by Langevin while :math:`E, W, b` climb the marginal likelihood; negative chains give the gradient of :math:`\log Z`. A
-decoder that is linear cannot bend anything: the shape has to be in the energy.
+linear decoder cannot bend anything: the shape has to be in the energy.
 
 What is as in [1]: data, networks, :math:`\sigma`, N = 4, batches of 1000. What is not, unless ``--paper`` asks for
 most of it (the page of this example says what a run gives):
 
-* **Negative chains** persist and move by MALA. Those of [1] start afresh from the base at every step and make J = 500 moves
+* **Negative chains** persist and move by MALA. Those of [1] restart from the base at every step and make J = 500 moves
   of unadjusted Langevin, which is 25 times as many and biased: no unadjusted chain of step :math:`\gamma` is narrower
   than variance :math:`2 \gamma`, and with the published :math:`\gamma` of .005 to .009 training sharpens the energy without
   end where the data are narrower. ``--paper`` takes .002.
@@ -32,12 +32,13 @@ most of it (the page of this example says what a run gives):
 that of a mean over the batch of 1000. Here :math:`h = .2 \, \sigma^2 / |W|^2` with the decoder's first W, which has the
 data's own scale, and the script prints the limit where the particles end.
 
-All is judged by quadrature on a grid, without trusting a chain: the log-likelihood of 10 000 fresh points under the learned
-law, beside that under the law that made them (their difference is the Kullback-Leibler divergence), and beside the same model
-with a normal prior. V is the mean of :math:`|y - W x - b|^2 / (2 \sigma^2)` over all particles. It is 1 for a plane if the
-model holds; unadjusted particles are wider by the share :math:`hc / 2` of their variance.
+All is judged by quadrature on a grid, without relying on chains: the log-likelihood of 10 000 new points under the learned
+distribution is compared with that under the distribution that generated them (their difference is the Kullback-Leibler
+divergence), and with the same model with a normal prior. V is the mean of :math:`|y - W x - b|^2 / (2 \sigma^2)` over all
+particles. It is 1 for a plane if the model holds; unadjusted particles are wider by a fraction of about :math:`hc / 2` of their
+variance.
 
-The script writes to ``--output``: ``shapes.png``, data, draws and the learned energy of each shape; ``learning.png``, the
+The script writes to ``--output``: ``shapes.png``, data, samples and the learned energy of each shape; ``learning.png``, the
 divergence and V during the fits.
 
 **References**
@@ -87,7 +88,7 @@ CELL = 0.025  # of the grid for quadrature
 
 
 class Shape(NamedTuple):
-    """A law of points in the plane: a curve, and normal noise around it."""
+    """A distribution of points in the plane: a curve, and normal noise around it."""
 
     curve: Callable[[np.random.Generator, int], np.ndarray]  # points on the curve, (num_points, 2)
     spread: float  # standard deviation of the noise, that of the likelihood with it
@@ -100,9 +101,9 @@ class Task(NamedTuple):
     """Points to learn from, and how well they can be learned."""
 
     points: Array  # (10_000, 2)
-    test: np.ndarray  # (10_000, 2), fresh points of the same law
+    test: np.ndarray  # (10_000, 2), new points of the same distribution
     grid: "Grid"  # for quadrature
-    best: float  # log-likelihood per fresh point under the law itself
+    best: float  # log-likelihood per new point under the distribution itself
 
 
 class Nets(NamedTuple):
@@ -114,7 +115,7 @@ class Nets(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Cells of equal size that cover the plane where data and draws are."""
+    """Cells of equal size that cover the plane where data and samples are."""
 
     low: np.ndarray  # (2,), center of the first cell
     shape: tuple[int, int]
@@ -258,7 +259,7 @@ def make_task(shape: Shape, seed: int) -> Task:
 
 
 def true_density(shape: Shape, grid: Grid) -> np.ndarray:
-    """The density of the law that makes the data: its curve on the grid, blurred by its noise."""
+    """The density of the distribution that makes the data: its curve on the grid, blurred by its noise."""
     curve = shape.curve(np.random.default_rng(0), 1_000_000)
     edges = [low + CELL * (np.arange(n + 1) - 0.5) for low, n in zip(grid.low, grid.shape, strict=True)]
     counts, *_ = np.histogram2d(*curve.T, bins=edges)
@@ -291,7 +292,7 @@ def log_likelihood(density: np.ndarray, grid: Grid, points: np.ndarray) -> float
 
 
 def divergence(nets: Nets, task: Task) -> float:
-    """The Kullback-Leibler divergence of the model from the law of the data, estimated on the fresh points."""
+    """The Kullback-Leibler divergence of the model from the distribution of the data, estimated on the new points."""
     return task.best - log_likelihood(model_density(nets, task.grid), task.grid, task.test)
 
 
@@ -303,7 +304,7 @@ def sliced_w2(a: np.ndarray, b: np.ndarray, num_directions: int = 100) -> float:
 
 
 def print_table(name: str, fits: dict[str, Fit], task: Task) -> None:
-    print(f"\n{name}: log-likelihood per fresh point under the law that made it {task.best:.3f}")
+    print(f"\n{name}: log-likelihood per new point under the distribution that generated it {task.best:.3f}")
     print(f"{'':<14}{'log-likelihood':>15}{'KL':>8}{'sliced W2':>11}{'V':>8}{'h':>10}{'limit of h':>12}{'seconds':>9}")
     for label, one in fits.items():
         kl = divergence(one.nets, task)
@@ -316,7 +317,7 @@ def plot_shapes(path: Path, fits: dict[str, Fit], tasks: dict[str, Task]) -> Non
     figure, axes = plt.subplots(len(fits), 3, figsize=(10.5, 3.4 * len(fits)), layout="constrained", squeeze=False)
     for row, (name, one) in zip(axes, fits.items(), strict=True):
         grid = tasks[name].grid
-        for axis, cloud, title in zip(row, (tasks[name].points, one.draws), ("data", "draws of the model"), strict=False):
+        for axis, cloud, title in zip(row, (tasks[name].points, one.draws), ("data", "samples of the model"), strict=False):
             axis.scatter(*cloud[:5000].T, s=1, alpha=0.5, linewidth=0, color="tab:blue", rasterized=True)
             axis.set_title(f"{name}: {title}")
         x, y = grid.points[:, 0, 0], grid.points[0, :, 1]
@@ -336,7 +337,7 @@ def plot_learning(path: Path, fits: dict[str, Fit]) -> None:
     for name, one in fits.items():
         for axis, values in zip(axes, np.array(one.curve).T, strict=True):
             axis.plot(one.steps, values, marker=".", linewidth=1, label=name)
-    axes[0].set(ylabel="divergence from the true law, nats", yscale="log")
+    axes[0].set(ylabel="divergence from the true distribution, nats", yscale="log")
     axes[1].set(ylabel="V per point", yscale="log")
     axes[1].axhline(1, color="black", linewidth=0.8, linestyle=":")
     for axis in axes:

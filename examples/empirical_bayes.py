@@ -17,8 +17,8 @@ likelihood has a closed form, which shows what ``ParticleMMLE`` finds and what p
 *Batters* (Efron and Morris [1]): averages of 18 players over their first 45 at-bats, on the variance-stabilized scale
 :math:`\sqrt{45} \arcsin(2y - 1)`, where the noise has variance 1. Shrinking them predicts the rest of the season far better.
 The particles are the standardized effects :math:`z = (x - \mu) / \tau`. With the effects themselves and h = .1 the fit ends at
-:math:`\tau = .73` instead of .23: unadjusted particles are too wide by the share hc/2, the curvature is :math:`1 + 1/\tau^2`, and
-the likelihood is too flat in :math:`\tau` to outweigh that.
+:math:`\tau = .73` instead of .23: unadjusted particles are too wide by a fraction of about hc/2, the curvature is :math:`1 +
+1/\tau^2`, and the likelihood is too flat in :math:`\tau` to outweigh that.
 
 *Schools* (Rubin [2]): the marginal likelihood of eight schools is highest at :math:`\tau = 0`, where all effects are equal. No
 engine can do better than the likelihood it maximizes. With standardized effects the particles head for 0; with the effects

@@ -6,34 +6,34 @@ Example: A learned energy prior for handwritten digits
 =====================================================
 
 A variational autoencoder draws its latents from :math:`N(0, I)`, but its encoder does not fill that ball evenly: digits
-decoded from the holes are no digits. Here the prior is learned with the rest [1], the normal tilted by a network :math:`E`,
+decoded from the holes are not digits. Here the prior is learned with the rest [1], the normal tilted by a network :math:`E`,
 
 .. math::
 
     p(z) = \frac{e^{-E(z)}}{Z} \, N(z; 0, I), \qquad x \mid z \sim N(g(z), \sigma^2 I),
 
-with a decoder :math:`g`. The normalizer :math:`Z` depends on the weights of :math:`E` and nobody knows it; ``negative_phase``
+with a decoder :math:`g`. The normalizer :math:`Z` depends on the weights of :math:`E` and is unknown; ``negative_phase``
 supplies its gradient from Markov chains of the prior. The gradient of the likelihood needs latents too, of every digit:
 
 * ``--engine ebipla``, the default: particles that follow the posterior by Langevin dynamics, ``--num-particles`` per digit,
   by ``ParticleMMLE.ebipla`` [2], with Adam and with persistent MALA chains for the prior, where the paper has short-run ones;
 * ``--engine svi``: an amortized guide :math:`q(z \mid x) = N(\mu(x), \mathrm{diag}(s(x)^2))`, by NumPyro's own ``SVI``.
 
-The same model with the normal prior, by ``SVI`` with the same networks, noise, steps and seed, is what to beat. Both are judged
-on 360 digits that neither has seen, by the squared maximum mean discrepancy (MMD^2) [3] between those and draws of the model.
-Draws of the energy prior are the negative chains, run on for 3000 moves at the learned weights; the second half is used.
+The same model with the normal prior, by ``SVI`` with the same networks, noise, steps and seed, is the baseline. Both are judged
+on 360 digits that neither has seen, by the squared maximum mean discrepancy (MMD^2) [3] between those and samples of the model.
+Samples of the energy prior are the negative chains, run on for 3000 moves at the learned weights; the second half is used.
 
-What to expect: a minute and a half on two cores. Over the seeds 0 to 4 the MMD^2 of draws is 0.6e-3 on average (0.5e-3 to
+What to expect: a minute and a half on two cores. Over the seeds 0 to 4 the MMD^2 of samples is 0.6e-3 on average (0.5e-3 to
 0.7e-3; the estimate is unbiased) with EBIPLA, 0.8e-3 (0.1e-3 to 2.5e-3) with SVI's energy prior and 3.7e-3 (3.0e-3 to 4.6e-3)
 with the normal prior; EBIPLA has the smallest error of reconstruction on every seed. R-hat of the negative chains is below 1.01
 after EBIPLA, and about 1.05 after SVI, whose energy is the rougher: a single chain is slow to change from mode to mode there.
 
 The script writes to ``--output``:
 
-* ``samples.png``: held-out digits beside draws of both models;
+* ``samples.png``: held-out digits, and samples of both models;
 * ``prior.png``: the energy of both priors over two directions of the latent space, with latents of the digits on top;
 * ``loss.png``: the losses, that of the energy prior up to the unknown log Z;
-* ``energy_prior_digits.nc``: the fit for ArviZ, with latents of the training digits (the particles, or draws of the guide) as
+* ``energy_prior_digits.nc``: the fit for ArviZ, with latents of the training digits (the particles, or samples of the guide) as
   the group ``posterior`` and the negative chains as the group ``prior``.
 
 **References**
@@ -102,7 +102,7 @@ class Fit(NamedTuple):
     result: Any  # with the fields params, state and losses, whatever the engine
     nets: Nets
     prior_draws: Array  # (num_draws, 8)
-    posterior_draws: Array  # (num_draws, 1437, 8), latents of the training digits: particles, or draws of the guide
+    posterior_draws: Array  # (num_draws, 1437, 8), latents of the training digits: particles, or samples of the guide
     reconstructions: Array  # (360, 64), of the held-out digits
     seconds: float  # of the engine, compilation included
 
@@ -182,7 +182,7 @@ def run(engine: Any, rng_key: Array, digits: Digits, nets: Nets, num_steps: int,
 
 
 def fit_by_svi(rng_key: Array, program: Any, digits: Digits, nets: Nets, num_steps: int, **kwargs: Any) -> tuple[Any, Array, float]:
-    """The result of SVI, draws of its guide for the training digits, and its seconds."""
+    """The result of SVI, samples of its guide for the training digits, and its seconds."""
     run_key, draw_key = jax.random.split(rng_key)
     svi = SVI(program, guide, make_optimizer(num_steps), Trace_ELBO())
     result, seconds = run(svi, run_key, digits, nets, num_steps, **kwargs)
@@ -208,7 +208,7 @@ def reconstruct(
 ) -> Array:
     """The held-out digits decoded from their most probable latents, so that no encoder is judged.
 
-    The searches begin at draws of the most similar training digits.
+    The searches begin at samples of the most similar training digits.
     """
     distances = squared_distances(np.asarray(digits.held_out), np.asarray(digits.train))
     start = {"z": posterior_draws[0, distances.argsort(-1)[:, :NUM_SEARCHES].T]}
@@ -217,12 +217,12 @@ def reconstruct(
 
 
 def late_draws(rng_key: Array, chains: Array) -> Array:
-    """The second half of the negative chains, run on at fixed weights, shuffled: draws of the learned prior."""
+    """The second half of the negative chains, run on at fixed weights, shuffled: samples of the learned prior."""
     return jax.random.permutation(rng_key, chains[:, chains.shape[1] // 2 :].reshape(-1, LATENT_DIM))
 
 
 def mmd2(x: Array, y: Array, bandwidth: float) -> float:
-    """The unbiased estimate of MMD^2 (Gretton et al., eq. 3); its mean is 0 for equal laws, so it can be negative."""
+    """The unbiased estimate of MMD^2 (Gretton et al., eq. 3); its mean is 0 for equal distributions, so it can be negative."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
 
     def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -247,9 +247,10 @@ def print_table(rng_key: Array, fits: dict[str, Fit], digits: Digits) -> None:
     held_out, bandwidth = digits.held_out, median_distance(digits.held_out)
     num_samples = min(NUM_TRAIN, *(len(fit.prior_draws) for fit in fits.values()))
     noise = fits["normal prior"].nets.noise
-    print(f"\n{num_samples} draws of each model against {len(held_out)} held-out digits.")
+    print(f"\n{num_samples} samples of each model against {len(held_out)} held-out digits.")
     print(f"MMD^2: unbiased, RBF kernel at the median held-out distance {bandwidth:.2f}. 'draws' are the model's, with noise")
-    print(f"sigma = {noise}; 'means' are the decoder's means of the same latents, as in samples.png. Equal laws give 0 on average.")
+    print(f"sigma = {noise}; 'means' are the decoder's means of the same latents, as in samples.png.")
+    print("Equal distributions give 0 on average.")
     print("Reconstruction is at the most probable latents of the held-out digits.")
     print(f"{'':<14}{'engine':>8}{'MMD^2 draws':>13}{'MMD^2 means':>13}{'reconstruction MSE':>20}{'seconds of fit':>16}")
     for name, fit in fits.items():
@@ -288,7 +289,7 @@ def plot_samples(path: Path, fits: dict[str, Fit], held_out: Array, side: int = 
 
 
 def plot_priors(path: Path, fits: dict[str, Fit], digits: Digits) -> None:
-    """The training digits' posterior draws along their two widest directions, over the prior's energy there.
+    """The training digits' posterior samples along their two widest directions, over the prior's energy there.
 
     The other directions are integrated out: the energy is minus the log of a kernel density estimate of the prior's draws in
     the plane. (On a slice, the digits would lie in front of and behind what is shown.)

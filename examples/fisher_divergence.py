@@ -5,14 +5,14 @@ r"""
 Example: The Fisher divergence of Gaussian restricted Boltzmann machines
 ========================================================================
 
-The toy of [1]. Data are draws of N(0, I) in 200 dimensions. A Gaussian-Bernoulli restricted Boltzmann machine with unit
-variances and all parameters 0 is exactly that law; then rho times standard normal noise is added to its weights and biases. Its
-Fisher divergence from the data is known up to a mean over N(0, I):
+The toy of [1]. Data are samples of N(0, I) in 200 dimensions. A Gaussian-Bernoulli restricted Boltzmann machine with unit
+variances and all parameters 0 is exactly that distribution; then rho times standard normal noise is added to its weights and
+biases. Its Fisher divergence from the data is known up to a mean over N(0, I):
 
     F = 1/2 E |c*(v)|^2,   c*(v) = score(v) + v = b + W sigmoid(c + W^T v).
 
-A critic estimates it as if the density of the data were unknown, from 16 000 rows to learn on, 2000 to choose the best step by
-and 2000 for the estimate. Two scores are given to it: the exact one, and VaES with one draw of a guide, which is fitted
+A critic estimates it without using the density of the data, from 16 000 rows to learn on, 2000 to choose the best step by
+and 2000 for the estimate. Two scores are given to it: the exact one, and VaES with one sample of a guide, which is fitted
 before. Two critics are compared:
 
 * the network of [1]: three linear layers with ELUs between, Adam with rate 2e-4;
@@ -21,7 +21,7 @@ before. Two critics are compared:
 
 Since c* is known, what every bound loses is known too: 1/2 E |c - c*|^2.
 
-The script writes ``divergence.png`` to ``--output``: the bounds as parts of the truth, and what each loses, against rho.
+The script writes ``divergence.png`` to ``--output``: the bounds as fractions of the truth, and what each loses, against rho.
 
 **References**
 

@@ -12,7 +12,7 @@ frames of 28 x 20 pixels, divided by 255 and shuffled with a fixed seed: 1400 to
 * by denoising (DSM, noise .3) and sliced score matching (SSM), ``exact``: :class:`ScoreMatching` of the free energy;
 * by the same objectives as a model with latents and a guide, by bi-level score matching (BiSM) [1]: K = 5 steps of the guide
   per step, ``N`` more that are differentiated through, or the ``implicit`` hypergradient, which is not in the paper; and by
-  variational estimates of the score and of its gradient (``VaGES``) [2] from two draws of the guide;
+  variational estimates of the score and of its gradient (``VaGES``) [2] from two samples of the guide;
 * by contrastive divergence from the data (``CD-1``) and with persistent chains (``PCD-1``, NumPyro's ``SVI`` under
   :class:`negative_phase`), one sweep of block Gibbs each.
 
@@ -21,8 +21,8 @@ Every machine is judged on the test faces by
 * its log-likelihood in nats, with the normalizer by annealed importance sampling. Machines learned by DSM model the *noised*
   density, and are judged here on clean images. One state of the hidden units bounds it from above, without sampling: the
   normalizer is more than the weight of the heaviest state that is found;
-* its sliced score matching loss with one Rademacher draw, the same for all: the Fisher divergence from the data less a
-  constant that nobody knows. Lower is better; negative is normal.
+* its sliced score matching loss with one Rademacher sample, the same for all: the Fisher divergence from the data less an
+  unknown constant. Lower is better; negative is normal.
 
 Settings are those of the code of [1] (batches of 100, Adam with rate 2e-4 and betas .9, .95) but for the number of steps,
 which it has at 20 000: ``--num-steps 20000``.
@@ -231,7 +231,7 @@ def machine_of(params: dict[str, Array]) -> GaussianBernoulliRBM:
 
 
 def ssm_loss(rbm: GaussianBernoulliRBM, v: Array) -> Array:
-    """The sliced score matching loss on clean images, with the same Rademacher draw for every method and step."""
+    """The sliced score matching loss on clean images, with the same Rademacher sample for every method and step."""
     score = jax.grad(lambda v: rbm.log_prob(v).sum())
     return SlicedScoreMatching().loss(score, jax.random.key(0), v, v).mean()
 

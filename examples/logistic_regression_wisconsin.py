@@ -14,7 +14,7 @@ prior mean that is learned by maximum marginal likelihood, as in Section 3.1 of 
 
 The weights are one latent that all patients share, so that each particle is a whole classifier; a prediction averages over
 them. PGD, PQN, PMGD and SOUL run with the settings of [1] (h = .01, 400 steps, 100 particles, SOUL's chain makes 100
-moves a step), IPLA and NumPyro's ``SVI`` with ``AutoNormal`` beside them.
+moves a step), and IPLA and NumPyro's ``SVI`` with ``AutoNormal`` for comparison.
 
 The numbers of [1] come from one split of the data, on features that were standardized with the test rows. Here every row of
 the table is over random splits of its own, and features are standardized by the rows that are learned from.
@@ -141,7 +141,7 @@ def run_svi(rng_key: Array, svi: SVI, split: Split, num_steps: int) -> Run:
 
 
 def judge(weights: Array, split: Split) -> tuple[float, float]:
-    """Log pointwise predictive density per test patient, and the share that is misclassified."""
+    """Log pointwise predictive density per test patient, and the fraction that is misclassified."""
     logits = split.x_test @ weights.T
     log_p = dist.Bernoulli(logits=logits).log_prob(split.y_test[:, None])
     lppd = jax.scipy.special.logsumexp(log_p, axis=1, b=1 / log_p.shape[1])
@@ -225,7 +225,7 @@ def main(args: argparse.Namespace) -> None:
     print_table(metrics, len(splits))
 
     key = jax.random.key(0)
-    print("\nThe one split of the publication, on features standardized with the test rows: LPPD, test error")
+    print("\nThe one split of the paper, on features standardized with the test rows: LPPD, test error")
     published = make_published_split(patients)
     for name, engine in engines.items():
         lppd, error = judge(run_engine(key, engine, published, args.num_steps).weights, published)

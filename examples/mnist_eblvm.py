@@ -12,32 +12,33 @@ Handwritten digits as an energy of an image and fifty latents, learned by bi-lev
     p(v, h) = \frac{e^{-E(v, h)}}{Z}, \qquad E(v, h) = g_3(g_2(g_1(v), h)),
 
 with a residual network :math:`g_1` and the additive coupling :math:`g_2` of [1] (``nets/eblvm.py``). The upper level matches the
-score of :math:`v` to denoised images at many levels of noise, for the law of the images with noise of :math:`\sigma_0 = .1`;
-the lower level fits a convolutional Gaussian guide :math:`q(h \mid v)` to the posterior by their Fisher divergence, five steps
-for each of the model's. The gradient does not pass through the guide (N = 0), as published: it lacks the posterior's covariance.
+score of :math:`v` to denoised images at many levels of noise, for the distribution of the images with noise of :math:`\sigma_0 =
+.1`; the lower level fits a convolutional Gaussian guide :math:`q(h \mid v)` to the posterior by their Fisher divergence, five
+steps for each of the model's. The gradient does not pass through the guide (N = 0), as published: it lacks the posterior's
+covariance.
 
-``--engine vages`` learns the same networks by variational estimates of the score and of its gradient [2], from two draws of the
+``--engine vages`` learns the same networks by variational estimates of the score and of its gradient [2], from two samples of the
 guide for every factor, each moved by five Langevin steps that are nearly without noise: its gradient has the covariance.
 
-``--size full`` is the published setting (images of 32 x 32, 9.9 million weights, noise up to 3, 100 000 steps) and wants a GPU.
+``--size full`` is the published setting (images of 32 x 32, 9.9 million weights, noise up to 3, 100 000 steps) and needs a GPU.
 ``--size reduced``, the default, is for two cores and ten minutes: images of 16 x 16, noise up to 1.2, 5000 steps at ten
 times the rate, and two changes that take it from strokes to digits in that time:
 
-* Images have the base law :math:`N(\bar v, \sigma_0^2)` about the mean image instead of the flat one. Far from the data, the
-  best that denoising can do is to return the mean image, and that is the score of this law: the energy learns what is left,
-  where the published network has to make a bowl of curvature :math:`1 / \sigma_0^2 = 100` out of nothing.
+* Images have the base distribution :math:`N(\bar v, \sigma_0^2)` about the mean image instead of the flat one. Far from the data,
+  the best that denoising can do is to return the mean image, and that is the score of this distribution: the energy learns what
+  is left, where the published network has to learn a bowl of curvature :math:`1 / \sigma_0^2 = 100` out of nothing.
 * :math:`g_1` has dense blocks instead of convolutions, as for points in the plane: a fifth of the time for a step.
 
-Images are draws :math:`v \mid h` by annealed Langevin dynamics from
+Images are samples :math:`v \mid h` by annealed Langevin dynamics from
 noise, at the guide's mean :math:`h` of a random training image ("via q"), as in [1]; the last step takes off the noise of
 :math:`\sigma_0`. Weights are exponential moving averages, by ``optax.ema``.
 
 The script prints, on test images:
 
 * the error of denoising, :math:`v + \sigma_0^2 \nabla_v \log p`, by level of noise: what the score is trained for;
-* what the latents know of the digits: the accuracy of a linear classifier of the guide's means, beside that of pixels.
+* what the latents know of the digits: the accuracy of a linear classifier of the guide's means, compared with that of pixels.
 
-It writes to ``--output``: ``samples.png``, training images and draws; ``given_latents.png``, images beside draws given their
+It writes to ``--output``: ``samples.png``, training images and samples; ``given_latents.png``, images and samples given their
 latents; ``latents.png``, the guide's means of test images in a plane; ``loss.png``; ``weights.eqx``, the networks.
 
 **References**
@@ -88,7 +89,7 @@ import matplotlib.pyplot as plt
 
 NUM_LATENTS, BATCH_SIZE, INNER_STEPS = 50, 100, 5
 SIGMA0 = 0.1  # noise of what is learned, and the least that images are given
-# what [2] moves draws of the guide by: gradient steps, nearly without noise
+# what [2] moves samples of the guide by: gradient steps, nearly without noise
 REFINE_STEPS, REFINE_STEP, REFINE_TEMPERATURE = 5, 5e-3, 1e-6
 NUM_LABELLED, NUM_TEST = 10_000, 2000  # images for the classifiers, and to judge by
 
@@ -99,7 +100,7 @@ class Size(NamedTuple):
     side: int  # of the images, 16 or 32
     energy: Callable[[Array, tuple[int, int, int], int], CoupledEnergy]  # of a key, the shape of an image, the number of latents
     guide_channels: int
-    has_base: bool  # whether images have a base law about their mean, or a flat one
+    has_base: bool  # whether images have a base distribution about their mean, or a flat one
     largest_sigma: float
     spacing: str  # of the levels of noise
     num_steps: int
@@ -107,7 +108,7 @@ class Size(NamedTuple):
     learning_rate: float
     last_rate: float  # cosine decay
     ema_decay: float
-    num_images: int  # in a grid of draws
+    num_images: int  # in a grid of samples
     temperatures: np.ndarray
 
 
@@ -127,7 +128,7 @@ class Nets(NamedTuple):
 
     energy: CoupledEnergy  # (image, latents) -> scalar
     encoder: GaussianGuide  # image -> mean and log scale of the latents
-    mean: Array | None  # the image that the base law is about; none if it is flat
+    mean: Array | None  # the image that the base distribution is about; none if it is flat
 
 
 class Images(NamedTuple):
@@ -226,7 +227,7 @@ def latent_means(nets: Nets, v: Array) -> Array:
 
 @eqx.filter_jit
 def denoised(rng_key: Array, nets: Nets, v: Array) -> Array:
-    """Noisy images without their noise, by the score of the model at a draw of the guide, as it is learned."""
+    """Noisy images without their noise, by the score of the model at a sample of the guide, as it is learned."""
 
     def log_ratio(v: Array, key: Array) -> Array:
         q = amortized_normal(nets.encoder, v)
@@ -342,11 +343,11 @@ def main(args: argparse.Namespace) -> None:
     h = jnp.tile(latent_means(fitted, rows), (side - 1, 1))
     given = draw_given(keys[6], fitted, h, shape, size.temperatures).reshape(side - 1, side, *shape)
     print(f"Draws in {time.perf_counter() - begin:.0f} seconds")
-    grids = {"training images": chosen, "draws given the latents of these": draws}
+    grids = {"training images": chosen, "samples given the latents of these": draws}
     plot_grids(args.output / "samples.png", {title: x.reshape(side, side, *shape) for title, x in grids.items()})
     plot_grids(
         args.output / "given_latents.png",
-        {"test images, and below draws given their latents": jnp.concatenate([rows[None], given])},
+        {"test images, and below samples given their latents": jnp.concatenate([rows[None], given])},
     )
     print(f"The figures are in {args.output}. All of it took {time.process_time():.0f} seconds of processors.")
 

@@ -20,17 +20,17 @@ the mean of all particles follows
 
     z \leftarrow F z + \xi, \qquad \xi \sim N(0, Q), \qquad \Sigma = F \Sigma F^T + Q,
 
-so that the stationary law of the parameter is known exactly at every step size h and number of particles N [2, 3]. For IPLA
-it tends to :math:`N(\bar y, 2 / (ND))` as h falls, which is :math:`p_\theta(y)^N`: the parameter is known to one N-th of the
+so that the stationary distribution of the parameter is known exactly at every step size h and number of particles N [2, 3]. For
+IPLA it tends to :math:`N(\bar y, 2 / (ND))` as h falls, which is :math:`p_\theta(y)^N`: the parameter is known to one N-th of the
 variance that the data leave.
 
-Nine algorithms run from :math:`\theta = 0` and have to come to :math:`\bar y`, each with a step that suits it. With a gradient
+Nine algorithms start at :math:`\theta = 0` and have to reach :math:`\bar y`, each with a step size that suits it. With a gradient
 summed over data the step has to be below about 2 / (D + 2) although the particles alone would stand h = 1. Averaged gradients
 (EBIPLA), Newton's direction (PQN) and the exact maximum (PMGD) stand steps that do not shrink with D. Of the kinetic forms,
 the exponential integrator (KIPLMC1) needs h below about 2 * friction / (D + 1), and the splitting (KIPLMC2) below about
 2 / sqrt(D + 1).
 
-What to expect: a minute and a half of processor time. All means come to :math:`\bar y` within a few Monte Carlo errors. PGD
+What to expect: a minute and a half of processor time. All means reach :math:`\bar y` within a few Monte Carlo errors. PGD
 at 2.05 / (D + 2) grows by 3 % a step, and the engine stops it when numbers are no longer finite. The spread falls as
 :math:`N^{-1/2}`, on the exact line and not only along it.
 
@@ -111,7 +111,7 @@ def make_engines() -> dict[str, ParticleMMLE]:
 
 
 def exact_variance(name: str, h: float, num_particles: int) -> float | None:
-    """The variance of the parameter in the stationary law at finite h; None where the law needs more than the pair z."""
+    """The stationary variance of the parameter at finite h; None where it needs more than the pair z."""
     noise = 2 * h / (D * num_particles)  # of the mean of all particles
     move = [h, 1 - 2 * h]
     pairs = {  # F, and Q / noise
@@ -141,7 +141,7 @@ def print_table(runs: dict[str, Run], engines: dict[str, ParticleMMLE], y: Array
     print(
         f"The exact maximum is theta* = {y.mean():.4f}. 'mean', its error by batches, and 'sd' are of the second half of the steps;"
     )
-    print(f"'exact' is that of the stationary law, which for IPLA and the kinetic Langevin forms tends to {limit:.4f} as h falls.")
+    print(f"'exact' is the stationary one, which for IPLA and the kinetic Langevin forms tends to {limit:.4f} as h falls.")
     print(f"{'':<9}{'h':>8}{'mean':>9}{'error':>9}{'sd':>9}{'exact':>9}{'seconds':>9}")
     for name, run in runs.items():
         late = run.theta[len(run.theta) // 2 :].astype(float)

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Networks of images for bi-level doubly variational learning: those of the publication's CIFAR-10, of any width, and dense ones.
+r"""Networks of images for bi-level doubly variational learning: those of the paper's CIFAR-10, of any width, and dense ones.
 
 All take images as ``(height, width, channels)`` with pixels in [-1, 1], and carry a state beside their weights: the energy the
 vectors of its spectral norms, encoder and generator the running statistics of their batches. :func:`with_state` and
@@ -117,7 +117,7 @@ class Generator(eqx.Module):
 
 
 def conv_energy(key: Array, image_shape: ImageShape, width: int = 64) -> Energy:
-    """The energy of the publication: two convolutions for every halving, four on top."""
+    """The energy of the paper: two convolutions for every halving, four on top."""
     num_halvings, channels, layers = _num_halvings(image_shape), image_shape[-1], []
     for i in range(num_halvings):
         layers += [(channels, width << i, 3, 1, 1), (width << i, width << i, 4, 2, 1)]
@@ -128,7 +128,7 @@ def conv_energy(key: Array, image_shape: ImageShape, width: int = 64) -> Energy:
 
 
 def conv_encoder(key: Array, image_shape: ImageShape, num_latents: int = 100, width: int = 48) -> Encoder:
-    """The encoder of the publication."""
+    """The encoder of the paper."""
     num_halvings = _num_halvings(image_shape)
     layers = [(image_shape[-1], width, 3, 1, 1)]
     layers += [(width << i, width << (i + 1), 4, 2, 1) for i in range(num_halvings)]
@@ -139,7 +139,7 @@ def conv_encoder(key: Array, image_shape: ImageShape, num_latents: int = 100, wi
 
 
 def conv_generator(key: Array, image_shape: ImageShape, num_latents: int = 100, width: int = 48) -> Generator:
-    """The generator of the publication."""
+    """The generator of the paper."""
     num_doublings = _num_halvings(image_shape)
     channels = [width << num_doublings, *(width << i for i in range(num_doublings, 0, -1))]
     layers = [(num_latents, channels[0], 4, 1, 0), *((before, after, 4, 2, 1) for before, after in pairwise(channels))]
@@ -182,7 +182,7 @@ def _with_norms(keys: list[Array], kind: Any, layers: list[tuple[int, ...]]) -> 
 
 
 def _layer(key: Array, kind: Any, settings: tuple[int, ...], *, use_bias: bool = True) -> Any:
-    """A layer of these sizes in and out, kernel, stride and padding; convolutions with the weights of the publication."""
+    """A layer of these sizes in and out, kernel, stride and padding; convolutions with the weights of the paper."""
     if kind is Linear:
         return Linear(*settings, use_bias=use_bias, key=key)
     *sizes, padding = settings

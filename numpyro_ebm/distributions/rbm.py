@@ -151,7 +151,7 @@ class RestrictedBoltzmannMachine(EnergyDistribution):
         return log_sum_over_states(log_weight, num_units, self.weights.ndim - 2)
 
     def uncoupled_log_normalizer(self) -> Array:
-        """:math:`log Z` at :math:`W = 0, c = 0` (the visible biases and scale kept), of shape ``batch_shape``."""
+        r""":math:`\log Z` at :math:`W = 0, c = 0` (the visible biases and scale kept), of shape ``batch_shape``."""
         num_visible, num_hidden = self.weights.shape[-2:]
         return num_hidden * math.log(2) + self._log_partition(jnp.zeros(num_visible, self.weights.dtype))
 
