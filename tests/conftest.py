@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What all files of tests share: none leaves its compiled programs in memory, and some read the examples' networks."""
+"""What all files of tests share: how they are spread over workers, which may be skipped, what is freed after each, and helpers."""
 
 import gc
 import importlib.util
@@ -9,6 +9,38 @@ from pathlib import Path
 
 import jax
 import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--known-skips", type=Path, metavar="FILE", help="a skipped test fails, unless a line of this file is its id")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """With ``--dist loadgroup``, the tests of a file run on one worker, unless they say otherwise."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    return _failed_if_skipped(item.config, (yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    return _failed_if_skipped(collector.config, (yield))
+
+
+def _failed_if_skipped(config, report):
+    """Catches tests that a missing file or package leaves out, which nobody would notice among so many."""
+    known = config.getoption("--known-skips")
+    is_skipped = report.skipped and not hasattr(report, "wasxfail")
+    if known and is_skipped and report.nodeid.split("@")[0] not in known.read_text().splitlines():
+        report.outcome = "failed"
+        report.longrepr = f"{report.longrepr[2]}, but {known} does not name {report.nodeid.split('@')[0]}"
+    return report
 
 
 @pytest.fixture(scope="module", autouse=True)
