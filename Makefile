@@ -62,6 +62,7 @@ docs: $(VENV)/.installed-dev
 	@echo "The documentation is at docs/_build/html/index.html."
 
 bench: $(VENV)/.installed-examples
+	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/negative_phase.py
 	$(BIN)/python benchmarks/particle_mmle.py
 	$(BIN)/python benchmarks/score_objectives.py
