@@ -115,7 +115,8 @@ class negative_phase(Messenger):
         ``num_particles > 1``, which would drop the chains.
     :raises NormalizerError: if the normalizer of a site depends on another latent site, or a random field has discrete or
         energy sites.
-    :raises RuntimeError: during a run, through JAX, when chains turn non-finite or run away.
+    :raises RuntimeError: during a run on a CPU, through JAX, when chains turn non-finite or run away. On an accelerator a report
+        would hold up every step: there the loss is nan from then on, and :meth:`check_chains` tells why.
 
     **References**
 
@@ -257,10 +258,11 @@ class negative_phase(Messenger):
         :param args: arguments of the model.
         :return: draws by site, of shape ``(num_chains, num_samples) + batch_shape + event_shape``, and the mutable state
             after the last. Every site of a random field has draws, of shape ``(num_replicates, num_samples)`` + its own.
+        :raises RuntimeError: as :meth:`check_chains`, before and after.
         """
         num_samples = require_count("num_samples", num_samples)
-        mutable_state = getattr(getattr(mutable_state, "state", mutable_state), "mutable_state", mutable_state)
-        params = getattr(params, "params", params)
+        params, mutable_state = _of_fit(params, mutable_state)
+        self.check_chains(params, mutable_state, *args, **kwargs)
         held = copy.copy(self)
         held._open, held._frozen = [], True
 
@@ -272,7 +274,27 @@ class negative_phase(Messenger):
 
         keys = jax.random.split(rng_key, num_samples)
         state, draws = jax.jit(lambda state, keys: lax.scan(step, state, keys))(mutable_state, keys)
+        self.check_chains(params, state, *args, **kwargs)
         return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), draws), state
+
+    def check_chains(self, params: dict[str, Any], mutable_state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Tells what is wrong with the chains of a fit, and the fix.
+
+        On a CPU a run tells by itself. On an accelerator it cannot without holding up every step: there the loss becomes nan, and
+        this says why.
+
+        :param dict params: values of the :func:`numpyro.param` sites, ``result.params``.
+        :param mutable_state: ``result.state.mutable_state``, or ``result`` or ``result.state`` themselves.
+        :param args: arguments of the model.
+        :raises RuntimeError: naming the site, where chains are not finite or run away; a warning where they are near their
+            variance floor.
+        """
+        params, mutable_state = _of_fit(params, mutable_state)
+        for name, chains in mutable_state.items():
+            if name.endswith("/chains") and (status := int(chains["status"])):
+                site = name.removesuffix("/chains")
+                why = explain_chains(self, site, status, args, kwargs, {**params, **mutable_state})
+                _tell(f"site '{site}', update {int(chains['num_updates'])}: {why}", status)
 
     def without_reports(self) -> Self:
         """The same handler for an engine that reads the chains' ``status`` itself, and tells what is wrong between steps."""
@@ -385,6 +407,12 @@ def _chain_key(name: str) -> Array:
     return key
 
 
+def _of_fit(params: Any, mutable_state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values of params and of mutable sites, given as they are or as a result or state of a fit."""
+    mutable_state = getattr(getattr(mutable_state, "state", mutable_state), "mutable_state", mutable_state)
+    return getattr(params, "params", params), mutable_state
+
+
 def _shapes(x: Any) -> Any:
     return jax.tree.map(jnp.shape, x)
 
@@ -448,7 +476,7 @@ def _watch(name: str, sampler: Sampler, state: Any, trouble: Array, chains: dict
 
     def report(status: np.ndarray, num_updates: np.ndarray, old: np.ndarray) -> None:
         if int(status) > int(old):  # under vmap both branches of the condition run
-            _report(name, sampler, int(status), int(num_updates))
+            _tell(f"site '{name}', update {int(num_updates)}: {_explain(sampler, int(status))}", int(status))
 
     old = chains["status"]
     if reports:
@@ -460,8 +488,7 @@ def _watch(name: str, sampler: Sampler, state: Any, trouble: Array, chains: dict
 _MIXED_FIELDS, _NOT_FINITE = 8, 9
 
 
-def _report(name: str, sampler: Any, status: int, num_updates: int) -> None:
-    message = f"site '{name}', update {num_updates}: {_explain(sampler, status)}"
+def _tell(message: str, status: int) -> None:
     if status > 1:
         raise RuntimeError(message)
     warnings.warn(message, stacklevel=2)

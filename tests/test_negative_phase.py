@@ -861,3 +861,23 @@ def test_chains_in_trouble_make_loss_and_gradient_nan(status, is_finite):
 
     value, gradient = jax.value_and_grad(log_joint)(0.5)
     assert jnp.isfinite(value) == jnp.isfinite(gradient) == is_finite
+
+
+def test_check_chains_says_what_a_run_on_an_accelerator_could_not():
+    # guards against: a nan loss without a cause, and samples of chains that had run away
+    y, sampler = jnp.zeros(2), UnadjustedLangevin(0.1, 0)
+    phase = negative_phase(_in_plate, sampler=sampler, num_chains=4)
+    with seed(rng_seed=0), trace() as sites:
+        phase(y)
+    chains = sites["z/chains"]["value"]
+
+    def state(status):
+        return {"z/chains": {**chains, "status": jnp.int32(status)}}
+
+    phase.check_chains({"tilt": 0.0}, state(0), y)
+    with pytest.warns(UserWarning, match=r"site 'z', update 1: the chains are near their variance floor.*2h = 0.2"):
+        phase.check_chains({"tilt": 0.0}, state(1), y)
+    with pytest.raises(RuntimeError, match=r"site 'z', update 1: the chains run away.*MALA"):
+        phase.check_chains({"tilt": 0.0}, state(2), y)
+    with pytest.raises(RuntimeError, match=r"site 'z', update 1: the negative chains, or the energy at them, are no longer finite"):
+        phase.sample_chains(jax.random.key(0), {"tilt": 0.0}, state(9), 3, y)
