@@ -88,7 +88,7 @@ class Patients(NamedTuple):
 
 
 class EightSchools(NamedTuple):
-    """Effects of coaching in eight schools, and draws of a full Bayesian analysis (posteriordb, 10 chains of 1000)."""
+    """Effects of coaching in eight schools, and samples of a full Bayesian analysis (posteriordb, 10 chains of 1000)."""
 
     effect: np.ndarray  # (8,)
     standard_error: np.ndarray  # (8,)
@@ -149,9 +149,9 @@ def breast_cancer_wisconsin() -> Patients:
 
 
 def eight_schools() -> EightSchools:
-    """Eight schools (Rubin 1981) with the reference draws of posteriordb.
+    """Eight schools (Rubin 1981) with the reference samples of posteriordb.
 
-    :raises FileNotFoundError: if the file of the draws is nowhere and cannot be downloaded.
+    :raises FileNotFoundError: if the file of the samples is nowhere and cannot be downloaded.
     :raises ValueError: if it has a wrong checksum.
     """
     archive = zipfile.ZipFile(io.BytesIO(_read("small/eight_schools_noncentered_draws.json.zip")))

@@ -79,7 +79,7 @@ class negative_phase(Messenger):
 
     1. keeps ``num_chains`` chains in the :func:`numpyro.primitives.mutable` site ``"<site>/chains"``, a dictionary of
        ``x``, of shape ``(num_chains,)`` + the site's batch shape before plates expand it + ``event_shape``, and of what
-       the sampler keeps beside them (``step_size`` and ``acceptance`` for :class:`~numpyro_ebm.MALA`);
+       the sampler keeps with them (``step_size`` and ``acceptance`` for :class:`~numpyro_ebm.MALA`);
     2. advances them by the sampler at the current parameters, under ``stop_gradient``;
     3. adds the factor ``"<site>/log_normalizer"``, :math:`-(m - \mathrm{stop\_gradient}(m))` with :math:`m` the chains'
        mean unnormalized log density: its value is 0, its gradient the estimate of :math:`-\nabla \log Z`.
@@ -105,9 +105,9 @@ class negative_phase(Messenger):
         where none is given, by the ``sampler`` of the site's distribution, and if it has none by 10 steps of
         :class:`~numpyro_ebm.MALA`, of :class:`~numpyro_ebm.BlockGibbs` at the site of an RBM.
     :param bool persistent: whether chains go on from where the last step left them (persistent contrastive divergence) or
-        start afresh from ``initial`` or the base every time (short-run).
+        restart from ``initial`` or the base every time (short-run).
     :param init_chains: a mapping from site names to where chains start, of shape ``(num_chains,) + batch_shape +
-        event_shape``; draws of the site's ``initial`` or base if not given. For a random field
+        event_shape``; samples of the site's ``initial`` or base if not given. For a random field
         ``{"random_field": {site: values, ...}}``, with values as in ``x`` above.
     :raises ValueError: if ``num_chains`` is not a positive integer; while the model is traced, naming the site, if observed
         data are not finite, ``init_chains`` names no energy site or has another shape, the state holds chains of another
@@ -247,16 +247,16 @@ class negative_phase(Messenger):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[dict[str, Array], dict[str, Any]]:
-        """Draws of every energy site at fixed parameters, by moving the chains on from a fit.
+        """Samples of every energy site at fixed parameters, by moving the chains on from a fit.
 
         Samplers are :meth:`~numpyro_ebm.samplers.Sampler.frozen`: a step that the fit has adapted is held.
 
         :param rng_key: a key of :func:`jax.random.key`.
         :param dict params: values of the :func:`numpyro.param` sites, ``result.params``.
         :param mutable_state: ``result.state.mutable_state``, or ``result`` or ``result.state`` themselves.
-        :param int num_samples: draws per chain, one after every run of the sampler.
+        :param int num_samples: samples per chain, one after every run of the sampler.
         :param args: arguments of the model.
-        :return: draws by site, of shape ``(num_chains, num_samples) + batch_shape + event_shape``, and the mutable state
+        :return: samples by site, of shape ``(num_chains, num_samples) + batch_shape + event_shape``, and the mutable state
             after the last. Every site of a random field has draws, of shape ``(num_replicates, num_samples)`` + its own.
         :raises RuntimeError: as :meth:`check_chains`, before and after.
         """

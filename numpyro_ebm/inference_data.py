@@ -3,9 +3,9 @@
 
 """Fits, particles and chains as ArviZ data.
 
-The negative chains of a latent site are draws from its learned prior, so they are the group ``prior``, with the chains
+The negative chains of a latent site are samples of its learned prior, so they are the group ``prior``, with the chains
 that the fit ran side by side as ArviZ's ``chain``: R-hat and ESS of that group say whether the chains mix. Particles are
-another thing. They share the parameters that they move, and are draws of one run: ArviZ's ``draw``.
+another thing. They share the parameters that they move, and are samples of one run: ArviZ's ``draw``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,10 +45,10 @@ def to_inference_data(
     ========================  =========================================  ====================================================
     group                     dims of a variable                         what it holds
     ========================  =========================================  ====================================================
-    ``posterior``             ``chain``, ``draw``, site dims             draws of the latents; particles of a run as draws
-    ``posterior_predictive``  ``chain``, ``draw``, site dims             draws of the data
-    ``prior``                 ``chain``, ``draw``, site dims             draws of the learned prior: the negative chains, or given
-    ``prior_predictive``      ``chain``, ``draw``, site dims             draws of the data under the prior, as of a generator
+    ``posterior``             ``chain``, ``draw``, site dims             samples of the latents; particles of a run as draws
+    ``posterior_predictive``  ``chain``, ``draw``, site dims             samples of the data
+    ``prior``                 ``chain``, ``draw``, site dims             samples of the learned prior: the negative chains, or given
+    ``prior_predictive``      ``chain``, ``draw``, site dims             samples of the data under the prior, as of a generator
     ``sample_stats_prior``    ``energy_site``                            ``num_updates``, the sampler's statistics (batch means)
     ``observed_data``         site dims                                  the data
     ``fit``                   ``step``, site dims                        ``loss`` and param sites at every step
@@ -59,22 +59,22 @@ def to_inference_data(
     called ``<site>_dim_0``, ``<site>_dim_1`` and so on. The chains of a site in a plate lack the plate's dim: they have the
     site's last ones. Only the groups that there is something for are made.
 
-    Particles share the parameters of their run, so that they are draws and not chains. In a state of several runs, made by
+    Particles share the parameters of their run, so that they are samples and not chains. In a state of several runs, made by
     :func:`jax.vmap` over the engine, every run is a ``chain``.
 
     :param state: the result of a run or its state, by ``ParticleMMLE`` or ``SVI``, or a mutable state.
     :param model: the model, such as ``engine.model``.
     :param tuple model_args: its arguments.
     :param dict model_kwargs: its keyword arguments.
-    :param chains: draws by site of :meth:`negative_phase.sample_chains <numpyro_ebm.negative_phase.sample_chains>`, of shape
+    :param chains: samples by site of :meth:`negative_phase.sample_chains <numpyro_ebm.negative_phase.sample_chains>`, of shape
         ``(num_chains, num_samples) + batch_shape + event_shape``; where the chains stand in ``state`` if not given.
-    :param posterior: draws by site, of shape ``(num_samples,) + batch_shape + event_shape``; the particles of ``state`` if not
+    :param posterior: samples by site, of shape ``(num_samples,) + batch_shape + event_shape``; the particles of ``state`` if not
         given.
-    :param posterior_predictive: draws by site, of the same form.
-    :param prior: draws by site of latents under their learned prior, of the same form, where there are no negative chains.
-    :param prior_predictive: draws by site of data under it, of the same form: what :meth:`BiDVL.sample
+    :param posterior_predictive: samples by site, of the same form.
+    :param prior: samples by site of latents under their learned prior, of the same form, where there are no negative chains.
+    :param prior_predictive: samples by site of data under it, of the same form: what :meth:`BiDVL.sample
         <numpyro_ebm.BiDVL.sample>` returns.
-    :param int batch_ndims: leading dims of these draws, as in ``Predictive``: 2 for draws of
+    :param int batch_ndims: leading dims of these samples, as in ``Predictive``: 2 for samples of
         :func:`~numpyro_ebm.sample_posterior`, of shape ``(num_chains, num_samples) + batch_shape + event_shape``.
     :param observed_data: data by site; those of ``model`` if not given.
     :param losses: the loss at every step, of shape ``(num_steps,)``; those of ``state`` if it is a result.

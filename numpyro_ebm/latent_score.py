@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""The score of the visible of a model with latents, from draws of a guide.
+r"""The score of the visible of a model with latents, from samples of a guide.
 
 With :math:`f = \log \tilde p(v, h; \theta)` and expectations over the posterior :math:`p(h|v; \theta)`,
 
@@ -11,7 +11,7 @@ With :math:`f = \log \tilde p(v, h; \theta)` and expectations over the posterior
     \partial_\theta E[g] = E[\partial_\theta g] + \mathrm{Cov}(g, \nabla_\theta f) \; \text{ for any } g(v, h; \theta), \qquad
     \partial_v s \, u = E[\nabla_v^2 f \, u + \nabla_v f \, (\nabla_v f \cdot u)] - s \, (s \cdot u).
 
-Draws of a guide in place of the posterior's make of the first the variational estimate of the score (VaES), of the second, with
+Samples of a guide in place of the posterior's make of the first the variational estimate of the score (VaES), of the second, with
 :math:`g = \nabla_v f`, that of its gradient (VaGES) [1]. The third, which the paper has not, is for objectives that
 differentiate the score in the visible; its gradient is by the second again.
 
@@ -43,9 +43,9 @@ from numpyro_ebm.distributions.relaxed import GumbelBernoulli
 from numpyro_ebm.program import Model, Site, log_density_terms, per_row, run_program
 from numpyro_ebm.weights import normalized_weights
 
-#: values of latent sites by name, with draws along axis 0
+#: values of latent sites by name, with samples along axis 0
 Latents = dict[str, Array]
-#: (parameters, visible, latents of one draw) -> log density of every row
+#: (parameters, visible, latents of one sample) -> log density of every row
 RowDensity = Callable[[Any, Array, Latents], Array]
 ScoreFn = Callable[[Array], Array]
 
@@ -53,7 +53,7 @@ ScoreFn = Callable[[Array], Array]
 def draw(
     guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], rng_key: Array, num_samples: int, *, params: Any, relaxed: bool
 ) -> Latents:
-    """Independent draws of a guide, ``(num_samples,) + shape``; bits are 0 or 1 unless ``relaxed``. They have no gradient."""
+    """Independent samples of a guide, ``(num_samples,) + shape``; bits are 0 or 1 unless ``relaxed``. They have no gradient."""
 
     def one(key: Array) -> Latents:
         with nullcontext() if relaxed else _hard_bits():
@@ -66,7 +66,7 @@ def row_density(program: Model, args: tuple[Any, ...], kwargs: dict[str, Any], r
     """The log density of every row of a model or a guide at given params and latents; ``args`` are those after the visible."""
 
     def log_density(params: Any, v: Array, h: Latents) -> Array:
-        with numpyro.validation_enabled(False):  # a relaxed bit is no bit, and would have the log density -inf
+        with numpyro.validation_enabled(False):  # a relaxed bit is not a bit, and would have the log density -inf
             terms, run = log_density_terms(program, (v, *args), kwargs, rng_key, data={**params, **h}, latents={})
             return per_row(terms, run, plate)
 
@@ -74,7 +74,7 @@ def row_density(program: Model, args: tuple[Any, ...], kwargs: dict[str, Any], r
 
 
 def scores(log_density: RowDensity, params: Any, v: Array, h: Latents) -> tuple[Array, Array]:
-    """Log densities, ``(num_samples, batch)``, and scores, ``(num_samples,) + v.shape``, of every draw."""
+    """Log densities, ``(num_samples, batch)``, and scores, ``(num_samples,) + v.shape``, of every sample."""
 
     def of_one(h: Latents) -> tuple[Array, Array]:
         def total(v: Array) -> tuple[Array, Array]:
@@ -88,7 +88,7 @@ def scores(log_density: RowDensity, params: Any, v: Array, h: Latents) -> tuple[
 
 
 class Draws(NamedTuple):
-    """Independent draws for each factor of the estimates: a product of one set with itself would be biased."""
+    """Independent samples for each factor of the estimates: a product of one set with itself would be biased."""
 
     #: of the score's value
     value: Latents
@@ -104,7 +104,7 @@ def variational_score(
     """VaES, whose gradient in ``params`` is VaGES.
 
     :param log_p: log density of every row.
-    :param v: the visible that the draws are for, where alone the score may be taken.
+    :param v: the visible that the samples are for, where alone the score may be taken.
     :param covariance: ``"unbiased"``, ``"biased"`` (divided by L, not L - 1) or ``"none"``.
     :param log_ratio: log p - log q, for the value by its scores: they have the same mean over the guide, and none of the
         variance where the guide is the posterior.
@@ -112,7 +112,7 @@ def variational_score(
     of_value = log_p if log_ratio is None else log_ratio
 
     def expectation(params: Any, of: Callable[[Any, Latents], tuple[Array, Array]]) -> Array:
-        """The mean over draws of what ``of`` gives beside log densities; its gradient has their covariance."""
+        """The mean over samples of what ``of`` gives next to log densities; its gradient has their covariance."""
         mean = of(params, draws.mean)[1].mean(0)
         if covariance == "none":
             return mean
@@ -139,7 +139,7 @@ def variational_score(
         s, num_samples = stop_gradient(g.mean(0)), len(g)
         value = curvature.mean(0) + ((g - s) * _dot(g - s, u)).sum(0) / (num_samples - 1)
         mean = expectation(params, of_score)
-        # of E[moment] - s (s.u), by the product rule: s is from other draws than the mean
+        # of E[moment] - s (s.u), by the product rule: s is from other samples than the mean
         return _with_gradient(value, expectation(params, moment) - s * _dot(mean, u) - mean * _dot(s, u))
 
     @jax.custom_jvp
@@ -160,12 +160,12 @@ def variational_score(
 
 
 def weighted_score(log_p: RowDensity, params: Any, log_q: Array, h: Latents, keep: Array | None = None) -> ScoreFn:
-    r"""The score of :math:`\log \tfrac1L \sum_i \tilde p(v, h_i) / q(h_i)` with the draws and their ``log_q`` held fixed.
+    r"""The score of :math:`\log \tfrac1L \sum_i \tilde p(v, h_i) / q(h_i)` with the samples and their ``log_q`` held fixed.
 
     Draws weigh :math:`\tilde p / q`, normalized by their sum, so that it is consistent whatever the guide.
 
-    :param log_q: log density of every draw and row, ``(num_samples, batch)``.
-    :param keep: ``(num_samples,)``, whether each draw counts; all of them if not given.
+    :param log_q: log density of every sample and row, ``(num_samples, batch)``.
+    :param keep: ``(num_samples,)``, whether each sample counts; all of them if not given.
     """
 
     def score(x: Array) -> Array:
@@ -199,7 +199,7 @@ def _instantiated(tangent: Any) -> Any:
 
 
 def _dot(a: Array, u: Array) -> Array:
-    """The product of every row, with the axes of the event kept; a draw's axis in front of the rows' may lead."""
+    """The product of every row, with the axes of the event kept; a sample's axis in front of the rows' may lead."""
     axes = tuple(range(1 - u.ndim, 0))
     return (a * u).sum(axes, keepdims=True)
 

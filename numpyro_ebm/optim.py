@@ -3,7 +3,8 @@
 
 r"""What is an optimizer, and Langevin dynamics as optax transformations: gradient steps with the noise that makes them sample.
 
-Given the gradient :math:`g` of a potential :math:`U`, they move by a step :math:`h` at temperature :math:`T`, so that the law
+Given the gradient :math:`g` of a potential :math:`U`, they move by a step :math:`h` at temperature :math:`T`, so that the
+distribution
 :math:`\propto \exp(-U / T)` is stationary as :math:`h \to 0`. **The temperature is not an argument of theirs.** It belongs to
 the gradient: :class:`~numpyro_ebm.ParticleMMLE` passes ``1 / num_particles`` with a gradient summed over data and
 ``1 / (num_data * num_particles)`` with one averaged over them, and 1 to its particles, so that the two scalings cannot be
@@ -155,7 +156,7 @@ def langevin(step_size: float | Schedule) -> optax.GradientTransformationExtraAr
     r"""Overdamped Langevin: the update is :math:`-h g + \sqrt{2 h T} \, \xi`, with :math:`\xi \sim N(0, I)`.
 
     As the optimizer of :class:`~numpyro_ebm.ParticleMMLE` this is IPLA (summed gradient, :math:`T = 1/N`) or EBIPLA (averaged
-    gradient, :math:`T = 1/(MN)`), whose stationary law of the parameters is :math:`\propto p_\theta(y)^N` for small h.
+    gradient, :math:`T = 1/(MN)`), whose stationary distribution of the parameters is :math:`\propto p_\theta(y)^N` for small h.
 
     :param step_size: the step :math:`h`, or a schedule of it.
     :raises ValueError: if the step is not positive and finite; when updating, without the ``temperature`` and ``rng_key``

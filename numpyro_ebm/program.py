@@ -133,7 +133,7 @@ def draw_latents(
     data: dict[str, Any],
     init_strategy: Callable[..., Any],
 ) -> dict[str, Array]:
-    """Unconstrained latents to start from, by NumPyro's ``init_strategy``; energy sites give draws of their base."""
+    """Unconstrained latents to start from, by NumPyro's ``init_strategy``; energy sites give samples of their base."""
 
     def start(site: Site) -> Any:
         if not is_latent(site) or site["fn"].support.is_discrete:  # discrete latents are refused with their name, later
@@ -257,7 +257,7 @@ def transform_of(site: Site) -> Any:
 
 
 def law_of(fn: Distribution) -> str:
-    """The name of a site's law, under what plates and masks wrap around it."""
+    """The name of a site's distribution, under what plates and masks wrap around it."""
     *_, core = layers(fn)
     return type(core).__name__
 
@@ -358,10 +358,10 @@ def _start_of(fn: Distribution) -> Distribution:
 
 
 class at_mean(Messenger):
-    """Puts sample sites, observed ones too, at the mean of their law instead of drawing them.
+    """Puts sample sites, observed ones too, at the mean of their distribution instead of drawing them.
 
     :param sites: names of the sites; all if not given.
-    :raises NotImplementedError: naming a site whose law has no mean.
+    :raises NotImplementedError: naming a site whose distribution has no mean.
     """
 
     def __init__(self, fn: Model | None = None, *, sites: Collection[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""A model whose factors couple flat sites, as one unnormalized law of all its sample sites.
+r"""A model whose factors couple flat sites, as one unnormalized distribution of all its sample sites.
 
 .. math:: p_\theta(x) = \frac{1}{Z(\theta)} \exp \Big( \sum_s \ell_s(x; \theta) \Big),
 
@@ -77,7 +77,7 @@ class unobserved(Messenger):
 
 
 class RandomField:
-    """The joint law of all sample sites of a model, with what chains need of an energy site.
+    """The joint distribution of all sample sites of a model, with what chains need of an energy site.
 
     Values of the pool are constrained, by site, of shape ``(num_replicates,)`` + that of the site in one run of the model. If
     all sites lie in one plate, its rows are independent, and every row of every replicate is a chain of its own; otherwise a

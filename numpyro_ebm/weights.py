@@ -22,12 +22,12 @@ class LogNormalizer(NamedTuple):
 
 
 def normalized_weights(log_weights: Array, keep: Array | None = None) -> Array:
-    """Weights of draws along axis 0, which sum to 1."""
+    """Weights of samples along axis 0, which sum to 1."""
     if keep is not None:
         log_weights = jnp.where(keep[:, None], log_weights, -jnp.inf)
     return jax.nn.softmax(log_weights, 0)
 
 
 def effective_sample_size(weights: Array) -> Array:
-    """How many draws the normalized ``weights`` along axis 0 are worth, between 1 and their number."""
+    """How many samples the normalized ``weights`` along axis 0 are worth, between 1 and their number."""
     return 1 / (weights**2).sum(0)

@@ -125,7 +125,7 @@ class TiltedDistribution(Distribution):
     ``batch_shape``, every array of the energy and of ``params`` has those leading dimensions: a stack of energies.
 
     ``log_prob`` is unnormalized (``Z`` taken as 1). See :class:`~numpyro_ebm.negative_phase` to learn an energy's
-    parameters. ``sample`` runs ``sampler`` from draws of ``initial``: it is **approximate**, as good as the chain is long.
+    parameters. ``sample`` runs ``sampler`` from samples of ``initial``: it is **approximate**, as good as the chain is long.
 
     :param Distribution base: the base :math:`b`; its batch shape is broadcast with ``batch_shape``.
     :param energy: ``energy(x)``, or ``energy(params, x)`` if ``params`` is given; ``x`` of shape ``event_shape``.
@@ -224,7 +224,7 @@ class TiltedDistribution(Distribution):
         :param value: of shape ``sample_shape + batch_shape + event_shape``.
         :return: of shape ``sample_shape + batch_shape``.
         :raises NormalizerError: in the backward pass, if the result is differentiated in anything but ``value``; at once
-            if the density is asked for as a component of a mixture or the like, where ``Z`` does not cancel.
+            if the density is asked for as a component of a mixture, for example, where ``Z`` does not cancel.
         """
         value = self.as_events(value)
         if self.guarded and (whole := calling_distribution((TiltedDistribution,))) is not None:
@@ -254,9 +254,9 @@ class TiltedDistribution(Distribution):
         return jax.grad(lambda x: self._log_density(x).sum())(self.as_events(value))
 
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
-        """Approximate draws: independent short chains from ``initial``, moved by ``sampler``.
+        """Approximate samples: independent short chains from ``initial``, moved by ``sampler``.
 
-        The default sampler adapts its step to the chains that are drawn together. A single draw is a chain alone, which is then
+        The default sampler adapts its step to the chains that are drawn together. A single sample is a chain alone, which is then
         a few percent too narrow (see :class:`~numpyro_ebm.MALA`): ask for many at once, or fix the step,
         ``sampler=MALA(step_size, 200, adapt=False)``.
 
@@ -275,7 +275,7 @@ class TiltedDistribution(Distribution):
         return lax.stop_gradient(self.from_chain(state.position, sampler)).reshape(self.shape(tuple(sample_shape)))
 
     def initial_chains(self, key: Array, num_chains: int) -> Array:
-        """Where chains start: draws of ``initial``, of shape ``(num_chains,) + batch_shape + event_shape``.
+        """Where chains start: samples of ``initial``, of shape ``(num_chains,) + batch_shape + event_shape``.
 
         :raises NotImplementedError: if neither ``initial`` nor the base can be sampled.
         """

@@ -9,7 +9,7 @@ r"""Restricted Boltzmann machines (RBMs) as NumPyro distributions over their vis
     F(v) = -\log \sum_h e^{-E(v, h)} = E_0(v) - \sum_j \mathrm{softplus}(c_j + (W^\top v)_j).
 
 The hidden units are summed out in closed form: ``log_prob`` is :math:`-F(v)`, exact up to :math:`\log Z`. The two machines
-here differ in :math:`E_0`, and with it in the law of the visible units at given hidden ones.
+here differ in :math:`E_0`, and with it in the distribution of the visible units at given hidden ones.
 """
 
 import math
@@ -34,7 +34,7 @@ Coupling = Literal["plain", "scaled"]
 
 
 class RestrictedBoltzmannMachine(EnergyDistribution):
-    """What :class:`GaussianBernoulliRBM` and :class:`BernoulliRBM` share: everything but the visible units' own law.
+    """What :class:`GaussianBernoulliRBM` and :class:`BernoulliRBM` share: everything but the visible units' own distribution.
 
     Shapes: ``d`` visible and ``m`` hidden units; every parameter may lead with batch dimensions, which broadcast.
     """
@@ -93,7 +93,7 @@ class RestrictedBoltzmannMachine(EnergyDistribution):
         raise NotImplementedError
 
     def visible_given_hidden(self, h: Array) -> Distribution:
-        """The law of the visible units at hidden ones, independent units with ``to_event(1)``.
+        """The distribution of the visible units at hidden ones, independent units with ``to_event(1)``.
 
         :param h: of shape ``sample_shape + batch_shape + (m,)``; real values are taken as they are.
         :return: a distribution of event shape ``(d,)``.
@@ -101,7 +101,7 @@ class RestrictedBoltzmannMachine(EnergyDistribution):
         raise NotImplementedError
 
     def hidden_given_visible(self, v: Array) -> Distribution:
-        r"""The law of the hidden units at visible ones: independent, with logits :math:`c + W^\top v`.
+        r"""The distribution of the hidden units at visible ones: independent, with logits :math:`c + W^\top v`.
 
         :param v: of shape ``sample_shape + batch_shape + (d,)``.
         :return: a :class:`~numpyro.distributions.BernoulliLogits` with ``to_event(1)``, of event shape ``(m,)``.
@@ -223,7 +223,7 @@ class GaussianBernoulliRBM(RestrictedBoltzmannMachine):
     hidden units it is a mixture of :math:`2^m` Gaussians.
 
     ``log_prob`` is unnormalized, :math:`-F(v)`. Learn the parameters under :class:`~numpyro_ebm.negative_phase`, or by
-    score matching, which needs no normalizer. ``sample`` runs block Gibbs from the uncoupled law :math:`N(b, \sigma^2)`
+    score matching, which needs no normalizer. ``sample`` runs block Gibbs from the uncoupled distribution :math:`N(b, \sigma^2)`
     and is approximate.
 
     :param weights: :math:`W`, of shape ``(d, m)``.
@@ -293,7 +293,7 @@ class GaussianBernoulliRBM(RestrictedBoltzmannMachine):
         return (moved + jnp.log(self.scale) + math.log(2 * math.pi) / 2).sum(-1)
 
     def visible_given_hidden(self, h: Array) -> Distribution:
-        r"""The law of the visible units at hidden ones: :math:`N(b + \sigma^2 \odot W h, \mathrm{diag}(\sigma^2))`.
+        r"""The distribution of the visible units at hidden ones: :math:`N(b + \sigma^2 \odot W h, \mathrm{diag}(\sigma^2))`.
 
         :param h: of shape ``sample_shape + batch_shape + (m,)``; real values are taken as they are.
         :return: a :class:`~numpyro.distributions.Normal` with ``to_event(1)``, of event shape ``(d,)``.
@@ -309,7 +309,7 @@ class BernoulliRBM(RestrictedBoltzmannMachine):
         E(v, h) = -b^\top v - c^\top h - v^\top W h, \qquad P(v_i = 1 \mid h) = \mathrm{sigmoid}(b_i + (W h)_i).
 
     ``log_prob`` is unnormalized, :math:`-F(v)`. Learn the parameters under :class:`~numpyro_ebm.negative_phase`. Its events
-    are binary, so that it has no score. ``sample`` runs block Gibbs from the uncoupled law and is approximate.
+    are binary, so that it has no score. ``sample`` runs block Gibbs from the uncoupled distribution and is approximate.
 
     :param weights: :math:`W`, of shape ``(d, m)``.
     :param visible_bias: :math:`b`, of shape ``(d,)``.
@@ -358,7 +358,7 @@ class BernoulliRBM(RestrictedBoltzmannMachine):
         return softplus(self.visible_bias + field).sum(-1)
 
     def visible_given_hidden(self, h: Array) -> Distribution:
-        r"""The law of the visible units at hidden ones: independent, with logits :math:`b + W h`.
+        r"""The distribution of the visible units at hidden ones: independent, with logits :math:`b + W h`.
 
         :param h: of shape ``sample_shape + batch_shape + (m,)``; real values are taken as they are.
         :return: a :class:`~numpyro.distributions.BernoulliLogits` with ``to_event(1)``, of event shape ``(d,)``.

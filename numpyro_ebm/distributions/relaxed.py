@@ -17,18 +17,18 @@ from numpyro.distributions.util import promote_shapes, validate_sample
 
 
 class GumbelBernoulli(Distribution):
-    r"""A Bernoulli whose draws are relaxed to :math:`(0, 1)`, and whose ``log_prob`` is still that of the Bernoulli.
+    r"""A Bernoulli whose samples are relaxed to :math:`(0, 1)`, and whose ``log_prob`` is still that of the Bernoulli.
 
-    Draws are :math:`h = \sigma((l + L) / \tau)` with logits :math:`l`, a standard logistic :math:`L` and temperature
-    :math:`\tau`, which has the law of two Gumbels through a softmax. They are differentiable in the logits, and
+    Samples are :math:`h = \sigma((l + L) / \tau)` with logits :math:`l`, a standard logistic :math:`L` and temperature
+    :math:`\tau`, which has the distribution of two Gumbels through a softmax. They are differentiable in the logits, and
     :math:`P(h > 1/2) = \sigma(l)` at every temperature. The density is
 
     .. math:: \log q(h) = h l - \log(1 + e^l),
 
-    the Bernoulli's with a soft value. **It is not the density of the draws and is not normalized on** :math:`(0, 1)`. The
+    the Bernoulli's with a soft value. **It is not the density of the samples and is not normalized on** :math:`(0, 1)`. The
     papers choose it because it is the bit's own density that a guide must learn: at the exact posterior of a model that is
     bilinear in its bits, :math:`\log \tilde p(v, h) - \log q(h)` is the same for every h, soft or hard, so that the guide's
-    loss has its optimum there. NumPyro's ``RelaxedBernoulli``, the Concrete distribution, has the same draws with their own
+    loss has its optimum there. NumPyro's ``RelaxedBernoulli``, the Concrete distribution, has the same samples with their own
     normalized density, which goes with a model whose prior is Concrete too; against a Bernoulli's energy its ratio is
     constant for no guide.
 
@@ -73,11 +73,11 @@ class GumbelBernoulli(Distribution):
 
     @property
     def probs(self) -> Array:
-        """The probability of 1, and of a draw above one half."""
+        """The probability of 1, and of a sample above one half."""
         return jax.nn.sigmoid(self.logits)
 
     def hard(self) -> dist.BernoulliLogits:
-        """The Bernoulli itself, whose draws are 0 or 1 and not differentiable; it has the same ``log_prob``."""
+        """The Bernoulli itself, whose samples are 0 or 1 and not differentiable; it has the same ``log_prob``."""
         return dist.BernoulliLogits(jnp.broadcast_to(self.logits, self.batch_shape))
 
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
@@ -90,7 +90,7 @@ class GumbelBernoulli(Distribution):
         )
 
     def cdf(self, value: Array) -> Array:
-        """The probability of a draw up to ``value``."""
+        """The probability of a sample up to ``value``."""
         return jax.nn.sigmoid(self.temperature * logit(value) - self.logits)
 
     def icdf(self, q: Array) -> Array:

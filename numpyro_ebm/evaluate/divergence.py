@@ -52,14 +52,14 @@ def marginal_score(
     relaxed: bool = False,
     **kwargs: Any,
 ) -> Array:
-    r"""The score of the marginal of the visible, :math:`\nabla_v \log p(v)`, from draws of a guide.
+    r"""The score of the marginal of the visible, :math:`\nabla_v \log p(v)`, from samples of a guide.
 
     The variational estimate of the score (VaES [1]) of every row, with :math:`h_i \sim q(h|v)`,
 
     .. math:: \frac1L \sum_{i=1}^L \nabla_v \log \tilde p(v, h_i).
 
-    It is unbiased where the guide is the posterior. Elsewhere it has a bias that no number of draws removes, and which
-    ``importance_weighted`` replaces by one of order 1/L: the draws then have the weights
+    It is unbiased where the guide is the posterior. Elsewhere it has a bias that no number of samples removes, and which
+    ``importance_weighted`` replaces by one of order 1/L: the samples then have the weights
     :math:`\mathrm{softmax}_i(\log \tilde p(v, h_i) - \log q(h_i|v))` in place of 1/L. ``variance_reduced`` subtracts the mean of
     :math:`\nabla_v \log q(h_i|v)`, whose expectation is 0: what is left has no variance at all where the guide is the posterior.
     The control variate has no weights, so that the two go together.
@@ -73,7 +73,7 @@ def marginal_score(
     :param args: further arguments of model and guide.
     :param rng_key: a key of :func:`jax.random.key`.
     :param int num_samples: draws L of the guide for every row.
-    :param bool importance_weighted: whether draws are weighted.
+    :param bool importance_weighted: whether samples are weighted.
     :param bool variance_reduced: whether the guide's own score is subtracted.
     :param bool relaxed: whether relaxed bits (:class:`~numpyro_ebm.GumbelBernoulli`) are left so; else they are drawn as bits.
     :param kwargs: further arguments of model and guide.
@@ -165,7 +165,7 @@ def fisher_divergence(
     Where the score comes from a guide, fit the guide first, by NumPyro's ``SVI`` of
     ``block(substitute(model, data=params), hide=list(params))``, whose parameters are fixed, and pass
     :func:`~numpyro_ebm.marginal_score` of it: the critic then has one goal from its first step to the last. The published
-    estimator [1] trains the guide beside the critic.
+    estimator [1] trains the guide together with the critic.
 
     The trace is estimated by Rademacher probes :math:`u^\top \nabla c \, u`, and is exact on the test rows. The rows of the
     validation set keep their probes and their key for the score from look to look, so that looks differ by the critic alone.

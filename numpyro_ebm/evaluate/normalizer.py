@@ -58,7 +58,7 @@ def log_normalizer(
     :param int num_temperatures: values of :math:`\beta`, evenly from 0 to 1, both included; 2 or more.
     :return: a :class:`LogNormalizer`; each field has the shape ``rbm.batch_shape``.
     :raises ValueError: if the method is unknown, AIS has no key, a number is too small, or a layer is too large to enumerate.
-    :raises TypeError: if ``rbm`` is no restricted Boltzmann machine.
+    :raises TypeError: if ``rbm`` is not a restricted Boltzmann machine.
     :raises NormalizerError: if the estimate of AIS is differentiated.
 
     **References**

@@ -1,11 +1,11 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Bi-level doubly variational learning: an energy of the visible, beside an encoder and a generator that stand for its two
-intractable laws.
+r"""Bi-level doubly variational learning: an energy of the visible, with an encoder and a generator that replace its two
+intractable distributions.
 
 The model is decoupled, :math:`p_\theta(v, h) = e^{-E_\theta(v)} q_\phi(h|v) / Z`, so that the encoder is its posterior, and the
-generator :math:`p_\omega(v, h) = p(h) \, p_\omega(v|h)` stands for the joint law. With
+generator :math:`p_\omega(v, h) = p(h) \, p_\omega(v|h)` stands for the joint distribution. With
 :math:`R = \log p(h) + \log p_\omega(v|h) - \log q_\phi(h|v)`,
 
 .. math::
@@ -14,7 +14,7 @@ generator :math:`p_\omega(v, h) = p(h) \, p_\omega(v|h)` stands for the joint la
     \mathrm{KL}(p_\theta \| p_\omega) &= E_{p_\theta}[-E_\theta - R] - \log Z,
 
 whose sum is free of :math:`\log Z`. The last expectation of :math:`-R` is the negative ELBO of a variational autoencoder on
-draws of the energy, for which data stand, since the energy is learned to be theirs.
+samples of the energy, for which data stand, since the energy is learned to be theirs.
 """
 
 import copy
@@ -97,20 +97,21 @@ class BiDVL(Engine):
 
     Three NumPyro programs of the same arguments, the first the batch of the visible :math:`v`, in a plate of its rows:
 
-    * ``energy`` observes it at one site, with :class:`~numpyro_ebm.EnergyDistribution` or any other law, and has no latents;
+    * ``energy`` observes it at one site, with :class:`~numpyro_ebm.EnergyDistribution` or any other distribution, and has no
+      latents;
     * ``generator`` draws latents :math:`h` and observes the visible at a site *of the same name*;
     * ``encoder`` draws the latents of the generator: generator and encoder are model and guide of an autoencoder.
 
     One step is ``num_upper_steps`` of the energy, then ``num_lower_steps`` of encoder and generator. The upper level is the
     energy of data minus that of generated visibles :math:`\hat v`, whose gradient is that of the likelihood where the generator
-    has the energy's law. The lower level makes the generator follow the energy, and the encoder both of them:
+    has the energy's distribution. The lower level makes the generator follow the energy, and the encoder both of them:
 
     .. math::
 
-        E(\hat v) + \text{latent\_weight} \cdot \ell(\hat h, \hat v)
-        + \text{vae\_weight} \cdot \bigl( -\log p(v|h) + \mathrm{KL}(q(h|v) \| p(h)) \bigr), \quad h \sim q(h|v),
+        & E(\hat v) + \text{latent\_weight} \cdot \ell(\hat h, \hat v) \\
+        & + \text{vae\_weight} \cdot \bigl( -\log p(v|h) + \mathrm{KL}(q(h|v) \| p(h)) \bigr), \quad h \sim q(h|v),
 
-    with data :math:`v` for draws of the energy in the last term, and the latent term :math:`\ell` by ``variant``:
+    with data :math:`v` for samples of the energy in the last term, and the latent term :math:`\ell` by ``variant``:
 
     * ``"exact"``: :math:`\log p(\hat h) + \log p(\hat v|\hat h) - \log q(\hat h|\hat v)`. With both weights 1 the level is the
       symmetric divergence :math:`\mathrm{KL}(p_\omega \| p_\theta) + \mathrm{KL}(p_\theta \| p_\omega)`.
@@ -122,7 +123,7 @@ class BiDVL(Engine):
     The published method generates means, so that its term :math:`\log p(\hat v|\hat h)` is a constant, and its squared error
     in place of a likelihood is that of a generator with variance 1/2.
 
-    The loss of a step is the upper level before it. It is no measure of fit: without the hinge it goes to 0 as the generator
+    The loss of a step is the upper level before it. It is not a measure of fit: without the hinge it goes to 0 as the generator
     reaches the data, whatever the energy is.
 
     :param energy: a NumPyro program.
@@ -139,9 +140,9 @@ class BiDVL(Engine):
     :param float vae_weight: :math:`\lambda`, of the autoencoder's loss.
     :param bool importance_weighted: whether a row of data counts in it by :math:`r(v) \propto \exp(\bar E - E(v))`, clipped to
         ``weight_bounds`` and with mean 1 over the batch. It stands for :math:`p_\theta / p_\text{data}` without the density of the
-        data, which nobody knows, and so moves the optimum where that is not flat.
+        data, which is unknown, and so moves the optimum where that is not flat.
     :param tuple weight_bounds: least and largest :math:`r` before they are made to have mean 1.
-    :param bool noise: whether generated visibles are draws of :math:`p(v|h)`, or its means.
+    :param bool noise: whether generated visibles are samples of :math:`p(v|h)`, or its means.
     :param Sampler sampler: moves generated visibles on the learned energy before the upper level sees them, such as
         :class:`~numpyro_ebm.MALA`: it then sees what is of little energy and what the generator does not draw.
     :param elbo: NumPyro's ELBO for the autoencoder; ``TraceMeanField_ELBO()`` if not given.
@@ -250,7 +251,7 @@ class BiDVL(Engine):
     def sample(
         self, rng_key: Array, state: BiDVLState, num_samples: int, v: Array, *args: Any, noise: bool | None = None, **kwargs: Any
     ) -> dict[str, Array]:
-        """Ancestral draws of the generator: latents, and the visible given them.
+        """Ancestral samples of the generator: latents, and the visible given them.
 
         :param rng_key: a key of :func:`jax.random.key`.
         :param int num_samples: how many.
@@ -641,7 +642,7 @@ def contrast(of_data: Array, of_generated: Array, form: str) -> Array:
 
 
 def energy_weights(energies: Array, bounds: tuple[float, float]) -> Array:
-    """Weights of rows of data that stand for draws of the energy, with mean 1 and without gradient."""
+    """Weights of rows of data that stand for samples of the energy, with mean 1 and without gradient."""
     weights = jnp.clip(jnp.exp(jnp.mean(energies) - energies), *bounds)
     return stop_gradient(weights / weights.mean())
 
@@ -663,7 +664,7 @@ def _keeps_mutable_state(elbo: Any) -> bool:
 
 
 def _divergence(site: dict[str, Any], prior: Distribution) -> Array:
-    """KL of a site's law from another, by one draw where there is no formula."""
+    """KL of a site's distribution from another, by one sample where there is no formula."""
     try:
         return jnp.asarray(kl_divergence(site["fn"], prior))
     except NotImplementedError:

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the engines share that learn a model by scores beside a guide of its latents.
+"""What the engines share that learn a model from scores, together with a guide of its latents.
 
 A step has two levels, on the same rows: some steps of the guide towards the posterior, the model's parameters fixed; then one
 step of the model's. The engines differ in the upper level.
@@ -78,7 +78,7 @@ class BilevelEngine(ScoreEngine):
 
     @abstractmethod
     def _require_draws(self, name: str, fn: Any) -> None:
-        """Refuses a law of the guide that this engine cannot learn with."""
+        """Refuses a distribution of the guide that this engine cannot learn with."""
 
     def init(self, rng_key: Array, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         """The state to start from.
@@ -215,7 +215,7 @@ class Levels:
         v = self.objective.perturb(noise_key, self.v)
         weight = self.objective.weight(len(v)).astype(v.dtype)
         params = {**self.theta_of(theta), **self.phi_of(phi)}
-        with numpyro.validation_enabled(False):  # a relaxed bit is no bit, and would have the log density -inf
+        with numpyro.validation_enabled(False):  # a relaxed bit is not a bit, and would have the log density -inf
             if hasattr(self.lower_loss, "losses"):
                 losses = self.lower_loss.losses(draw_key, params, self.model, self.guide, v, *self.rest, **self.kwargs)
                 return (weight * losses).mean()

@@ -65,10 +65,10 @@ class BiSM(BilevelEngine):
       whatever the guide, and no number of inner steps replaces unrolling.
     * ``hypergradient="implicit"``, which is not in the paper: at :math:`\phi^*`,
       :math:`dJ/d\theta = \partial_\theta J - \partial_\phi J \, (\partial^2_{\phi\phi} G)^{-1} \partial^2_{\phi\theta} G`, by
-      conjugate gradient on products with the Hessian of the lower level on ``num_hessian_draws`` draws of its noise. With
+      conjugate gradient on products with the Hessian of the lower level on ``num_hessian_draws`` samples of its noise. With
       ``curvature="fisher"`` it is replaced by the guide's Fisher information, which is the same where the guide is the
       posterior and the lower level a Kullback-Leibler divergence: never indefinite, and far less noisy for relaxed bits, so
-      that 3 steps on 2 draws are enough. Bits relaxed at temperature :math:`\tau` have :math:`1 - \tau` of the variance of bits,
+      that 3 steps on 2 samples are enough. Bits relaxed at temperature :math:`\tau` have :math:`1 - \tau` of the variance of bits,
       which makes the implicit term larger by its inverse.
 
     Every step of the guide sees fresh noise. ``guide_optim`` counts its own steps: ``num_inner_steps`` of them per step.
@@ -93,7 +93,7 @@ class BiSM(BilevelEngine):
     :param int num_cg_steps: steps of conjugate gradient at most.
     :param float damping: added to the Hessian of the lower level.
     :param float tol: the residual, relative to the right-hand side, at which it stops.
-    :param int num_hessian_draws: draws of the lower level's noise over which its Hessian is averaged.
+    :param int num_hessian_draws: samples of the lower level's noise over which its Hessian is averaged.
     :param int batch_size: rows of the first argument in every step, drawn with replacement; all of them if not given.
     :raises ValueError: for settings out of range; from ``init``, naming the site and the fix, if the first argument does not
         reach exactly one continuous site, row by row, if a latent is missing from the guide, has another shape there, stands
@@ -254,7 +254,7 @@ class _Levels(Levels):
     """The lower level with its curvature, and the upper level."""
 
     def fisher_product(self, phi: Any, keys: Array) -> Callable[[Any], Any]:
-        """Products with the Fisher information of the guide, at one draw for every row and key."""
+        """Products with the Fisher information of the guide, at one sample for every row and key."""
         weight = self.objective.weight(len(self.v)).astype(self.v.dtype)
 
         def log_q(phi: Any, key: Array) -> Array:
@@ -270,7 +270,7 @@ class _Levels(Levels):
         return lambda x: transposed(weight * slopes(x) / rows.size)[0]
 
     def upper(self, theta: Any, phi: Any, rng_key: Array) -> Array:
-        """The objective of the score of w(v, h), h a draw of the guide that does not move with v."""
+        """The objective of the score of w(v, h), h a sample of the guide that does not move with v."""
         noise_key, loss_key, draw_key = jax.random.split(rng_key, 3)  # the first two as ScoreMatching has them
         v_tilde = self.objective.perturb(noise_key, self.v)
         model, guide = self.theta_of(theta), self.phi_of(phi)

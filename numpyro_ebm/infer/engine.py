@@ -51,7 +51,7 @@ class RunResult(NamedTuple):
 
 
 class NonFiniteError(RuntimeError):
-    """A run met numbers that are not finite, or chains that run away, and stopped before it kept them."""
+    """A run met numbers that are not finite, or chains that diverge, and stopped before it kept them."""
 
     def __init__(self, message: str, state: Any, step: int, health: dict[Part, int]) -> None:
         super().__init__(message)

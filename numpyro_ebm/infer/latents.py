@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Latents of a model whose parameters are fixed: draws of their posterior, and its mode.
+r"""Latents of a model whose parameters are fixed: samples of their posterior, and its mode.
 
 These are functions of ``(model, params, data)`` and belong to no engine. At fixed parameters particles are independent
 Markov chains, which they are not during a fit, so that R-hat and ESS mean what they usually do. Where the posterior is a
@@ -63,7 +63,7 @@ def sample_posterior(
     init_strategy: Callable[..., Any] = init_to_sample,
     **kwargs: Any,
 ) -> Latents:
-    """Draws of the latents from their posterior at fixed parameters, for the data of a fit or for new data.
+    """Samples the latents from their posterior at fixed parameters, for the data of a fit or for new data.
 
     Subsampled plates show all their rows. Energy sites need no normalizer here and are taken as they are.
 
@@ -72,9 +72,9 @@ def sample_posterior(
     :param dict params: values of all :func:`numpyro.param` sites, ``result.params``; others are ignored.
     :param args: arguments of the model.
     :param int num_samples: draws that are kept of every chain.
-    :param int num_warmup: transitions before the first draw. Only in them is the step size adapted.
+    :param int num_warmup: transitions before the first sample. Only in them is the step size adapted.
     :param int num_chains: independent chains; as many as ``start`` has if it is given, else 4.
-    :param int thinning: transitions per draw.
+    :param int thinning: transitions per sample.
     :param sampler: :class:`~numpyro_ebm.MALA` if not given; :class:`~numpyro_ebm.UnadjustedLangevin` goes on as the particles
         of a fit do, with their bias in the step size. One transition is one run of it, ``num_steps`` steps. Rows of a plate
         that all latents share move independently. ``"nuts"`` moves all latents of a chain together, by NumPyro's NUTS with
@@ -87,7 +87,7 @@ def sample_posterior(
     :return: by latent site, constrained, of shape ``(num_chains, num_samples) + batch_shape + event_shape``. ``Predictive``
         takes them with ``batch_ndims=2``.
     :raises ValueError: for counts out of range, missing parameters, discrete latents, a ``start`` of another shape, a density
-        that is not finite where chains start, or draws that are not finite, naming the site.
+        that is not finite where chains start, or samples that are not finite, naming the site.
     :raises NormalizerError: if an energy's normalizer depends on another latent.
 
     **References**
@@ -458,7 +458,7 @@ def draw_posterior(
     mutable_state: Mapping[str, Any] | None,
     init_strategy: Callable[..., Any],
 ) -> tuple[Posterior, Latents]:
-    """The posterior and unconstrained draws of it, ``(num_chains, num_samples) + ...``; see :func:`sample_posterior`."""
+    """The posterior and unconstrained samples of it, ``(num_chains, num_samples) + ...``; see :func:`sample_posterior`."""
     sampler = MALA() if sampler is None else sampler
     if not isinstance(sampler, str) or sampler != "nuts":
         require_sampler("sampler", sampler, ", or 'nuts'")
@@ -495,7 +495,9 @@ def _run_sampler(
     num_samples: int,
     thinning: int,
 ) -> tuple[Array, Array]:
-    """Draws of a sampler, whose step is adapted in the warmup and held afterwards: a step that goes on to adapt is no chain."""
+    """Samples of a sampler, whose step is adapted in the warmup and held afterwards: with a step that keeps adapting they would
+    not be a chain.
+    """
     held = sampler.frozen()
 
     def warm(state: Any, key: Array) -> tuple[Any, None]:
@@ -522,7 +524,7 @@ def _run_nuts(
     num_samples: int,
     thinning: int,
 ) -> tuple[Array, Array]:
-    """Draws of NumPyro's NUTS, every chain adapted by itself, and the number of transitions that diverged."""
+    """Samples of NumPyro's NUTS, every chain adapted by itself, and the number of transitions that diverged."""
     shape = positions.shape[1:]
 
     def potential(position: Array) -> Array:

@@ -98,7 +98,7 @@ class ParticleMMLE(Engine):
     The published algorithms are settings of this engine, by the constructors :meth:`pgd`, :meth:`ipla`, :meth:`ebipla`,
     :meth:`soul`, :meth:`pqn`, :meth:`pmgd`, :meth:`kiplmc1`, :meth:`kiplmc2` and :meth:`mpd`.
 
-    The loss is minus the mean over particles of the log joint density, up to unknown normalizers. It is no bound on the
+    The loss is minus the mean over particles of the log joint density, up to unknown normalizers. It is not a bound on the
     likelihood, and two fits cannot be compared by it.
 
     :param model: a NumPyro model, or :class:`negative_phase(model, ...) <numpyro_ebm.negative_phase>` to say how its negative
@@ -121,7 +121,7 @@ class ParticleMMLE(Engine):
         the maximum for the current cloud, by L-BFGS, and ``optim`` is not used.
     :param dynamics: how particles move instead of :func:`~numpyro_ebm.langevin`, such as
         :func:`~numpyro_ebm.kinetic_langevin`.
-    :param init_strategy: a NumPyro ``init_to_...`` strategy for the particles; draws of the prior if not given, of the base
+    :param init_strategy: a NumPyro ``init_to_...`` strategy for the particles; samples of the prior if not given, of the base
         for an energy.
     :param int num_data: the number of data that ``"mean"`` divides by; that of the plates that all latents share if not given.
     :raises ValueError: for a setting out of range; when a model is first seen, naming the site, for a discrete latent, no
@@ -226,7 +226,7 @@ class ParticleMMLE(Engine):
     ) -> Self:
         r"""The energy-based interacting particle Langevin algorithm (Marks et al. 2026, algorithms 1 and 2).
 
-        Averaged drift, noise on all particles at every step, and for an energy prior short-run chains that start afresh from
+        Averaged drift, noise on all particles at every step, and for an energy prior short-run chains that restart from
         its base at every step. Unadjusted short-run chains are biased in what they learn (see *Conventions* in the
         documentation): give the model as ``negative_phase(model, ...)`` for other chains.
 
@@ -310,7 +310,7 @@ class ParticleMMLE(Engine):
         Copies stay alike until noise has parted them, about 1 / (h * curvature) moves.
 
         :param int num_particles: particles in the new state, a multiple of those in the old; this engine's if not given.
-        :raises ValueError: if it is no multiple.
+        :raises ValueError: if it is not a multiple.
         """
         num_particles = self.num_particles if num_particles is None else require_count("num_particles", num_particles)
         old = _num_particles(state)
@@ -681,7 +681,7 @@ class _Batch:
         self.data = {**state.mutable_state, **self.indices}  # what another run on the same rows is given
 
     def gather(self, stores: Any) -> Any:
-        """The batch's rows of particles, or of what is kept beside them."""
+        """The batch's rows of particles, or of what is kept with them."""
         return by_site(lambda name, x: gather(self.program, self.indices, name, x), self.program.latents, stores)
 
     def scatter(self, stores: Any, rows: Any) -> Any:

@@ -11,7 +11,7 @@ Louis' identity gives the observed information of :math:`\theta` from the poster
     = E[-\nabla_\theta^2 \log p_\theta(x, y)] - \mathrm{Cov}[\nabla_\theta \log p_\theta(x, y)],
     \qquad x \sim p_\theta(x \mid y).
 
-Where the posterior is a product over rows of the data, the covariance is the sum of theirs, each from its own draws. The
+Where the posterior is a product over rows of the data, the covariance is the sum of theirs, each from its own samples. The
 covariance of the sum says the same with far more noise.
 """
 
@@ -39,7 +39,7 @@ class StandardErrors(NamedTuple):
 
     #: by param site, of the param's shape: standard errors of the constrained values
     standard_errors: dict[str, Any]
-    #: of the same form: what the number of draws leaves uncertain of them, one standard deviation; nan with one chain
+    #: of the same form: what the number of samples leaves uncertain of them, one standard deviation; nan with one chain
     monte_carlo_errors: dict[str, Any]
     #: covariance of all constrained values, in the order of :func:`jax.flatten_util.ravel_pytree` of the params
     covariance: Array
@@ -72,11 +72,11 @@ def standard_errors(
     :param model: a NumPyro model, under :class:`~numpyro_ebm.negative_phase` or not.
     :param dict params: values of all :func:`numpyro.param` sites, ``result.params``.
     :param args: arguments of the model.
-    :param int num_samples: draws of every chain.
-    :param int num_warmup: transitions before the first draw.
+    :param int num_samples: samples of every chain.
+    :param int num_warmup: transitions before the first sample.
     :param int num_chains: independent chains; as many as ``start`` has if it is given, else 4. With many the Monte Carlo errors
         are themselves better known.
-    :param int thinning: transitions per draw.
+    :param int thinning: transitions per sample.
     :param sampler: :class:`~numpyro_ebm.MALA` if not given, or ``"nuts"``. A sampler with a bias puts it into the result.
     :param start: latents to start from, constrained, such as the particles of the fit.
     :param mutable_state: values of the model's own :func:`numpyro.primitives.mutable` sites.
@@ -157,7 +157,7 @@ def _require_known_normalizers(posterior: Posterior) -> None:
 
 
 class _Moments(NamedTuple):
-    """Means over the draws of every chain."""
+    """Means over the samples of every chain."""
 
     information: Any  # (num_chains, p, p), of minus the Hessian of the log joint density
     scores: Any  # (num_chains, rows, p), of the rows' scores, less those of a reference draw
@@ -165,7 +165,7 @@ class _Moments(NamedTuple):
 
 
 def _moments(posterior: Posterior, unravel: Callable[[Array], Any], theta: Array, draws: Latents) -> _Moments:
-    """What Louis' identity needs of the draws, ``(num_chains, num_samples) + ...``, one draw at a time."""
+    """What Louis' identity needs of the samples, ``(num_chains, num_samples) + ...``, one sample at a time."""
 
     def scores(x: Latents) -> Array:
         of_rows = jax.jacfwd(lambda theta: posterior.row_log_density(x, posterior.params_at(unravel(theta))))(theta)
@@ -261,7 +261,7 @@ def convergence(
 ) -> ConvergenceReport:
     r"""Whether the parameters of a run have settled, how well their mean is known, and whether they spread as they should.
 
-    The parameters of IPLA have the stationary law :math:`\propto p_\theta(y)^N` for small steps, so that their standard
+    The parameters of IPLA have the stationary distribution :math:`\propto p_\theta(y)^N` for small steps, so that their standard
     deviation is the standard error over :math:`\sqrt N`. A ``ratio`` near 1 says so. It is less than 1 where parameters have
     no noise of their own (PGD, Adam), and larger where the step is large or the negative chains are noisy.
 

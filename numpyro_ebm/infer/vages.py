@@ -9,8 +9,8 @@ r"""Score matching of energy-based latent variable models by variational estimat
     \partial_\theta s = E_{p(h|v)}[\partial_\theta \nabla_v f] + \mathrm{Cov}_{p(h|v)}(\nabla_v f, \nabla_\theta f),
     \qquad f = \log \tilde p(v, h; \theta),
 
-with draws of a guide for those of the posterior. Where bi-level score matching finds the covariance in the derivative of the
-guide's optimum, here it is estimated as it stands: nothing is differentiated through the guide or its steps.
+with samples of a guide for those of the posterior. Where bi-level score matching finds the covariance in the derivative of the
+guide's optimum, here it is estimated directly: nothing is differentiated through the guide or its steps.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ from numpyro_ebm.program import Model, is_unbounded, law_of
 from numpyro_ebm.weights import effective_sample_size, normalized_weights
 
 COVARIANCES = ("unbiased", "biased", "none")
-#: an effective sample size below which weights are those of one draw
+#: an effective sample size below which weights are those of one sample
 DEGENERATE = 1.05
 
 
@@ -60,7 +60,7 @@ class VaGESState(NamedTuple):
     num_steps: Array
     #: (), int32, steps that ``stable_update`` did not make
     num_skipped: Array
-    #: (), of the draws in the last step, a mean over rows: L where they are not weighted
+    #: (), of the samples in the last step, a mean over rows: L where they are not weighted
     effective_sample_size: Array
 
 
@@ -68,7 +68,7 @@ class VaGES(BilevelEngine):
     r"""Score matching of a model with latents by variational (gradient) estimates of the score (Bao et al. 2021).
 
     One step on a batch of the visible: ``num_inner_steps`` steps of the guide, as in :class:`~numpyro_ebm.BiSM`; then one step
-    of the model's, by the gradient of the objective at a score that is estimated from ``num_samples`` draws L of the guide
+    of the model's, by the gradient of the objective at a score that is estimated from ``num_samples`` (L) samples of the guide
     for each of three factors: the score itself, and the expectation and the covariance in its gradient. For denoising
     objectives the gradient is unbiased where the guide is the posterior, at every L of 2 or more; otherwise its bias is
     bounded by the guide's divergence from the posterior, and does not fall with L. The same holds for objectives that
@@ -78,11 +78,11 @@ class VaGES(BilevelEngine):
     Draws have no gradient: binary latents are drawn as bits in the upper level, though the guide has them relaxed in the lower
     (:class:`~numpyro_ebm.GumbelBernoulli`), and memory does not grow with the number of inner steps.
 
-    ``importance_weighted=True``, which is not in the paper, weighs L draws by
+    ``importance_weighted=True``, which is not in the paper, weights L samples by
     :math:`\tilde p / q`, normalized by their sum, which makes value and gradient those of
-    :math:`\log \tfrac1L \sum_i \tilde p(v, h_i) / q(h_i)` with the draws fixed. The bias is of order 1/L for *any* guide that
+    :math:`\log \tfrac1L \sum_i \tilde p(v, h_i) / q(h_i)` with the samples fixed. The bias is of order 1/L for *any* guide that
     covers the posterior. ``jackknife=True`` takes the leading term off, :math:`L J_L - (L - 1) \bar J_{L - 1}` over the means
-    without one draw: at a higher variance.
+    without one sample: at a higher variance.
 
     Model, guide and their optimizers are as for :class:`~numpyro_ebm.BiSM`.
 
@@ -95,16 +95,16 @@ class VaGES(BilevelEngine):
     :param lower_loss: NumPyro's ``Trace_ELBO()``, or :class:`~numpyro_ebm.PosteriorFisher`.
     :param int num_inner_steps: steps K of the guide per step; 0 for a guide that is not learned.
     :param int num_samples: draws L, of each factor, or of all where they are weighted.
-    :param bool importance_weighted: whether draws weigh :math:`\tilde p / q`.
+    :param bool importance_weighted: whether samples are weighted by :math:`\tilde p / q`.
     :param bool jackknife: whether the weighted loss is corrected for the leading term of its bias.
     :param str covariance: ``"unbiased"``, ``"biased"`` (divided by L instead of L - 1) or ``"none"``, for comparison: the
         gradient then lacks what BiSM's lacks without unrolling.
-    :param bool shared_samples: whether the covariance is over the draws of the expectation: 2 L draws in place of 3 L.
+    :param bool shared_samples: whether the covariance is over the samples of the expectation: 2 L samples in place of 3 L.
     :param bool variance_reduced: whether the score's value is the mean of :math:`\nabla_v \log(\tilde p / q)`, which has the
         same expectation and no variance where the guide is the posterior.
     :param bool relaxed: whether bits stay relaxed in the upper level, as in the paper; their covariance is too small then.
-    :param refine: moves draws of the guide towards the posterior: ``refine(rng_key, log_prob, h)`` of a dictionary of latents
-        with draws along axis 0, and of their log density, ``(num_draws,)``. With :func:`~numpyro_ebm.annealed_langevin`:
+    :param refine: moves samples of the guide towards the posterior: ``refine(rng_key, log_prob, h)`` of a dictionary of latents
+        with samples along axis 0, and of their log density, ``(num_draws,)``. With :func:`~numpyro_ebm.annealed_langevin`:
         ``functools.partial(annealed_langevin, step_size=5e-3, temperatures=np.full(5, 1e-6))`` is the paper's correction.
     :param int batch_size: rows of the first argument in every step, drawn with replacement; all of them if not given.
     :raises ValueError: for settings out of range or that exclude each other; from ``init``, as for
@@ -222,7 +222,7 @@ class VaGES(BilevelEngine):
             return levels.upper(theta, phi, rng_key)
 
         (value, size), gradient = jax.value_and_grad(upper, has_aux=True)(theta)
-        # The estimate of the gradient is no derivative of that of the loss but where both are of the same weighted draws.
+        # The estimate of the gradient is no derivative of that of the loss but where both are of the same weighted samples.
         value_fn = (lambda theta: upper(theta)[0]) if self.importance_weighted else None
         return Upper(value, gradient, value_fn, {"effective_sample_size": size.astype(jnp.result_type(float))})
 
@@ -263,7 +263,7 @@ class _Levels(Levels):
         return loss(variational_score(self.log_p, theta, v_tilde, draws, **settings)), self.engine._unweighted_size()
 
     def _draws(self, theta: Any, phi: Any, v: Array, rng_key: Array) -> Draws:
-        """All draws in one call, and then apart."""
+        """All samples in one call, then split."""
         draw_key, refine_key = jax.random.split(rng_key)
         num_sets = 2 if self.engine.shared_samples or self.engine.covariance == "none" else 3
         size = self.engine.num_samples

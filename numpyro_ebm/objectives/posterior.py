@@ -24,7 +24,7 @@ Latents = dict[str, Array]
 
 @dataclass(frozen=True)
 class PosteriorFisher:
-    r"""Half the Fisher divergence of a guide from the posterior, one draw per row of the data:
+    r"""Half the Fisher divergence of a guide from the posterior, one sample per row of the data:
 
     .. math:: \tfrac12 \|\nabla_h [\log \tilde p(v, h) - \log q(h \mid v)]\|^2, \qquad h \sim q(\cdot \mid v).
 
@@ -147,7 +147,7 @@ def _rows_of(program: Program) -> str:
 
 
 def _at(h: Latents, model: Model, drawn: Program, rows: str) -> Model:
-    """The model with its latents at the guide's draws; refuses latents that are not those of the guide."""
+    """The model with its latents at the guide's samples; refuses latents that are not those of the guide."""
 
     def value(site: Site) -> Array | None:
         if not is_latent(site):
@@ -181,7 +181,7 @@ def _require_no_more(drawn: Program, model: Program) -> None:
 
 
 def _require_scores(drawn: Program) -> None:
-    """Refuses guides whose draws have no gradient in the parameters, or whose density has none in the draws."""
+    """Refuses guides whose samples have no gradient in the parameters, or whose density has none in the samples."""
     if not drawn.latents:
         raise ValueError("the guide samples no latent: it must sample those of the model.")
     for name in drawn.latents:

@@ -7,7 +7,7 @@ With the score :math:`s = \nabla_v \log p` of the model and :math:`s_*` that of 
 
 .. math:: \tfrac12 E \|s(v) - s_*(v)\|^2 = E[\tfrac12 \|s(v)\|^2 + \mathrm{tr} \, \nabla s(v)] + \tfrac12 E \|s_*(v)\|^2
 
-needs of the data nothing but draws (Hyvärinen). An objective knows no model: it is given ``score_fn``, which maps a batch of
+needs only samples of the data (Hyvärinen). An objective does not know the model: it is given ``score_fn``, which maps a batch of
 visibles, of shape ``(batch,) + event_shape``, to their scores, row by row. Parameters are what ``score_fn`` closes over, and
 every loss is differentiable in them.
 """
@@ -63,7 +63,9 @@ class ScoreObjective(ABC):
         return v
 
     def weight(self, batch_size: int) -> Array:
-        """By row, of shape ``(batch_size,)``, what a guide's loss is multiplied by when it is learned beside this objective."""
+        """By row, of shape ``(batch_size,)``, what a guide's loss is multiplied by when it is learned together with this
+        objective.
+        """
         return jnp.ones(batch_size)
 
 

@@ -1,14 +1,14 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""The kernelized Stein discrepancy (KSD) of draws from a model known by its score: an objective, and a test of fit.
+r"""The kernelized Stein discrepancy (KSD) of samples from a model known by its score: an objective, and a goodness-of-fit test.
 
 For the score :math:`s = \nabla_v \log p` of a model and a positive definite kernel :math:`k`,
 
 .. math:: u(v, v') = k \, s(v)^\top s(v') + s(v)^\top \nabla_{v'} k + s(v')^\top \nabla_v k + \mathrm{tr} \, \nabla_v \nabla_{v'} k
 
-has mean zero under the model in either argument (Stein's identity). Its mean over two draws of the data is a squared distance
-of their law from the model, in which no normalizer occurs. For a kernel of the squared distance alone,
+has mean zero under the model in either argument (Stein's identity). Its mean over two samples of the data is a squared distance
+of their distribution from the model, in which no normalizer occurs. For a kernel of the squared distance alone,
 :math:`k = \varphi(r^2)`, :math:`r^2 = \|v - v'\|^2`, and events of :math:`d` numbers,
 
 .. math::
@@ -88,11 +88,11 @@ class IMQKernel(RadialKernel):
     r"""The inverse multiquadric kernel :math:`(1 + \|v - v'\|^2 / c^2)^\beta`.
 
     Its tails are heavy. With an exponent in :math:`(-1, 0)`, and for a model whose log density is strongly concave far out, a
-    discrepancy that goes to zero means convergence in law, which that of an RBF kernel does not from three dimensions on.
+    discrepancy that goes to zero means convergence in distribution, which that of an RBF kernel does not from three dimensions on.
 
     :param float scale: :math:`c`; if not given, the median distance of the rows in hand.
     :param float exponent: :math:`\beta`, negative.
-    :raises ValueError: if ``scale`` is given and no positive finite number, or ``exponent`` is no negative finite number.
+    :raises ValueError: if ``scale`` is given and is not a positive finite number, or ``exponent`` is not a negative finite number.
 
     **References**
 
@@ -131,7 +131,7 @@ class KernelSteinDiscrepancy(ScoreObjective):
 
     ``pairs="all"``: the loss of row :math:`i` is the mean of :math:`u(v_i, v_j)` over the other rows (``statistic="U"``) or over
     all rows, itself among them (``"V"``). The mean over rows is the statistic. U is unbiased and may be negative; V is at least
-    zero and larger, by a share of the mean of :math:`u(v, v)`.
+    zero and larger, by a fraction of the mean of :math:`u(v, v)`.
 
     ``pairs="halves"``: row :math:`i` of the first half is paired with row :math:`i` of the second, and both have the loss of the
     pair. Unbiased too, with the cost of a pair per row, and much noisier.
@@ -139,13 +139,13 @@ class KernelSteinDiscrepancy(ScoreObjective):
     Where the score is an estimate with independent noise in every row, as that of latents drawn for it, pairs of two rows keep
     value and gradient unbiased: a product of independent estimates. On the diagonal an estimate meets itself. The value of V is
     then too large by :math:`k(v, v)` times the noise's variance over the batch size, and its gradient is biased unless the
-    value and the gradient of a row's score come from independent draws. Prefer U with latents.
+    value and the gradient of a row's score come from independent samples. Prefer U with latents.
 
     The gradient in the parameters is the full one. Published code of VaGES differentiates the score of one row of each pair
     only, which over all ordered pairs is half of it: learning rates differ by that factor.
 
-    A kernel without a length takes the median distance of the pairs in use, anew for every batch. Where half of them are equal
-    that is 0, and the loss NaN.
+    A kernel without a length takes the median distance of the pairs in use, recomputed for every batch. Where half of them are
+    equal that is 0, and the loss NaN.
 
     :param kernel: an :class:`RBFKernel` or :class:`IMQKernel`.
     :param str statistic: ``"U"`` or ``"V"``.
@@ -215,7 +215,7 @@ class KSDTest(NamedTuple):
 
     #: (), the U-statistic: unbiased, near 0 (or below) where the model fits
     statistic: Array
-    #: (), the share of itself and the bootstrapped statistics that reaches it
+    #: (), the fraction of itself and the bootstrapped statistics that reaches it
     p_value: Array
     #: (), the V-statistic: at least 0
     v_statistic: Array
@@ -234,26 +234,27 @@ def ksd_test(
     num_bootstrap: int = 1000,
     change_probability: float = 0.5,
 ) -> KSDTest:
-    r"""Tests whether draws come from the law that has a given score, by the kernelized Stein discrepancy.
+    r"""Tests whether samples come from the distribution that has a given score, by the kernelized Stein discrepancy.
 
     If they do, :math:`\frac{1}{n(n-1)} \sum_{i \neq j} w_i w_j u(v_i, v_j)` with random signs :math:`w` has asymptotically the
-    law of the statistic, which has all :math:`w = 1` (wild bootstrap). The p-value is the share that reaches the statistic, itself
-    counted: at least ``1 / (num_bootstrap + 1)``. With signs, U and V differ by the same constant, so that both have this p-value.
+    distribution of the statistic, which has all :math:`w = 1` (wild bootstrap). The p-value is the fraction that reaches the
+    statistic, itself counted: at least ``1 / (num_bootstrap + 1)``. With signs, U and V differ by the same constant, so that both
+    have this p-value.
 
     The test remains one where the score is an unbiased estimate with independent noise in every row. A biased estimate it takes
     for a misfit, given enough rows.
 
-    Draws of a Markov chain are correlated, and independent signs would reject too often. With ``change_probability`` below one
+    Samples of a Markov chain are correlated, and independent signs would reject too often. With ``change_probability`` below one
     half the signs are a chain too, which keeps its sign for ``1 / change_probability`` rows on average: take this
-    well above the correlation length of the draws and well below their number, or thin them. Rows are then in order of time.
+    well above the correlation length of the samples and well below their number, or thin them. Rows are then in order of time.
 
     The kernel matrix of all pairs is held: memory grows with the square of the number of rows.
 
     :param rng_key: a key of :func:`jax.random.key`, for the signs.
     :param v: draws, of shape ``(n,) + event_shape``.
-    :param score: the model's scores at the draws, of the shape of ``v``, or a function that gives them.
+    :param score: the model's scores at the samples, of the shape of ``v``, or a function that gives them.
     :param kernel: an :class:`~numpyro_ebm.RBFKernel` or :class:`~numpyro_ebm.IMQKernel`.
-    :param int num_bootstrap: draws of the signs.
+    :param int num_bootstrap: samples of the signs.
     :param float change_probability: probability that two neighboring rows have different signs; .5 is for independent rows.
     :return: a :class:`KSDTest`. Under ``jit`` and ``vmap`` values cannot be refused: the p-value is NaN where they are not finite.
     :raises ValueError: if there are fewer than two rows, a number is not finite, shapes differ, or half of the pairs are equal

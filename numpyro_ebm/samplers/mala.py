@@ -50,7 +50,7 @@ class MALA(Sampler):
     percent with 64. :meth:`frozen`, by which draws after a fit are made, and ``adapt=False`` are exact with any number.
 
     Where an energy is much steeper than elsewhere every full step is rejected, and a chain that training leaves there
-    would be stuck for ever. So a fraction of the steps is small: :math:`h \, 10^{-G}` with :math:`G` geometric and drawn
+    would be stuck forever. So a fraction of the steps is small: :math:`h \, 10^{-G}` with :math:`G` geometric and drawn
     without regard to the chains, which keeps the distribution exactly stationary.
 
     :param float step_size: the step :math:`h` to start from.

@@ -45,7 +45,7 @@ class UnadjustedLangevin(Sampler):
 
     It is biased at every :math:`h > 0`. On a quadratic energy of curvature :math:`c` its stationary variance is exactly
     :math:`1 / (c (1 - hc/2))`, never less than :math:`2h`: **no chain of step** :math:`h` **is narrower than**
-    :math:`2h`. Where the data want a narrower distribution, training sharpens the energy without end. The state therefore carries
+    :math:`2h`. Where the data need a narrower distribution, training sharpens the energy without end. The state therefore carries
     ``stiffness``, an estimate of :math:`hc` from the scores the chains met (:math:`\mathrm{Var}(s) = c / (1 - hc/2)`), and
     :meth:`check` tells when it comes near the floor. :class:`MALA` has no such floor.
 
@@ -118,7 +118,7 @@ class UnadjustedLangevin(Sampler):
         return lax.stop_gradient(UnadjustedLangevinState(x, stiffness, near, unstable))
 
     def check(self, state: UnadjustedLangevinState) -> Array:
-        """Whether the step suits the energy: 0 if it does, 1 near the variance floor, 2 when the chains run away.
+        """Whether the step suits the energy: 0 if it does, 1 near the variance floor, 2 when the chains diverge.
 
         The stiffness must have been too high for many runs in a row: chains that start far away pass through steep
         places without harm.
