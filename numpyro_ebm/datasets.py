@@ -107,7 +107,7 @@ class Batters(NamedTuple):
 def mnist(train: bool = True) -> LabelledImages:
     """Handwritten digits (LeCun et al. 1998): 60 000 images of 28 x 28 pixels to train on, 10 000 to test on.
 
-    :raises FileNotFoundError: if the files are nowhere and cannot be downloaded.
+    :raises FileNotFoundError: if the files are not found and cannot be downloaded.
     :raises ValueError: if a file has a wrong checksum.
     """
     part = "train" if train else "t10k"
@@ -121,7 +121,7 @@ def cifar10(train: bool = True) -> LabelledImages:
     ``cifar10/cifar10_5k_labels.npy``, which is then given. The archive, of 170 MB, is downloaded if neither is there.
 
     :return: images of ``(num_images, 32, 32, 3)``.
-    :raises FileNotFoundError: if the files are nowhere and cannot be downloaded.
+    :raises FileNotFoundError: if the files are not found and cannot be downloaded.
     :raises ValueError: if a file has a wrong checksum.
     """
     archive = "cifar10/cifar-10-binary.tar.gz"
@@ -140,7 +140,7 @@ def cifar10(train: bool = True) -> LabelledImages:
 def breast_cancer_wisconsin() -> Patients:
     """Nine scores of a biopsy each, and whether the tumor was malignant (Wolberg and Mangasarian 1990).
 
-    :raises FileNotFoundError: if the file is nowhere and cannot be downloaded.
+    :raises FileNotFoundError: if the file is not found and cannot be downloaded.
     :raises ValueError: if the file has a wrong checksum.
     """
     rows = [line.split(",") for line in _read("uci/breast-cancer-wisconsin.data").decode().split()]
@@ -151,7 +151,7 @@ def breast_cancer_wisconsin() -> Patients:
 def eight_schools() -> EightSchools:
     """Eight schools (Rubin 1981) with the reference samples of posteriordb.
 
-    :raises FileNotFoundError: if the file of the samples is nowhere and cannot be downloaded.
+    :raises FileNotFoundError: if the file of the samples is not found and cannot be downloaded.
     :raises ValueError: if it has a wrong checksum.
     """
     archive = zipfile.ZipFile(io.BytesIO(_read("small/eight_schools_noncentered_draws.json.zip")))
@@ -165,7 +165,7 @@ def eight_schools() -> EightSchools:
 def efron_morris() -> Batters:
     """Batting averages of 18 players (Efron and Morris 1975).
 
-    :raises FileNotFoundError: if the file is nowhere and cannot be downloaded.
+    :raises FileNotFoundError: if the file is not found and cannot be downloaded.
     :raises ValueError: if the file has a wrong checksum.
     """
     rows = list(csv.DictReader(io.StringIO(_read("small/EfronMorris.csv").decode())))
@@ -180,7 +180,7 @@ def frey_faces() -> np.ndarray:
     ``frey/frey_rawface.mat``, which is downloaded if neither is there. The checksum is that of the images.
 
     :return: of shape (1965, 28, 20), uint8.
-    :raises FileNotFoundError: if the file is nowhere and cannot be downloaded.
+    :raises FileNotFoundError: if the file is not found and cannot be downloaded.
     :raises ValueError: if the images have a wrong checksum.
     """
     table, original = "frey/frey_faces.npz", "frey/frey_rawface.mat"

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Effect handlers: :class:`negative_phase` supplies the gradient of the normalizer, :class:`unnormalized` goes without.
+r"""Effect handlers: :class:`negative_phase` supplies the gradient of the normalizer, :class:`unnormalized` leaves it out.
 
 The gradient that ``log_prob`` lacks is an expectation under the model itself,
 
@@ -50,8 +50,8 @@ class unnormalized(Messenger):
     """Lifts the guard: energy sites give their unnormalized ``log_prob`` to every gradient, and nothing is added: a
     :class:`negative_phase` inside it steps aside.
 
-    For what never needs the normalizer although the guard cannot know it, such as forward-mode derivatives of a score in the
-    parameters, or for an engine that supplies ``d log Z / d theta`` itself. A gradient that does need it is then silently
+    Use it for what never needs the normalizer, although the guard cannot know that, such as forward-mode derivatives of a score
+    in the parameters, or for an engine that supplies ``d log Z / d theta`` itself. A gradient that does need it is then silently
     wrong.
 
     :param fn: the model.
@@ -73,7 +73,7 @@ class unnormalized(Messenger):
 
 
 class negative_phase(Messenger):
-    r"""Makes the gradient of a model with energy sites right, in NumPyro's own ``SVI`` and wherever a model is differentiated.
+    r"""Corrects the gradient of a model with energy sites, in NumPyro's own ``SVI`` and wherever a model is differentiated.
 
     At every site whose distribution has an unknown normalizer it
 
@@ -84,10 +84,10 @@ class negative_phase(Messenger):
     3. adds the factor ``"<site>/log_normalizer"``, :math:`-(m - \mathrm{stop\_gradient}(m))` with :math:`m` the chains'
        mean unnormalized log density: its value is 0, its gradient the estimate of :math:`-\nabla \log Z`.
 
-    The factor of a site stands in its plates, so each of M latents pays its own normalizer, and subsampling and
-    :class:`numpyro.handlers.scale` weigh it as they weigh the site. The chains come back in ``SVIState.mutable_state`` and
-    go on in the next ``run(..., init_state=...)``. **The loss is still unnormalized**: it is off by the unknown
-    :math:`\log Z`, and two fits cannot be compared by it.
+    The factor of a site is inside its plates, so each of M latents contributes its own normalizer, and subsampling and
+    :class:`numpyro.handlers.scale` scale it as they scale the site. The chains are returned in ``SVIState.mutable_state`` and
+    continue in the next ``run(..., init_state=...)``. **The loss is still unnormalized**: it is off by the unknown
+    :math:`\log Z`, and it cannot be used to compare two fits.
 
     A model in which a :func:`numpyro.factor` with parameters couples :class:`~numpyro_ebm.BaseMeasure` sites is a **random
     field**: it denotes the exponential of all its log terms over one joint normalizer. It has one population, the mutable site
@@ -104,7 +104,7 @@ class negative_phase(Messenger):
     :param sampler: how the chains move, a :class:`~numpyro_ebm.samplers.Sampler`, or a mapping from site names to samplers;
         where none is given, by the ``sampler`` of the site's distribution, and if it has none by 10 steps of
         :class:`~numpyro_ebm.MALA`, of :class:`~numpyro_ebm.BlockGibbs` at the site of an RBM.
-    :param bool persistent: whether chains go on from where the last step left them (persistent contrastive divergence) or
+    :param bool persistent: whether chains continue from where the last step left them (persistent contrastive divergence) or
         restart from ``initial`` or the base every time (short-run).
     :param init_chains: a mapping from site names to where chains start, of shape ``(num_chains,) + batch_shape +
         event_shape``; samples of the site's ``initial`` or base if not given. For a random field

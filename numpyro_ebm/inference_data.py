@@ -3,9 +3,9 @@
 
 """Fits, particles and chains as ArviZ data.
 
-The negative chains of a latent site are samples of its learned prior, so they are the group ``prior``, with the chains
-that the fit ran side by side as ArviZ's ``chain``: R-hat and ESS of that group say whether the chains mix. Particles are
-another thing. They share the parameters that they move, and are samples of one run: ArviZ's ``draw``.
+The negative chains of a latent site are samples of its learned prior, so they are the group ``prior``, with the chains that the
+fit ran side by side as ArviZ's ``chain``: R-hat and ESS of that group say whether the chains mix. Particles are different. They
+share the parameters that they move, so they count as the samples of one run: ArviZ's ``draw``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -57,9 +57,9 @@ def to_inference_data(
     With ``model`` the dims of a site are called after its plates, as ``from_numpyro`` calls them, and the posterior of
     :class:`~numpyro_ebm.ParticleMMLE` and the observed data need not be given. Dims that neither a plate nor ``dims`` names are
     called ``<site>_dim_0``, ``<site>_dim_1`` and so on. The chains of a site in a plate lack the plate's dim: they have the
-    site's last ones. Only the groups that there is something for are made.
+    site's last ones. Only groups with content are created.
 
-    Particles share the parameters of their run, so that they are samples and not chains. In a state of several runs, made by
+    Particles share the parameters of their run, so they count as draws and not as chains. In a state of several runs, made by
     :func:`jax.vmap` over the engine, every run is a ``chain``.
 
     :param state: the result of a run or its state, by ``ParticleMMLE`` or ``SVI``, or a mutable state.

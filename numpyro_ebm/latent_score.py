@@ -11,9 +11,9 @@ With :math:`f = \log \tilde p(v, h; \theta)` and expectations over the posterior
     \partial_\theta E[g] = E[\partial_\theta g] + \mathrm{Cov}(g, \nabla_\theta f) \; \text{ for any } g(v, h; \theta), \qquad
     \partial_v s \, u = E[\nabla_v^2 f \, u + \nabla_v f \, (\nabla_v f \cdot u)] - s \, (s \cdot u).
 
-Samples of a guide in place of the posterior's make of the first the variational estimate of the score (VaES), of the second, with
-:math:`g = \nabla_v f`, that of its gradient (VaGES) [1]. The third, which the paper has not, is for objectives that
-differentiate the score in the visible; its gradient is by the second again.
+With samples of a guide in place of the posterior's, the first becomes the variational estimate of the score (VaES), and the
+second, with :math:`g = \nabla_v f`, that of its gradient (VaGES) [1]. The third, which is not in the paper, is for objectives
+that differentiate the score in the visible; its gradient follows from the second again.
 
 What is returned here are functions of the visible whose value, gradient in the parameters and derivative in the visible are
 those estimates by plain automatic differentiation, so that an objective needs to know nothing of latents.
@@ -162,7 +162,7 @@ def variational_score(
 def weighted_score(log_p: RowDensity, params: Any, log_q: Array, h: Latents, keep: Array | None = None) -> ScoreFn:
     r"""The score of :math:`\log \tfrac1L \sum_i \tilde p(v, h_i) / q(h_i)` with the samples and their ``log_q`` held fixed.
 
-    Draws weigh :math:`\tilde p / q`, normalized by their sum, so that it is consistent whatever the guide.
+    Samples are weighted by :math:`\tilde p / q`, normalized by their sum, so that it is consistent whatever the guide.
 
     :param log_q: log density of every sample and row, ``(num_samples, batch)``.
     :param keep: ``(num_samples,)``, whether each sample counts; all of them if not given.

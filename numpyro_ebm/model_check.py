@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which sites of a model have an unknown normalizer, what it depends on, and what learning them takes."""
+"""Which sites of a model have an unknown normalizer, what it depends on, and what is needed to learn them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -72,7 +72,7 @@ class ModelReport:
         self._refuse([(site, site.verdict) for site in self.sites if site.refused])
 
     def require_scores(self) -> None:
-        """Refuses what the scores of the first argument, or a guide beside them, cannot learn.
+        """Refuses what the scores of the first argument, or a guide together with them, cannot learn.
 
         :raises NormalizerError: naming the sites.
         """
@@ -95,7 +95,7 @@ class ModelReport:
 
 
 def check_model(model: Callable[..., Any], *args: Any, **kwargs: Any) -> ModelReport:
-    """Tells, before anything runs, which sites have an unknown normalizer and what learning the model takes.
+    """Tells, before anything runs, which sites have an unknown normalizer and what is needed to learn the model.
 
     The model is traced abstractly, every param and every value marked where it arises, and nothing is computed: what a density
     or a normalizer is made of is told through deterministic sites, handlers and functions.

@@ -1,14 +1,13 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""What is an optimizer, and Langevin dynamics as optax transformations: gradient steps with the noise that makes them sample.
+r"""What counts as an optimizer, and Langevin dynamics as optax transformations: gradient steps with noise that makes them sample.
 
 Given the gradient :math:`g` of a potential :math:`U`, they move by a step :math:`h` at temperature :math:`T`, so that the
-distribution
-:math:`\propto \exp(-U / T)` is stationary as :math:`h \to 0`. **The temperature is not an argument of theirs.** It belongs to
-the gradient: :class:`~numpyro_ebm.ParticleMMLE` passes ``1 / num_particles`` with a gradient summed over data and
-``1 / (num_data * num_particles)`` with one averaged over them, and 1 to its particles, so that the two scalings cannot be
-mixed by accident. It passes the random key too, and nothing random is kept in a state.
+distribution :math:`\propto \exp(-U / T)` is stationary as :math:`h \to 0`. **The temperature is not an argument of theirs.** It
+belongs to the gradient: :class:`~numpyro_ebm.ParticleMMLE` passes ``1 / num_particles`` with a gradient summed over data and ``1
+/ (num_data * num_particles)`` with one averaged over them, and 1 to its particles, so that the two scalings cannot be mixed by
+accident. It passes the random key too, and nothing random is kept in a state.
 """
 
 import math
@@ -30,7 +29,7 @@ Schedule = Callable[[Array], Array]
 def as_transformation(optim: Any, name: str = "optim") -> optax.GradientTransformationExtraArgs:
     """An optimizer as an optax transformation: optax's own, or one of :mod:`numpyro.optim`.
 
-    What ``update`` is given beside the gradient and the optimizer does not know is left out; what the optimizer needs and
+    What ``update`` is given besides the gradient and the optimizer does not know is left out; what the optimizer needs and
     ``update`` is not given is told by name.
 
     :param str name: the argument that it was passed as.

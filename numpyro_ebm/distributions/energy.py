@@ -1,7 +1,8 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Distributions whose density is known up to its normalizer, and the guard that keeps their gradients honest.
+r"""Distributions whose density is known up to its normalizer (normalizing constant, partition function), and the guard that keeps
+their gradients correct.
 
 .. math:: p(x) = \frac{1}{Z} \exp(-E(x)) \, b(x), \qquad Z = \int \exp(-E(x)) \, b(x) \, dx,
 
@@ -32,7 +33,7 @@ from numpyro_ebm.samplers.base import require_sampler
 
 
 class NormalizerError(RuntimeError):
-    """A gradient was asked for that needs ``d log Z / d theta``, which ``log_prob`` does not have."""
+    """A gradient needs ``d log Z / d theta``, which ``log_prob`` does not contain."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -124,8 +125,8 @@ class TiltedDistribution(Distribution):
     plain function closes over is static, so inside :func:`numpyro.contrib.control_flow.scan` pass it as ``params``. With
     ``batch_shape``, every array of the energy and of ``params`` has those leading dimensions: a stack of energies.
 
-    ``log_prob`` is unnormalized (``Z`` taken as 1). See :class:`~numpyro_ebm.negative_phase` to learn an energy's
-    parameters. ``sample`` runs ``sampler`` from samples of ``initial``: it is **approximate**, as good as the chain is long.
+    ``log_prob`` is unnormalized (``Z`` taken as 1). See :class:`~numpyro_ebm.negative_phase` to learn an energy's parameters.
+    ``sample`` runs ``sampler`` from samples of ``initial``: it is **approximate**: the longer the chain, the better the samples.
 
     :param Distribution base: the base :math:`b`; its batch shape is broadcast with ``batch_shape``.
     :param energy: ``energy(x)``, or ``energy(params, x)`` if ``params`` is given; ``x`` of shape ``event_shape``.
@@ -223,8 +224,8 @@ class TiltedDistribution(Distribution):
 
         :param value: of shape ``sample_shape + batch_shape + event_shape``.
         :return: of shape ``sample_shape + batch_shape``.
-        :raises NormalizerError: in the backward pass, if the result is differentiated in anything but ``value``; at once
-            if the density is asked for as a component of a mixture, for example, where ``Z`` does not cancel.
+        :raises NormalizerError: in the backward pass, if the result is differentiated with respect to anything but ``value``;
+            immediately if the density is used as a component of a mixture, for example, where ``Z`` does not cancel.
         """
         value = self.as_events(value)
         if self.guarded and (whole := calling_distribution((TiltedDistribution,))) is not None:

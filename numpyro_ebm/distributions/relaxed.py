@@ -27,13 +27,13 @@ class GumbelBernoulli(Distribution):
 
     the Bernoulli's with a soft value. **It is not the density of the samples and is not normalized on** :math:`(0, 1)`. The
     papers choose it because it is the bit's own density that a guide must learn: at the exact posterior of a model that is
-    bilinear in its bits, :math:`\log \tilde p(v, h) - \log q(h)` is the same for every h, soft or hard, so that the guide's
-    loss has its optimum there. NumPyro's ``RelaxedBernoulli``, the Concrete distribution, has the same samples with their own
-    normalized density, which goes with a model whose prior is Concrete too; against a Bernoulli's energy its ratio is
-    constant for no guide.
+    bilinear in its bits, :math:`\log \tilde p(v, h) - \log q(h)` is the same for every h, soft or hard, so that the guide's loss
+    has its optimum there. NumPyro's ``RelaxedBernoulli``, the Concrete distribution, has the same samples with their own
+    normalized density, which suits a model whose prior is Concrete too; with a Bernoulli's energy its ratio is constant for no
+    guide.
 
     NumPyro validates by default, and a Bernoulli of the *model* is then impossible at a soft value: its log density is minus
-    infinity and its gradient is lost. :class:`~numpyro_ebm.PosteriorFisher` sees to it; elsewhere fit such a model under
+    infinity and its gradient is lost. :class:`~numpyro_ebm.PosteriorFisher` handles this; elsewhere fit such a model under
     ``numpyro.validation_enabled(False)``.
 
     The relaxation shrinks the variance of a bit to about :math:`(1 - \tau)` of it, and moves its mean by
@@ -94,7 +94,7 @@ class GumbelBernoulli(Distribution):
         return jax.nn.sigmoid(self.temperature * logit(value) - self.logits)
 
     def icdf(self, q: Array) -> Array:
-        """The draw at a quantile. One of 0 or 1, which a generator of uniforms may return, is moved to the nearest inside."""
+        """The sample at a quantile. One of 0 or 1, which a generator of uniforms may return, is moved to the nearest inside."""
         finfo = jnp.finfo(jnp.result_type(q))
         q = jnp.clip(q, finfo.tiny, 1 - finfo.epsneg)
         return jax.nn.sigmoid((self.logits + logit(q)) / self.temperature)

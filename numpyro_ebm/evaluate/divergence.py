@@ -72,7 +72,7 @@ def marginal_score(
     :param v: visibles, of shape ``(batch,) + event_shape``.
     :param args: further arguments of model and guide.
     :param rng_key: a key of :func:`jax.random.key`.
-    :param int num_samples: draws L of the guide for every row.
+    :param int num_samples: samples L of the guide for every row.
     :param bool importance_weighted: whether samples are weighted.
     :param bool variance_reduced: whether the guide's own score is subtracted.
     :param bool relaxed: whether relaxed bits (:class:`~numpyro_ebm.GumbelBernoulli`) are left so; else they are drawn as bits.
@@ -156,19 +156,20 @@ def fisher_divergence(
 ) -> FisherDivergence:
     r"""The Fisher divergence from data to a model, :math:`\tfrac12 E \|\nabla \log p_D(v) - s(v)\|^2`, by a trained critic.
 
-    A critic is trained to make :math:`E[s \cdot c + \mathrm{tr} \nabla c - \tfrac12 \|c\|^2]` large on the training rows. The one
-    that is best on the validation rows is reported, as it is on the test rows: a **lower bound** in expectation for every
-    critic, too low by :math:`\tfrac12 E \|c - c^*\|^2`. It may come out negative where the divergence is small. The
-    density of the data is not needed, nor a normalizer of the model, nor an exact score: the score enters linearly, so that one
-    with noise gives the divergence of its mean, as long as the noise is drawn anew at every call.
+    A critic is trained to make :math:`E[s \cdot c + \mathrm{tr} \nabla c - \tfrac12 \|c\|^2]` large on the training rows. The
+    critic that is best on the validation rows is kept, and its value on the test rows is reported: a **lower bound** in
+    expectation for every critic, too low by :math:`\tfrac12 E \|c - c^*\|^2`. It may be negative where the divergence is small.
+    The density of the data is not needed, nor a normalizer of the model, nor an exact score: the score enters linearly, so that
+    one with noise gives the divergence of its mean, as long as every call draws new noise.
 
     Where the score comes from a guide, fit the guide first, by NumPyro's ``SVI`` of
     ``block(substitute(model, data=params), hide=list(params))``, whose parameters are fixed, and pass
-    :func:`~numpyro_ebm.marginal_score` of it: the critic then has one goal from its first step to the last. The published
+    :func:`~numpyro_ebm.marginal_score` of it: the critic then has a fixed goal. The published
     estimator [1] trains the guide together with the critic.
 
     The trace is estimated by Rademacher probes :math:`u^\top \nabla c \, u`, and is exact on the test rows. The rows of the
-    validation set keep their probes and their key for the score from look to look, so that looks differ by the critic alone.
+    validation set keep their probes and their key for the score from one validation to the next, so that these differ only in the
+    critic.
 
     Everything of ``score`` and ``critic`` that is an array is an argument of the compiled loop if they are pytrees: an
     Equinox module, or :class:`jax.tree_util.Partial` in the place of :func:`functools.partial`. A second call with other
@@ -181,8 +182,9 @@ def fisher_divergence(
     :param v_validation: rows to choose the best step by.
     :param v_test: rows of the estimate, 2 or more.
     :param critic: a callable pytree such as an Equinox module, from one event to an array of its shape. Its floating arrays are
-        learned, but for those it uses under :func:`jax.lax.stop_gradient`. It is the sharper, the more of :math:`c^*` it knows:
-        the model's own score as a part of it leaves that of the data to learn. It must be differentiable in the event.
+        learned, but for those it uses under :func:`jax.lax.stop_gradient`. The more of :math:`c^*` it contains, the tighter the
+        bound: with the model's own score as a part of it, only that of the data has to be learned. It must be differentiable in
+        the event.
     :param optim: an optax transformation.
     :param int num_steps: steps of the critic.
     :param int batch_size: training rows in every step, drawn with replacement.

@@ -44,10 +44,10 @@ def log_normalizer(
 ) -> LogNormalizer:
     r""":math:`\log Z` of a restricted Boltzmann machine, with its standard error.
 
-    ``"exact"`` enumerates a layer of at most 20 units. ``"ais"`` is annealed importance sampling; its cost is one sweep of
-    all chains per temperature, its memory does not depend on the number of temperatures. The standard error is that of the
-    mean weight, by the delta method. It can be trusted while the effective sample size is a fair part of ``num_chains``;
-    where few chains carry the weight, :math:`\log Z` tends to be **too low** and likelihoods too high: take more temperatures.
+    ``"exact"`` enumerates a layer of at most 20 units. ``"ais"`` is annealed importance sampling; its cost is one sweep of all
+    chains per temperature, its memory does not depend on the number of temperatures. The standard error is that of the mean
+    weight, by the delta method. It can be trusted while the effective sample size is a fair fraction of ``num_chains``; where few
+    chains carry most of the weight, :math:`\log Z` tends to be **too low** and likelihoods too high: use more temperatures.
 
     The log-likelihood of data is ``rbm.log_prob(v) - log_normalizer(rbm).log_normalizer``.
 

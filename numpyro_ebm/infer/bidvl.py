@@ -5,7 +5,7 @@ r"""Bi-level doubly variational learning: an energy of the visible, with an enco
 intractable distributions.
 
 The model is decoupled, :math:`p_\theta(v, h) = e^{-E_\theta(v)} q_\phi(h|v) / Z`, so that the encoder is its posterior, and the
-generator :math:`p_\omega(v, h) = p(h) \, p_\omega(v|h)` stands for the joint distribution. With
+generator :math:`p_\omega(v, h) = p(h) \, p_\omega(v|h)` replaces the joint distribution. With
 :math:`R = \log p(h) + \log p_\omega(v|h) - \log q_\phi(h|v)`,
 
 .. math::
@@ -14,7 +14,7 @@ generator :math:`p_\omega(v, h) = p(h) \, p_\omega(v|h)` stands for the joint di
     \mathrm{KL}(p_\theta \| p_\omega) &= E_{p_\theta}[-E_\theta - R] - \log Z,
 
 whose sum is free of :math:`\log Z`. The last expectation of :math:`-R` is the negative ELBO of a variational autoencoder on
-samples of the energy, for which data stand, since the energy is learned to be theirs.
+samples of the energy, which the data replace, since the energy is learned from them.
 """
 
 import copy
@@ -115,9 +115,9 @@ class BiDVL(Engine):
 
     * ``"exact"``: :math:`\log p(\hat h) + \log p(\hat v|\hat h) - \log q(\hat h|\hat v)`. With both weights 1 the level is the
       symmetric divergence :math:`\mathrm{KL}(p_\omega \| p_\theta) + \mathrm{KL}(p_\theta \| p_\omega)`.
-    * ``"offset"``, as in the paper's code: :math:`|\mu(\hat v) - \hat h|^2` with the encoder's mean :math:`\mu`, of which only
-      the generator learns. The code's ``latent_weight`` is one over the dimension of :math:`h`, or 1e-4.
-    * ``"complete"``: :math:`|h' - \hat h|^2` with :math:`h' \sim q(h|\hat v)`, of which both learn; besides, the encoder learns
+    * ``"offset"``, as in the paper's code: :math:`|\mu(\hat v) - \hat h|^2` with the encoder's mean :math:`\mu`; it trains only
+      the generator. The code's ``latent_weight`` is one over the dimension of :math:`h`, or 1e-4.
+    * ``"complete"``: :math:`|h' - \hat h|^2` with :math:`h' \sim q(h|\hat v)`, which trains both; in addition, the encoder learns
       from ``latent_weight`` :math:`\mathrm{KL}(q(h|\hat v) \| p(h))` in the upper level, so that its optimizer steps in both.
 
     The published method generates means, so that its term :math:`\log p(\hat v|\hat h)` is a constant, and its squared error
@@ -134,27 +134,28 @@ class BiDVL(Engine):
     :param generator_optim: the same for the generator.
     :param str variant: ``"exact"``, ``"offset"`` or ``"complete"``.
     :param str upper_loss: ``"difference"`` :math:`E(v) - E(\hat v)`; ``"softplus"`` :math:`\log(1 + e^{E(v)}) - \log(1 +
-        e^{E(\hat v)})`, which pushes down no further what has little energy; ``"hinge"``
-        :math:`\max(0, 1 + E(v)) + \max(0, 1 - E(\hat v))`, which is flat beyond -1 for data and 1 for draws.
+        e^{E(\hat v)})`, which stops lowering energies that are already low; ``"hinge"``
+        :math:`\max(0, 1 + E(v)) + \max(0, 1 - E(\hat v))`, which is flat below -1 for data and above 1 for samples.
     :param float latent_weight: of the latent term.
     :param float vae_weight: :math:`\lambda`, of the autoencoder's loss.
-    :param bool importance_weighted: whether a row of data counts in it by :math:`r(v) \propto \exp(\bar E - E(v))`, clipped to
-        ``weight_bounds`` and with mean 1 over the batch. It stands for :math:`p_\theta / p_\text{data}` without the density of the
-        data, which is unknown, and so moves the optimum where that is not flat.
+    :param bool importance_weighted: whether a row of data is weighted in it by :math:`r(v) \propto \exp(\bar E - E(v))`, clipped
+        to ``weight_bounds`` and with mean 1 over the batch. It replaces :math:`p_\theta / p_\text{data}`, which would need the
+        unknown density of the data, and so moves the optimum where that is not flat.
     :param tuple weight_bounds: least and largest :math:`r` before they are made to have mean 1.
     :param bool noise: whether generated visibles are samples of :math:`p(v|h)`, or its means.
     :param Sampler sampler: moves generated visibles on the learned energy before the upper level sees them, such as
-        :class:`~numpyro_ebm.MALA`: it then sees what is of little energy and what the generator does not draw.
+        :class:`~numpyro_ebm.MALA`: it then sees what has low energy but is not generated.
     :param elbo: NumPyro's ELBO for the autoencoder; ``TraceMeanField_ELBO()`` if not given.
     :param int num_upper_steps: steps of the energy per step.
     :param int num_lower_steps: steps of encoder and generator per step.
     :param int num_unroll_steps: steps N of the lower level that the upper level looks ahead, as a function of the energy. Minus
-        the rest of the lower level is then added to the upper, which makes of it :math:`E(v)` minus what the lower level
-        reaches: without that its optimum would not be the likelihood's. For the difference alone, and not for ``"complete"``.
+        the rest of the lower level is then added to the upper, which turns it into :math:`E(v)` minus the optimum of the lower
+        level: otherwise its optimum would not be that of the likelihood. Only for ``upper_loss="difference"``, and not for
+        ``"complete"``.
     :param int batch_size: rows of the first argument in every step of either level, drawn with replacement; all if not given.
-    :raises ValueError: for settings out of range; from ``init``, naming the site, for an energy with latents, latents of which
-        only encoder or generator knows, a visible of another shape or name, rows that are in no plate, shared params, or data
-        that are not finite.
+    :raises ValueError: for settings out of range; from ``init``, naming the site, for an energy with latents, latents that only
+        encoder or generator has, a visible of another shape or name, rows that are in no plate, shared params, or data that are
+        not finite.
     :raises NonFiniteError: during a run, with the last good state.
 
     **References**
@@ -282,7 +283,7 @@ class BiDVL(Engine):
         return self._energies(state, args, kwargs)
 
     def refine(self, rng_key: Array, state: BiDVLState, sampler: Sampler, *args: Any, **kwargs: Any) -> Array:
-        """Visibles moved by a sampler on the learned energy, each a chain of its own.
+        """Visibles moved with a sampler on the learned energy, each a chain of its own.
 
         :param rng_key: a key of :func:`jax.random.key`.
         :param sampler: such as :class:`~numpyro_ebm.MALA`.

@@ -55,7 +55,7 @@ class BiSMState(NamedTuple):
 
 
 class BiSM(BilevelEngine):
-    r"""Bi-level score matching (Bao et al. 2020): score matching of a model with latents, called like NumPyro's ``SVI``.
+    r"""Bi-level score matching (Bao et al. 2020): score matching of a model with latents, used like NumPyro's ``SVI``.
 
     One step on a batch of the visible, the same rows throughout: ``num_inner_steps`` steps of the guide at the model's
     parameters; then one step of the model's, by the gradient of the objective through :math:`\phi`, which is one of

@@ -181,7 +181,7 @@ class Engine(ABC):
         :param args: arguments of the model; arrays are traced, everything else is static.
         :param bool progress_bar: whether to show one; it moves once per chunk.
         :param bool stable_update: whether to skip and count steps that would make anything non-finite, instead of stopping.
-        :param init_state: a state to go on from, which is kept.
+        :param init_state: a state to continue from; it is not changed.
         :param dict init_params: values of :func:`numpyro.param` sites to start from.
         :param collect: a function of the state; what it returns is recorded after every step. Pass the same function again
             to avoid a second compilation.

@@ -171,7 +171,7 @@ def find_map(
     :param mutable_state: values of the model's own :func:`numpyro.primitives.mutable` sites.
     :param init_strategy: a NumPyro ``init_to_...`` strategy to start from without ``start``.
     :param kwargs: keyword arguments of the model.
-    :return: latents by site and their log density. It warns where the density still rises.
+    :return: latents by site and their log density. It warns if the density is still rising.
     :raises ValueError: as :func:`sample_posterior` does, and if no start reached a finite density.
     :raises NormalizerError: if an energy's normalizer depends on another latent.
 

@@ -89,17 +89,17 @@ class ParticleState(NamedTuple):
 class ParticleMMLE(Engine):
     r"""Maximum marginal likelihood of the :func:`numpyro.param` sites of a model, its latents as interacting particles.
 
-    Used like :class:`numpyro.infer.SVI`, without a guide: every latent site is a cloud of ``num_particles`` points that
-    follow the posterior at the current parameters. Any model with continuous latents will do. Constrained latents move in
-    unconstrained space; energy priors are learned by :class:`~numpyro_ebm.negative_phase`, which is put around the model unless it
-    is already there. In a subsampled plate every row of the data keeps its own particles, and those of the batch
-    move; the plate's scale counts for the parameters and not for the particles.
+    Used like :class:`numpyro.infer.SVI`, without a guide: every latent site is a cloud of ``num_particles`` points that follow
+    the posterior at the current parameters. Any model with continuous latents will do. Constrained latents move in unconstrained
+    space; energy priors need :class:`~numpyro_ebm.negative_phase`, which is put around the model unless it is already there. In a
+    subsampled plate every row of the data keeps its own particles, and those of the batch move; the plate's scale counts for the
+    parameters and not for the particles.
 
     The published algorithms are settings of this engine, by the constructors :meth:`pgd`, :meth:`ipla`, :meth:`ebipla`,
     :meth:`soul`, :meth:`pqn`, :meth:`pmgd`, :meth:`kiplmc1`, :meth:`kiplmc2` and :meth:`mpd`.
 
     The loss is minus the mean over particles of the log joint density, up to unknown normalizers. It is not a bound on the
-    likelihood, and two fits cannot be compared by it.
+    likelihood, and it cannot be used to compare two fits.
 
     :param model: a NumPyro model, or :class:`negative_phase(model, ...) <numpyro_ebm.negative_phase>` to say how its negative
         chains move.
@@ -232,7 +232,7 @@ class ParticleMMLE(Engine):
 
         :param optim: Langevin of step ``step_size`` with the theory's noise :math:`\sqrt{2h / (MN)}` if not given; the paper's
             experiments use Adam.
-        :param int num_chains: negative chains at every energy site, apart from the size of the batch.
+        :param int num_chains: negative chains at every energy site, independent of the size of the batch.
         :param float prior_step_size: their step h.
         :param int num_prior_steps: their number of steps.
         """
@@ -307,7 +307,7 @@ class ParticleMMLE(Engine):
     def replicate(self, state: ParticleState, num_particles: int | None = None) -> ParticleState:
         """A state with every particle copied, to go on from after a warm-up with fewer (Marks et al. 2026, algorithm 3).
 
-        Copies stay alike until noise has parted them, about 1 / (h * curvature) moves.
+        Copies stay together until noise has separated them, about 1 / (h * curvature) moves.
 
         :param int num_particles: particles in the new state, a multiple of those in the old; this engine's if not given.
         :raises ValueError: if it is not a multiple.

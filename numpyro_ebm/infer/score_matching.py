@@ -39,7 +39,7 @@ class ScoreMatchingState(NamedTuple):
 
 
 class ScoreMatching(ScoreEngine):
-    """Score matching of a model without latents, called like NumPyro's ``SVI``.
+    """Score matching of a model without latents, used like NumPyro's ``SVI``.
 
     The model's first argument is a batch of the visible, ``(batch,) + event_shape``, which it observes at one site, one row per
     element of one plate. Its log density may leave out any normalizer, as that of

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""How sure parameters are that were learned by maximum marginal likelihood, and whether a run has reached them.
+r"""How uncertain parameters learned by maximum marginal likelihood are, and whether a run has reached them.
 
 Louis' identity gives the observed information of :math:`\theta` from the posterior of the latents,
 
@@ -12,7 +12,7 @@ Louis' identity gives the observed information of :math:`\theta` from the poster
     \qquad x \sim p_\theta(x \mid y).
 
 Where the posterior is a product over rows of the data, the covariance is the sum of theirs, each from its own samples. The
-covariance of the sum says the same with far more noise.
+covariance of the sum gives the same with far more noise.
 """
 
 from collections.abc import Callable, Iterator, Mapping

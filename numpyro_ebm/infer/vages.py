@@ -67,22 +67,22 @@ class VaGESState(NamedTuple):
 class VaGES(BilevelEngine):
     r"""Score matching of a model with latents by variational (gradient) estimates of the score (Bao et al. 2021).
 
-    One step on a batch of the visible: ``num_inner_steps`` steps of the guide, as in :class:`~numpyro_ebm.BiSM`; then one step
-    of the model's, by the gradient of the objective at a score that is estimated from ``num_samples`` (L) samples of the guide
-    for each of three factors: the score itself, and the expectation and the covariance in its gradient. For denoising
-    objectives the gradient is unbiased where the guide is the posterior, at every L of 2 or more; otherwise its bias is
-    bounded by the guide's divergence from the posterior, and does not fall with L. The same holds for objectives that
-    differentiate the score in the visible, and for the Stein discrepancy between different rows. The reported loss is the
-    objective at the estimated score; the variance of the estimate, which falls as 1/L, is in it.
+    One step on a batch of the visible: ``num_inner_steps`` steps of the guide, as in :class:`~numpyro_ebm.BiSM`; then one step of
+    the model's, by the gradient of the objective at a score that is estimated from L = ``num_samples`` samples of the guide for
+    each of three factors: the score itself, and the expectation and the covariance in its gradient. For denoising objectives the
+    gradient is unbiased where the guide is the posterior, at every L of 2 or more; otherwise its bias is bounded by the guide's
+    divergence from the posterior, and does not fall with L. The same holds for objectives that differentiate the score in the
+    visible, and for the Stein discrepancy between different rows. The reported loss is the objective at the estimated score; the
+    variance of the estimate, which falls as 1/L, is in it.
 
-    Draws have no gradient: binary latents are drawn as bits in the upper level, though the guide has them relaxed in the lower
+    Samples have no gradient: binary latents are sampled as bits in the upper level, though the guide relaxes them in the lower
     (:class:`~numpyro_ebm.GumbelBernoulli`), and memory does not grow with the number of inner steps.
 
     ``importance_weighted=True``, which is not in the paper, weights L samples by
     :math:`\tilde p / q`, normalized by their sum, which makes value and gradient those of
     :math:`\log \tfrac1L \sum_i \tilde p(v, h_i) / q(h_i)` with the samples fixed. The bias is of order 1/L for *any* guide that
-    covers the posterior. ``jackknife=True`` takes the leading term off, :math:`L J_L - (L - 1) \bar J_{L - 1}` over the means
-    without one sample: at a higher variance.
+    covers the posterior. ``jackknife=True`` removes the leading term, :math:`L J_L - (L - 1) \bar J_{L - 1}` over the means that
+    leave out one sample, at the price of a higher variance.
 
     Model, guide and their optimizers are as for :class:`~numpyro_ebm.BiSM`.
 
@@ -94,7 +94,7 @@ class VaGES(BilevelEngine):
         :class:`~numpyro_ebm.KernelSteinDiscrepancy`.
     :param lower_loss: NumPyro's ``Trace_ELBO()``, or :class:`~numpyro_ebm.PosteriorFisher`.
     :param int num_inner_steps: steps K of the guide per step; 0 for a guide that is not learned.
-    :param int num_samples: draws L, of each factor, or of all where they are weighted.
+    :param int num_samples: samples L, for each factor, or for all of them together if they are weighted.
     :param bool importance_weighted: whether samples are weighted by :math:`\tilde p / q`.
     :param bool jackknife: whether the weighted loss is corrected for the leading term of its bias.
     :param str covariance: ``"unbiased"``, ``"biased"`` (divided by L instead of L - 1) or ``"none"``, for comparison: the

@@ -31,7 +31,7 @@ NOISE = "it is the standard deviation of the noise"
 
 
 class ScoreObjective(ABC):
-    """What the score-based engines minimize: an objective of one's own gives :meth:`loss`, and more where it differs.
+    """What the score-based engines minimize: a custom objective defines :meth:`loss`, and overrides more where it differs.
 
     Objectives are frozen dataclasses: hashable, and compared by value.
     """
@@ -154,7 +154,7 @@ class DenoisingScoreMatching(ScoreObjective):
     r"""Denoising score matching, :math:`\tfrac12 \|s(\tilde v) + (\tilde v - v) / \sigma^2\|^2` at
     :math:`\tilde v = v + \sigma \epsilon`.
 
-    Its optimum is the score of the data with the noise on them, not that of the data.
+    Its optimum is the score of the data with noise added, not that of the data.
 
     :param float sigma: standard deviation of the noise.
     :raises ValueError: if ``sigma`` is not a positive finite number.
@@ -192,9 +192,9 @@ class MultiscaleDenoisingScoreMatching(ScoreObjective):
     :math:`\tfrac12 \|s(\tilde v_i) / \sigma_i + (\tilde v_i - v_i) / (\sigma_i \sigma_0^2)\|^2`,
     :math:`\tilde v_i = v_i + \sigma_i \epsilon_i`.
 
-    The score, which knows no noise level, learns that of the data smoothed by ``sigma0``, at points near the data and far
-    away. The level of a row is fixed by its place in the batch, from ``sigma_begin`` in the first row to ``sigma_end`` in the
-    last: a stratified draw as long as the rows are shuffled, so do not sort them.
+    The score, which does not depend on the noise level, learns that of the data smoothed by ``sigma0``, at points near the data
+    and far away. The level of a row is fixed by its place in the batch, from ``sigma_begin`` in the first row to ``sigma_end`` in
+    the last: a stratified draw as long as the rows are shuffled, so do not sort them.
 
     :param float sigma0: the smoothing that the score learns.
     :param float sigma_begin: standard deviation of the noise on the first row.

@@ -31,7 +31,7 @@ from numpyro_ebm.objectives.score import ScoreFn, ScoreObjective, _checked, _req
 
 
 class RadialKernel(ABC):
-    r"""A kernel :math:`k(v, v') = \varphi(\|v - v'\|^2)`; one of one's own is a frozen dataclass with these two members."""
+    r"""A kernel :math:`k(v, v') = \varphi(\|v - v'\|^2)`; a custom one is a frozen dataclass with these two members."""
 
     @property
     @abstractmethod
@@ -57,7 +57,7 @@ class RBFKernel(RadialKernel):
     r"""The Gaussian kernel :math:`\exp(-\|v - v'\|^2 / 2 b^2)`.
 
     :param float bandwidth: :math:`b`; if not given, the median distance of the rows in hand.
-    :raises ValueError: if ``bandwidth`` is given and no positive finite number.
+    :raises ValueError: if ``bandwidth`` is given and is not a positive finite number.
 
     .. doctest::
 
@@ -137,9 +137,9 @@ class KernelSteinDiscrepancy(ScoreObjective):
     pair. Unbiased too, with the cost of a pair per row, and much noisier.
 
     Where the score is an estimate with independent noise in every row, as that of latents drawn for it, pairs of two rows keep
-    value and gradient unbiased: a product of independent estimates. On the diagonal an estimate meets itself. The value of V is
-    then too large by :math:`k(v, v)` times the noise's variance over the batch size, and its gradient is biased unless the
-    value and the gradient of a row's score come from independent samples. Prefer U with latents.
+    value and gradient unbiased: a product of independent estimates. On the diagonal an estimate is multiplied by itself. The
+    value of V is then too large by :math:`k(v, v)` times the noise's variance over the batch size, and its gradient is biased
+    unless the value and the gradient of a row's score come from independent samples. Prefer U with latents.
 
     The gradient in the parameters is the full one. Published code of VaGES differentiates the score of one row of each pair
     only, which over all ordered pairs is half of it: learning rates differ by that factor.
@@ -241,8 +241,8 @@ def ksd_test(
     statistic, itself counted: at least ``1 / (num_bootstrap + 1)``. With signs, U and V differ by the same constant, so that both
     have this p-value.
 
-    The test remains one where the score is an unbiased estimate with independent noise in every row. A biased estimate it takes
-    for a misfit, given enough rows.
+    The test remains valid if the score is an unbiased estimate with independent noise in every row. Given enough rows, it takes a
+    biased estimate for a misfit.
 
     Samples of a Markov chain are correlated, and independent signs would reject too often. With ``change_probability`` below one
     half the signs are a chain too, which keeps its sign for ``1 / change_probability`` rows on average: take this
@@ -251,7 +251,7 @@ def ksd_test(
     The kernel matrix of all pairs is held: memory grows with the square of the number of rows.
 
     :param rng_key: a key of :func:`jax.random.key`, for the signs.
-    :param v: draws, of shape ``(n,) + event_shape``.
+    :param v: samples, of shape ``(n,) + event_shape``.
     :param score: the model's scores at the samples, of the shape of ``v``, or a function that gives them.
     :param kernel: an :class:`~numpyro_ebm.RBFKernel` or :class:`~numpyro_ebm.IMQKernel`.
     :param int num_bootstrap: samples of the signs.

@@ -38,9 +38,8 @@ def annealed_langevin(
     :math:`x - \tfrac{\sigma^2}{2} \nabla E + \sqrt{T} \sigma \xi`, which is :math:`h = \sigma^2 / 2`; their :math:`\sigma = .02`
     is the default here.
 
-    A model learned by denoising has the distribution of the data with noise on them: :func:`denoise` takes it off afterwards.
-    A chain at a high temperature goes far from the data, and may not come back where :math:`p` is not integrable: look at the
-    samples.
+    A model learned by denoising has the distribution of the data with noise added: :func:`denoise` removes it afterwards. A chain
+    at a high temperature moves far from the data, and may not come back if :math:`p` is not integrable: look at the samples.
 
     :param rng_key: a key of :func:`jax.random.key`.
     :param log_prob: maps positions, with chains along axis 0, to log densities of shape ``(num_chains,)``.
@@ -109,7 +108,7 @@ def annealing_schedule(num_hot: int = 500, num_cooling: int = 2000, num_freezing
 
 
 def denoise(log_prob: LogProb, x: Array, sigma: float) -> Array:
-    r"""The mean of what noise of standard deviation :math:`\sigma` has made ``x`` of, :math:`x + \sigma^2 \nabla \log p(x)`.
+    r"""The mean of what noise of standard deviation :math:`\sigma` turned into ``x``, :math:`x + \sigma^2 \nabla \log p(x)`.
 
     It is exact where :math:`p` is the distribution of the noisy values (Tweedie's formula): the last step of sampling from what was
     learned by denoising score matching.
