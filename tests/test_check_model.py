@@ -211,7 +211,7 @@ def _latent():
 def _thrice(rate):
     """Through two deterministic sites and a jitted function with other arguments and a derivative of its own."""
     first = numpyro.deterministic("first", jnp.exp(rate))
-    return numpyro.deterministic("second", jax.jit(lambda a, b: (jax.nn.relu(a), b))(2 * first, jnp.ones(()))[0])
+    return numpyro.deterministic("second", jax.jit(lambda a, b: (a, jax.nn.relu(b)))(numpyro.param("no", 1.0), 2 * first)[1])
 
 
 def _stepwise(rate):
