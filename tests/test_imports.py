@@ -19,6 +19,7 @@ FLOORS = {
     "_compat": 0,
     "_map_over": 0,
     "_pytree": 0,
+    "provenance": 0,
     "weights": 0,
     "samplers": 1,
     "optim": 1,
