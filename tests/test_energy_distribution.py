@@ -440,6 +440,19 @@ def test_vmapped_construction_can_be_sampled():
     assert jax.eval_shape(lambda key: d.sample(key, (5,)), KEY).shape == (5, 3, 2)
 
 
+@pytest.mark.parametrize("as_base", [True, False], ids=["base", "initial"])
+def test_starts_of_a_vmapped_construction_stay_with_their_rows(as_base):
+    # Catches samples of a distribution expanded inside vmap in the order in which NumPyro gives them: (n, event, batch, 1).
+    def make(loc):
+        start = dist.Normal(loc, 0.01).expand([2]).to_event(1)
+        return TiltedDistribution(start if as_base else NORMAL2, jnp.sum, initial=None if as_base else start)
+
+    loc = jnp.array([0.0, 1.0, 2.0])
+    starts = promote_batch_shape(jax.vmap(make)(loc)).initial_chains(KEY, 50)
+    assert starts.shape == (50, 3, 2)
+    np.testing.assert_allclose(starts, jnp.broadcast_to(loc[:, None], (50, 3, 2)), atol=0.06)
+
+
 def test_vmap_of_log_prob_over_parameters():
     # Catches a rank of parameters that is recorded under vmap and used outside of it.
     k = jnp.array([1.0, 2.0, 3.0])

@@ -21,7 +21,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from numpyro.distributions import Distribution, ImproperUniform, biject_to, constraints
+from numpyro.distributions import Distribution, ExpandedDistribution, ImproperUniform, biject_to, constraints
 from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.distributions.util import sum_rightmost, validate_sample
 
@@ -491,9 +491,9 @@ class EnergyDistribution(TiltedDistribution):
 def _promote_batch_shape_tilted(d: TiltedDistribution):  # type: ignore[no-untyped-def]
     # vmap and scan add leading dimensions to the arrays, which the recorded batch shape does not know of and which go
     # before every old dimension: of the base, of the energy, and of what one of them was broadcast to by the other.
-    promoted, base = copy.copy(d), promote_batch_shape(d.base)
+    promoted, base = copy.copy(d), _promoted(d.base)
     if len(base.batch_shape) > len(d.base.batch_shape):
-        base = promote_batch_shape(d.base.expand(d.batch_shape))
+        base = _promoted(d.base.expand(d.batch_shape))
     num_new = max(len(d._energy_batch_shape) - d._energy_batch_ndim, 0)
     arrays = (d._energy_arrays, d.params)
     if num_new:
@@ -501,9 +501,27 @@ def _promote_batch_shape_tilted(d: TiltedDistribution):  # type: ignore[no-untyp
         arrays = jax.tree.map(lambda array: jnp.expand_dims(array, axes), arrays)
         promoted._energy_batch_ndim = num_new + len(d.batch_shape)
     promoted._energy_arrays, promoted.params = arrays
-    promoted.base, promoted.initial = base, None if d.initial is None else promote_batch_shape(d.initial)
+    promoted.base, promoted.initial = base, None if d.initial is None else _promoted(d.initial)
     promoted._batch_shape = lax.broadcast_shapes(base.batch_shape, promoted._energy_batch_shape, d.batch_shape)
     return promoted
+
+
+def _promoted(fn: Distribution) -> Distribution:
+    """A distribution with the dimensions that vmap added; one that was expanded inside vmap can then be sampled too.
+
+    NumPyro's own promotion leaves the expanded dimensions in front of the new ones, where samples have neither the shape nor the
+    order of the batch.
+    """
+
+    def expanded_again(fn: Any) -> Any:
+        if isinstance(fn, ExpandedDistribution):
+            return ExpandedDistribution(fn.base_dist, fn.batch_shape)
+        if len(list(layers(fn))) > 1:
+            fn = copy.copy(fn)
+            fn.base_dist = expanded_again(fn.base_dist)
+        return fn
+
+    return expanded_again(promote_batch_shape(fn))
 
 
 def energy_site(fn: Distribution) -> TiltedDistribution | None:
