@@ -65,3 +65,10 @@ def example_nets():
         return module
 
     return load
+
+
+@pytest.fixture
+def double_precision():
+    """In double precision errors of rounding are far below those of a wrong formula."""
+    with jax.enable_x64(True):
+        yield
