@@ -33,6 +33,7 @@ from numpyro_ebm import (
 )
 from numpyro_ebm.infer.engine import Engine, NonFiniteError, RunResult
 
+pytestmark = pytest.mark.usefixtures("optimized")
 Y = jnp.array([0.4, 2.9, 1.1, 3.2, -0.6, 1.4])  # mean 1.4
 KEY = jax.random.key(7)
 RATE = 0.02
