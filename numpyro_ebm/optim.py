@@ -314,7 +314,11 @@ def kinetic_langevin_splitting(step_size: float, friction: float) -> optax.Gradi
 
 
 def normal_like(rng_key: Array, tree: Any) -> Any:
-    """Standard normal noise of the shapes and dtypes of a pytree, every array with a key of its own."""
+    """Standard normal noise of the shapes and dtypes of a pytree, every array with a key of its own.
+
+    All noise that moves parameters and particles is drawn here. Who uses it looks it up in this module, so that a test that
+    hands out noise of its own replaces one function.
+    """
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(rng_key, len(leaves))
     noise = [jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]

@@ -65,3 +65,20 @@ def example_nets():
         return module
 
     return load
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """Programs compiled as for users, whatever ``make test`` says: else two that do the same may round otherwise."""
+    flag = "jax_disable_most_optimizations"
+    before = jax.config.read(flag)
+    jax.config.update(flag, False)
+    yield
+    jax.config.update(flag, before)
+
+
+@pytest.fixture
+def double_precision():
+    """In double precision errors of rounding are far below those of a wrong formula."""
+    with jax.enable_x64(True):
+        yield

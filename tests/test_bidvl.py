@@ -32,10 +32,7 @@ OF_LATENT, OF_VISIBLE, OF_ENCODER = np.array(list(itertools.product([-1.0, 1.0],
 DATA = 1.4 + 1.5 * OF_LATENT  # of mean 1.4 and standard deviation 1.5, apart from the encoder's noise
 
 
-@pytest.fixture(autouse=True)
-def _double_precision():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 class AtNodes(dist.Normal):

@@ -27,10 +27,7 @@ STEP = optax.sgd(1.0)
 ROWS = np.arange(6.0)
 
 
-@pytest.fixture(autouse=True)
-def _double_precision():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 # Small programs, of which one thing can be changed.

@@ -4,7 +4,7 @@
 """Bi-level score matching against the marginal model, enumeration and finite differences, in double precision."""
 
 import itertools
-from dataclasses import dataclass
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from helpers import Frozen, normal
 from jax.flatten_util import ravel_pytree
 from numpyro.distributions import constraints
 from numpyro.infer import Trace_ELBO, TraceGraph_ELBO
@@ -36,30 +37,7 @@ KEY = jax.random.key(5)
 NUM_VISIBLE, NUM_HIDDEN, NUM_ROWS = 3, 4, 6
 
 
-@pytest.fixture(autouse=True)
-def _double_precision():
-    with jax.enable_x64(True):
-        yield
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """An objective with the same noise at every call."""
-
-    objective: object
-
-    def perturb(self, rng_key, v):
-        return self.objective.perturb(KEY, v)
-
-    def loss(self, score_fn, rng_key, v, v_tilde):
-        return self.objective.loss(score_fn, KEY, v, v_tilde)
-
-    def weight(self, batch_size):
-        return self.objective.weight(batch_size)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 OBJECTIVES = {
@@ -120,11 +98,18 @@ class ExactKL:
 
 
 STEP = optax.sgd(1.0)  # so that a step is the gradient
+EXACT_KL = ExactKL()
 
 
-def engine_of(objective=OBJECTIVES["DSM"], guide=grbm_guide, guide_optim=STEP, lower_loss=None, **settings):
+@cache  # an engine compiles its own steps: equal ones are the same
+def engine_of(objective=OBJECTIVES["DSM"], guide=grbm_guide, guide_optim=STEP, lower_loss=EXACT_KL, **settings):
     settings = {"num_inner_steps": 0, "num_unroll_steps": 0, **settings}
-    return BiSM(grbm, guide, STEP, guide_optim, Frozen(objective), lower_loss or ExactKL(), **settings)
+    return BiSM(grbm, guide, STEP, guide_optim, Frozen(objective), lower_loss, **settings)
+
+
+@cache
+def marginal_of(objective):
+    return ScoreMatching(grbm_marginal, STEP, Frozen(objective))
 
 
 def gradient_by(engine, v, state=None, rng_key=KEY):
@@ -135,7 +120,7 @@ def gradient_by(engine, v, state=None, rng_key=KEY):
 
 
 def marginal_gradient(objective, v):
-    return gradient_by(ScoreMatching(grbm_marginal, STEP, Frozen(objective)), v)
+    return gradient_by(marginal_of(objective), v)
 
 
 def assert_close(found, wanted, rtol):
@@ -149,7 +134,7 @@ IMPLICIT = {"hypergradient": "implicit", "damping": 0.0, "num_cg_steps": 60, "to
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objective_at_the_posterior_is_that_of_the_marginal(name, v):
     """To 1e-12, for every draw of h. Catches a score that follows the draw, and a missing -log q."""
-    engine, marginal = engine_of(OBJECTIVES[name]), ScoreMatching(grbm_marginal, STEP, Frozen(OBJECTIVES[name]))
+    engine, marginal = engine_of(OBJECTIVES[name]), marginal_of(OBJECTIVES[name])
     value = marginal.evaluate(marginal.init(KEY, v), v)
     np.testing.assert_allclose(engine.evaluate(engine.init(KEY, v), v), value, rtol=1e-12)
 
@@ -233,7 +218,7 @@ def test_unrolled_bias_shrinks_as_gradient_descent_does_and_not_with_inner_steps
     state = engine_of().init(KEY, v)
     flat, unravel = ravel_pytree(state.phi)
     noised = OBJECTIVES["DSM"].perturb(KEY, v)
-    hessian = jax.hessian(lambda phi: ExactKL().loss(KEY, {**state.theta, **unravel(phi)}, None, None, noised) / NUM_ROWS)(flat)
+    hessian = jax.hessian(lambda phi: EXACT_KL.loss(KEY, {**state.theta, **unravel(phi)}, None, None, noised) / NUM_ROWS)(flat)
     at = np.r_[: NUM_VISIBLE * NUM_HIDDEN, NUM_VISIBLE * (NUM_HIDDEN + 1) : NUM_VISIBLE * (NUM_HIDDEN + 1) + NUM_HIDDEN]  # W and c
     contraction = jnp.eye(len(flat)) - alpha * hessian
     none = missing(0)

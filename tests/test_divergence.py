@@ -13,6 +13,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from helpers import normal
 from jax.tree_util import Partial
 from numpyro.distributions import constraints
 
@@ -24,14 +25,7 @@ ADAM = optax.adam(0.03)  # the same object, so that tests share what is compiled
 NUM_VISIBLE, NUM_HIDDEN = 3, 4
 
 
-@pytest.fixture(autouse=True)
-def _double_precision():
-    with jax.enable_x64(True):
-        yield
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 # A Gaussian-Bernoulli restricted Boltzmann machine, and a guide of its posterior's form.

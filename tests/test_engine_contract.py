@@ -33,6 +33,7 @@ from numpyro_ebm import (
 )
 from numpyro_ebm.infer.engine import Engine, NonFiniteError, RunResult
 
+pytestmark = pytest.mark.usefixtures("optimized")
 Y = jnp.array([0.4, 2.9, 1.1, 3.2, -0.6, 1.4])  # mean 1.4
 KEY = jax.random.key(7)
 RATE = 0.02
@@ -191,11 +192,21 @@ CASES = {
 
 
 VARIANTS = ("ipla", "bism, implicit", "vages, weighted")  # of an engine that is there in another setting
+ONE_OF_EACH = ("ebipla", "score matching", "bism", "vages", "bidvl")  # for what hangs on the engine's class and compiles it anew
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in VARIANTS else ()) for name in CASES])
+def _cases(quick):
+    """All cases, the slow ones marked, and each with its tests on one worker."""
+    marks = {name: [pytest.mark.xdist_group(name)] + [pytest.mark.slow] * (name not in quick) for name in CASES}
+    return [pytest.param(name, marks=marks[name]) for name in CASES]
+
+
+@pytest.fixture(scope="module", params=_cases([name for name in CASES if name not in VARIANTS]))
 def case(request):
     return CASES[request.param]
+
+
+by_class = pytest.mark.parametrize("case", _cases(ONE_OF_EACH), indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -337,6 +348,7 @@ def test_state_of_numpy_arrays_goes_on(case, engine, by_hand):
     _assert_same(state, states[-1])
 
 
+@by_class
 def test_steps_compile_inside_users_loops(case, engine, by_hand):
     """Catches a host read, or a carry that changes its type, in a step."""
     states, losses = by_hand
@@ -351,6 +363,7 @@ def test_steps_compile_inside_users_loops(case, engine, by_hand):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+@by_class
 def test_seeds_under_vmap_are_seeds_one_by_one(case, engine):
     """To rounding. Catches a key shared by a batch of fits."""
     keys = jax.random.split(jax.random.key(1), 2)
@@ -365,13 +378,20 @@ def test_seeds_under_vmap_are_seeds_one_by_one(case, engine):
 
 
 def test_double_precision_throughout(case):
-    """Catches a float32 constant that makes a loop's carry change its type, or a state of less precision than the data."""
+    """Nothing is compiled to see it. Catches a float32 constant that makes a loop's carry change its type, or a state of less
+    precision than the data."""
+    engine = case.make()
     with jax.enable_x64(True):
         args = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), case.args)
-        result = case.make().run(jax.random.key(0), 3, *args, progress_bar=False)
-        leaves = [leaf for leaf in jax.tree.leaves(_key_data(result.state)) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-        assert {leaf.dtype for leaf in (*leaves, result.losses)} == {jnp.dtype("float64")}
-        assert _is_finite(result.state)
+        start = jax.eval_shape(lambda *args: engine.init(KEY, *args), *args)
+        after, loss = jax.eval_shape(engine.update, start, *args)
+    numbers = [leaf.dtype for leaf in jax.tree.leaves((start, loss)) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    assert set(numbers) == {jnp.dtype("float64")}
+    assert jax.tree.map(_kind, after) == jax.tree.map(_kind, start)
+
+
+def _kind(leaf):
+    return leaf.shape, leaf.dtype, leaf.weak_type
 
 
 def test_model_is_traced_a_few_times_and_then_never_again(case, engine, by_hand, calls):
@@ -460,6 +480,7 @@ def reckless(case):
     return case.make(optim=numpyro.optim.SGD(lambda step: jnp.where(step < 6, RATE, jnp.inf)))
 
 
+@by_class
 def test_optimizers_of_numpyro_and_optax_make_the_same_steps(case, by_hand, request):
     if case.takes_optim:
         state = _run(request.getfixturevalue("reckless"), 6, case).state
@@ -543,6 +564,7 @@ def test_run_with_bad_data_stops_and_names_them(case, engine, by_hand, bad_args)
     _assert_same(error.value.state, by_hand[0][3], but=("rng_key",))
 
 
+@by_class
 def test_run_that_diverges_stops_with_the_last_good_state(case, by_hand, request):
     """Catches a state that was overwritten by the bad step, and a step counted from the chunk instead of the run."""
     if not case.takes_optim:

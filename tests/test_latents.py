@@ -12,6 +12,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from helpers import hierarchical
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 from numpyro.distributions import constraints
 from numpyro.infer import Predictive, init_to_sample
@@ -420,12 +421,7 @@ def test_information_that_is_none_is_refused(model, params, error, message):
 
 def test_ipla_spreads_as_its_exact_discrete_law():
     # F1: Var loc = .1126761 at D = 4, N = 5, h = .1; the theory for h -> 0 is (2/D)/N = .1
-    def toy(y):
-        loc = numpyro.param("loc", 0.0)
-        with numpyro.plate("data", len(y)):
-            numpyro.sample("y", dist.Normal(numpyro.sample("x", dist.Normal(loc, 1)), 1), obs=y)
-
-    engine = ParticleMMLE.ipla(toy, num_particles=5, step_size=0.1)
+    engine = ParticleMMLE.ipla(hierarchical, num_particles=5, step_size=0.1)
     result = engine.run(KEY, 60_000, Y, collect=engine.get_params, progress_bar=False)
     report = convergence(result.collected, burn_in=200, num_particles=5, standard_errors={"loc": np.sqrt(2 / 4)})
     np.testing.assert_allclose(report.theory["loc"], np.sqrt(0.1))

@@ -19,6 +19,7 @@ from numpyro_ebm.infer.bism import conjugate_gradient
 from numpyro_ebm.infer.engine import NonFiniteError
 from numpyro_ebm.infer.step import Part, health_of, is_bad, named
 
+pytestmark = pytest.mark.usefixtures("optimized")
 FAMILIES = ("pgd", "ebipla", "kinetic and subsampled", "score matching", "bism", "vages", "bidvl")
 
 

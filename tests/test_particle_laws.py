@@ -12,7 +12,6 @@ sampling. That the random stream is what the propagation takes it for is checked
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -24,6 +23,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from helpers import hierarchical
 from jax import lax
 from jax.flatten_util import ravel_pytree
 from numpyro.distributions import constraints
@@ -36,10 +36,8 @@ from numpyro_ebm import (
     UnadjustedLangevin,
     langevin,
     negative_phase,
+    optim,
 )
-from numpyro_ebm.infer import particle_mmle
-from numpyro_ebm.optim import normal_like
-from numpyro_ebm.samplers import unadjusted
 
 Y = np.array([-0.3, 2.2, 1.4, 0.7])  # mean 1
 KEY = jax.random.key(3)
@@ -48,10 +46,7 @@ EXACT = {"rtol": 1e-9, "atol": 1e-12}
 compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 # ---- The update as an affine map with noise -----------------------------------------------------------------------------
@@ -97,23 +92,31 @@ class _Feed:
         return unravel(jnp.zeros_like(flat) if self.noise is None else self.noise[start : self.used])
 
 
-def _unrolled(function, carry, xs):
-    """``lax.scan`` as a Python loop, in which every step meets a feed anew."""
+def _asks_for_noise(step):
+    with mock.patch("numpyro_ebm.optim.normal_like", feed := _Feed()):
+        jax.eval_shape(step)
+    return feed.used > 0
+
+
+def _unrolled(function, carry, xs=None, length=None, *, where=_asks_for_noise, scan=lax.scan, **settings):
+    """``lax.scan``, as a Python loop where its steps ask for noise, so that every step meets a feed anew."""
+
+    def row(i):
+        return jax.tree.map(lambda x: x[i], xs)
+
+    if not where(lambda: function(carry, row(0))):
+        return scan(function, carry, xs, length, **settings)
     outputs = []
-    for i in range(len(jax.tree.leaves(xs)[0])):
-        carry, output = function(carry, jax.tree.map(lambda x, i=i: x[i], xs))
+    for i in range(len(jax.tree.leaves(xs)[0]) if length is None else length):
+        carry, output = function(carry, row(i))
         outputs.append(output)
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
 
 @contextmanager
-def _fed(feed):
-    lax_here = SimpleNamespace(scan=_unrolled, while_loop=lax.while_loop)
-    with (
-        mock.patch("numpyro_ebm.optim.normal_like", feed),
-        mock.patch.object(particle_mmle, "normal_like", feed),
-        mock.patch.object(particle_mmle, "lax", lax_here),
-    ):
+def _fed(feed, where=_asks_for_noise):
+    loop = partial(_unrolled, where=where)
+    with mock.patch("numpyro_ebm.optim.normal_like", feed), mock.patch.object(lax, "scan", loop):
         yield
 
 
@@ -173,14 +176,6 @@ def _theta(affine):
 
 def _x(affine):
     return affine.variance(affine.at["particles"])
-
-
-def hierarchical(y):
-    """x ~ N(loc, 1), y ~ N(x, 1): the marginal law of y is N(loc, 2), the maximum is the mean of y."""
-    loc = numpyro.param("loc", 0.0)
-    with numpyro.plate("data", len(y)):
-        x = numpyro.sample("x", dist.Normal(loc, 1))
-        numpyro.sample("y", dist.Normal(x, 1), obs=y)
 
 
 D, N = 4, 5
@@ -544,8 +539,7 @@ class FromTilt:
     def run(self, rng_key, log_prob, state):
         x = lax.stop_gradient(state.position)
         mean = jax.grad(lambda x: log_prob(x).sum())(jnp.zeros_like(x))
-        # looked up here, for the feed takes its place
-        return _Chains(mean + particle_mmle.normal_like(rng_key, x) if self.draw else mean)
+        return _Chains(mean + optim.normal_like(rng_key, x) if self.draw else mean)
 
 
 def _tilted_ebipla(step_size, sampler, num_chains=1):
@@ -708,8 +702,7 @@ def _short_run_precision(num_steps, steps):
 
     @contextmanager
     def exactly():
-        loop = SimpleNamespace(scan=_unrolled, stop_gradient=lax.stop_gradient)
-        with mock.patch.object(jax.random, "normal", _Design()), mock.patch.object(unadjusted, "lax", loop), _fed(_Feed()):
+        with mock.patch.object(jax.random, "normal", _Design()), _fed(_Feed(), where=lambda step: True):
             yield
 
     return roots(resting_drift(make, PAIR, "tau", jnp.log, exactly), 1e-3, 3.0, steps)
@@ -836,7 +829,7 @@ def test_particles_at_frozen_parameters_follow_plain_unadjusted_langevin():
     @jax.jit
     def plain(rng_key, x):
         rng_key, _, move_key, _, _ = jax.random.split(rng_key, 5)
-        noise = normal_like(jax.random.split(move_key, 1)[0], {"x": x})["x"]
+        noise = optim.normal_like(jax.random.split(move_key, 1)[0], {"x": x})["x"]
         score = jax.grad(lambda x: (dist.Normal(0.7, 1).log_prob(x) + dist.Normal(x, 1).log_prob(jnp.asarray(Y))).sum())(x)
         return rng_key, x + 0.1 * score + jnp.sqrt(0.2) * noise
 
@@ -850,14 +843,8 @@ def test_particles_at_frozen_parameters_follow_plain_unadjusted_langevin():
 
 def test_permuting_the_data_with_their_particles_leaves_the_parameters():
     # guards against: rows of particles that meet other rows of data
-    def model(y, scale):
-        loc = numpyro.param("loc", 0.0)
-        with numpyro.plate("data", len(y)):
-            x = numpyro.sample("x", dist.Normal(loc, 1))
-            numpyro.sample("y", dist.Normal(x, scale), obs=y)
-
     scale, order = np.array([0.5, 1.0, 1.5, 2.0]), np.array([2, 0, 3, 1])
-    engine = ParticleMMLE.ipla(model, num_particles=2, step_size=0.05)
+    engine = ParticleMMLE.ipla(hierarchical, num_particles=2, step_size=0.05)
     plain, permuted = law(engine, Y, scale), law(engine, Y[order], scale[order])
     z = np.arange(len(plain.offset))
     z[_places(plain.at["particles"])] = plain.at["particles"]["x"][:, order].ravel()

@@ -41,10 +41,7 @@ PRECISION = np.array(
 P_HV, P_HH = PRECISION[D:, :D], PRECISION[D:, D:]
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 @pytest.fixture

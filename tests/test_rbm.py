@@ -21,11 +21,7 @@ from numpyro.infer.util import log_density
 
 from numpyro_ebm import MALA, BaseMeasure, BernoulliRBM, GaussianBernoulliRBM, NormalizerError, check_model
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 W = np.array([[1.2, -0.7, 0.4], [-0.5, 0.9, 1.1]])  # two visible, three hidden

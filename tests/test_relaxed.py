@@ -21,12 +21,6 @@ KEY = jax.random.key(5)
 LOGITS = np.array([-3.0, -0.4, 0.0, 1.7])
 
 
-@pytest.fixture
-def _float64():
-    with jax.enable_x64(True):
-        yield
-
-
 def quantiles(num=20001):
     """Midpoints of equal parts of (0, 1): their mean is an integral over the uniform behind a draw."""
     return (np.arange(num) + 0.5)[:, None] / num
@@ -36,7 +30,7 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-@pytest.mark.usefixtures("_float64")
+@pytest.mark.usefixtures("double_precision")
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 2.0])
 def test_a_draw_exceeds_one_half_with_the_probability_of_the_bit(temperature):
     # Catches logits divided by the temperature twice or not at all: P(h > 1/2) = sigmoid(l) at every temperature.
@@ -46,7 +40,7 @@ def test_a_draw_exceeds_one_half_with_the_probability_of_the_bit(temperature):
     np.testing.assert_allclose(q.probs, sigmoid(LOGITS), rtol=1e-12)
 
 
-@pytest.mark.usefixtures("_float64")
+@pytest.mark.usefixtures("double_precision")
 def test_moments_of_a_draw_are_those_of_its_expansion_in_the_temperature():
     # Catches a wrong temperature scale. With L, L1, L2 logistic and M = max(L1, L2): E h = E sigma(l - tau L) and
     # E h^2 = E sigma(l - tau M), where E M = 1, E L^2 = E M^2 = pi^2 / 3 and E M^3 = pi^2. Both to O(tau^4).
@@ -58,7 +52,7 @@ def test_moments_of_a_draw_are_those_of_its_expansion_in_the_temperature():
         np.testing.assert_allclose(h.var(0) / (p * (1 - p)), shrink, atol=5 * tau**4)
 
 
-@pytest.mark.usefixtures("_float64")
+@pytest.mark.usefixtures("double_precision")
 def test_a_draw_has_the_law_of_two_gumbels_through_a_softmax():
     # Catches a scale of the logistic that is off: the papers' draw, with its own noise, against this cdf (Kolmogorov-Smirnov).
     n, temperature = 20000, 0.4
@@ -69,7 +63,7 @@ def test_a_draw_has_the_law_of_two_gumbels_through_a_softmax():
     assert np.abs(u - quantiles(n)).max() < 1.95 / np.sqrt(n)  # exceeded once in a thousand per column
 
 
-@pytest.mark.usefixtures("_float64")
+@pytest.mark.usefixtures("double_precision")
 def test_draws_follow_the_quantile_function():
     # Catches a sampler that does not use its uniforms well: cdf(draw) must be uniform.
     n = 20000
@@ -77,14 +71,14 @@ def test_draws_follow_the_quantile_function():
     assert np.abs(u - quantiles(n)).max() < 1.95 / np.sqrt(n)
 
 
-@pytest.mark.usefixtures("_float64")
+@pytest.mark.usefixtures("double_precision")
 def test_quantile_and_distribution_function_are_inverse():
     # Catches a sign or a temperature on one side of the two.
     q = GumbelBernoulli(LOGITS, 0.7)
     np.testing.assert_allclose(q.cdf(q.icdf(quantiles(99))), np.broadcast_to(quantiles(99), (99, 4)), rtol=1e-10)
 
 
-@pytest.mark.usefixtures("_float64")
+@pytest.mark.usefixtures("double_precision")
 def test_log_prob_is_the_bits_density_with_a_soft_value():
     # Catches the Concrete density in its place, and a factor of the temperature.
     q = GumbelBernoulli(LOGITS, 0.3)
@@ -107,7 +101,7 @@ def test_hard_draws_are_bits_with_the_same_probability():
     assert (np.abs(draws.mean(0) - p) < 4.5 * np.sqrt(p * (1 - p) / 10000)).all()
 
 
-@pytest.mark.usefixtures("_float64")
+@pytest.mark.usefixtures("double_precision")
 def test_a_draw_is_differentiable_in_its_logits_and_temperature():
     # Catches a stopped gradient: dh/dl = h (1 - h) / tau, dh/dtau = -h (1 - h) logit(h) / tau.
     def draw(logits, tau):

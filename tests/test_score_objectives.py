@@ -30,10 +30,7 @@ OBJECTIVES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def hermite(mean, covariance, degree=20):

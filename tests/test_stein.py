@@ -13,6 +13,7 @@ import numpy as np
 import numpyro
 import optax
 import pytest
+from helpers import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -24,14 +25,7 @@ KEY = jax.random.key(3)
 KERNELS = (RBFKernel(0.8), IMQKernel(0.7), IMQKernel(1.3, -0.8))
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def value(kernel, x, y):

@@ -14,6 +14,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from helpers import Frozen, normal
 from jax.flatten_util import ravel_pytree
 from numpyro.distributions import constraints
 from numpyro.infer import TraceGraph_ELBO
@@ -40,14 +41,7 @@ NUM_VISIBLE, NUM_HIDDEN, NUM_ROWS = 2, 3, 4
 STATES = np.array(list(itertools.product([0.0, 1.0], repeat=NUM_HIDDEN)))
 
 
-@pytest.fixture(autouse=True)
-def _double_precision():
-    with jax.enable_x64(True):
-        yield
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 OBJECTIVES = {
@@ -344,23 +338,6 @@ def test_effective_sample_size_is_between_one_and_the_number_of_draws():
 # --- The engine --------------------------------------------------------------------------------------------------------------
 
 
-def frozen(objective):
-    """An objective with the same noise at every call."""
-
-    class Frozen:
-        differentiates_score, weight = objective.differentiates_score, staticmethod(objective.weight)
-
-        @staticmethod
-        def perturb(rng_key, v):
-            return objective.perturb(KEY, v)
-
-        @staticmethod
-        def loss(score_fn, rng_key, v, v_tilde):
-            return objective.loss(score_fn, KEY, v, v_tilde)
-
-    return Frozen()
-
-
 def make(objective=OBJECTIVES["DSM"], model=model, guide=guide, optim=None, guide_optim=None, **settings):
     optim, guide_optim = optim or optax.sgd(1.0), guide_optim or optax.sgd(0.0)
     return VaGES(model, guide, optim, guide_optim, objective, **{"num_inner_steps": 0, **settings})
@@ -394,9 +371,9 @@ def assert_mean(samples, wanted, num_errors=5):
 def test_a_step_with_the_posterior_as_guide_is_that_of_the_marginal(name, v):
     # On a batch, with the reduced variance: the value is exact, and gradients are so in the mean of 3000 steps, within 5
     # standard errors (4 % of the covariance). Catches rows that see each other's draws.
-    engine = make(frozen(OBJECTIVES[name]), variance_reduced=True)
+    engine = make(Frozen(OBJECTIVES[name]), variance_reduced=True)
     loss, gradient, size = steps(engine, v, 3000)
-    wanted, of_wanted = marginal_step(frozen(OBJECTIVES[name]), v)
+    wanted, of_wanted = marginal_step(Frozen(OBJECTIVES[name]), v)
     np.testing.assert_allclose(loss, wanted, rtol=1e-10)
     assert_mean(gradient, of_wanted)
     np.testing.assert_array_equal(size, 2)  # draws with equal weights
@@ -405,7 +382,7 @@ def test_a_step_with_the_posterior_as_guide_is_that_of_the_marginal(name, v):
 def test_without_covariance_a_step_is_that_of_bism_without_unrolling(v):
     # In expectation, for any guide. Catches an ablation that drops too much.
     wrong = {"A": 0.5 * normal(8, NUM_VISIBLE, NUM_HIDDEN), "a": normal(9, NUM_HIDDEN)}
-    objective = frozen(OBJECTIVES["DSM"])
+    objective = Frozen(OBJECTIVES["DSM"])
     ours = make(objective, covariance="none", num_samples=1, variance_reduced=True, relaxed=True)
     theirs = BiSM(model, guide, optax.sgd(1.0), optax.sgd(0.0), objective, num_inner_steps=0, num_unroll_steps=0)
 
@@ -530,7 +507,7 @@ def test_refined_draws_reach_the_posterior(v):
         with numpyro.plate("data", len(v)):
             numpyro.sample("v", dist.Normal(0, jnp.sqrt(1 + weight**2)), obs=v)
 
-    objective = frozen(DenoisingScoreMatching(0.3))
+    objective = Frozen(DenoisingScoreMatching(0.3))
     refine = partial(annealed_langevin, step_size=0.03, temperatures=np.ones(100))
     marginal_engine = ScoreMatching(summed, optax.sgd(1.0), objective)
     state = marginal_engine.init(KEY, v)

@@ -24,6 +24,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 from numpyro.infer import init_to_sample
 
+import numpyro_ebm.optim as optim_module
 from numpyro_ebm._checks import require_bool, require_count, require_one_of
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm.distributions.energy import NormalizerError
@@ -38,7 +39,6 @@ from numpyro_ebm.optim import (
     kinetic_langevin,
     kinetic_langevin_splitting,
     langevin,
-    normal_like,
     require_step,
 )
 from numpyro_ebm.program import (
@@ -350,7 +350,7 @@ class ParticleMMLE(Engine):
             norm = optax.tree.norm(v)
             return jax.tree.map(lambda a: a / jnp.maximum(norm, 1e-30), v), norm
 
-        v = normal_like(state.rng_key, x)
+        v = optim_module.normal_like(state.rng_key, x)
         norm = optax.tree.norm(v)
         return lax.scan(iterate, jax.tree.map(lambda a: a / norm, v), None, NUM_POWER_ITERATIONS)[1][-1]
 
@@ -570,12 +570,12 @@ class ParticleMMLE(Engine):
         h = jnp.asarray(step_size)
         x = jax.tree.map(lambda x, s: x + h.astype(x.dtype) * s, x, scores)
         if self.noise == "batch" or not batch.indices:
-            x = jax.tree.map(lambda x, xi: x + jnp.sqrt(2 * h).astype(x.dtype) * xi, x, normal_like(rng_key, x))
+            x = jax.tree.map(lambda x, xi: x + jnp.sqrt(2 * h).astype(x.dtype) * xi, x, optim_module.normal_like(rng_key, x))
         return x, kept
 
     def _shake(self, rng_key: Array, batch: "_Batch", particles: Particles, step_size: Array) -> Particles:
         """Noise of variance 2h / L on all particles, batch or not (Marks et al. 2026, algorithm 2)."""
-        noise = normal_like(rng_key, particles)
+        noise = optim_module.normal_like(rng_key, particles)
         sd = {name: jnp.sqrt(2 * step_size / batch.program.scale(name)) for name in particles}
         return {name: x + sd[name].astype(x.dtype) * noise[name] for name, x in particles.items()}
 
