@@ -201,6 +201,19 @@ def test_health_names_what_is_not_finite():
     assert not is_bad(health_of("mutable", {"count": jnp.zeros((), jnp.int32)}))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_number_that_is_not_finite_is_seen_anywhere(bad):
+    """Catches a maximum that loses a nan, or an overflow of what is finite."""
+    largest = np.finfo(np.float32).max
+    at = jax.jit(lambda x: is_bad(health_of("loss", x)))
+    for place in (0, 7, 16):
+        x = np.full(17, -largest, np.float32)
+        assert not at(x)
+        x[place] = bad
+        assert at(x)
+    assert not at(np.zeros(0, np.float32))
+
+
 def test_conjugate_gradient_is_that_of_jax():
     """To rounding, at every number of steps, also past the tolerance. Catches a step that is made after the end."""
     root = jax.random.normal(KEY, (6, 6))

