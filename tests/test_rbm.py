@@ -302,7 +302,7 @@ def test_free_energy_is_finite_and_linear_where_units_saturate():
         (lambda: GaussianBernoulliRBM(W, B, C, np.array([1.0, -1.0])), "scale must be positive"),
         (lambda: GaussianBernoulliRBM(W, B, C, np.nan), "scale: 1 of 1 values are NaN"),
         (lambda: BernoulliRBM(W, B, np.array([0, np.inf, 0])), "hidden_bias: 1 of 3 values are NaN or infinite"),
-        (lambda: GaussianBernoulliRBM(W, B, C, 1.0, "textbook"), "coupling must be 'plain' or 'scaled', got 'textbook'"),
+        (lambda: GaussianBernoulliRBM(W, B, C, 1.0, "textbook"), "coupling must be one of 'plain', 'scaled', got 'textbook'"),
         (lambda: GaussianBernoulliRBM(W, B, C, initial=dist.Normal(0, 1)), r"initial has event_shape \(\)"),
         (lambda: _rbm("plain").log_prob(jnp.zeros(3)), r"does not end in the event shape \(2,\)"),
         (lambda: _rbm("plain").hidden_given_visible(jnp.zeros((4, 1))), r"does not end in the event shape \(2,\)"),
