@@ -471,7 +471,7 @@ def _watch(name: str, sampler: Sampler, state: Any, trouble: Array, chains: dict
     On an accelerator a condition makes the host take part in every step, which costs more than many a step does. There the status
     is kept with the chains, and the loss is nan from then on.
     """
-    status = jnp.asarray(sampler.check(state) if hasattr(sampler, "check") else 0, jnp.int32)
+    status = jnp.asarray(sampler.check(state), jnp.int32)
     status = jnp.where(trouble > 0, trouble, status)
 
     def report(status: np.ndarray, num_updates: np.ndarray, old: np.ndarray) -> None:
