@@ -25,10 +25,10 @@ def require_count(name: str, value: Any, least: int = 1, why: str = "") -> int:
     :raises ValueError: naming the setting, what it was and what it must be.
     """
     number = _number(value)
-    if not isinstance(number, int) or number < least:
+    if not isinstance(number, numbers.Integral) or number < least:
         wanted = "a positive integer" if least == 1 else f"an integer of {least} or more"
         raise ValueError(_message(name, wanted, value, why))
-    return number
+    return int(number)
 
 
 def require_positive(name: str, value: Any, why: str = "") -> float:
@@ -114,16 +114,14 @@ def require_instance(name: str, value: Any, members: tuple[str, ...], wanted: st
     return value
 
 
-def _number(value: Any) -> int | float | None:
-    """The Python number that a number is or holds; None of a bool, of what is traced and of what is no number."""
+def _number(value: Any) -> Any:
+    """The number that a value is or, of NumPy or JAX, holds; None of a bool, of what is traced and of what is no number."""
     if isinstance(value, (Array, np.ndarray, np.generic)):
         if isinstance(value, jax.core.Tracer) or np.ndim(value):
             return None
         is_real = jnp.issubdtype(value.dtype, jnp.floating)
         return float(value) if is_real else int(value) if jnp.issubdtype(value.dtype, jnp.integer) else None
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return None
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
+    return value if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
 
 
 def _message(name: str, wanted: str, value: Any, why: str) -> str:
