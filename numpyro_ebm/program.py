@@ -256,7 +256,7 @@ def transform_of(site: Site) -> Any:
         return biject_to(site["fn"].support)
 
 
-def law_of(fn: Distribution) -> str:
+def kind_of(fn: Distribution) -> str:
     """The name of a site's distribution, under what plates and masks wrap around it."""
     *_, core = layers(fn)
     return type(core).__name__
@@ -278,7 +278,7 @@ def require_continuous(program: Program) -> None:
         fn = program.sites[name]["fn"]
         if fn.support.is_discrete:
             raise ValueError(
-                f"site '{name}': a latent with {law_of(fn)} is discrete and has no score to move by. Sum it out (a mixture "
+                f"site '{name}': a latent with {kind_of(fn)} is discrete and has no score to move by. Sum it out (a mixture "
                 "such as MixtureSameFamily does it), make it continuous, or observe it."
             )
 
@@ -374,7 +374,7 @@ class at_mean(Messenger):
         try:
             msg["value"] = msg["fn"].mean
         except NotImplementedError:
-            raise NotImplementedError(f"site '{msg['name']}': {law_of(msg['fn'])} has no mean.") from None
+            raise NotImplementedError(f"site '{msg['name']}': {kind_of(msg['fn'])} has no mean.") from None
         msg["is_observed"] = False
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from numpyro.handlers import substitute
 
-from numpyro_ebm.program import Model, Program, Site, is_latent, is_unbounded, law_of, run_program
+from numpyro_ebm.program import Model, Program, Site, is_latent, is_unbounded, kind_of, run_program
 from numpyro_ebm.provenance import mark, sources
 
 
@@ -51,8 +51,8 @@ def find_visible(
     site = program.sites[name]
     if site["fn"].support.is_discrete:
         raise ValueError(
-            f"site '{name}': a visible with {law_of(site['fn'])} is discrete and has no score. Learn its parameters by likelihood "
-            "(SVI, under negative_phase where the normalizer is unknown), or give the data noise and a continuous law."
+            f"site '{name}': a visible with {kind_of(site['fn'])} is discrete and has no score. Learn its parameters by likelihood "
+            "(SVI, under negative_phase where the normalizer is unknown), or give the data noise and a continuous distribution."
         )
 
     if not is_unbounded(site["fn"].support):

@@ -374,7 +374,7 @@ def _global_too(v):
             _in_plate(lambda v: numpyro.sample("h", EnergyDistribution(lambda h: h**2, initial=dist.Normal(0, 1)))),
             "site 'h'",
         ),
-        (prior, _in_plate(lambda v: numpyro.sample("h", _no_gradient())), "site 'h': draws of NoGradient have no gradient"),
+        (prior, _in_plate(lambda v: numpyro.sample("h", _no_gradient())), "site 'h': samples of NoGradient have no gradient"),
         (prior, _in_plate(lambda v: numpyro.sample("h", dist.Delta(v))), "site 'h': Delta has no density"),
         (
             prior,

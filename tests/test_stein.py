@@ -456,13 +456,13 @@ def test_batches_without_pairs_are_refused_before_anything_is_compiled():
 @pytest.mark.parametrize(
     ("v", "score", "options", "words"),
     [
-        (np.ones((1, 2)), lambda v: -v, {}, "1 draw: the discrepancy compares pairs"),
+        (np.ones((1, 2)), lambda v: -v, {}, "1 sample: the discrepancy compares pairs"),
         (np.ones((4, 2), int), lambda v: -v, {}, "floating array"),
         (np.array([[0.0], [np.nan], [1.0]]), lambda v: -v, {}, "v: 1 of 3 rows are NaN or infinite"),
         (np.array([[0.0], [2.0], [1.0]]), lambda v: 1 / v, {}, "score: 1 of 3 rows are NaN or infinite"),
         (np.ones((4, 2)), np.ones((4, 1)), {}, r"score has shape \(4, 1\) and v \(4, 2\)"),
         (np.ones((4, 2)), lambda v: v[:, 0], {}, r"score has shape \(4,\) and v \(4, 2\)"),
-        (np.ones((4, 2)), lambda v: -v, {}, "remove repeated draws, or give IMQKernel a length"),
+        (np.ones((4, 2)), lambda v: -v, {}, "remove repeated samples, or give IMQKernel a length"),
         (np.eye(4), lambda v: -v, {"change_probability": 0.7}, "change_probability must be at most 0.5"),
     ],
 )

@@ -529,15 +529,15 @@ def test_refined_draws_reach_the_posterior(v):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_samples": 1}, "num_samples=1: a covariance needs two draws"),
-        ({"num_samples": 1, "importance_weighted": True}, "one draw has the weight 1"),
+        ({"num_samples": 1}, "num_samples=1: a covariance needs two samples"),
+        ({"num_samples": 1, "importance_weighted": True}, "one sample has the weight 1"),
         ({"num_samples": 1, "covariance": "none", "objective": SlicedScoreMatching()}, "num_samples=1"),
         ({"jackknife": True}, "importance_weighted=True"),
         ({"importance_weighted": True, "covariance": "biased"}, "covariance does not go with importance_weighted"),
         ({"importance_weighted": True, "shared_samples": True}, "shared_samples does not go with importance_weighted"),
         ({"importance_weighted": True, "variance_reduced": True}, "variance_reduced does not go with importance_weighted"),
-        ({"importance_weighted": True, "refine": annealed_langevin}, "density of the draws"),
-        ({"variance_reduced": True, "refine": annealed_langevin}, "density of the draws"),
+        ({"importance_weighted": True, "refine": annealed_langevin}, "density of the samples"),
+        ({"variance_reduced": True, "refine": annealed_langevin}, "density of the samples"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
@@ -590,7 +590,7 @@ def test_a_guide_that_misses_a_latent_is_refused(v):
 def test_degenerate_weights_are_said(v):
     # Catches a run that learns from one draw and says nothing: posteriors of width 1e-4, and a guide of width .3.
     engine = make(model=pair, guide=far_guide, num_samples=3, importance_weighted=True, optim=optax.sgd(0.0))
-    with pytest.warns(UserWarning, match=r"effective sample size of less than 1\.05 of 3 draws"):
+    with pytest.warns(UserWarning, match=r"effective sample size of less than 1\.05 of 3 samples"):
         engine.run(KEY, 2, v[:, 0], noise=1e-4, progress_bar=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -43,7 +43,7 @@ from numpyro_ebm.program import (
     at_mean,
     constrain_params,
     is_unbounded,
-    law_of,
+    kind_of,
     log_density_terms,
     per_row,
     require_finite,
@@ -219,7 +219,7 @@ class BiDVL(Engine):
         self.vae_weight = require_nonnegative("vae_weight", vae_weight)
         self.importance_weighted = require_bool("importance_weighted", importance_weighted)
         self.weight_bounds = _require_bounds(weight_bounds)
-        self.noise = require_bool("noise", noise, "whether generated visibles are draws or means")
+        self.noise = require_bool("noise", noise, "whether generated visibles are samples or means")
         self.num_upper_steps = require_count("num_upper_steps", num_upper_steps)
         self.num_lower_steps = require_count("num_lower_steps", num_lower_steps)
         self.num_unroll_steps = require_count("num_unroll_steps", num_unroll_steps, least=0)
@@ -380,8 +380,8 @@ class BiDVL(Engine):
             fn = encoder.sites[name]["fn"]
             if not fn.has_rsample:
                 raise ValueError(
-                    f"site '{name}': the encoder draws it from {law_of(fn)}, which is not reparametrized: the lower level "
-                    "differentiates through the draw. Use a continuous law such as Normal."
+                    f"site '{name}': the encoder draws it from {kind_of(fn)}, which is not reparametrized: the lower level "
+                    "differentiates through the draw. Use a continuous distribution such as Normal."
                 )
         for name in generator.latents:
             if name not in encoder.latents:
@@ -394,7 +394,7 @@ class BiDVL(Engine):
                 )
             if generator.sites[name]["fn"].support.is_discrete:
                 raise ValueError(
-                    f"site '{name}': the generator draws it from {law_of(generator.sites[name]['fn'])}, which is discrete: an "
+                    f"site '{name}': the generator draws it from {kind_of(generator.sites[name]['fn'])}, which is discrete: an "
                     "encoder learns by its gradient. Make it continuous."
                 )
 
@@ -402,14 +402,14 @@ class BiDVL(Engine):
         for name in generator.latents:
             if not generator.sites[name]["fn"].has_rsample:
                 raise ValueError(
-                    f"site '{name}': the generator draws it from {law_of(generator.sites[name]['fn'])}, which is not "
-                    "reparametrized: what it depends on would learn nothing of its draws. Use a law such as Normal."
+                    f"site '{name}': the generator draws it from {kind_of(generator.sites[name]['fn'])}, which is not "
+                    "reparametrized: what it depends on would learn nothing from its samples. Use a distribution such as Normal."
                 )
         fn = generator.sites[visible]["fn"]
         if self.noise and not fn.has_rsample:
             raise ValueError(
-                f"site '{visible}': the generator draws it from {law_of(fn)}, which is not reparametrized: the generator could not "
-                "learn by the energy of its draws. Pass noise=False, for means, or use a continuous law such as Normal."
+                f"site '{visible}': the generator draws it from {kind_of(fn)}, which is not reparametrized: the generator could "
+                "not learn from the energy of its samples. Pass noise=False, for means, or use a distribution such as Normal."
             )
 
     def _require_one_particle(self, encoder: Program, generator: Program) -> None:
@@ -700,8 +700,8 @@ def _visible(energy: Program, v: Array) -> str:
     (name,) = sites
     if energy.sites[name]["fn"].support.is_discrete:
         raise ValueError(
-            f"site '{name}': a visible with {law_of(energy.sites[name]['fn'])} is discrete, and a generator learns by the gradient "
-            "of its energy. Give the data noise and a continuous law."
+            f"site '{name}': a visible with {kind_of(energy.sites[name]['fn'])} is discrete, and a generator learns from the "
+            "gradient of its energy. Give the data noise and a continuous distribution."
         )
     _require_shape(name, "the energy", energy, v)
     _row_plate(energy, name, len(v))

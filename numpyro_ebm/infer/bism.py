@@ -30,7 +30,7 @@ from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, Upper
 from numpyro_ebm.infer.step import keep
 from numpyro_ebm.objectives.posterior import PosteriorFisher
 from numpyro_ebm.objectives.score import ScoreObjective
-from numpyro_ebm.program import Model, law_of, log_density, log_density_terms, per_row, run_program
+from numpyro_ebm.program import Model, kind_of, log_density, log_density_terms, per_row, run_program
 
 
 class BiSMState(NamedTuple):
@@ -172,7 +172,7 @@ class BiSM(BilevelEngine):
         differentiated = self.hypergradient == "implicit" or self.num_unroll_steps > 0
         if not fn.has_rsample and (differentiated or not isinstance(self.lower_loss, TraceGraph_ELBO)):
             raise ValueError(
-                f"site '{name}': the guide draws it from {law_of(fn)}, which is not reparametrized, and BiSM "
+                f"site '{name}': the guide draws it from {kind_of(fn)}, which is not reparametrized, and BiSM "
                 "differentiates through the draw. Use GumbelBernoulli for binary latents, or num_unroll_steps=0 with "
                 "lower_loss=TraceGraph_ELBO()."
             )

@@ -33,7 +33,7 @@ from numpyro_ebm.latent_score import (
     weighted_score,
 )
 from numpyro_ebm.objectives.score import ScoreObjective
-from numpyro_ebm.program import Model, is_unbounded, law_of
+from numpyro_ebm.program import Model, is_unbounded, kind_of
 from numpyro_ebm.weights import effective_sample_size, normalized_weights
 
 COVARIANCES = ("unbiased", "biased", "none")
@@ -172,18 +172,18 @@ class VaGES(BilevelEngine):
         estimates += ["covariance"] if self.covariance != "unbiased" else []
         if self.importance_weighted and estimates:
             raise ValueError(
-                f"{estimates[0]} does not go with importance_weighted=True, where all factors are of the same weighted draws."
+                f"{estimates[0]} does not go with importance_weighted=True, where all factors are of the same weighted samples."
             )
         if self.jackknife and not self.importance_weighted:
             raise ValueError("jackknife corrects the bias of weights: give importance_weighted=True, or leave it out.")
         if self.refine is not None and (self.importance_weighted or self.variance_reduced):
             raise ValueError(
-                "refine does not go with importance_weighted or variance_reduced, which need the density of the draws: that of "
-                "moved draws is not known."
+                "refine does not go with importance_weighted or variance_reduced, which need the density of the samples: that of "
+                "moved samples is not known."
             )
         differentiated = getattr(self.objective, "differentiates_score", False)
         if self.num_samples == 1 and (self.importance_weighted or self.covariance != "none" or differentiated):
-            why = "one draw has the weight 1 whatever it is" if self.importance_weighted else "a covariance needs two draws"
+            why = "one sample has the weight 1 whatever it is" if self.importance_weighted else "a covariance needs two samples"
             raise ValueError(f"num_samples=1: {why}, and the gradient would lack that of the posterior. Take 2 or more.")
 
     def _first_state(self, **fields: Any) -> VaGESState:
@@ -198,13 +198,13 @@ class VaGES(BilevelEngine):
     def _require_draws(self, name: str, fn: Any) -> None:
         if self.num_inner_steps and not fn.has_rsample and not isinstance(self.lower_loss, TraceGraph_ELBO):
             raise ValueError(
-                f"site '{name}': the guide draws it from {law_of(fn)}, which is not reparametrized, and its steps differentiate "
+                f"site '{name}': the guide draws it from {kind_of(fn)}, which is not reparametrized, and its steps differentiate "
                 "through the draw. Use GumbelBernoulli for binary latents (they are drawn as bits in the upper level), or "
                 "lower_loss=TraceGraph_ELBO()."
             )
         if self.refine is not None and not is_unbounded(fn.support):
             raise ValueError(
-                f"site '{name}': refine moves latents freely, and {law_of(fn)} has the support {fn.support}. Leave refine out, or "
+                f"site '{name}': refine moves latents freely, and {kind_of(fn)} has the support {fn.support}. Leave refine out, or "
                 "sample a real latent and transform it with numpyro.deterministic."
             )
 
@@ -212,9 +212,9 @@ class VaGES(BilevelEngine):
         if not self.importance_weighted or state.effective_sample_size >= DEGENERATE:
             return []
         return [
-            f"the importance weights have an effective sample size of less than {DEGENERATE} of {self.num_samples} draws: one draw "
-            "has all the weight, so that the gradient lacks the posterior's covariance. Take a guide nearer to the posterior (more "
-            "inner steps, a larger family), or more draws."
+            f"the importance weights have an effective sample size of less than {DEGENERATE} of {self.num_samples} samples: one "
+            "sample has all the weight, so that the gradient lacks the posterior's covariance. Take a guide nearer to the "
+            "posterior (more inner steps, a larger family), or more samples."
         ]
 
     def _upper(self, levels: "_Levels", theta: Any, phi: Any, guide_optim_state: Any, rng_key: Array) -> Upper:

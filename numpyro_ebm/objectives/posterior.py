@@ -200,8 +200,8 @@ def _require_scores(drawn: Program) -> None:
             )
         if not site["fn"].has_rsample:
             raise ValueError(
-                f"site '{name}': draws of {kind} have no gradient in its parameters. Give the guide a reparametrized distribution "
-                "such as Normal, or GumbelBernoulli for bits."
+                f"site '{name}': samples of {kind} have no gradient in its parameters. Give the guide a reparametrized "
+                "distribution such as Normal, or GumbelBernoulli for bits."
             )
         if isinstance(core, Delta):
             raise ValueError(f"site '{name}': Delta has no density, and no score to compare with the posterior's. Use Normal.")

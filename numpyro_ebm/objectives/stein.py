@@ -281,7 +281,7 @@ def ksd_test(
     v = jnp.asarray(v)
     _require_rows(v)
     if len(v) < 2:
-        raise ValueError(f"{len(v)} draw: the discrepancy compares pairs of draws. A test with power needs some tens of them.")
+        raise ValueError(f"{len(v)} sample: the discrepancy compares pairs of samples. A test with power needs some tens of them.")
     scores = jnp.asarray(score(v) if callable(score) else score)
     if scores.shape != v.shape:
         raise ValueError(f"score has shape {scores.shape} and v {v.shape}: it must be d log p / d v, one number per coordinate.")
@@ -289,8 +289,8 @@ def ksd_test(
     result = _ksd_test(rng_key, _flat(v), _flat(scores), change_probability, kernel, num_bootstrap)
     if not isinstance(result.length, jax.core.Tracer) and result.length == 0:
         raise ValueError(
-            "half of the pairs of draws or more are equal, so that their median distance, the kernel's length, is 0: remove "
-            f"repeated draws, or give {type(kernel).__name__} a length."
+            "half or more of the pairs of samples are equal, so that their median distance, the kernel's length, is 0: remove "
+            f"repeated samples, or give {type(kernel).__name__} a length."
         )
     return result
 
@@ -402,4 +402,4 @@ def _require_finite(**arrays: Array) -> None:
     for name, x in arrays.items():
         if not isinstance(x, jax.core.Tracer) and not np.isfinite(x).all():
             bad = int((~np.isfinite(np.asarray(_flat(x))).all(1)).sum())
-            raise ValueError(f"{name}: {bad} of {len(x)} rows are NaN or infinite. Remove those draws, or fix the score.")
+            raise ValueError(f"{name}: {bad} of {len(x)} rows are NaN or infinite. Remove those samples, or fix the score.")
