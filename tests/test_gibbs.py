@@ -255,12 +255,6 @@ def test_persistent_contrastive_divergence_learns_the_maximum_likelihood():
 # ---- Bad input ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_steps", [-1, 1.5, True, "3"])
-def test_number_of_sweeps_must_be_natural(num_steps):
-    with pytest.raises(ValueError, match=f"num_steps must be an integer of 0 or more, got {num_steps!r}"):
-        BlockGibbs(num_steps)
-
-
 def test_energy_without_layers_is_refused_with_the_fix():
     energy = EnergyDistribution(lambda x: x**2, initial=dist.Normal(0, 1), sampler=BlockGibbs())
     with pytest.raises(TypeError, match=r"this energy has no layers. Use GaussianBernoulliRBM"):
