@@ -76,7 +76,7 @@ def test_a_step_is_traced_once_and_compiled_twice(case, engine, start, updated, 
     engine.stable_update(start, *case.args)
     assert runs == []
     assert engine._one._cache_size() == 1
-    assert engine._open_loop._cache_size() == 2  # without and with a function to collect
+    assert engine._open_loop._cache_size() == 3  # of users: to stop, to skip, and with a function to collect
 
 
 # Loops of fixed length, as accelerators have them.
@@ -167,10 +167,10 @@ def test_chunks_do_not_go_by_the_clock_where_several_processes_run(monkeypatch):
     """Catches chunks that differ between processes, which then wait for each other for ever."""
     clock = iter(range(0, 10**6, 1000))  # very slow steps, which one process alone would make one by one
     monkeypatch.setattr(engine_module.time, "perf_counter", lambda: next(clock))
-    assert _sizes(engine_module._Pace(None, None)) == [1, 1, 1]
+    assert _sizes(engine_module._Pace(None, None, 3.0)) == [1, 1, 1]
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert _sizes(engine_module._Pace(None, None)) == [engine_module.FIXED_LENGTH] * 3
-    assert _sizes(engine_module._Pace(7, None)) == [7, 7, 7]
+    assert _sizes(engine_module._Pace(None, None, 3.0)) == [engine_module.FIXED_LENGTH] * 3
+    assert _sizes(engine_module._Pace(7, None, 3.0)) == [7, 7, 7]
 
 
 def _sizes(pace):
@@ -184,7 +184,7 @@ def _sizes(pace):
 def test_chunks_of_loops_of_fixed_length_are_multiples_of_it(monkeypatch):
     clock = iter(np.arange(0, 1000, 0.01))
     monkeypatch.setattr(engine_module.time, "perf_counter", lambda: next(clock))
-    assert all(size % 5 == 0 for size in _sizes(engine_module._Pace(None, 5)))
+    assert all(size % 5 == 0 for size in _sizes(engine_module._Pace(None, 5, 3.0)))
 
 
 # Health.
