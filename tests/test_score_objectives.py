@@ -149,6 +149,31 @@ def test_variance_reduction_removes_the_variance_of_the_first_term():
         np.testing.assert_allclose(losses.mean(), 3.0, rtol=1e-12)
 
 
+def test_one_direction_costs_what_the_derivative_by_hand_costs():
+    # Catches a vmap over one direction: it copies and transposes every layer of a network that multiplies as weight @ x.
+    weights = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(32, 2), (32, 32), (1, 32)])]
+    v = jax.random.normal(KEY, (16, 2))
+
+    def score_of_network(weights):
+        def energy(x):
+            return (weights[2] @ jax.nn.silu(weights[1] @ jax.nn.silu(weights[0] @ x)))[0]
+
+        return jax.grad(lambda v: -jax.vmap(energy)(v).sum())
+
+    def by_hand(weights):
+        u = jax.random.rademacher(KEY, v.shape, v.dtype)
+        score, slope = jax.jvp(score_of_network(weights), (v,), (u,))
+        return ((score**2).sum(1) / 2 + (u * slope).sum(1)).mean()
+
+    def by_objective(weights):
+        return SlicedScoreMatching().loss(score_of_network(weights), KEY, v, v).mean()
+
+    ours, hand = (jax.jit(jax.value_and_grad(f)).lower(weights).compile().cost_analysis() for f in (by_objective, by_hand))
+    np.testing.assert_allclose(by_objective(weights), by_hand(weights), rtol=1e-12)
+    assert ours["flops"] <= 1.01 * hand["flops"]
+    assert ours["bytes accessed"] <= 1.02 * hand["bytes accessed"]
+
+
 @pytest.mark.parametrize("directions", ["rademacher", "normal"])
 def test_directions_have_the_identity_for_covariance_and_their_own_kurtosis(directions):
     # Catches directions shared by rows or projections, and of another law. The score v -> A v shows u^T A u = 2 u_0 u_1 or u_0^2.
