@@ -63,6 +63,7 @@ docs: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-examples
 	$(BIN)/python benchmarks/engines.py
+	$(BIN)/python benchmarks/device.py
 	$(BIN)/python benchmarks/negative_phase.py
 	$(BIN)/python benchmarks/particle_mmle.py
 	$(BIN)/python benchmarks/score_objectives.py
