@@ -39,10 +39,10 @@ demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/energy_prior_digits.py
 
 test: $(VENV)/.installed-dev trim-cache
-	$(PYTEST) $(or $(FILE),-n 2 --dist loadgroup) $(ARGS)
+	$(PYTEST) $(or $(FILE),-n 2) $(ARGS)
 
 test-slow: $(VENV)/.installed-dev trim-cache
-	$(PYTEST) $(or $(FILE),-n 2 --dist loadgroup) -m slow $(ARGS)
+	$(PYTEST) $(or $(FILE),-n 2) -m slow $(ARGS)
 
 # A part of the tests, on the lowest versions that pyproject.toml declares and on the newest Python and packages there are.
 test-lowest test-newest: test-%: trim-cache

@@ -15,12 +15,21 @@ def pytest_addoption(parser):
     parser.addoption("--known-skips", type=Path, metavar="FILE", help="a skipped test fails, unless a line of this file is its id")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """With ``--dist loadgroup``, the tests of a file run on one worker, unless they say otherwise."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """The tests of a file share a worker, and what they compile; those of the engines' contract only with the same engine.
+
+    xdist's own ``--dist loadgroup`` cannot do it: xdist 3.8 renames tests in a way that pytest 9.2 does not see.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFileAndEngine(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, test = nodeid.partition("::")
+            engine = test.partition("[")[2].rstrip("]").partition("-")[0]  # its name comes first
+            return f"{file} {engine}" if file.endswith("test_engine_contract.py") else file
+
+    return ByFileAndEngine(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -196,9 +196,8 @@ ONE_OF_EACH = ("ebipla", "score matching", "bism", "vages", "bidvl")  # for what
 
 
 def _cases(quick):
-    """All cases, the slow ones marked, and each with its tests on one worker."""
-    marks = {name: [pytest.mark.xdist_group(name)] + [pytest.mark.slow] * (name not in quick) for name in CASES}
-    return [pytest.param(name, marks=marks[name]) for name in CASES]
+    """All cases, the others marked as slow."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in CASES]
 
 
 @pytest.fixture(scope="module", params=_cases([name for name in CASES if name not in VARIANTS]))
