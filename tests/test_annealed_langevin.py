@@ -52,7 +52,7 @@ def test_a_run_has_the_variance_that_the_recursion_propagates():
 
 
 def test_at_temperature_one_it_is_unadjusted_langevin():
-    # Catches a step convention of its own: from the same start both chains have the same law, here the same variance after 30.
+    # Catches a step convention of its own: from the same start both chains have one distribution, here one variance after 30.
     h, n = 0.05, 40_000
     ours = annealed_langevin(KEY, normal(1.0), jnp.zeros((n, 1)), h, np.ones(30))
     sampler = UnadjustedLangevin(step_size=h, num_steps=30)
@@ -61,7 +61,7 @@ def test_at_temperature_one_it_is_unadjusted_langevin():
 
 
 def test_coupled_parts_move_together():
-    # Catches parts that see each other's old value, share their noise, or ignore the coupling: the law of (v, h) is exact here.
+    # Catches parts that see each other's old value, share their noise, or ignore the coupling: that of (v, h) is exact.
     n, h, precision = 40_000, 0.1, np.array([[2.0, -0.8], [-0.8, 1.0]])
     start = {"v": jnp.ones((n, 1)), "h": jnp.zeros((n,))}
 

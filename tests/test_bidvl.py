@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 class AtNodes(dist.Normal):
-    """A normal law that gives the nodes of a quadrature for draws."""
+    """A normal distribution that gives the nodes of a quadrature for draws."""
 
     def __init__(self, loc, scale, nodes):
         super().__init__(loc, scale)
@@ -70,23 +70,23 @@ def no_energy(v):
         numpyro.sample("v", EnergyDistribution(lambda v: 0.0 * (v - loc) ** 2), obs=v)
 
 
-def autoencoder(law):
+def autoencoder(distribution):
     def generator(v):
         gain, mean, noise = numpyro.param("gain", 0.8), numpyro.param("mean", 0.5), positive("noise", 0.9)
         with numpyro.plate("data", len(v)):
-            h = numpyro.sample("h", law(jnp.zeros(len(v)), 1.0, OF_LATENT))
-            numpyro.sample("v", law(gain * h + mean, noise, OF_VISIBLE), obs=v)
+            h = numpyro.sample("h", distribution(jnp.zeros(len(v)), 1.0, OF_LATENT))
+            numpyro.sample("v", distribution(gain * h + mean, noise, OF_VISIBLE), obs=v)
 
     def encoder(v):
         slope, shift, width = numpyro.param("slope", 0.2), numpyro.param("shift", -0.3), positive("width", 0.7)
         with numpyro.plate("data", len(v)):
-            numpyro.sample("h", law(slope * v + shift, width, OF_ENCODER))
+            numpyro.sample("h", distribution(slope * v + shift, width, OF_ENCODER))
 
     return encoder, generator
 
 
-def engine_of(law=AtNodes, marginal=energy, optims=(STEP, STEP, STEP), **settings):
-    return BiDVL(marginal, *autoencoder(law), *optims, **settings)
+def engine_of(distribution=AtNodes, marginal=energy, optims=(STEP, STEP, STEP), **settings):
+    return BiDVL(marginal, *autoencoder(distribution), *optims, **settings)
 
 
 def start(engine, v=DATA, **init_params):
@@ -459,7 +459,7 @@ OPTIMUM["width"] = 0.9 / 1.5
 
 
 def test_exact_lower_level_is_stationary_at_the_optimum_and_only_there():
-    """Where energy, generator and data have one law, and the encoder is the generator's posterior."""
+    """Where energy, generator and data have one distribution, and the encoder is the generator's posterior."""
     engine = engine_of()
     gradient = jax.jit(jax.grad(value_of(start(engine)[1].lower), (1, 2)))
     at_optimum = gradient(*blocks(start(engine, **OPTIMUM)[0]), {}, KEY)
@@ -581,7 +581,7 @@ def assert_mean(draws, exact):
     assert abs(draws.mean() - exact) < 5 * draws.std(ddof=1) / np.sqrt(len(draws))
 
 
-def test_draws_have_the_law_of_the_generator(fitted):
+def test_draws_have_the_distribution_of_the_generator(fitted):
     engine, state = fitted
     drawn = engine.sample(KEY, state, 20_000, jnp.asarray(DATA))
     assert drawn["h"].shape == drawn["v"].shape == (20_000,)
@@ -611,7 +611,7 @@ def test_reconstruction_and_energies_are_closed_forms(fitted):
     assert engine.energies(state, three).shape == (3,)
 
 
-def test_refined_visibles_have_the_law_of_the_energy(fitted):
+def test_refined_visibles_have_the_distribution_of_the_energy(fitted):
     """They start far from it, at 3. Catches a sampler on the energy with the wrong sign, and chains that do not move."""
     engine, state = fitted
     v = engine.refine(KEY, state, MALA(0.3, num_steps=200), jnp.full(3_000, 3.0))

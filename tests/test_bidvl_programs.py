@@ -72,10 +72,10 @@ def program(param, plate, latents, observed):
     def run(v):
         p = numpyro.param(param, 0.5) if param else 0.5
         with plate(len(v)):
-            for name, law in latents.items():
-                numpyro.sample(name, law(v, p))
-            for name, law in observed.items():
-                numpyro.sample(name, law(v, p), obs=v)
+            for name, distribution in latents.items():
+                numpyro.sample(name, distribution(v, p))
+            for name, distribution in observed.items():
+                numpyro.sample(name, distribution(v, p), obs=v)
 
     return run
 

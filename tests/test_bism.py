@@ -71,12 +71,12 @@ def grbm_marginal(v):
         numpyro.factor("free_energy", -(((v - b) / sigma) ** 2).sum(-1) / 2 + jax.nn.softplus(c + v @ W).sum(-1))
 
 
-def grbm_guide(v, temperature=0.1, law=GumbelBernoulli):
+def grbm_guide(v, temperature=0.1, distribution=GumbelBernoulli):
     """Starts at the posterior: A = W, a = c."""
     A = numpyro.param("A", lambda key: normal(0, NUM_VISIBLE, NUM_HIDDEN))
     a = numpyro.param("a", lambda key: normal(2, NUM_HIDDEN))
     with numpyro.plate("data", len(v)):
-        numpyro.sample("h", law(v @ A + a, temperature).to_event(1))
+        numpyro.sample("h", distribution(v @ A + a, temperature).to_event(1))
 
 
 def exact_grbm_guide(v):
@@ -393,7 +393,7 @@ def test_discrete_latents_are_learned_without_unrolling_by_a_graph_elbo(v):
             numpyro.sample("v", dist.Normal(b + h @ W.T, sigma).to_event(1), obs=v)
 
     def guide(v):
-        grbm_guide(v, law=lambda logits, temperature: dist.Bernoulli(logits=logits))
+        grbm_guide(v, distribution=lambda logits, temperature: dist.Bernoulli(logits=logits))
 
     engine = BiSM(model, guide, STEP, optax.sgd(0.01), DenoisingScoreMatching(0.3), TraceGraph_ELBO(), num_unroll_steps=0)
     state = engine.init(KEY, v)

@@ -319,7 +319,7 @@ def test_standard_error_is_that_of_the_mean_over_the_test_rows():
     assert found.standard_error == pytest.approx(float(bounds.std(ddof=1)) / math.sqrt(2000), rel=1e-12)
 
 
-def test_divergence_of_a_law_from_itself_is_zero():
+def test_divergence_of_a_distribution_from_itself_is_zero():
     # Catches a bound that training can push above the truth: no critic beats 0 but by chance. The critic begins at 0.
     found = find(score=lambda v, rng_key: gaussian_score(MEAN, COVARIANCE, v))
     assert found.validation[0] == 0 <= found.validation.max()

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Energy distributions as NumPyro distributions: shapes, laws, transforms of JAX, and the errors that users meet."""
+"""Energy distributions as NumPyro distributions: shapes, distributions, transforms of JAX, and the errors that users meet."""
 
 import os
 import subprocess
@@ -546,10 +546,10 @@ LAWS = {
 }
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_sample_follows_its_law(law):
+@pytest.mark.parametrize("distribution", LAWS)
+def test_sample_follows_its_distribution(distribution):
     # Catches a flipped energy, a missing Jacobian of the support, sqrt(h) for sqrt(2h), and a chain that starts and stays.
-    build, cdf = LAWS[law]
+    build, cdf = LAWS[distribution]
     draws = np.asarray(jax.jit(lambda key: build().sample(key, (4000,)))(KEY))
     for x in [draws] if draws.ndim == 1 else [draws[:, 0]]:
         assert scipy.stats.kstest(x, cdf).pvalue > 1e-4
@@ -568,7 +568,7 @@ def test_draws_of_a_dirichlet_energy_have_its_moments():
     assert (abs(draws.mean(0) - exact.mean()) < 4.5 * np.sqrt(exact.var() / 4000)).all()
 
 
-def test_a_stack_of_energies_is_sampled_each_by_its_own_law():
+def test_a_stack_of_energies_is_sampled_each_by_its_own_distribution():
     # Catches energies of a batch that share their draws or trade places.
     d = EnergyDistribution(lambda k, x: k * x**2, params=jnp.array([0.5, 2.0, 8.0]), batch_shape=(3,), initial=NORMAL)
     draws = np.asarray(jax.jit(lambda key: d.sample(key, (4000,)))(KEY))

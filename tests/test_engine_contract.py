@@ -59,7 +59,7 @@ class Case(NamedTuple):
 
 
 def _normal(y, times=1, subsample_size=None):
-    """The marginal law of y is N(loc, 2), so loc = mean(y); spread is learned from data of its own."""
+    """The marginal distribution of y is N(loc, 2), so loc = mean(y); spread is learned from data of its own."""
     loc = numpyro.param("loc", 0.5)
     _spread()
     with numpyro.plate("data", len(y), subsample_size=subsample_size) as index:
@@ -109,7 +109,7 @@ def _guide(y, times=1):
 
 
 def _generator(y, times=1):
-    """The law of y is N(loc, spread^2 + 1/4)."""
+    """The distribution of y is N(loc, spread^2 + 1/4)."""
     loc = numpyro.param("loc", 0.5)
     spread = numpyro.param("spread", 2.0, constraint=constraints.positive)
     with numpyro.plate("data", len(y)):

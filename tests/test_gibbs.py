@@ -84,8 +84,8 @@ def test_sweep_draws_hidden_then_visible_and_sweeps_are_counted(num_steps, expec
     np.testing.assert_array_equal(state.position, [[expected]] * 2)
 
 
-def test_sweep_leaves_the_law_of_a_binary_machine_as_it_is():
-    # Catches conditionals that are not those of one joint law.
+def test_sweep_leaves_the_distribution_of_a_binary_machine_as_it_is():
+    # Catches conditionals that are not those of one joint distribution.
     with jax.enable_x64(True):
         rbm = BernoulliRBM(W, B, C)
         p = jnp.exp(rbm.log_prob(_states(3)) - rbm.log_normalizer())
@@ -119,7 +119,7 @@ def test_sweeps_leave_the_moments_of_a_gaussian_machine_as_they_are(coupling):
     _check_moments(block_gibbs(jax.random.key(3), rbm, start, 3), rbm)
 
 
-def test_sample_reaches_the_law_from_its_uncoupled_start():
+def test_sample_reaches_the_distribution_from_its_uncoupled_start():
     # Catches a sample that returns its start, and draws that share one chain.
     rbm = GaussianBernoulliRBM(W, B, C, SCALE, sampler=BlockGibbs(num_steps=100))
     draws = rbm.sample(jax.random.key(4), (200, 100))
@@ -172,7 +172,7 @@ def _params(kind):
 
 @pytest.mark.parametrize("kind", ["plain", "scaled", "bernoulli"])
 def test_persistent_chains_give_the_gradient_of_the_exact_likelihood(kind):
-    # Catches a normalizer paid once for all rows, a gradient of the wrong sign, and chains of another law.
+    # Catches a normalizer paid once for all rows, a gradient of the wrong sign, and chains of another distribution.
     data = jnp.array([[1.0, 0, 0], [1, 1, 0], [0, 1, 1], [1, 0, 1]])
     data, params = data if kind != "bernoulli" else data.astype(int), {k: jnp.asarray(v) for k, v in _params(kind).items()}
     make = BernoulliRBM if kind == "bernoulli" else lambda **p: GaussianBernoulliRBM(**p, coupling=kind)
@@ -219,7 +219,7 @@ def test_no_gradient_flows_through_the_chains():
 
 
 def test_contrastive_divergence_is_zero_on_average_at_the_models_own_data():
-    # Catches a negative phase from another law than the kernel's own; elsewhere its gradient must not vanish.
+    # Catches a negative phase from another distribution than the kernel's own; elsewhere its gradient must not vanish.
     rbm, num_draws = GaussianBernoulliRBM(W, B, C, SCALE), 40_000
 
     def contrast(data):

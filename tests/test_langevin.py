@@ -222,7 +222,7 @@ def test_mala_is_blackjax_step_by_step():
 
 
 def test_small_steps_are_the_share_that_was_asked_for():
-    # Catches a geometric law off by one: on a flat density E[moved^2] = 2h sum_g (1-p) p^g 10^-g = 2h (1-p) / (1 - p/10).
+    # Catches a geometric distribution off by one: on a flat density E[moved^2] = 2h sum_g (1-p) p^g 10^-g = 2h (1-p) / (1 - p/10).
     p, h, n = 0.25, 0.5, 20_000
     sampler = MALA(step_size=h, num_steps=1, adapt=False, small_steps=p)
     init = sampler.init(jnp.zeros(1))
@@ -280,7 +280,7 @@ def test_mala_without_adaptation_keeps_the_step():
 def test_mala_rejects_a_move_out_of_the_support(log_prob, shape):
     # Catches an acceptance of -inf or nan that moves a chain there, or that turns the adapted step into nan.
     n = 20_000
-    start = jax.random.gamma(jax.random.key(6), shape, (n,))  # exact draws: the law must stay
+    start = jax.random.gamma(jax.random.key(6), shape, (n,))  # exact draws: the distribution must stay
     for adapt in (True, False):
         sampler = MALA(step_size=1.0, num_steps=20, adapt=adapt)
         state = moved(sampler, log_prob, sampler.init(start))

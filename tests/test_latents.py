@@ -114,7 +114,7 @@ def test_latents_without_a_common_plate_move_jointly(sampler):
 
 
 def test_rows_that_a_sum_couples_are_found_out():
-    # catches trust in the plate: row by row acceptance would leave another law than the joint one
+    # catches trust in the plate: row by row acceptance would leave another distribution than the joint one
     def coupled(y):
         with numpyro.plate("data", len(y)):
             x = numpyro.sample("x", dist.Normal(0, 1))
@@ -159,7 +159,7 @@ def test_two_sites_and_two_plates_keep_their_elements():
     np.testing.assert_allclose(posterior.row_log_density(latents), by_hand, rtol=1e-5)
 
 
-def test_constrained_latents_have_their_own_law():
+def test_constrained_latents_have_their_own_distribution():
     # catches a missing Jacobian, which would turn Gamma(3 + y, 3) into Gamma(2 + y, 3)
     y = jnp.array([0.0, 2.0, 7.0])
     draws = sample_posterior(KEY, counts, {"rate": 2.0}, y, num_samples=400, num_chains=8)["x"]
@@ -251,7 +251,7 @@ def test_normalizer_that_depends_on_a_latent_is_refused():
 # The mode.
 
 
-def test_map_is_the_mode_of_the_constrained_law():
+def test_map_is_the_mode_of_the_constrained_distribution():
     # catches a Jacobian in the density: the mode of Gamma(3 + y, 3) is (2 + y)/3, with the Jacobian (3 + y)/3
     y = jnp.array([0.0, 2.0, 7.0])
     found = find_map(KEY, counts, {"rate": 2.0}, y)
@@ -334,7 +334,7 @@ def test_toy_has_standard_error_root_two_over_d():
     y = jax.random.normal(KEY, (10, 24))
     found = standard_errors(jax.random.key(1), toy, {"loc": y.mean(0)}, y, num_samples=100, num_chains=16)
     z = (found.standard_errors["loc"] - np.sqrt(2 / 10)) / found.monte_carlo_errors["loc"]
-    # z has Student's law with 15 degrees of freedom: standard deviation 1.07, its estimate from 24 off by .17
+    # z has Student's distribution with 15 degrees of freedom: standard deviation 1.07, its estimate from 24 off by .17
     assert 0.4 < np.sqrt((z**2).mean()) < 1.75
     np.testing.assert_allclose(found.standard_errors["loc"], np.sqrt(2 / 10), rtol=0.05)
 
@@ -419,7 +419,7 @@ def test_information_that_is_none_is_refused(model, params, error, message):
 # Convergence.
 
 
-def test_ipla_spreads_as_its_exact_discrete_law():
+def test_ipla_spreads_as_its_exact_discrete_distribution():
     # F1: Var loc = .1126761 at D = 4, N = 5, h = .1; the theory for h -> 0 is (2/D)/N = .1
     engine = ParticleMMLE.ipla(hierarchical, num_particles=5, step_size=0.1)
     result = engine.run(KEY, 60_000, Y, collect=engine.get_params, progress_bar=False)
@@ -453,7 +453,7 @@ def test_report_has_exact_numbers_and_prints_a_table():
     np.testing.assert_allclose(report.theory["w"], [0.5, 1.0])
     np.testing.assert_allclose(report.ratio["s"], np.sqrt(4 / 3) / 0.25)
     assert report.mcse["w"][1] == 0  # what does not move is known
-    assert report.r_hat["w"][0] > 1.5  # a trend is no stationary law
+    assert report.r_hat["w"][0] > 1.5  # a trend is no stationary distribution
     lines = str(report).splitlines()
     assert [line.split()[0] for line in lines[:2]] == ["param", "s"]
     assert lines[2].startswith("w[0]")

@@ -287,7 +287,7 @@ def _quadrature():
 
 
 def test_gradient_of_the_loss_equals_quadrature():
-    # guards against: the sign of the normalizer, a wrong law of the chains (constants of the note: .1815, .1882, .2090)
+    # guards against: the sign of the normalizer, a wrong distribution of the chains (constants of the note: .1815, .1882, .2090)
     x, posterior, prior_moments, posterior_moments = _quadrature()
     exact = posterior_moments - prior_moments
     np.testing.assert_allclose(exact, [0.1815061, 0.1882431, 0.2089626], atol=1e-6)

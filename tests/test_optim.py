@@ -237,7 +237,7 @@ def test_noise_is_standard_normal_and_independent_between_arrays():
 
 
 def test_the_two_draws_of_a_kinetic_step_are_independent():
-    # The law of the update needs two draws. Guards against: one key for both, which leaves a perfect correlation
+    # The distribution of the update needs two draws. Guards against: one key for both, which leaves a perfect correlation
     h, gamma = 0.3, 0.9
     optim, zero = kinetic_langevin(h, gamma), jnp.zeros(20_000)
     update, state = optim.update(zero, optim.init(zero), temperature=1.0, rng_key=KEY)

@@ -179,7 +179,7 @@ def _quartic_expectations():
 
 
 @pytest.mark.parametrize("num_rows", [1, 100])
-def test_pool_moved_by_the_default_sampler_has_the_law_of_the_field(num_rows):
+def test_pool_moved_by_the_default_sampler_has_the_distribution_of_the_field(num_rows):
     # guards against: a missing log Jacobian of a constrained site, rows accepted together, chains that keep the data fixed
     v, h = jnp.full(num_rows, 0.5), jnp.full(num_rows, 1.0)
     num_chains = 8000

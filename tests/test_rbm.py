@@ -55,7 +55,7 @@ def _large(kind, d, m, seed=0, size=0.5):
     return _rbm(kind, size * draw(size=(d, m)), draw(size=d), draw(size=m), np.exp(0.3 * draw(size=d)))
 
 
-# ---- The law ------------------------------------------------------------------------------------------------------------
+# ---- The distribution ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)

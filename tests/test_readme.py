@@ -118,7 +118,7 @@ def test_score_matching_page_runs_and_learns_what_the_marginal_does(capsys):
     assert a == pytest.approx([float(page["result"].params["a"])] * 2, abs=0.02)  # the objective's minimum, as rounded
     assert b == pytest.approx([float(page["result"].params["b"])] * 2, abs=0.02)
     assert noisy[1] < 0.7 * data[1]  # depth of the wells: noise of .3 on modes of width .4
-    # nats: one normal law has -1.55, the exact law -1.38, a fit by noise of .2 a little less
+    # nats: one normal distribution has -1.55, the exact distribution -1.38, a fit by noise of .2 a little less
     assert page["log_likelihoods"]["marginal"] > -1.42
     assert page["log_likelihoods"]["unrolled"] > -1.44
     assert page["log_likelihoods"]["implicit"] > -1.44
@@ -131,10 +131,10 @@ def test_score_matching_page_runs_and_learns_what_the_marginal_does(capsys):
     assert square[0] == pytest.approx(square[1], abs=0.1)
 
 
-def test_vages_page_runs_and_weights_mend_a_blind_guide(capsys):
+def test_vages_page_runs_and_weights_fix_a_blind_guide(capsys):
     page = run("docs/vages.md")
     of = page["log_likelihoods"]
-    # nats: one normal law has -1.55, the exact law -1.38, a fit by noise of .2 a little less
+    # nats: one normal distribution has -1.55, the exact distribution -1.38, a fit by noise of .2 a little less
     assert min(of["marginal"], of["VaGES"]) > -1.42
     assert of["no covariance"] < -1.5
     assert page["log_likelihood"](page["sliced"].params) > -1.42
@@ -156,7 +156,7 @@ def test_stein_page_runs_and_finds_what_fits_and_what_does_not(capsys):
     assert min(p for (p,) in numbers[-2:]) > 0.3  # one mode of two is not missed
 
 
-def test_bidvl_page_runs_and_learns_the_law_of_its_data(capsys):
+def test_bidvl_page_runs_and_learns_the_distribution_of_its_data(capsys):
     page = run("docs/bidvl.md")
     mean, deviation = float(page["v"].mean()), float(page["v"].std())
     first, *others = capsys.readouterr().out.splitlines()

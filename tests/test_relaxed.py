@@ -53,7 +53,7 @@ def test_moments_of_a_draw_are_those_of_its_expansion_in_the_temperature():
 
 
 @pytest.mark.usefixtures("double_precision")
-def test_a_draw_has_the_law_of_two_gumbels_through_a_softmax():
+def test_a_draw_has_the_distribution_of_two_gumbels_through_a_softmax():
     # Catches a scale of the logistic that is off: the papers' draw, with its own noise, against this cdf (Kolmogorov-Smirnov).
     n, temperature = 20000, 0.4
     gumbels = jax.random.gumbel(KEY, (n, len(LOGITS), 2))

@@ -29,7 +29,7 @@ SGD = optax.sgd(0.1)
 
 
 def gaussian(v):
-    """An unnormalized normal law of the plane: exact score matching gives the sample's mean and covariance."""
+    """An unnormalized normal distribution of the plane: exact score matching gives the sample's mean and covariance."""
     loc, precision = numpyro.param("loc", jnp.zeros(2)), numpyro.param("precision", jnp.eye(2))
     energy = EnergyDistribution(lambda x: (x - loc) @ precision @ (x - loc) / 2, event_shape=(2,))
     with numpyro.plate("data", len(v)):
@@ -40,7 +40,7 @@ def fit(objective, num_steps, rate=0.1, model=gaussian, v=V, **settings):
     return ScoreMatching(model, optax.sgd(rate), objective, **settings).run(KEY, num_steps, v, progress_bar=False)
 
 
-def test_exact_score_matching_of_a_normal_law_gives_the_samples_moments():
+def test_exact_score_matching_of_a_normal_distribution_gives_the_samples_moments():
     """In double precision to 1e-8. Catches a score that is not the gradient row by row, and a missing trace."""
     with jax.enable_x64(True):
         v = jnp.asarray(np.asarray(V), jnp.float64)
@@ -66,7 +66,7 @@ def test_gradient_of_sliced_score_matching_is_that_of_the_exact_form_in_expectat
     assert (jnp.abs(found.mean(0) - step(exact, KEY)) < 5 * error + 1e-6).all()
 
 
-def test_denoising_learns_the_law_with_its_noise():
+def test_denoising_learns_the_distribution_with_its_noise():
     """The variance of noised data is 1 + .5^2 for data of variance 1. Catches noise of the wrong size or sign."""
 
     def model(v):

@@ -176,7 +176,7 @@ def test_one_direction_costs_what_the_derivative_by_hand_costs():
 
 @pytest.mark.parametrize("directions", ["rademacher", "normal"])
 def test_directions_have_the_identity_for_covariance_and_their_own_kurtosis(directions):
-    # Catches directions shared by rows or projections, and of another law. The score v -> A v shows u^T A u = 2 u_0 u_1 or u_0^2.
+    # Catches directions shared by rows or projections, and of another kind. The score v -> A v shows u^T A u = 2 u_0 u_1 or u_0^2.
     v = jnp.zeros((3000, 2))
     objective = SlicedScoreMatching(num_projections=1, directions=directions)
     square = objective.loss(lambda v: v * jnp.array([1.0, 0.0]), KEY, v, v)
@@ -195,7 +195,7 @@ def test_denoising_is_the_fisher_divergence_to_the_noised_data_up_to_its_minimum
     # Catches the target's sign, sigma for sigma^2, and a minimum at the clean data.
     m, tau2, sigma = 0.4, 0.8, 0.3
     S = tau2 + sigma**2
-    # the joint law of (v, v_tilde)
+    # the joint distribution of (v, v_tilde)
     joint, w = hermite(np.array([m, m]), np.array([[tau2, tau2], [tau2, S]]), 4)
     loss = w @ DenoisingScoreMatching(sigma).loss(lambda v: (mu - v) / s2, KEY, joint[:, 0], joint[:, 1])
     least = (1 / sigma**2 - 1 / S) / 2

@@ -344,7 +344,7 @@ def test_statistics_of_the_test_are_those_of_the_objective():
 
 
 @pytest.mark.parametrize("change_probability", [0.5, 0.1])
-def test_bootstrap_has_the_exact_law_of_the_signs(change_probability):
+def test_bootstrap_has_the_exact_distribution_of_the_signs(change_probability):
     # All 2^5 signs with their probabilities. Catches signs that flip with another probability, a diagonal in the bootstrap
     # and not in the statistic, a wrong scale, and a p-value that does not count the statistic itself.
     v, draws = normal(14, 5, 1) + 0.3, 20_000
@@ -352,11 +352,11 @@ def test_bootstrap_has_the_exact_law_of_the_signs(change_probability):
     np.fill_diagonal(u, 0)
     signs = np.array(list(itertools.product([-1, 1], repeat=5)))
     changes = (signs[:, 1:] != signs[:, :-1]).sum(1)
-    law = change_probability**changes * (1 - change_probability) ** (4 - changes) / 2
+    distribution = change_probability**changes * (1 - change_probability) ** (4 - changes) / 2
     exact = np.einsum("ki,ij,kj->k", signs, u, signs) / 20
     result = ksd_test(KEY, v, 0.2 - 0.5 * v, kernel=IMQKernel(1.0), num_bootstrap=draws, change_probability=change_probability)
     for value in np.unique(exact.round(9)):
-        share = law[np.isclose(exact, value)].sum()
+        share = distribution[np.isclose(exact, value)].sum()
         found = np.isclose(result.bootstrap, value).mean()
         assert abs(found - share) < 5 * np.sqrt(share * (1 - share) / draws)
     reached = np.isclose(result.bootstrap, result.statistic) | (np.asarray(result.bootstrap) > result.statistic)
@@ -389,7 +389,7 @@ def noisy_estimate(v, key):
     ("kernel", "score"), [(RBFKernel(), exact_score), (IMQKernel(), exact_score), (IMQKernel(), noisy_estimate)]
 )
 def test_level_is_nominal_and_p_values_are_uniform_under_the_null(kernel, score):
-    # Catches a bootstrap of another law than the statistic, and a test that a score with unbiased noise would break.
+    # Catches a bootstrap of another distribution than the statistic, and a test that a score with unbiased noise would break.
     p = p_values(lambda key: jax.random.normal(key, (50, 2)), score, kernel=kernel)
     for level in (0.01, 0.05, 0.1):
         assert abs((p <= level).mean() - level) < 4 * np.sqrt(level * (1 - level) / 1000)

@@ -85,11 +85,11 @@ def marginal(v):
         numpyro.factor("free_energy", log_marginal(params, v))
 
 
-def guide(v, law=GumbelBernoulli):
+def guide(v, distribution=GumbelBernoulli):
     """Starts at the posterior."""
     A, a = numpyro.param("A", start()["W"]), numpyro.param("a", start()["c"])
     with numpyro.plate("data", len(v)):
-        numpyro.sample("h", law(v @ A + a).to_event(1))
+        numpyro.sample("h", distribution(v @ A + a).to_event(1))
 
 
 def bits(logits):
@@ -546,12 +546,12 @@ def test_settings_that_cannot_be(settings, message):
 
 
 def test_a_guide_that_is_not_reparametrized_is_refused_where_it_is_learned(v):
-    hard = partial(guide, law=bits)
+    hard = partial(guide, distribution=bits)
     with pytest.raises(ValueError, match=r"site 'h': the guide draws it from BernoulliLogits.*GumbelBernoulli"):
         make(guide=hard, num_inner_steps=1).init(KEY, v)
     make(guide=hard).init(KEY, v)
 
-    def proper(v):  # that loss draws the model's latents, for which a flat measure is no law
+    def proper(v):  # that loss draws the model's latents, for which a flat measure is no distribution
         weights = numpyro.param("weights", start()["W"])
         with numpyro.plate("data", len(v)):
             h = numpyro.sample("h", dist.BernoulliProbs(0.5).expand([NUM_HIDDEN]).to_event(1))

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The laws of ParticleMMLE in closed form.
+"""The distributions of ParticleMMLE in closed form.
 
 On a linear-Gaussian model an update of the engine is an affine map of parameters, velocities and particles, plus Gaussian
 noise. Both are read from the engine itself: the map from its values at a basis, which is exact for an affine map, and the
@@ -38,6 +38,8 @@ from numpyro_ebm import (
     negative_phase,
     optim,
 )
+from numpyro_ebm.samplers import Sampler
+from numpyro_ebm.samplers.base import ChainState
 
 Y = np.array([-0.3, 2.2, 1.4, 0.7])  # mean 1
 KEY = jax.random.key(3)
@@ -151,8 +153,8 @@ def affine_step(engine, state, *args, moving=ALL):
     return Affine(by_state, by_noise @ by_noise.T, start - by_state @ z, unravel(jnp.arange(1.0 * n))), keys, residual
 
 
-def law(make, *args, steps=None):
-    """The law of an engine; of ``make(step_size)`` for every one of ``steps``, compiled once, where they are given."""
+def distribution(make, *args, steps=None):
+    """The distribution of an engine; of ``make(step_size)`` for every one of ``steps``, compiled once, where they are given."""
 
     def at(h):
         engine = make if steps is None else make(lambda count: h)
@@ -186,41 +188,41 @@ STEPS = (1e-3, 2e-3, 0.01, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, *AROUND, *(f * h for f 
 
 
 @cache
-def laws(name, num_data=D, num_particles=N, **settings):
-    """The laws of an algorithm at all of STEPS."""
+def distributions(name, num_data=D, num_particles=N, **settings):
+    """The distributions of an algorithm at all of STEPS."""
 
     def make(h):
         if name == "ebipla without noise":  # parameters that move by plain gradient descent
             return ParticleMMLE.ebipla(hierarchical, optax.sgd(h), num_particles=num_particles, step_size=h)
         return getattr(ParticleMMLE, name)(hierarchical, num_particles=num_particles, step_size=h, **settings)
 
-    return dict(zip(STEPS, law(make, Y[:num_data], steps=STEPS), strict=True))
+    return dict(zip(STEPS, distribution(make, Y[:num_data], steps=STEPS), strict=True))
 
 
 def _extrapolated(name, variance, **settings):
     """A variance at step 0: the bias is h times a constant, which cancels."""
-    by_step = laws(name, **settings)
+    by_step = distributions(name, **settings)
     return 2 * variance(by_step[1e-3]) - variance(by_step[2e-3])
 
 
 def _centered(speed, theta_noise, h, num_data, num_particles):
-    """Variances of loc and of one particle, from the law of loc and the grand mean, and the deviations from that mean."""
+    """Variances of loc and of one particle, from the distribution of loc and the grand mean, and the deviations from that mean."""
     drift = np.array([[speed, -speed], [-1, 2]])
     total = num_data * num_particles
     mean = solve_discrete_lyapunov(np.eye(2) - h * drift, h * np.diag([theta_noise, 2 / total]))
     return mean[0, 0], mean[1, 1] + (1 - 1 / total) / (2 * (1 - h))
 
 
-# ---- Stationary laws at every step size ---------------------------------------------------------------------------------
+# ---- Stationary distributions at every step size ---------------------------------------------------------------------------------
 
 SIZES = [(D, N), (1, 1), (3, 2)]
 
 
 @pytest.mark.parametrize(("num_data", "num_particles"), SIZES)
 @pytest.mark.parametrize("h", [0.1, 0.3, 0.7])
-def test_ebipla_has_the_exact_law_of_its_discretization(num_data, num_particles, h):
+def test_ebipla_has_the_exact_distribution_of_its_discretization(num_data, num_particles, h):
     # guards against: noise sqrt(2h/N) with averaged drift, Gauss-Seidel for Jacobi, summed drift
-    affine, total = laws("ebipla", num_data, num_particles)[h], num_data * num_particles
+    affine, total = distributions("ebipla", num_data, num_particles)[h], num_data * num_particles
     denominator = total * (1 - 1.5 * h + 0.25 * h**2)
     np.testing.assert_allclose(_theta(affine), (2 - 2.5 * h) / denominator, **EXACT)
     np.testing.assert_allclose(_x(affine), (1 - h) / denominator + (1 - 1 / total) / (2 * (1 - h)), **EXACT)
@@ -229,9 +231,9 @@ def test_ebipla_has_the_exact_law_of_its_discretization(num_data, num_particles,
 
 
 @pytest.mark.parametrize("h", [0.1, 0.3, 0.7])
-def test_ebipla_without_noise_on_the_parameters_has_the_law_of_its_drift(h):
+def test_ebipla_without_noise_on_the_parameters_has_the_distribution_of_its_drift(h):
     # guards against: noise that the optimizer was not asked for, a gradient summed over data
-    affine = laws("ebipla without noise")[h]
+    affine = distributions("ebipla without noise")[h]
     np.testing.assert_allclose([_theta(affine), _x(affine)], _centered(1, 0, h, D, N), **EXACT)
 
 
@@ -239,9 +241,9 @@ def test_ebipla_without_noise_on_the_parameters_has_the_law_of_its_drift(h):
     ("name", "num_data", "num_particles"), [("ipla", *size) for size in SIZES] + [("pgd", D, N), ("pgd", 3, 2)]
 )
 @pytest.mark.parametrize("h", [0.01, 0.1, 0.3])
-def test_summed_drift_has_the_law_of_its_discretization(name, num_data, num_particles, h):
+def test_summed_drift_has_the_distribution_of_its_discretization(name, num_data, num_particles, h):
     # guards against: a gradient averaged over data, a mean over particles forgotten, noise in PGD and none in IPLA
-    affine, noise = laws(name, num_data, num_particles)[h], {"ipla": 2 / num_particles, "pgd": 0.0}[name]
+    affine, noise = distributions(name, num_data, num_particles)[h], {"ipla": 2 / num_particles, "pgd": 0.0}[name]
     exact = _centered(num_data, noise, h, num_data, num_particles)
     np.testing.assert_allclose([_theta(affine), _x(affine)], exact, **EXACT)
     if (name, num_data, h) == ("ipla", 4, 0.1):
@@ -249,19 +251,19 @@ def test_summed_drift_has_the_law_of_its_discretization(name, num_data, num_part
 
 
 @pytest.mark.parametrize("h", [0.01, 0.5, 0.9])
-def test_pmgd_has_the_law_of_its_discretization(h):
+def test_pmgd_has_the_distribution_of_its_discretization(h):
     # guards against: parameters that maximize for the cloud before its move
     total = D * N
-    np.testing.assert_allclose(_x(laws("pmgd")[h]), (1 - 1 / total) / (2 * (1 - h)) + (2 / total) / (2 - h), rtol=1e-6)
+    np.testing.assert_allclose(_x(distributions("pmgd")[h]), (1 - 1 / total) / (2 * (1 - h)) + (2 / total) / (2 - h), rtol=1e-6)
 
 
-def test_pqn_has_the_law_of_ebipla_without_noise():
+def test_pqn_has_the_distribution_of_ebipla_without_noise():
     # The Hessian is D: Newton's direction is the gradient averaged over data. Guards against: a Hessian of the wrong scale
-    for newton, averaged in zip(laws("pqn")[0.2][:3], laws("ebipla without noise")[0.2][:3], strict=True):
+    for newton, averaged in zip(distributions("pqn")[0.2][:3], distributions("ebipla without noise")[0.2][:3], strict=True):
         np.testing.assert_allclose(newton, averaged, atol=1e-12)
 
 
-def _soul_law(h, num_data, num_moves):
+def _soul_distribution(h, num_data, num_moves):
     """Variance of loc when it follows the mean of one chain over its moves, all of them at the loc before."""
     a, j = 1 - 2 * h, np.arange(1, num_moves + 1)
     pull = (1 - a**j) / 2
@@ -278,7 +280,7 @@ SOUL = {"num_particles": 1, "num_moves": 3}
 @pytest.mark.parametrize("h", [0.01, 0.1, 0.2])
 def test_soul_averages_over_the_moves_of_one_chain(h):
     # guards against: the last point instead of the mean, moves that count the point before, a step per move
-    np.testing.assert_allclose(_theta(laws("soul", **SOUL)[h]), _soul_law(h, D, 3), **EXACT)
+    np.testing.assert_allclose(_theta(distributions("soul", **SOUL)[h]), _soul_distribution(h, D, 3), **EXACT)
 
 
 def test_soul_varies_more_than_as_many_particles():
@@ -297,7 +299,7 @@ LIMITS = {
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_small_steps_reach_the_law_of_the_diffusion(name):
+def test_small_steps_reach_the_distribution_of_the_diffusion(name):
     # guards against: an algorithm that is the discretization of another diffusion
     for variance, limit in zip((_theta, _x), LIMITS[name], strict=True):
         if limit is not None:
@@ -311,7 +313,7 @@ def test_the_limit_does_not_depend_on_the_speed_of_the_parameters(speed):
         optim = langevin(lambda count: speed * step_size(count))
         return ParticleMMLE.ebipla(hierarchical, optim, num_particles=N, step_size=step_size)
 
-    coarse, fine = (_theta(affine) for affine in law(make, Y, steps=[2e-3, 1e-3]))
+    coarse, fine = (_theta(affine) for affine in distribution(make, Y, steps=[2e-3, 1e-3]))
     np.testing.assert_allclose(2 * fine - coarse, 2 / (D * N), rtol=1e-4)
 
 
@@ -324,20 +326,20 @@ def _kinetic_engine(name, h):
 
 
 @cache
-def kinetic_laws(name):
-    return {h: law(_kinetic_engine(name, h), Y) for h in KINETIC_STEPS[name]}
+def kinetic_distributions(name):
+    return {h: distribution(_kinetic_engine(name, h), Y) for h in KINETIC_STEPS[name]}
 
 
 ALGORITHMS = {
-    "pgd": lambda: laws("pgd")[0.2],
-    "ipla": lambda: laws("ipla")[0.2],
-    "ebipla": lambda: laws("ebipla")[0.2],
-    "soul": lambda: laws("soul", **SOUL)[0.2],
-    "pqn": lambda: laws("pqn")[0.2],
-    "pmgd": lambda: laws("pmgd")[0.2],
-    "kiplmc1": lambda: kinetic_laws("kiplmc1")[0.1],
-    "kiplmc2": lambda: kinetic_laws("kiplmc2")[0.1],
-    "mpd": lambda: kinetic_laws("mpd")[0.1],
+    "pgd": lambda: distributions("pgd")[0.2],
+    "ipla": lambda: distributions("ipla")[0.2],
+    "ebipla": lambda: distributions("ebipla")[0.2],
+    "soul": lambda: distributions("soul", **SOUL)[0.2],
+    "pqn": lambda: distributions("pqn")[0.2],
+    "pmgd": lambda: distributions("pmgd")[0.2],
+    "kiplmc1": lambda: kinetic_distributions("kiplmc1")[0.1],
+    "kiplmc2": lambda: kinetic_distributions("kiplmc2")[0.1],
+    "mpd": lambda: kinetic_distributions("mpd")[0.1],
 }
 
 
@@ -354,7 +356,7 @@ def test_the_mean_of_the_parameters_is_the_maximum_at_a_finite_step(name):
 def test_the_spread_of_the_parameters_falls_as_the_root_of_the_number_of_particles():
     # guards against: a mean over particles forgotten in the drift or in the noise
     numbers = [1, 4, 16]
-    spread = [np.sqrt(_theta(laws("ipla", 2, number)[0.1])) for number in numbers]
+    spread = [np.sqrt(_theta(distributions("ipla", 2, number)[0.1])) for number in numbers]
     assert np.polyfit(np.log(numbers), np.log(spread), 1)[0] == pytest.approx(-0.5, abs=1e-8)
 
 
@@ -366,19 +368,19 @@ def test_the_spread_of_the_parameters_falls_as_the_root_of_the_number_of_particl
 )
 def test_the_update_is_stable_up_to_the_step_limit_and_not_above(name, limit):
     # guards against: an update that is not the explicit Euler step
-    by_step = laws(name)
+    by_step = distributions(name)
     assert by_step[0.999 * limit].spectral_radius < 1 < by_step[1.001 * limit].spectral_radius
 
 
 @pytest.mark.parametrize("name", FASTEST)
 def test_the_fastest_step_is_the_best_for_a_quadratic(name):
     # guards against: an update that is not the explicit Euler step
-    slow, fastest, large = (laws(name)[factor * FASTEST[name]].spectral_radius for factor in (0.98, 1.0, 1.02))
+    slow, fastest, large = (distributions(name)[factor * FASTEST[name]].spectral_radius for factor in (0.98, 1.0, 1.02))
     assert fastest < min(slow, large)
 
 
 def test_the_limit_of_ebipla_does_not_depend_on_the_number_of_data():
-    by_step = laws("ebipla", 3, 2)
+    by_step = distributions("ebipla", 3, 2)
     assert by_step[0.999 * AVERAGED].spectral_radius < 1 < by_step[1.001 * AVERAGED].spectral_radius
 
 
@@ -432,7 +434,7 @@ def test_simulation_has_the_propagated_covariance(name):
 
 
 def resting(y, index):
-    """Particles whose law is N(0, 1/2) whatever the parameter; the batch comes from outside."""
+    """Particles whose distribution is N(0, 1/2) whatever the parameter; the batch comes from outside."""
     loc = numpyro.param("loc", 0.0)
     with numpyro.handlers.substitute(data={"data": index}):
         plate = numpyro.plate("data", len(y), subsample_size=len(index))
@@ -457,7 +459,7 @@ def batch_steps(engine, y, batches):
 
 
 @pytest.mark.parametrize(("noise", "after"), [("batch", 0.625), ("all", 0.36 * 0.625 + 0.04)])
-def test_cyclic_batches_meet_the_law_of_plain_langevin_before_their_drift(noise, after):
+def test_cyclic_batches_meet_the_distribution_of_plain_langevin_before_their_drift(noise, after):
     # c = 2, h = .2, L = 10: 1 / (c (1 - hc/2)) = .625 before, .225 after the drift, and then noise. Guards against: sqrt(2h) on
     # all particles (L times too wide) and sqrt(2h/L) on the batch alone (L times too narrow), a scaled particle drift
     engine = ParticleMMLE(resting, optax.set_to_zero(), 1, 0.2, noise=noise)
@@ -473,7 +475,7 @@ def test_cyclic_batches_meet_the_law_of_plain_langevin_before_their_drift(noise,
 
 
 @pytest.mark.parametrize("noise", ["batch", "all"])
-def test_batches_drawn_by_the_plate_give_the_law_of_plain_langevin(noise):
+def test_batches_drawn_by_the_plate_give_the_distribution_of_plain_langevin(noise):
     # v = p (1 - hc)^2 v + (1 - p) v + 2 h p after the noise, p = B / M. Guards against: the same batch at every step, rows
     # scattered to other places, particles outside the batch that drift
     engine = ParticleMMLE(resting_at_random, optax.set_to_zero(), 2, 0.3, noise=noise)
@@ -498,7 +500,7 @@ def test_the_scale_of_a_plate_counts_for_the_parameters_and_not_for_the_particle
     # guards against: particles of a batch that drift M / B times too far, a parameter gradient that forgets the other batches
     y, index, h = np.arange(6.0), np.array([4, 1]), 0.1
     engine = ParticleMMLE(hierarchical_rows, optax.sgd(h), 1, h, drift=drift)
-    step = law(engine, y, index)
+    step = distribution(engine, y, index)
     loc, x = int(step.at["unconstrained"]["loc"]), np.asarray(step.at["particles"]["x"][0], int)
     exact = np.eye(7)
     exact[loc, loc] -= 2 * h * per_row
@@ -523,23 +525,16 @@ def tilted(y):
         numpyro.sample("y", dist.Normal(x, 1), obs=y)
 
 
-class _Chains(NamedTuple):
-    position: Any
-
-
 @dataclass(frozen=True)
-class FromTilt:
+class FromTilt(Sampler):
     """Chains of the linear tilt at its mean, which is the score at 0, or drawn around it with variance 1."""
 
     draw: bool = False
 
-    def init(self, position, log_prob=None):
-        return _Chains(position)
-
     def run(self, rng_key, log_prob, state):
         x = lax.stop_gradient(state.position)
         mean = jax.grad(lambda x: log_prob(x).sum())(jnp.zeros_like(x))
-        return _Chains(mean + optim.normal_like(rng_key, x) if self.draw else mean)
+        return ChainState(mean + optim.normal_like(rng_key, x) if self.draw else mean)
 
 
 def _tilted_ebipla(step_size, sampler, num_chains=1):
@@ -549,8 +544,8 @@ def _tilted_ebipla(step_size, sampler, num_chains=1):
 
 def test_an_energy_prior_with_exact_chains_moves_as_the_normalized_model():
     # guards against: the sign or the scale of d log Z, a normalizer for the whole plate, one per particle
-    (energy,) = law(lambda h: _tilted_ebipla(h, FromTilt()), Y, steps=[0.1])
-    for ours, exact in zip(energy[:3], laws("ebipla", D, N)[0.1][:3], strict=True):
+    (energy,) = distribution(lambda h: _tilted_ebipla(h, FromTilt()), Y, steps=[0.1])
+    for ours, exact in zip(energy[:3], distributions("ebipla", D, N)[0.1][:3], strict=True):
         np.testing.assert_allclose(ours, exact, atol=1e-12)
 
 
@@ -558,7 +553,7 @@ def test_independent_chains_add_their_share_to_the_variance():
     # 5/6 h Var(prior) / M from M chains, to first order in h. Guards against: chains averaged over particles too
     h = 1e-3
     draws, means = (
-        _theta(law(lambda h, draw=draw: _tilted_ebipla(h, FromTilt(draw), D), Y, steps=[h])[0]) for draw in (True, False)
+        _theta(distribution(lambda h, draw=draw: _tilted_ebipla(h, FromTilt(draw), D), Y, steps=[h])[0]) for draw in (True, False)
     )
     np.testing.assert_allclose((draws - means) / (h / D), 5 / 6, rtol=2e-3)
 
@@ -584,7 +579,7 @@ def _short_run(num_steps):
         tilted, num_particles=1, step_size=0.1, num_chains=1, prior_step_size=0.1, num_prior_steps=num_steps
     )
     with mock.patch.object(jax.random, "normal", lambda key, shape=(), dtype=float: jnp.zeros(shape, dtype)):
-        return law(engine, Y)
+        return distribution(engine, Y)
 
 
 S, S2 = 3.0, 1.0  # variance of the data, variance of their noise
@@ -600,23 +595,20 @@ def precise(y):
 
 
 @dataclass(frozen=True)
-class Stationary:
+class Stationary(Sampler):
     """Two chains with the variance of a stationary unadjusted chain on a quadratic; the exact one for step 0."""
 
     step_size: float
 
-    def init(self, position, log_prob=None):
-        return _Chains(position)
-
     def run(self, rng_key, log_prob, state):
         c = -jax.grad(lambda x: log_prob(x).sum())(jnp.ones_like(state.position))[0]
-        return _Chains(lax.stop_gradient(jnp.array([-1.0, 1.0]) / jnp.sqrt(c * (1 - self.step_size * c / 2))))
+        return ChainState(lax.stop_gradient(jnp.array([-1.0, 1.0]) / jnp.sqrt(c * (1 - self.step_size * c / 2))))
 
 
 def resting_drift(make, y, name, inverse, fed=None):
-    """How far a step moves a parameter, by its value and settings, where particles have the law of their own moves there.
+    """How far a step moves a parameter, by its value and settings, where particles have the distribution of their own moves there.
 
-    Two particles per datum, a deviation below and above the mean, have the mean and the square of that law.
+    Two particles per datum, a deviation below and above the mean, have the mean and the square of that distribution.
 
     :param make: the engine, of the settings.
     :param inverse: the transform of the parameter to unconstrained space.
@@ -845,7 +837,7 @@ def test_permuting_the_data_with_their_particles_leaves_the_parameters():
     # guards against: rows of particles that meet other rows of data
     scale, order = np.array([0.5, 1.0, 1.5, 2.0]), np.array([2, 0, 3, 1])
     engine = ParticleMMLE.ipla(hierarchical, num_particles=2, step_size=0.05)
-    plain, permuted = law(engine, Y, scale), law(engine, Y[order], scale[order])
+    plain, permuted = distribution(engine, Y, scale), distribution(engine, Y[order], scale[order])
     z = np.arange(len(plain.offset))
     z[_places(plain.at["particles"])] = plain.at["particles"]["x"][:, order].ravel()
     np.testing.assert_allclose(permuted.matrix, plain.matrix[np.ix_(z, z)], atol=1e-12)
@@ -909,23 +901,23 @@ KINETIC = {"kiplmc1": (0.10555, 0.10263, 0.10051), "kiplmc2": (0.100505, 0.10012
 @pytest.mark.parametrize("name", KINETIC)
 def test_kinetic_parameters_have_the_known_variances(name):
     # exact .1; bias O(h) and O(h^2). Guards against: covariances of position and velocity exchanged, and every factor in them
-    for affine, told in zip(kinetic_laws(name).values(), KINETIC[name], strict=True):
+    for affine, told in zip(kinetic_distributions(name).values(), KINETIC[name], strict=True):
         assert _theta(affine) == pytest.approx(told, abs=6e-6 if name == "kiplmc1" else 6e-7)
     variances = [_x(affine), affine.variance(affine.at["optim_state"]), affine.variance(affine.at["dynamics_state"])]
     np.testing.assert_allclose(variances, [1 / 2 + 1 / (2 * N * D), 1 / N, 1], rtol=0.011)  # h = .01
 
 
-def test_mpd_approaches_the_law_of_its_diffusion():
+def test_mpd_approaches_the_distribution_of_its_diffusion():
     # guards against: noise on the parameters, the look-ahead on the particles, the inverse mass on one of both
     gamma, eta = 2.0, 2.0
     drift = np.array([[0, eta, 0, 0], [-D, -gamma * eta, D, 0], [0, 0, 0, eta], [1, 0, -2, -gamma * eta]])  # loc, m, mean x, mean u
     exact = solve_continuous_lyapunov(drift, -np.diag([0, 0, 0, 2 * gamma / (D * N)]))
-    coarse, fine = (_theta(kinetic_laws("mpd")[h]) for h in (4e-3, 2e-3))
+    coarse, fine = (_theta(kinetic_distributions("mpd")[h]) for h in (4e-3, 2e-3))
     np.testing.assert_allclose(2 * fine - coarse, exact[0, 0], rtol=1e-3)
 
 
 def test_mpd_has_no_noise_on_its_parameters():
-    affine = kinetic_laws("mpd")[0.1]
+    affine = kinetic_distributions("mpd")[0.1]
     for part in ("unconstrained", "optim_state"):
         at = _places(affine.at[part])
         np.testing.assert_array_equal(affine.noise[at], 0)
