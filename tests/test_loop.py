@@ -141,6 +141,24 @@ def test_loops_of_fixed_length_stop_before_a_bad_step(fixed, chunk_size):
     assert (int(stable.state.num_steps), int(stable.state.num_skipped)) == (6, 12)
 
 
+@pytest.mark.parametrize("chunk_size", [4, 20])
+def test_no_step_is_made_after_a_bad_one_though_it_would_be_good(monkeypatch, chunk_size):
+    """One row is bad, and a batch of four has it or not. Catches steps that are made after the run has stopped."""
+    engine = CASES["score matching"].make()
+    start, bad = engine.init(KEY, Y), Y.at[2].set(jnp.nan)
+    losses = engine.run(KEY, 20, bad, progress_bar=False, init_state=start, stable_update=True).losses
+    first = int(np.isnan(losses).argmax())
+    assert np.isfinite(losses[:first]).all()
+    assert np.isfinite(losses[first + 1 :]).any()
+    good = engine.run(KEY, first, bad, progress_bar=False, init_state=start).state if first else start
+    monkeypatch.setattr(engine_module, "_asks_the_host", lambda *trees: True)
+    for length in (5, 30):  # one of loops and single steps, one of single steps alone
+        monkeypatch.setattr(engine_module, "FIXED_LENGTH", length)
+        with pytest.raises(NonFiniteError, match=f"^step {first + 1}: site 'y'") as error:
+            engine.run(KEY, 20, bad, progress_bar=False, init_state=start, chunk_size=chunk_size)
+        _assert_same(error.value.state, good, but=("rng_key",))
+
+
 def test_rows_kept_by_the_step_stay_after_a_bad_one(fixed):
     """With a subsampled plate, and noise on all rows. Catches particles that move on after the run has stopped."""
     case = CASES["kinetic and subsampled"]
