@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core import Literal
 from jax.extend.core.primitives import cond_p, name_p, scan_p, stop_gradient_p
 
 Sources = frozenset[str]
@@ -58,7 +58,7 @@ def _of_equation(equation: Any, inputs: list[Sources]) -> list[Sources]:
     if equation.primitive is stop_gradient_p:
         return [frozenset(tag for tag in inputs[0] if tag.startswith(_PREFIX))]
     if equation.primitive is scan_p:
-        return _of_scan(params["jaxpr"], inputs, params["num_consts"], params["num_carry"])
+        return _of_scan(equation, inputs)
     if equation.primitive is cond_p:
         branches = [_of_outputs(branch, inputs[1:]) for branch in params["branches"]]
         return [inputs[0].union(*outputs) for outputs in zip(*branches, strict=True)]
@@ -68,7 +68,12 @@ def _of_equation(equation: Any, inputs: list[Sources]) -> list[Sources]:
     return [frozenset().union(*inputs)] * num_outputs
 
 
-def _of_scan(body: ClosedJaxpr, inputs: list[Sources], num_consts: int, num_carry: int) -> list[Sources]:
+def _of_scan(equation: Any, inputs: list[Sources]) -> list[Sources]:
+    body = getattr(equation.params["jaxpr"], "jaxpr", equation.params["jaxpr"])
+    # what is stacked has an axis less inside; the params that count the rest have other names in every version of JAX
+    num_xs = sum(outer.aval.ndim > inner.aval.ndim for outer, inner in zip(equation.invars, body.invars, strict=True))
+    num_carry = sum(outer.aval.ndim == inner.aval.ndim for outer, inner in zip(equation.outvars, body.outvars, strict=True))
+    num_consts = len(inputs) - num_carry - num_xs
     consts, carry, xs = inputs[:num_consts], inputs[num_consts : num_consts + num_carry], inputs[num_consts + num_carry :]
     while True:
         outputs = _of_outputs(body, [*consts, *carry, *xs])
