@@ -76,7 +76,7 @@ def test_a_step_is_traced_once_and_compiled_twice(case, engine, start, updated, 
     engine.stable_update(start, *case.args)
     assert runs == []
     assert engine._one._cache_size() == 1
-    assert engine._open_loop._cache_size() == 3  # of users: to stop, to skip, and with a function to collect
+    assert engine._open_loop._cache_size() == 2  # without and with a function to collect
 
 
 # Loops of fixed length, as accelerators have them.

@@ -79,7 +79,7 @@ class Engine(ABC):
         self._begin = jax.jit(self._start_arrays, static_argnames="static")
         self._proposed = jax.jit(self._propose, static_argnames="static")  # inside the next three, so that it is traced once
         self._one = jax.jit(self._make_step, static_argnames="static")
-        self._open_loop = jax.jit(self._make_open, static_argnames=("static", "collect", "stable"), donate_argnames="state")
+        self._open_loop = jax.jit(self._make_open, static_argnames=("static", "collect"), donate_argnames="state")
         self._fixed_loop = jax.jit(self._make_fixed, static_argnames=("static", "collect", "length"), donate_argnames="state")
         self._loss_now = compiled(self._loss)
 
@@ -254,62 +254,46 @@ class Engine(ABC):
         return self._open_chunk(state, num_steps, call) if length is None else self._fixed_chunk(state, num_steps, call, length)
 
     def _open_chunk(self, state: State, num_steps: int, call: "_Call") -> tuple[State, "_Record", dict[Part, int]]:
-        """By loops that end where they like, whose condition costs a CPU nothing.
-
-        To keep the old state in every step, in case the new one is bad, costs more than many a step. So a loop goes on to the bad
-        state, and is then run again from its start to the state before: the same steps, bit for bit.
-        """
-        records, done = [], 0
-        while done < num_steps:
-            begin = None if call.stable else _copy(state)
-            state, record, count, stopped = self._looped(state, num_steps - done, call)
-            if stopped and count:
-                state, *_ = self._looped(begin, count, call)
-            elif stopped:
-                state = begin
+        """By a loop that ends where it likes, whose condition costs a CPU nothing."""
+        records, done, bad = [], 0, dict[Part, int]()
+        while done < num_steps and not bad:
+            state, record, count, stopped, health = self._open_loop(
+                state, num_steps - done, call.stable, call.dynamic, static=call.static, collect=call.collect
+            )
+            count, stopped, health = jax.device_get((count, stopped, health))
             records.append(jax.tree.map(lambda x, count=count: np.asarray(x)[:count].copy(), record))
-            done += count
-            if stopped:  # by itself the step tells all that is bad about it
-                made = self._one(state, np.False_, call.stable, call.dynamic, static=call.static)
-                return made.state, _joined(records), _codes(jax.device_get(made.health))
-        return state, _joined(records), {}
-
-    def _looped(self, state: State, num_steps: int, call: "_Call") -> tuple[State, "_Record", int, bool]:
-        state, record, count, stopped = self._open_loop(
-            state, num_steps, call.dynamic, static=call.static, collect=call.collect, stable=bool(call.stable)
-        )
-        count, stopped = jax.device_get((count, stopped))
-        return state, record, int(count), bool(stopped)
+            done += int(count)
+            bad = _codes(health) if stopped else {}
+        return state, _joined(records), bad
 
     def _make_open(
-        self, state: State, num_steps: Array, dynamic: Any, *, static: Rest, collect: Any, stable: bool
-    ) -> tuple[State, "_Record", Array, Array]:
+        self, state: State, num_steps: Array, stable: Array, dynamic: Any, *, static: Rest, collect: Any
+    ) -> tuple[State, "_Record", Array, Array, Health]:
         """Up to ``num_steps`` steps, as many as the buffer holds, and how many were made before a bad one stopped them."""
 
-        def one(state: State) -> tuple[State, _Record, Array]:
-            if stable:
-                made = self._make_step(state, None, jnp.ones((), bool), dynamic, static=static)
-                return made.state, _Record(made.loss, _collected(collect, made.state)), made.stopped
-            new, loss, health = self._proposed(state, dynamic, static=static)
-            new = new._replace(num_steps=state.num_steps + 1)
-            return new, _Record(loss, _collected(collect, new)), is_bad(health)
+        def one(state: State) -> tuple[State, _Record, Array, Health]:
+            made = self._make_step(state, None, stable, dynamic, static=static)
+            return made.state, _Record(made.loss, _collected(collect, made.state)), made.stopped, made.health
 
-        size = min(MAX_STEPS_PER_CALL, _fitting(record := jax.eval_shape(one, state)[1]))
+        _, record, _, health = jax.eval_shape(one, state)
+        size = min(MAX_STEPS_PER_CALL, _fitting(record))
 
         def going(carry: Any) -> Array:
-            done, _, _, stopped = carry
+            done, _, _, stopped, _ = carry
             return (done < num_steps) & (done < size) & ~stopped
 
         def body(carry: Any) -> Any:
-            done, state, buffer, _ = carry
-            state, record, stopped = one(state)
+            done, state, buffer, _, _ = carry
+            state, record, stopped, health = one(state)
             buffer = jax.tree.map(lambda kept, x: lax.dynamic_update_index_in_dim(kept, x, done, 0), buffer, record)
-            return done + 1, state, buffer, stopped
+            return done + 1, state, buffer, stopped, health
 
+        buffer = jax.tree.map(partial(_buffer, size), record)
+        health = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), health)
+        begin = jnp.zeros((), jnp.int32), state, buffer, jnp.zeros((), bool), health
         # A while loop, not a scan: its body is compiled alike whatever the number of steps.
-        begin = jnp.zeros((), jnp.int32), state, jax.tree.map(partial(_buffer, size), record), jnp.zeros((), bool)
-        done, state, buffer, stopped = lax.while_loop(going, body, begin)
-        return state, buffer, done - stopped, stopped
+        done, state, buffer, stopped, health = lax.while_loop(going, body, begin)
+        return state, buffer, done - stopped, stopped, health
 
     def _fixed_chunk(self, state: State, num_steps: int, call: "_Call", length: int) -> tuple[State, "_Record", dict[Part, int]]:
         """By loops of a fixed length and then by single steps, all of them queued before the host looks at any."""
