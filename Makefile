@@ -21,9 +21,6 @@ test test-slow test-lowest test-newest smoke: export JAX_PERSISTENT_CACHE_MIN_CO
 test test-slow test-lowest test-newest smoke: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES := -1
 # Most tests compile longer than they run. Those of numbers that are the same bit for bit are compiled as for users (tests/conftest.py).
 test test-lowest test-newest smoke: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1
-# Half of the rest is XLA's emitter of fusions, which later versions cannot do without: the other versions' tests have it.
-WITHOUT_EMITTERS = import jaxlib.version as v; print("--xla_cpu_use_fusion_emitters=false" * (v.__version_info__ < (0, 11)))
-test: export XLA_FLAGS = $(shell $(BIN)/python -c '$(WITHOUT_EMITTERS)' 2>/dev/null)
 
 # The programs that were used last are kept, about half a gigabyte. JAX's own bound reads the whole folder for each new one.
 .PHONY: trim-cache
