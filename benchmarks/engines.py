@@ -58,6 +58,17 @@ def points():
     return jax.random.normal(jax.random.key(3), (128, 2))
 
 
+def energy_of_points(net):
+    """The model of a plane's points, with the network as the energy of a tilted standard normal."""
+
+    def model(v):
+        energy = eqx_module("energy", net)
+        with numpyro.plate("data", len(v)):
+            numpyro.sample("v", TiltedDistribution(dist.Normal(0, 1).expand([2]).to_event(1), energy), obs=v)
+
+    return model
+
+
 def images():
     return jax.random.uniform(jax.random.key(3), (128, PIXELS))
 
@@ -86,11 +97,6 @@ def score_matching(objective, loss_by_hand):
     net, v = mlp(0, 2, "scalar"), points()
     params, static = eqx.partition(net, eqx.is_inexact_array)
 
-    def model(v):
-        energy = eqx_module("energy", net)
-        with numpyro.plate("data", len(v)):
-            numpyro.sample("v", TiltedDistribution(dist.Normal(0, 1).expand([2]).to_event(1), energy), obs=v)
-
     def update(state):
         params, optim_state, key = state
         key, _, loss_key = jax.random.split(key, 3)
@@ -103,7 +109,7 @@ def score_matching(objective, loss_by_hand):
         value, gradient = jax.value_and_grad(loss)(params)
         return (*adam_step(gradient, optim_state, params), key), value
 
-    engine = ScoreMatching(model, optax.adam(RATE), objective)
+    engine = ScoreMatching(energy_of_points(net), optax.adam(RATE), objective)
     return in_run(engine, v), in_scan(update, (params, optax.adam(RATE).init(params), jax.random.key(1)))
 
 
@@ -143,11 +149,6 @@ def contrastive_divergence():
     net, v = mlp(0, 2, "scalar"), points()
     params, static = eqx.partition(net, eqx.is_inexact_array)
 
-    def model(v):
-        energy = eqx_module("energy", net)
-        with numpyro.plate("data", len(v)):
-            numpyro.sample("v", TiltedDistribution(dist.Normal(0, 1).expand([2]).to_event(1), energy), obs=v)
-
     def update(state):
         params, optim_state, chains, key = state
         key, chain_key = jax.random.split(key)
@@ -161,7 +162,7 @@ def contrastive_divergence():
         value, gradient = jax.value_and_grad(loss)(params)
         return (*adam_step(gradient, optim_state, params), chains, key), value
 
-    phase = negative_phase(model, num_chains=NUM_CHAINS, sampler=UnadjustedLangevin(STEP_SIZE, NUM_MOVES))
+    phase = negative_phase(energy_of_points(net), num_chains=NUM_CHAINS, sampler=UnadjustedLangevin(STEP_SIZE, NUM_MOVES))
     svi = SVI(phase, lambda v: None, optax.adam(RATE), Trace_ELBO())
     chains = jax.random.normal(jax.random.key(2), (NUM_CHAINS, 2))
     by_svi = in_scan(lambda state: svi.update(state, v), svi.init(jax.random.key(1), v))
