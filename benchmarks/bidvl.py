@@ -20,7 +20,8 @@ from _timing import in_turn, show_ratio, timed, use_one_core
 
 from numpyro_ebm import BiDVL, EnergyDistribution
 
-NUM_VISIBLE, NUM_LATENTS, SIGMA, RATE = 64, 8, 0.25, 1e-3
+NUM_VISIBLE, NUM_LATENTS, SIGMA = 64, 8, 0.25
+RATE = 1e-4  # which keeps the energies of noise finite over a few hundred steps
 LATENT_WEIGHT, VAE_WEIGHT = 0.5, 0.7
 
 

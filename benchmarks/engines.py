@@ -13,9 +13,10 @@ under :class:`~numpyro_ebm.negative_phase` stands in a ``scan``.
 * ``BiSM``, ``VaGES``: a Gaussian restricted Boltzmann machine of 560 x 400, batch 100, as in ``bism.py`` and ``vages.py``.
 * ``BiDVL``: the digits of ``bidvl.py``.
 
-CPU seconds of all threads, the two sides in turn, medians of ratios. The first call, which compiles, is reported apart, without
-the compilation cache. ``losses`` are the means over the run, to see that both sides do the same. Run ``make bench``, or
-``python benchmarks/engines.py --help``.
+CPU seconds on one core, the two sides in turn, medians of ratios. A run has as many steps as take about a second: what ``run``
+does once, such as ``init``, takes some 10 ms. The first call, which compiles, is reported apart, without the compilation cache.
+``losses`` are the means over the run, to see that both sides do the same. Run ``make bench``, or ``python benchmarks/engines.py
+--help``.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import vages
+from _timing import use_one_core
 from jax import lax
 from numpyro.contrib.module import eqx_module
 from numpyro.infer import SVI, Trace_ELBO
@@ -239,18 +241,19 @@ def compare(title, runs, num_steps, repeats):
 
 
 def main(args):
+    use_one_core()
     jax.config.update("jax_enable_compilation_cache", False)
     print(f"device {jax.devices()[0].device_kind}; CPU seconds, medians of {args.repeats} rounds")
-    small, large = args.num_steps, max(2, args.num_steps // 50)
+    small, medium, large = args.num_steps, max(2, args.num_steps // 8), max(2, args.num_steps // 20)
     cases = {
         "denoising": (denoising, small),
         "sliced": (sliced, small),
-        "CD-20": (contrastive_divergence, max(2, small // 5)),
-        "particles": (particles, max(2, small // 5)),
+        "CD-20": (contrastive_divergence, medium),
+        "particles": (particles, large),
         "BiSM, N = 0": (partial(boltzmann_machine, bism, (5, 0), args), large),
         "BiSM, N = 5": (partial(boltzmann_machine, bism, (5, 5), args), large),
         "VaGES, L = 2": (partial(boltzmann_machine, vages, (5, 2), args), large),
-        "BiDVL": (partial(divergence_triangle, args), max(2, small // 10)),
+        "BiDVL": (partial(divergence_triangle, args), medium),
     }
     for title, (make, num_steps) in cases.items():
         if args.only in title:
@@ -259,7 +262,9 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num-steps", type=int, default=1000, help="steps of the small networks; of the large ones a 50th")
+    parser.add_argument(
+        "--num-steps", type=int, default=2000, help="steps of the small networks; of the large ones an 8th or a 20th"
+    )
     parser.add_argument("--repeats", type=int, default=7, help="rounds of runs")
     parser.add_argument("--only", default="", help="a part of the names of the cases to run")
     parser.add_argument("--smoke", action="store_true", help="a few steps of small machines, to see that it runs")

@@ -78,8 +78,8 @@ class Engine(ABC):
     def __init__(self) -> None:
         self._begin = jax.jit(self._start_arrays, static_argnames="static")
         self._proposed = jax.jit(self._propose, static_argnames="static")  # inside the next three, so that it is traced once
-        self._one = jax.jit(self._make_step, static_argnames="static")
-        self._open_loop = jax.jit(self._make_open, static_argnames=("static", "collect"), donate_argnames="state")
+        self._one = jax.jit(self._make_one, static_argnames="static")
+        self._open_loop = jax.jit(self._make_open, static_argnames=("static", "collect"))
         self._fixed_loop = jax.jit(self._make_fixed, static_argnames=("static", "collect", "length"), donate_argnames="state")
         self._loss_now = compiled(self._loss)
 
@@ -228,19 +228,27 @@ class Engine(ABC):
         seen = self._one(state, np.False_, np.bool_(stable), dynamic, static=static)
         return seen.state, seen.loss
 
-    def _make_step(self, state: State, stopped: Array | None, stable: Array, dynamic: Any, *, static: Rest) -> "_Made":
-        """A step that is kept if it is healthy; none where a run has ``stopped`` before, which None says cannot be."""
-        proposed, loss, health = self._proposed(state, dynamic, static=static)
+    def _make_one(self, state: State, stopped: Array, stable: Array, dynamic: Any, *, static: Rest) -> "_Made":
+        """One step by itself, compiled as the loop of its device compiles it."""
+
+        def in_open_loop(state: State, dynamic: Any) -> tuple[State, Array, Health]:
+            once = (state.num_steps >= 0).astype(jnp.int32)  # one step, which XLA cannot know and so takes out of no loop
+            seen = self._advance(state, once, 1, dynamic, static=static, collect=None)
+            return seen.state, seen.record.loss[0], seen.health
+
+        proposal = lax.platform_dependent(state, dynamic, cpu=in_open_loop, default=partial(self._proposed, static=static))
+        return self._kept(proposal, state, stopped, stable)
+
+    def _kept(self, proposal: tuple[State, Array, Health], state: State, stopped: Array, stable: Array) -> "_Made":
+        """The step that was proposed if it is healthy, else the state as it was; none where a run has ``stopped`` before."""
+        proposed, loss, health = proposal
         bad = is_bad(health)
         chosen = set(state._fields) - self.kept_by_step
         new = proposed._replace(**{field: keep(~bad, getattr(proposed, field), getattr(state, field)) for field in chosen})
         new = new._replace(
             rng_key=proposed.rng_key, num_steps=state.num_steps + ~bad, num_skipped=state.num_skipped + (bad & stable)
         )
-        stops = bad & ~stable
-        if stopped is not None:
-            new, stops = keep(~stopped, new, state), stopped | stops
-        return _Made(new, jnp.where(bad, jnp.nan, loss), health, stops)
+        return _Made(keep(~stopped, new, state), jnp.where(bad, jnp.nan, loss), health, stopped | (bad & ~stable))
 
     def _propose(self, state: State, dynamic: Any, *, static: Rest) -> tuple[State, Array, Health]:
         args, kwargs = join(dynamic, static)
@@ -254,46 +262,62 @@ class Engine(ABC):
         return self._open_chunk(state, num_steps, call) if length is None else self._fixed_chunk(state, num_steps, call, length)
 
     def _open_chunk(self, state: State, num_steps: int, call: "_Call") -> tuple[State, "_Record", dict[Part, int]]:
-        """By a loop that ends where it likes, whose condition costs a CPU nothing."""
-        records, done, bad = [], 0, dict[Part, int]()
-        while done < num_steps and not bad:
-            state, record, count, stopped, health = self._open_loop(
-                state, num_steps - done, call.stable, call.dynamic, static=call.static, collect=call.collect
-            )
-            count, stopped, health = jax.device_get((count, stopped, health))
-            records.append(jax.tree.map(lambda x, count=count: np.asarray(x)[:count].copy(), record))
-            done += int(count)
-            bad = _codes(health) if stopped else {}
-        return state, _joined(records), bad
+        """By a loop that ends where it likes, whose condition costs a CPU nothing.
 
-    def _make_open(
-        self, state: State, num_steps: Array, stable: Array, dynamic: Any, *, static: Rest, collect: Any
-    ) -> tuple[State, "_Record", Array, Array, Health]:
-        """Up to ``num_steps`` steps, as many as the buffer holds, and how many were made before a bad one stopped them."""
+        It keeps no old state, which costs more than many a step. Where a step is bad it is run again, to the state before.
+        """
+        records, done = [], 0
+        while done < num_steps:
+            start = state
+            state, record, count, stopped = self._looped(start, num_steps - done, call)
+            records.append(record)
+            done += count
+            if stopped:
+                before = self._looped(start, count, call)[0] if count else start
+                made = self._one(before, np.False_, call.stable, call.dynamic, static=call.static)
+                if made.stopped:
+                    return made.state, _joined(records), _codes(jax.device_get(made.health))
+                state = made.state
+                records.append(jax.tree.map(lambda x: np.asarray(x)[None], _Record(made.loss, _collected(call.collect, state))))
+                done += 1
+        return state, _joined(records), {}
 
-        def one(state: State) -> tuple[State, _Record, Array, Health]:
-            made = self._make_step(state, None, stable, dynamic, static=static)
-            return made.state, _Record(made.loss, _collected(collect, made.state)), made.stopped, made.health
+    def _looped(self, state: State, num_steps: int, call: "_Call") -> tuple[State, "_Record", int, bool]:
+        """The open loop, and what the host looks at: the records, how many, and whether a bad step stopped it."""
+        seen = self._open_loop(state, num_steps, call.dynamic, static=call.static, collect=call.collect)
+        count, stopped = jax.device_get((seen.count, seen.stopped))
+        return seen.state, jax.tree.map(lambda x: np.asarray(x)[:count].copy(), seen.record), int(count), bool(stopped)
 
-        _, record, _, health = jax.eval_shape(one, state)
+    def _make_open(self, state: State, num_steps: Array, dynamic: Any, *, static: Rest, collect: Any) -> "_Advanced":
+        _, record = self._shapes(state, dynamic, static=static, collect=collect)
         size = min(MAX_STEPS_PER_CALL, _fitting(record))
+        return self._advance(state, num_steps, size, dynamic, static=static, collect=collect)
+
+    def _advance(self, state: State, num_steps: Array, size: int, dynamic: Any, *, static: Rest, collect: Any) -> "_Advanced":
+        """Up to ``num_steps`` steps, as many as there is room for, or up to the first bad one, whose state is left as it is."""
+        health, record = self._shapes(state, dynamic, static=static, collect=collect)
 
         def going(carry: Any) -> Array:
-            done, _, _, stopped, _ = carry
-            return (done < num_steps) & (done < size) & ~stopped
+            done, _, _, health = carry
+            return (done < num_steps) & (done < size) & ~is_bad(health)
 
         def body(carry: Any) -> Any:
-            done, state, buffer, _, _ = carry
-            state, record, stopped, health = one(state)
+            done, state, buffer, _ = carry
+            new, loss, health = self._proposed(state, dynamic, static=static)
+            new = new._replace(num_steps=state.num_steps + 1)
+            record = _Record(loss, _collected(collect, new))
             buffer = jax.tree.map(lambda kept, x: lax.dynamic_update_index_in_dim(kept, x, done, 0), buffer, record)
-            return done + 1, state, buffer, stopped, health
+            return done + 1, new, buffer, health
 
-        buffer = jax.tree.map(partial(_buffer, size), record)
-        health = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), health)
-        begin = jnp.zeros((), jnp.int32), state, buffer, jnp.zeros((), bool), health
+        buffer, health = jax.tree.map(partial(_buffer, size), record), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), health)
         # A while loop, not a scan: its body is compiled alike whatever the number of steps.
-        done, state, buffer, stopped, health = lax.while_loop(going, body, begin)
-        return state, buffer, done - stopped, stopped, health
+        done, state, buffer, health = lax.while_loop(going, body, (jnp.zeros((), jnp.int32), state, buffer, health))
+        return _Advanced(state, buffer, done - is_bad(health), is_bad(health), health)
+
+    def _shapes(self, state: State, dynamic: Any, *, static: Rest, collect: Any) -> tuple[Any, "_Record"]:
+        """Of the health of a step, and of what is kept of it."""
+        _, loss, health = jax.eval_shape(partial(self._proposed, static=static), state, dynamic)
+        return health, _Record(loss, jax.eval_shape(partial(_collected, collect), state))
 
     def _fixed_chunk(self, state: State, num_steps: int, call: "_Call", length: int) -> tuple[State, "_Record", dict[Part, int]]:
         """By loops of a fixed length and then by single steps, all of them queued before the host looks at any."""
@@ -322,7 +346,7 @@ class Engine(ABC):
 
         def body(carry: tuple[State, Array], _: None) -> tuple[tuple[State, Array], _Seen]:
             state, stopped = carry
-            made = self._make_step(state, stopped, stable, dynamic, static=static)
+            made = self._kept(self._proposed(state, dynamic, static=static), state, stopped, stable)
             seen = _Seen(stopped, _Record(made.loss, _collected(collect, made.state)), made.health)
             return (made.state, made.stopped), seen
 
@@ -331,8 +355,7 @@ class Engine(ABC):
 
     def _length(self, state: State, call: "_Call", chunk_size: int | None) -> int:
         """Of the loop of fixed length in this run."""
-        loss = jax.eval_shape(lambda state: self._proposed(state, call.dynamic, static=call.static)[1], state)
-        record = _Record(loss, jax.eval_shape(partial(_collected, call.collect), state))
+        _, record = self._shapes(state, call.dynamic, static=call.static, collect=call.collect)
         return min(FIXED_LENGTH, chunk_size or FIXED_LENGTH, _fitting(record))
 
     def _error(
@@ -377,6 +400,16 @@ class _Record(NamedTuple):
 
     loss: Array
     collected: Any
+
+
+class _Advanced(NamedTuple):
+    """What an open loop made."""
+
+    state: Any  # after the last step, the bad one where there was one
+    record: _Record  # with a leading axis of steps
+    count: Array  # (), int32: steps before a bad one
+    stopped: Array  # (), bool: whether there was one
+    health: Health  # of the last step
 
 
 class _Seen(NamedTuple):
