@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_engine_contract import CASES, KEY, RATE, Y, _assert_same, _keep, _pgd
 
-from numpyro_ebm import ExactScoreMatching, ScoreMatching
+from numpyro_ebm import EnergyDistribution, ExactScoreMatching, ScoreMatching
 from numpyro_ebm.infer import engine as engine_module
 from numpyro_ebm.infer.bism import conjugate_gradient
 from numpyro_ebm.infer.engine import NonFiniteError
@@ -141,6 +141,28 @@ def test_loops_of_fixed_length_stop_before_a_bad_step(fixed, chunk_size):
     assert (int(stable.state.num_steps), int(stable.state.num_skipped)) == (6, 12)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_a_run_that_skips_makes_the_stable_updates(chunk_size):
+    """Bit for bit, where batches are good and bad in turn. Catches a loop that is not run again to the state before a bad step,
+    or one step too far, and a step that was skipped and is not recorded."""
+    engine, bad = CASES["score matching"].make(), Y.at[2].set(jnp.nan)
+    start = state = engine.init(KEY, Y)
+    states, losses = [], []
+    for _ in range(20):
+        state, loss = engine.stable_update(state, bad)
+        states.append(state)
+        losses.append(loss)
+    skipped = np.isnan(np.array(losses))
+    assert (skipped[:-1] & ~skipped[1:]).any()
+    assert (~skipped[:-1] & skipped[1:]).any()
+    settings = {"progress_bar": False, "init_state": start, "stable_update": True, "collect": _keep, "chunk_size": chunk_size}
+    result = engine.run(KEY, 20, bad, **settings)
+    np.testing.assert_array_equal(result.losses, losses)
+    _assert_same(result.state, state)
+    np.testing.assert_array_equal(result.collected["params"]["loc"], [state.params["loc"] for state in states])
+    assert int(result.state.num_skipped) == skipped.sum()
+
+
 @pytest.mark.parametrize("chunk_size", [4, 20])
 def test_no_step_is_made_after_a_bad_one_though_it_would_be_good(monkeypatch, chunk_size):
     """One row is bad, and a batch of four has it or not. Catches steps that are made after the run has stopped."""
@@ -248,6 +270,21 @@ def test_conjugate_gradient_is_that_of_jax():
 
 
 # Where the loop cannot be, and meshes.
+
+
+def test_updates_can_be_differentiated():
+    """Exact, after one step of a Gaussian's precision. Catches a step inside a loop, which has no reverse mode."""
+    v, precision = jnp.array([0.5, -1.0, 2.0]), 1.3
+
+    def model(v):
+        p = numpyro.param("precision", precision)
+        with numpyro.plate("data", len(v)):
+            numpyro.sample("v", EnergyDistribution(lambda v: p * v**2 / 2), obs=v)
+
+    engine = ScoreMatching(model, optax.sgd(RATE), ExactScoreMatching())
+    state = engine.init(KEY, v)
+    gradient = jax.grad(lambda v: engine.update(state, v)[0].params["precision"])(v)
+    np.testing.assert_allclose(gradient, -2 * RATE * precision * v / len(v), rtol=1e-5)
 
 
 @pytest.mark.parametrize("transform", [jax.jit, jax.vmap])

@@ -236,7 +236,10 @@ class Engine(ABC):
             seen = self._advance(state, once, 1, dynamic, static=static, collect=None)
             return seen.state, seen.record.loss[0], seen.health
 
-        proposal = lax.platform_dependent(state, dynamic, cpu=in_open_loop, default=partial(self._proposed, static=static))
+        plain = partial(self._proposed, static=static)
+        apart = jax.custom_jvp(in_open_loop)  # a while loop has no gradient, a step has
+        apart.defjvp(partial(jax.jvp, plain))
+        proposal = lax.platform_dependent(state, dynamic, cpu=apart, default=plain)
         return self._kept(proposal, state, stopped, stable)
 
     def _kept(self, proposal: tuple[State, Array, Health], state: State, stopped: Array, stable: Array) -> "_Made":
@@ -285,7 +288,7 @@ class Engine(ABC):
     def _looped(self, state: State, num_steps: int, call: "_Call") -> tuple[State, "_Record", int, bool]:
         """The open loop, and what the host looks at: the records, how many, and whether a bad step stopped it."""
         seen = self._open_loop(state, num_steps, call.dynamic, static=call.static, collect=call.collect)
-        count, stopped = jax.device_get((seen.count, seen.stopped))
+        count, stopped = jax.device_get((seen.num_good, seen.stopped))
         return seen.state, jax.tree.map(lambda x: np.asarray(x)[:count].copy(), seen.record), int(count), bool(stopped)
 
     def _make_open(self, state: State, num_steps: Array, dynamic: Any, *, static: Rest, collect: Any) -> "_Advanced":
@@ -407,7 +410,7 @@ class _Advanced(NamedTuple):
 
     state: Any  # after the last step, the bad one where there was one
     record: _Record  # with a leading axis of steps
-    count: Array  # (), int32: steps before a bad one
+    num_good: Array  # (), int32: steps before a bad one
     stopped: Array  # (), bool: whether there was one
     health: Health  # of the last step
 
