@@ -14,31 +14,36 @@ from numpyro_ebm.distributions import (
     amortized_bernoulli,
     amortized_normal,
 )
-from numpyro_ebm.evaluate import FisherDivergence, LogNormalizer, fisher_divergence, log_normalizer, marginal_score
+from numpyro_ebm.evaluate import (
+    ConvergenceReport,
+    FisherDivergence,
+    LogNormalizer,
+    MapEstimate,
+    StandardErrors,
+    convergence,
+    find_map,
+    fisher_divergence,
+    log_normalizer,
+    marginal_score,
+    sample_posterior,
+    standard_errors,
+)
 from numpyro_ebm.handlers import negative_phase, unnormalized
 from numpyro_ebm.infer import (
     BiDVL,
     BiDVLState,
     BiSM,
     BiSMState,
-    ConvergenceReport,
-    MapEstimate,
     NonFiniteError,
     ParticleMMLE,
     ParticleState,
     RunResult,
     ScoreMatching,
     ScoreMatchingState,
-    StandardErrors,
     VaGES,
     VaGESState,
-    convergence,
-    find_map,
-    sample_posterior,
-    standard_errors,
 )
 from numpyro_ebm.inference_data import to_inference_data
-from numpyro_ebm.model_check import ModelReport, SiteReport, check_model
 from numpyro_ebm.objectives import (
     DenoisingScoreMatching,
     ExactScoreMatching,
@@ -52,6 +57,7 @@ from numpyro_ebm.objectives import (
     ksd_test,
 )
 from numpyro_ebm.optim import kinetic_langevin, kinetic_langevin_splitting, langevin
+from numpyro_ebm.program import ModelReport, SiteReport, check_model
 from numpyro_ebm.samplers import (
     MALA,
     BlockGibbs,

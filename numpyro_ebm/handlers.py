@@ -11,9 +11,7 @@ estimated from a population of Markov chains, the negative phase of contrastive 
 """
 
 import copy
-import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, Self
 
 import jax
@@ -29,6 +27,17 @@ from numpyro.primitives import Messenger, mutable
 
 from numpyro_ebm._checks import require_bool, require_count
 from numpyro_ebm._compat import called_by_mcmc, calling_objective, in_subsampled_plate, name_inside, open_handler
+from numpyro_ebm.chains import (
+    MIXED_FIELDS,
+    NOT_FINITE,
+    ChainTarget,
+    chains_name,
+    chains_of,
+    explain,
+    positions,
+    tell,
+    watch,
+)
 from numpyro_ebm.distributions.energy import (
     NormalizerError,
     TiltedDistribution,
@@ -37,9 +46,10 @@ from numpyro_ebm.distributions.energy import (
     refuse_gradient,
     without_guard,
 )
-from numpyro_ebm.model_check import check_run
-from numpyro_ebm.program import require_finite, run_program
-from numpyro_ebm.random_field import FIELD, RandomField, record_run
+from numpyro_ebm.program.check import check_run
+from numpyro_ebm.program.random_field import FIELD, RandomField, record_run
+from numpyro_ebm.program.run import run_model
+from numpyro_ebm.program.sites import require_finite
 from numpyro_ebm.samplers import Sampler
 from numpyro_ebm.samplers.base import require_sampler
 
@@ -270,7 +280,7 @@ class negative_phase(Messenger):
             with trace() as sites, seed(rng_seed=key), substitute(data={**params, **state}), substitute(substitute_fn=_feasible):
                 held(*args, **kwargs)
             state = {name: sites[name]["value"] for name in state}
-            return state, positions({name: state[name] for name in state if name.endswith("/chains")})
+            return state, positions(chains_of(state))
 
         keys = jax.random.split(rng_key, num_samples)
         state, draws = jax.jit(lambda state, keys: lax.scan(step, state, keys))(mutable_state, keys)
@@ -290,11 +300,10 @@ class negative_phase(Messenger):
             variance floor.
         """
         params, mutable_state = _of_fit(params, mutable_state)
-        for name, chains in mutable_state.items():
-            if name.endswith("/chains") and (status := int(chains["status"])):
-                site = name.removesuffix("/chains")
+        for site, chains in chains_of(mutable_state).items():
+            if status := int(chains["status"]):
                 why = explain_chains(self, site, status, args, kwargs, {**params, **mutable_state})
-                _tell(f"site '{site}', update {int(chains['num_updates'])}: {why}", status)
+                tell(f"site '{site}', update {int(chains['num_updates'])}: {why}", status)
 
     def without_reports(self) -> Self:
         """The same handler for an engine that reads the chains' ``status`` itself, and tells what is wrong between steps."""
@@ -302,7 +311,7 @@ class negative_phase(Messenger):
         silent._open, silent._reports = [], False
         return silent
 
-    def _advance(self, name: str, energy: Any, start: Any, run_key: Array) -> Array:
+    def _advance(self, name: str, energy: ChainTarget, start: Any, run_key: Array) -> Array:
         """The log density at the chains of a site, which it moves by one run of the sampler and stores in a mutable site.
 
         :param energy: a :class:`TiltedDistribution`, whose chains are an array, or a :class:`RandomField`, whose are one by site.
@@ -312,7 +321,7 @@ class negative_phase(Messenger):
         fresh = sampler.init(energy.to_chain(start, sampler), target)
         kept = {field: value for field, value in fresh._asdict().items() if field != "position"}
         count = jnp.zeros((), jnp.int32)
-        chains = mutable(f"{name_inside(self, name)}/chains", {"x": start, "num_updates": count, "status": count, **kept})
+        chains = mutable(chains_name(name_inside(self, name)), {"x": start, "num_updates": count, "status": count, **kept})
         if _shapes(chains["x"]) != _shapes(start):
             raise ValueError(
                 f"site '{name}': the state holds chains of shape {_shapes(chains['x'])}, this handler keeps {_shapes(start)}. "
@@ -325,10 +334,10 @@ class negative_phase(Messenger):
         chains.update({"x": x, "num_updates": chains["num_updates"] + 1, **{field: getattr(state, field) for field in kept}})
         log_density: Array = energy._log_density(x)
         finite = jnp.all(jnp.stack([jnp.isfinite(array).all() for array in jax.tree.leaves((x, log_density))]))
-        trouble = jnp.where(finite, 0, _NOT_FINITE)
+        trouble = jnp.where(finite, 0, NOT_FINITE)
         if isinstance(energy, RandomField) and self.persistent:
-            trouble = jnp.maximum(trouble, jnp.where(energy.mixes_fields(x), _MIXED_FIELDS, 0))
-        chains["status"] = _watch(name, sampler, state, trouble, chains, self._reports)
+            trouble = jnp.maximum(trouble, jnp.where(energy.mixes_fields(x), MIXED_FIELDS, 0))
+        chains["status"] = watch(name, sampler, state, trouble, chains, self._reports)
         return log_density * jnp.where(chains["status"] > 1, jnp.nan, 1)  # so that no fit goes on with such chains, whoever runs it
 
     def _start(self, site: Message, energy: TiltedDistribution, key: Array) -> Array:
@@ -344,7 +353,7 @@ class negative_phase(Messenger):
             raise ValueError(f"site '{site['name']}': init_chains has values outside the support {energy.support}, or nan.")
         return start
 
-    def _sampler_of(self, name: str, energy: Any) -> Sampler:
+    def _sampler_of(self, name: str, energy: ChainTarget) -> Sampler:
         """How the chains of a site move: as this handler was told, else as the distribution of the site was."""
         named = self.sampler.get(name) if isinstance(self.sampler, Mapping) else self.sampler
         sampler: Sampler = energy.chain_sampler if named is None else named
@@ -417,14 +426,6 @@ def _shapes(x: Any) -> Any:
     return jax.tree.map(jnp.shape, x)
 
 
-def positions(chains: Mapping[str, Mapping[str, Any]]) -> dict[str, Array]:
-    """Where chains stand, by sample site, from their mutable sites: those of a random field are values of many sites."""
-    found: dict[str, Array] = {}
-    for name, kept in chains.items():
-        found |= kept["x"] if isinstance(kept["x"], Mapping) else {name.removesuffix("/chains"): kept["x"]}
-    return found
-
-
 def _kind(leaf: Any) -> Any:
     """What of an argument decides which sites a model has: not the value of an array or float, but a flag or a size."""
     if isinstance(leaf, (jax.Array, np.ndarray)):
@@ -465,35 +466,6 @@ def _where_it_stands(fn: Distribution, log_normalizer: Array) -> Array:
     return inner
 
 
-def _watch(name: str, sampler: Sampler, state: Any, trouble: Array, chains: dict[str, Any], reports: bool) -> Array:
-    """The status of a site's chains, reported from inside a compiled run on a CPU: a warning once, an error at once.
-
-    On an accelerator a condition makes the host take part in every step, which costs more than many a step does. There the status
-    is kept with the chains, and the loss is nan from then on.
-    """
-    status = jnp.asarray(sampler.check(state), jnp.int32)
-    status = jnp.where(trouble > 0, trouble, status)
-
-    def report(status: np.ndarray, num_updates: np.ndarray, old: np.ndarray) -> None:
-        if int(status) > int(old):  # under vmap both branches of the condition run
-            _tell(f"site '{name}', update {int(num_updates)}: {_explain(sampler, int(status))}", int(status))
-
-    old = chains["status"]
-    if reports:
-        told = partial(lax.cond, status > old, lambda *a: jax.debug.callback(report, *a), lambda *a: None)
-        lax.platform_dependent(status, chains["num_updates"], old, cpu=told, default=lambda *a: None)
-    return jnp.maximum(status, old)
-
-
-_MIXED_FIELDS, _NOT_FINITE = 8, 9
-
-
-def _tell(message: str, status: int) -> None:
-    if status > 1:
-        raise RuntimeError(message)
-    warnings.warn(message, stacklevel=2)
-
-
 def explain_chains(
     phase: negative_phase, name: str, status: int, args: tuple[Any, ...], kwargs: dict[str, Any], data: dict[str, Any]
 ) -> str:
@@ -510,24 +482,9 @@ def explain_chains(
     found: list[Sampler] = []
 
     def run() -> None:
-        program = run_program(substitute(phase.fn, substitute_fn=_feasible), args, kwargs, jax.random.key(0), data=data)
-        energy = RandomField if name == FIELD else energy_site(program.sites[name]["fn"])
+        program = run_model(substitute(phase.fn, substitute_fn=_feasible), args, kwargs, jax.random.key(0), data=data)
+        energy: Any = RandomField if name == FIELD else energy_site(program.sites[name]["fn"])
         found.append(phase._sampler_of(name, energy))
 
     jax.eval_shape(run)
-    return _explain(found[0], status)
-
-
-def _explain(sampler: Sampler, status: int) -> str:
-    if status == _MIXED_FIELDS:
-        return (
-            "the rows of its subsampled plate have fields of their own (covariates or parameters differ between rows), so that a "
-            "persistent chain would belong to another field at every step. Use persistent=False, or do not subsample."
-        )
-    if status != _NOT_FINITE:
-        return f"{sampler.explain(status)}."
-    return (
-        "the negative chains, or the energy at them, are no longer finite. The data or parameters "
-        "were not finite before, or the energy is not integrable, or the step is too large for it: look at the data, take "
-        "a base that confines (TiltedDistribution), a smaller learning rate, or a smaller step_size."
-    )
+    return explain(found[0], status)

@@ -18,8 +18,10 @@ from numpyro.distributions import Unit
 from numpyro.infer import init_to_sample
 
 from numpyro_ebm._compat import layers
-from numpyro_ebm.handlers import positions, unnormalized
-from numpyro_ebm.program import Site, constrained, draw_latents, run_program, whole_plates
+from numpyro_ebm.chains import chains_of, positions
+from numpyro_ebm.handlers import unnormalized
+from numpyro_ebm.program.run import constrained, draw_latents, run_model, whole_plates
+from numpyro_ebm.program.sites import Site
 
 
 def to_inference_data(
@@ -150,7 +152,7 @@ def _look(state: Any, model: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     of_one = jax.tree.map(lambda x: x[0], data) if _is_many_runs(state) else data
     with whole_plates():
         latents = draw_latents(model, args, kwargs, key, data=of_one, init_strategy=init_to_sample)
-        sites = run_program(model, args, kwargs, key, data=of_one, latents=latents).sites
+        sites = run_model(model, args, kwargs, key, data=of_one, latents=latents).sites
     posterior = {}
     if (particles := getattr(inner, "particles", None)) is not None:
         cloud = jax.vmap(lambda data, x: constrained(model, args, kwargs, key, data=data, latents=x), (None, 0))
@@ -197,8 +199,8 @@ def _is_many_runs(state: Any) -> bool:
 def _negative_chains(state: Any) -> dict[str, dict[str, Any]]:
     """What mutable sites keep of negative chains, by site; chains of several runs side by side."""
     mutable_state = getattr(_state(state), "mutable_state", _state(state))
-    names = [name for name in mutable_state if name.endswith("/chains")] if isinstance(mutable_state, Mapping) else []
-    kept = {name.removesuffix("/chains"): dict(jax.device_get(mutable_state[name])) for name in names}
+    found = chains_of(mutable_state) if isinstance(mutable_state, Mapping) else {}
+    kept = {site: dict(jax.device_get(chains)) for site, chains in found.items()}
     if _is_many_runs(state):
         for values in kept.values():
             values["x"] = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), values["x"])

@@ -31,7 +31,7 @@ from numpyro_ebm import (
     sample_posterior,
     standard_errors,
 )
-from numpyro_ebm.infer.latents import Posterior
+from numpyro_ebm.evaluate.posterior import Posterior
 from numpyro_ebm.samplers import Sampler
 
 KEY = jax.random.key(0)

@@ -16,19 +16,18 @@ from numpyro.infer import init_to_median, init_to_sample, init_to_uniform, init_
 from numpyro.infer.util import log_density, potential_energy
 
 from numpyro_ebm import EnergyDistribution, TiltedDistribution
-from numpyro_ebm.infer.rows import all_batches, by_site, full_shape, gather, scatter, subsampled_indices
-from numpyro_ebm.program import (
+from numpyro_ebm.program.rows import all_batches, by_site, full_shape, gather, per_row, scatter, subsampled_indices
+from numpyro_ebm.program.run import (
     constrain_params,
     constrained,
     draw_latents,
-    finite_events,
     log_density_terms,
-    per_row,
-    run_program,
+    run_model,
     total,
     unconstrain_params,
     whole_plates,
 )
+from numpyro_ebm.program.sites import finite_events
 
 KEY = jax.random.key(3)
 ROWS = jnp.array([4, 1, 5])
@@ -123,7 +122,7 @@ def test_starts_lie_in_the_support_and_come_back_from_it():
 
     @jax.jit
     def inside_and_back(latents):
-        program = run_program(_of_every_support, (), {}, KEY, latents=latents)
+        program = run_model(_of_every_support, (), {}, KEY, latents=latents)
         assert program.latents["share"].event_dim == program.latents["cov"].event_dim == 1
         sites = [program.sites[name] for name in latents]
         inside = jnp.stack([site["fn"].support(site["value"]).all() for site in sites])
@@ -171,7 +170,7 @@ def test_runs_on_the_same_key_are_the_same_and_leave_the_data_alone():
         numpyro.param("p", 1.5)
 
     given = {"count": {"inner": {"n": 4}}, "p": 2.5}
-    a, b = (run_program(model, (), {}, KEY, data=given) for _ in range(2))
+    a, b = (run_model(model, (), {}, KEY, data=given) for _ in range(2))
     assert a.sites["noise"]["value"] == b.sites["noise"]["value"]
     assert a.mutable_state == b.mutable_state == {"count": {"inner": {"n": 5}}}
     assert given == {"count": {"inner": {"n": 4}}, "p": 2.5}
@@ -183,7 +182,7 @@ def test_params_go_to_unconstrained_values_and_back():
         numpyro.param("sd", 2.0, constraint=constraints.positive)
         numpyro.param("weights", {"a": jnp.ones(2), "b": 1.0})
 
-    program = run_program(model, (), {}, KEY)
+    program = run_model(model, (), {}, KEY)
     free = unconstrain_params(program.params, program.param_transforms)
     np.testing.assert_allclose(free["sd"], np.log(2), rtol=1e-6)
     assert not any(leaf.weak_type for leaf in jax.tree.leaves(free))
@@ -213,12 +212,12 @@ def _grid(size=(2, 3)):
 
 
 def test_program_says_what_is_subsampled_and_how_much_it_stands_for():
-    program = run_program(_grid, (), {}, KEY)
+    program = run_model(_grid, (), {}, KEY)
     assert set(program.subsampled) == {"rows", "columns"}
     assert program.scale("row") == 2
     assert program.scale("cell") == pytest.approx(2 * 5 / 3)
     assert program.scale("cell") == pytest.approx(program.sites["cell"]["scale"])
-    assert not run_program(_grid, ((4, 5),), {}, KEY).subsampled
+    assert not run_model(_grid, ((4, 5),), {}, KEY).subsampled
 
 
 def test_density_takes_the_rows_of_the_batch_from_a_store_of_all():
@@ -270,11 +269,11 @@ def test_whole_plates_show_every_row_once_in_order():
 
     for model, args in ((loaded, (ROWS,)), (_batch, (Y,))):
         with whole_plates():
-            program = run_program(model, args, {}, KEY)
+            program = run_model(model, args, {}, KEY)
         np.testing.assert_array_equal(program.plates["data"].indices, np.arange(6))
         assert program.sites["z"]["value"].shape[0] == 6
         assert not program.subsampled
-    assert len(run_program(loaded, (ROWS,), {}, KEY).plates["data"].indices) == 3
+    assert len(run_model(loaded, (ROWS,), {}, KEY).plates["data"].indices) == 3
 
 
 def test_constrained_values_are_those_of_all_rows():
@@ -289,7 +288,7 @@ def test_rows_of_one_and_two_plates_are_gathered_and_put_back(num_particles):
     """Against indexing by hand, with and without an axis of particles in front."""
     given = {"rows": jnp.array([3, 0]), "columns": jnp.array([4, 2, 0])}
     latents = draw_latents(_grid, (), {}, KEY, data=given, init_strategy=init_to_uniform)
-    program = run_program(_grid, (), {}, KEY, data=given, latents=latents)
+    program = run_model(_grid, (), {}, KEY, data=given, latents=latents)
     indices = subsampled_indices(program)
     shapes = {"row": (4, 1, 2), "cell": (4, 5)}
     picks = {"row": np.s_[..., [3, 0], :, :], "cell": (..., *np.ix_([3, 0], [4, 2, 0]))}
@@ -304,7 +303,7 @@ def test_rows_of_one_and_two_plates_are_gathered_and_put_back(num_particles):
 
 
 def test_batches_show_every_row_also_where_the_size_does_not_divide():
-    batches = all_batches(run_program(_grid, (), {}, KEY))
+    batches = all_batches(run_model(_grid, (), {}, KEY))
     assert batches["rows"].shape == (4, 2)  # two batches of rows, two of columns
     assert batches["columns"].shape == (4, 3)
     shown = {
@@ -328,7 +327,7 @@ def test_indices_of_all_rows_must_be_in_order():
     """A whole plate is not gathered: other indices would pair rows of the data with particles of others."""
 
     def rows(index):
-        return run_program(_batch, (Y, len(index)), {}, KEY, data={"data": jnp.asarray(index)}).plates["data"].is_row.all()
+        return run_model(_batch, (Y, len(index)), {}, KEY, data={"data": jnp.asarray(index)}).plates["data"].is_row.all()
 
     assert rows(range(6))
     assert not rows([1, 0, 2, 3, 4, 5])
@@ -342,7 +341,7 @@ def test_finite_events_are_counted_by_event_and_mask():
         numpyro.sample("y", dist.Normal(0, 1).expand([2, 2]).to_event(1).mask(jnp.array([True, False])), obs=y)
 
     def events(y):
-        return finite_events(run_program(model, (jnp.asarray(y),), {}, KEY).sites["y"]).tolist()
+        return finite_events(run_model(model, (jnp.asarray(y),), {}, KEY).sites["y"]).tolist()
 
     assert events([[0.0, np.nan], [1.0, 2.0]]) == [False, True]
     assert events([[0.0, 1.0], [np.inf, np.nan]]) == [True, True]
@@ -350,7 +349,7 @@ def test_finite_events_are_counted_by_event_and_mask():
 
 def test_scanned_site_in_a_plate_outside_the_program_keeps_its_axes():
     """A plate inside a scan is not seen from outside: it scales nothing and is not gathered."""
-    program = run_program(_time_series, (), {}, KEY)
+    program = run_model(_time_series, (), {}, KEY)
     assert program.latents["gain"].plates == ()
     assert program.scale("gain") == 1
     with trace() as sites, seed(rng_seed=KEY):
@@ -370,4 +369,4 @@ def test_plate_subsampled_inside_a_scan_is_refused():
         scan(step, jnp.zeros(()), Y)
 
     with pytest.raises(ValueError, match="site 'gain': plate 'sensors' is subsampled inside"):
-        run_program(model, (), {}, KEY, latents=_start(model))
+        run_model(model, (), {}, KEY, latents=_start(model))

@@ -33,7 +33,7 @@ from numpyro_ebm import (
     VaGES,
     annealed_langevin,
 )
-from numpyro_ebm.latent_score import Draws, draw, variational_score, weighted_score
+from numpyro_ebm.objectives.latent import Draws, draw, variational_score, weighted_score
 from numpyro_ebm.weights import effective_sample_size, normalized_weights
 
 KEY = jax.random.key(5)

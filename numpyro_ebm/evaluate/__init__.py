@@ -1,7 +1,25 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-from numpyro_ebm.evaluate.divergence import FisherDivergence, fisher_divergence, marginal_score
+from numpyro_ebm.evaluate.convergence import ConvergenceReport, convergence
+from numpyro_ebm.evaluate.fisher_divergence import FisherDivergence, fisher_divergence
+from numpyro_ebm.evaluate.marginal_score import marginal_score
+from numpyro_ebm.evaluate.mode import MapEstimate, find_map
 from numpyro_ebm.evaluate.normalizer import LogNormalizer, log_normalizer
+from numpyro_ebm.evaluate.posterior import sample_posterior
+from numpyro_ebm.evaluate.standard_errors import StandardErrors, standard_errors
 
-__all__ = ["FisherDivergence", "LogNormalizer", "fisher_divergence", "log_normalizer", "marginal_score"]
+__all__ = [
+    "ConvergenceReport",
+    "FisherDivergence",
+    "LogNormalizer",
+    "MapEstimate",
+    "StandardErrors",
+    "convergence",
+    "find_map",
+    "fisher_divergence",
+    "log_normalizer",
+    "marginal_score",
+    "sample_posterior",
+    "standard_errors",
+]

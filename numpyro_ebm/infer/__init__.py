@@ -4,10 +4,8 @@
 from numpyro_ebm.infer.bidvl import BiDVL, BiDVLState
 from numpyro_ebm.infer.bism import BiSM, BiSMState
 from numpyro_ebm.infer.engine import NonFiniteError, RunResult
-from numpyro_ebm.infer.latents import MapEstimate, find_map, sample_posterior
 from numpyro_ebm.infer.particle_mmle import ParticleMMLE, ParticleState
 from numpyro_ebm.infer.score_matching import ScoreMatching, ScoreMatchingState
-from numpyro_ebm.infer.uncertainty import ConvergenceReport, StandardErrors, convergence, standard_errors
 from numpyro_ebm.infer.vages import VaGES, VaGESState
 
 __all__ = [
@@ -15,19 +13,12 @@ __all__ = [
     "BiDVLState",
     "BiSM",
     "BiSMState",
-    "ConvergenceReport",
-    "MapEstimate",
     "NonFiniteError",
     "ParticleMMLE",
     "ParticleState",
     "RunResult",
     "ScoreMatching",
     "ScoreMatchingState",
-    "StandardErrors",
     "VaGES",
     "VaGESState",
-    "convergence",
-    "find_map",
-    "sample_posterior",
-    "standard_errors",
 ]

@@ -33,26 +33,22 @@ from numpyro.infer.elbo import ELBO
 from numpyro_ebm._checks import require_bool, require_count, require_nonnegative, require_one_of, require_positive
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.infer.engine import Engine, compiled
-from numpyro_ebm.infer.rows import first_batch, random_batch
 from numpyro_ebm.infer.score_engine import require_params, require_same_params
 from numpyro_ebm.infer.step import Health, health_of
 from numpyro_ebm.optim import apply_gradient, as_transformation
-from numpyro_ebm.program import (
-    Model,
-    Program,
+from numpyro_ebm.program.rows import first_batch, per_row, random_batch
+from numpyro_ebm.program.run import (
+    Run,
     at_mean,
     constrain_params,
-    is_unbounded,
-    kind_of,
     log_density_terms,
-    per_row,
-    require_finite,
-    run_program,
+    run_model,
     strong_types,
     terms_of,
     total,
     unconstrain_params,
 )
+from numpyro_ebm.program.sites import Model, is_unbounded, kind_of, require_finite
 from numpyro_ebm.samplers import Sampler
 from numpyro_ebm.samplers.base import real_positions, require_sampler
 
@@ -303,10 +299,10 @@ class BiDVL(Engine):
 
     def _reconstruct_now(self, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
         data = {**state.params, **state.mutable_state}
-        latents = run_program(at_mean(self.encoder), args, kwargs, state.rng_key, data=data).drawn
+        latents = run_model(at_mean(self.encoder), args, kwargs, state.rng_key, data=data).drawn
         visible = _Levels(self, state, args, kwargs).visible
         generator = at_mean(self.generator, sites={visible})
-        return run_program(generator, args, kwargs, state.rng_key, data={**data, **latents}).sites[visible]["value"]
+        return run_model(generator, args, kwargs, state.rng_key, data={**data, **latents}).sites[visible]["value"]
 
     def _refine_now(self, state: BiDVLState, call: tuple[Any, ...], settings: dict[str, Any]) -> Array:
         (rng_key, v, *rest), kwargs = call
@@ -329,12 +325,10 @@ class BiDVL(Engine):
         state = BiDVLState(params, theta, phi, omega, of_theta, of_phi, of_omega, mutable, loss, rng_key, count, count)
         return strong_types(state), jnp.isfinite(args[0]).all()
 
-    def _inspect(
-        self, rng_key: Array, given: Params, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Program, Program, Program]:
+    def _inspect(self, rng_key: Array, given: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Run, Run, Run]:
         """Runs of the three programs, which are refused where they do not belong together."""
         _require_batch(args)
-        energy = run_program(self._energy, args, kwargs, rng_key, data=given)
+        energy = run_model(self._energy, args, kwargs, rng_key, data=given)
         if energy.latents:
             raise ValueError(
                 f"site '{next(iter(energy.latents))}': the energy has a latent, and must be the marginal energy of the visible. "
@@ -342,7 +336,7 @@ class BiDVL(Engine):
             )
         visible = _visible(energy, args[0])
         encoder = self._run_encoder(rng_key, given, args, kwargs)
-        generator = run_program(self.generator, args, kwargs, rng_key, data=given)
+        generator = run_model(self.generator, args, kwargs, rng_key, data=given)
         _require_same_visible(generator, visible, args[0])
         self._require_pair(encoder, generator)
         _require_rows_of_latents(encoder, "the encoder", len(args[0]))
@@ -362,13 +356,13 @@ class BiDVL(Engine):
         self._require_one_particle(encoder, generator)
         return energy, encoder, generator
 
-    def _run_encoder(self, rng_key: Array, given: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    def _run_encoder(self, rng_key: Array, given: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
         try:
-            return run_program(self.encoder, args, kwargs, rng_key, data=given)
+            return run_model(self.encoder, args, kwargs, rng_key, data=given)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the encoder failed on a batch of visibles of shape {args[0].shape}: {error}") from error
 
-    def _require_pair(self, encoder: Program, generator: Program) -> None:
+    def _require_pair(self, encoder: Run, generator: Run) -> None:
         """Refuses an encoder that is none of the generator's."""
         if not generator.latents:
             raise ValueError("the generator has no latent site: it needs one to draw visibles from.")
@@ -398,7 +392,7 @@ class BiDVL(Engine):
                     "encoder learns by its gradient. Make it continuous."
                 )
 
-    def _require_reparametrized(self, generator: Program, visible: str) -> None:
+    def _require_reparametrized(self, generator: Run, visible: str) -> None:
         for name in generator.latents:
             if not generator.sites[name]["fn"].has_rsample:
                 raise ValueError(
@@ -412,7 +406,7 @@ class BiDVL(Engine):
                 "not learn from the energy of its samples. Pass noise=False, for means, or use a distribution such as Normal."
             )
 
-    def _require_one_particle(self, encoder: Program, generator: Program) -> None:
+    def _require_one_particle(self, encoder: Run, generator: Run) -> None:
         mutable = sorted({*encoder.mutable_state, *generator.mutable_state})
         if mutable and getattr(self.elbo, "num_particles", 1) > 1:
             raise ValueError(
@@ -421,7 +415,7 @@ class BiDVL(Engine):
             )
 
     def _refuse(self, rng_key: Array, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for site in run_program(self._energy, args, kwargs, rng_key, data=params).observed.values():
+        for site in run_model(self._energy, args, kwargs, rng_key, data=params).observed.values():
             require_finite(site)
 
     def _step(self, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[BiDVLState, Array, Health]:
@@ -501,9 +495,9 @@ class _Levels:
         (self.v, *self.rest) = args
         self.rng_key = state.rng_key  # of runs whose every site has a value
         data = {**state.params, **state.mutable_state}
-        energy = run_program(engine._energy, args, kwargs, self.rng_key, data=data)
-        encoder = run_program(engine.encoder, args, kwargs, self.rng_key, data=data)
-        generator = run_program(engine.generator, args, kwargs, self.rng_key, data=data)
+        energy = run_model(engine._energy, args, kwargs, self.rng_key, data=data)
+        encoder = run_model(engine.encoder, args, kwargs, self.rng_key, data=data)
+        generator = run_model(engine.generator, args, kwargs, self.rng_key, data=data)
         require_same_params(energy, state.theta, "the energy")
         require_same_params(encoder, state.phi, "the encoder")
         require_same_params(generator, state.omega, "the generator")
@@ -533,17 +527,17 @@ class _Levels:
         terms, run = log_density_terms(self.engine._energy, (v, *self.rest), self.kwargs, self.rng_key, data=data, latents={})
         return -per_row(terms, run, self.plate), {**mutable, **run.mutable_state}
 
-    def generate(self, omega: Params, rng_key: Array, mutable: Mutable, *, noise: bool | None = None) -> Program:
+    def generate(self, omega: Params, rng_key: Array, mutable: Mutable, *, noise: bool | None = None) -> Run:
         """A run of the generator that draws the visible too, or takes its mean."""
         noise = self.engine.noise if noise is None else noise
         generator = uncondition(self.engine.generator) if noise else at_mean(self.engine.generator, sites={self.visible})
         data = {**constrain_params(omega, self._of_omega), **mutable}
-        return run_program(generator, (self.v, *self.rest), self.kwargs, rng_key, data=data)
+        return run_model(generator, (self.v, *self.rest), self.kwargs, rng_key, data=data)
 
-    def encode(self, phi: Params, v: Array, rng_key: Array, mutable: Mutable, latents: Params) -> Program:
+    def encode(self, phi: Params, v: Array, rng_key: Array, mutable: Mutable, latents: Params) -> Run:
         """A run of the encoder at given latents, or that draws what is not given."""
         data = {**constrain_params(phi, self._of_phi), **mutable, **latents}
-        return run_program(self.engine.encoder, (v, *self.rest), self.kwargs, rng_key, data=data)
+        return run_model(self.engine.encoder, (v, *self.rest), self.kwargs, rng_key, data=data)
 
     def upper(self, theta: Params, phi: Params, omega: Params, mutable: Mutable, rng_key: Array) -> tuple[Array, Mutable]:
         """The energy of data over that of generated visibles."""
@@ -587,14 +581,14 @@ class _Levels:
         return energies.mean() + rest, mutable
 
     def _rest(
-        self, theta: Params, phi: Params, omega: Params, generated: Program, mutable: Mutable, rng_key: Array
+        self, theta: Params, phi: Params, omega: Params, generated: Run, mutable: Mutable, rng_key: Array
     ) -> tuple[Array, Mutable]:
         latent_key, vae_key = jax.random.split(rng_key)
         latent, mutable = self.latent_term(phi, generated, mutable, latent_key)
         vae, mutable = self.vae_loss(theta, phi, omega, mutable, vae_key)
         return self.engine.latent_weight * latent + self.engine.vae_weight * vae, mutable
 
-    def latent_term(self, phi: Params, generated: Program, mutable: Mutable, rng_key: Array) -> tuple[Array, Mutable]:
+    def latent_term(self, phi: Params, generated: Run, mutable: Mutable, rng_key: Array) -> tuple[Array, Mutable]:
         """How well the encoder tells what latents the visibles were generated from: a mean over rows."""
         visible = generated.sites[self.visible]["value"]
         latents = {name: value for name, value in generated.drawn.items() if name != self.visible}
@@ -628,7 +622,7 @@ class _Levels:
         generated = self.generate(omega, generate_key, mutable)
         encoder = self.encode(phi, stop_gradient(generated.sites[self.visible]["value"]), rng_key, mutable, {})
         data = {**constrain_params(omega, self._of_omega), **mutable, **encoder.drawn}
-        prior = run_program(self.engine.generator, (self.v, *self.rest), self.kwargs, rng_key, data=data)
+        prior = run_model(self.engine.generator, (self.v, *self.rest), self.kwargs, rng_key, data=data)
         terms = {name: _divergence(encoder.sites[name], prior.sites[name]["fn"]) for name in encoder.latents}
         return self.engine.latent_weight * total(terms) / len(self.v)
 
@@ -691,7 +685,7 @@ def _require_batch(args: tuple[Any, ...]) -> None:
         raise ValueError(f"{what}, got {args[0].dtype}: energies are differentiated in it. Convert it.")
 
 
-def _visible(energy: Program, v: Array) -> str:
+def _visible(energy: Run, v: Array) -> str:
     """The name of the one site that the energy observes, which must have the rows of the visible."""
     sites = [name for name, site in energy.observed.items() if jnp.size(site["value"])]
     if len(sites) != 1:
@@ -708,7 +702,7 @@ def _visible(energy: Program, v: Array) -> str:
     return name
 
 
-def _require_same_visible(generator: Program, visible: str, v: Array) -> None:
+def _require_same_visible(generator: Run, visible: str, v: Array) -> None:
     """Refuses a generator of another visible."""
     observed = [name for name, site in generator.observed.items() if jnp.size(site["value"])]
     if observed != [visible]:
@@ -717,7 +711,7 @@ def _require_same_visible(generator: Program, visible: str, v: Array) -> None:
     _row_plate(generator, visible, len(v))
 
 
-def _require_shape(name: str, what: str, program: Program, v: Array) -> None:
+def _require_shape(name: str, what: str, program: Run, v: Array) -> None:
     fn, value = program.sites[name]["fn"], jnp.shape(program.sites[name]["value"])
     if fn.shape() != v.shape or value != v.shape:
         raise ValueError(
@@ -726,7 +720,7 @@ def _require_shape(name: str, what: str, program: Program, v: Array) -> None:
         )
 
 
-def _require_rows_of_latents(program: Program, what: str, num_rows: int) -> None:
+def _require_rows_of_latents(program: Run, what: str, num_rows: int) -> None:
     """Refuses latents that rows share: the levels are means over rows, and their weights go to one row each."""
     for name in program.latents:
         if all(frame.size != num_rows for frame in program.sites[name]["cond_indep_stack"]):
@@ -735,7 +729,7 @@ def _require_rows_of_latents(program: Program, what: str, num_rows: int) -> None
             )
 
 
-def _row_plate(program: Program, site: str, num_rows: int) -> tuple[str, int]:
+def _row_plate(program: Run, site: str, num_rows: int) -> tuple[str, int]:
     """Name and dimension of the plate of the rows, the leftmost."""
     for name, plate in program.subsampled.items():
         raise ValueError(

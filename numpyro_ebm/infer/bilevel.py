@@ -24,15 +24,9 @@ from numpyro_ebm.infer.score_engine import ScoreEngine, require_params, require_
 from numpyro_ebm.infer.step import Health, health_of
 from numpyro_ebm.objectives.score import ScoreObjective
 from numpyro_ebm.optim import apply_gradient, as_transformation
-from numpyro_ebm.program import (
-    Model,
-    Program,
-    constrain_params,
-    run_program,
-    strong_types,
-    unconstrain_params,
-)
-from numpyro_ebm.visible import Visible
+from numpyro_ebm.program.run import Run, constrain_params, run_model, strong_types, unconstrain_params
+from numpyro_ebm.program.sites import Model
+from numpyro_ebm.program.visible import Visible
 
 
 class BilevelEngine(ScoreEngine):
@@ -89,14 +83,14 @@ class BilevelEngine(ScoreEngine):
         :raises ValueError: for whatever model, guide or data cannot be learned with, naming the site and the fix.
         """
         if isinstance(self.guide, AutoGuide) and self.guide.prototype_trace is None:
-            run_program(self.guide, args, kwargs, rng_key)  # it keeps what it sees first, which must not be traced values
+            run_model(self.guide, args, kwargs, rng_key)  # it keeps what it sees first, which must not be traced values
         return super().init(rng_key, *args, init_params=init_params, **kwargs)
 
     def _start(
         self, rng_key: Array, init_params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Array]:
         batch = self._first_batch(args)
-        guide = run_program(self.guide, batch, kwargs, rng_key, data=init_params)
+        guide = run_model(self.guide, batch, kwargs, rng_key, data=init_params)
         visible, model = self._inspect(rng_key, init_params, batch, kwargs)
         self._require_pair(model, guide, visible, init_params)
         theta = unconstrain_params(model.params, model.param_transforms)
@@ -114,7 +108,7 @@ class BilevelEngine(ScoreEngine):
         )
         return strong_types(state), jnp.isfinite(args[0]).all()
 
-    def _require_pair(self, model: Program, guide: Program, visible: Visible, given: dict[str, Any]) -> None:
+    def _require_pair(self, model: Run, guide: Run, visible: Visible, given: dict[str, Any]) -> None:
         """Refuses a guide that is none of the model's."""
         require_params(model, {name: value for name, value in given.items() if name not in guide.params})
         if self.num_inner_steps:
@@ -193,9 +187,9 @@ class Levels:
         self.objective, self.lower_loss = engine.objective, engine.lower_loss
         (self.v, *self.rest), self.kwargs = args, kwargs
         self.rng_key = state.rng_key  # of runs whose every site has a value
-        guide = run_program(self.guide, args, kwargs, self.rng_key, data=state.params)
+        guide = run_model(self.guide, args, kwargs, self.rng_key, data=state.params)
         with numpyro.validation_enabled(False):
-            model = run_program(self.model, args, kwargs, self.rng_key, data={**state.params, **guide.drawn})
+            model = run_model(self.model, args, kwargs, self.rng_key, data={**state.params, **guide.drawn})
         require_same_params(model, state.theta)
         require_same_params(guide, state.phi, "the guide")
         self._of_theta, self._of_phi = model.param_transforms, guide.param_transforms
@@ -225,7 +219,7 @@ class Levels:
             return loss / len(v)
 
 
-def _rows(model: Program, num_rows: int) -> tuple[str, int]:
+def _rows(model: Run, num_rows: int) -> tuple[str, int]:
     """Name and dimension of the plate of the rows, in which all latents lie."""
     frames = [{(f.dim, f.name) for f in model.sites[name]["cond_indep_stack"] if f.size == num_rows} for name in model.latents]
     dim, name = min(set.intersection(*frames))

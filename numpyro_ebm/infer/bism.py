@@ -28,9 +28,11 @@ from numpyro_ebm._checks import require_bool, require_count, require_nonnegative
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, Upper
 from numpyro_ebm.infer.step import keep
-from numpyro_ebm.objectives.posterior import PosteriorFisher
+from numpyro_ebm.objectives.guide import PosteriorFisher
 from numpyro_ebm.objectives.score import ScoreObjective
-from numpyro_ebm.program import Model, kind_of, log_density, log_density_terms, per_row, run_program
+from numpyro_ebm.program.rows import per_row
+from numpyro_ebm.program.run import log_density, log_density_terms, run_model
+from numpyro_ebm.program.sites import Model, kind_of
 
 
 class BiSMState(NamedTuple):
@@ -260,7 +262,7 @@ class _Levels(Levels):
         def log_q(phi: Any, key: Array) -> Array:
             noise_key, draw_key = jax.random.split(key)
             args = self.objective.perturb(noise_key, self.v), *self.rest
-            h = run_program(self.guide, args, self.kwargs, draw_key, data=self.phi_of(phi)).drawn
+            h = run_model(self.guide, args, self.kwargs, draw_key, data=self.phi_of(phi)).drawn
             data = {**self.phi_of(phi), **lax.stop_gradient(h)}
             terms, program = log_density_terms(self.guide, args, self.kwargs, draw_key, data=data, latents={})
             return per_row(terms, program, self.plate)
@@ -274,7 +276,7 @@ class _Levels(Levels):
         noise_key, loss_key, draw_key = jax.random.split(rng_key, 3)  # the first two as ScoreMatching has them
         v_tilde = self.objective.perturb(noise_key, self.v)
         model, guide = self.theta_of(theta), self.phi_of(phi)
-        h = run_program(self.guide, (v_tilde, *self.rest), self.kwargs, draw_key, data=guide).drawn
+        h = run_model(self.guide, (v_tilde, *self.rest), self.kwargs, draw_key, data=guide).drawn
 
         def log_ratio(v: Array) -> Array:
             with numpyro.validation_enabled(False):

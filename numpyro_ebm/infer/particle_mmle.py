@@ -14,6 +14,7 @@ N particles that follow the posterior by Langevin dynamics while the parameters 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -27,12 +28,12 @@ from numpyro.infer import init_to_sample
 import numpyro_ebm.optim as optim_module
 from numpyro_ebm._checks import require_bool, require_count, require_one_of
 from numpyro_ebm._map_over import map_over
+from numpyro_ebm.chains import chains_of, status_of
 from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.handlers import explain_chains, negative_phase, unnormalized
 from numpyro_ebm.infer.engine import Engine, compiled
-from numpyro_ebm.infer.rows import all_batches, by_site, full_shape, gather, scatter, subsampled_indices
+from numpyro_ebm.infer.stability import Particles, fix_of, largest_curvature, running_stiffness, warnings_of
 from numpyro_ebm.infer.step import Health, Part, health_of, is_bad, keep
-from numpyro_ebm.model_check import check_run
 from numpyro_ebm.optim import (
     Schedule,
     as_transformation,
@@ -41,24 +42,22 @@ from numpyro_ebm.optim import (
     langevin,
     require_step,
 )
-from numpyro_ebm.program import (
-    Model,
-    Program,
+from numpyro_ebm.program.check import check_run
+from numpyro_ebm.program.rows import all_batches, by_site, full_shape, gather, scatter, subsampled_indices
+from numpyro_ebm.program.run import (
+    Run,
     constrain_params,
     constrained,
     draw_latents,
-    finite_events,
     log_density_terms,
     require_continuous,
-    require_finite,
-    run_program,
+    run_model,
     strong_types,
     total,
     unconstrain_params,
 )
+from numpyro_ebm.program.sites import Model, finite_events, require_finite
 from numpyro_ebm.samplers import UnadjustedLangevin
-
-Particles = dict[str, Array]
 
 
 class ParticleState(NamedTuple):
@@ -340,25 +339,13 @@ class ParticleMMLE(Engine):
 
     def _largest_curvature(self, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
         batch = _Batch(self._inner, state, state.rng_key, args, kwargs)
-        x = batch.gather(state.particles)
-
-        def minus_score(x: Particles) -> Particles:
-            return jax.tree.map(jnp.negative, batch.scores(state.unconstrained, x))
-
-        def iterate(v: Particles, _: None) -> tuple[Particles, Array]:
-            v = jax.jvp(minus_score, (x,), (v,))[1]
-            norm = optax.tree.norm(v)
-            return jax.tree.map(lambda a: a / jnp.maximum(norm, 1e-30), v), norm
-
-        v = optim_module.normal_like(state.rng_key, x)
-        norm = optax.tree.norm(v)
-        return lax.scan(iterate, jax.tree.map(lambda a: a / norm, v), None, NUM_POWER_ITERATIONS)[1][-1]
+        return largest_curvature(partial(batch.scores, state.unconstrained), batch.gather(state.particles), state.rng_key)
 
     # What the loop needs.
 
     def _refuse(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         latents = draw_latents(self._inner, args, kwargs, rng_key, data=params, init_strategy=self.init_strategy)
-        program = run_program(self._inner, args, kwargs, rng_key, data=params, latents=latents)
+        program = run_model(self._inner, args, kwargs, rng_key, data=params, latents=latents)
         for name, plate in program.plates.items():
             if not plate.is_row.all():
                 bad = int(plate.indices[~plate.is_row][0])
@@ -367,13 +354,13 @@ class ParticleMMLE(Engine):
         finite = jax.jit(lambda data, latents: self._finite_batches(program, rng_key, data, latents, args, kwargs))
         worst = jnp.argmin(finite(params, latents))
         rows = {plate: index[worst] for plate, index in all_batches(program).items()}
-        program = run_program(self._inner, args, kwargs, rng_key, data={**params, **rows}, latents=latents)
+        program = run_model(self._inner, args, kwargs, rng_key, data={**params, **rows}, latents=latents)
         for site in program.observed.values():
             require_finite(site)
 
     def _finite_batches(
         self,
-        program: Program,
+        program: Run,
         rng_key: Array,
         data: dict[str, Any],
         latents: dict[str, Array],
@@ -383,7 +370,7 @@ class ParticleMMLE(Engine):
         """Whether the observed data of each batch are finite, of shape (num_batches,)."""
 
         def finite(rows: dict[str, Array]) -> Array:
-            seen = run_program(self._inner, args, kwargs, rng_key, data={**data, **rows}, latents=latents)
+            seen = run_model(self._inner, args, kwargs, rng_key, data={**data, **rows}, latents=latents)
             return jnp.asarray([finite_events(site).all() for site in seen.observed.values()]).all()
 
         batches = all_batches(program)
@@ -402,7 +389,7 @@ class ParticleMMLE(Engine):
             )
         return report.needs_negative_phase or isinstance(self.model, negative_phase)
 
-    def _require_learnable(self, program: Program, given: dict[str, Any]) -> None:
+    def _require_learnable(self, program: Run, given: dict[str, Any]) -> None:
         require_continuous(program)
         if not program.latents:
             raise ValueError("the model has no latent site, so that there are no particles: learn its parameters by SVI.")
@@ -422,7 +409,7 @@ class ParticleMMLE(Engine):
         if self.drift == "mean":
             self._num_data(program)
 
-    def _num_data(self, program: Program) -> int:
+    def _num_data(self, program: Run) -> int:
         if self.num_data is not None:
             return self.num_data
         shared = set.intersection(*({plate for plate, _ in site.plates} for site in program.latents.values()))
@@ -437,14 +424,14 @@ class ParticleMMLE(Engine):
         self, rng_key: Array, init_params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[ParticleState, Array]:
         positions = draw_latents(self._inner, args, kwargs, rng_key, data=init_params, init_strategy=self.init_strategy)
-        program = run_program(self._inner, args, kwargs, rng_key, data=init_params, latents=positions)
+        program = run_model(self._inner, args, kwargs, rng_key, data=init_params, latents=positions)
         self._require_learnable(program, init_params)
         params = unconstrain_params(program.params, program.param_transforms)
         rng_key, run_key, draw_key = jax.random.split(rng_key, 3)
         data = constrain_params(params, program.param_transforms)
         particles = self._draw_particles(draw_key, program, data, args, kwargs)
         phase = self._phase if self._needs_phase(init_params, args, kwargs) else self._inner
-        mutable_state = run_program(phase, args, kwargs, run_key, data=data, latents=_first(particles)).mutable_state
+        mutable_state = run_model(phase, args, kwargs, run_key, data=data, latents=_first(particles)).mutable_state
         stiffness = {name: jnp.zeros(x.shape[x.ndim - program.latents[name].event_dim :], x.dtype) for name, x in particles.items()}
         count = jnp.zeros((), jnp.int32)
         state = ParticleState(
@@ -463,7 +450,7 @@ class ParticleMMLE(Engine):
         return strong_types(state), good & jnp.asarray([plate.is_row.all() for plate in program.plates.values()]).all()
 
     def _draw_particles(
-        self, rng_key: Array, program: Program, data: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, rng_key: Array, program: Run, data: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Particles:
         """Particles for all rows of the data, drawn batch by batch where plates are subsampled."""
         batches = all_batches(program)
@@ -499,11 +486,11 @@ class ParticleMMLE(Engine):
         step_size = self._step_size(state)
         new_x, new_kept, seen, (loss, gradient, scores) = self._move(batch, theta, x, kept, step_size, move_key)
         mutable_state = batch.program.mutable_state
-        if _has_chains(state):
+        if chains_of(state.mutable_state):
             of_normalizer, mutable_state = self._negative_phase(batch, state)
             gradient = jax.tree.map(jnp.subtract, gradient, of_normalizer)
         new_theta, optim_state = self._move_params(batch, theta, seen, gradient, state.optim_state, optim_key)
-        stiffness = _running_stiffness(batch, state, scores, step_size)
+        stiffness = running_stiffness(batch.program, state.stiffness, state.num_steps, scores, step_size)
         health = _health(batch, loss, new_theta, new_x, mutable_state)
         good = ~is_bad(health)
         particles = batch.scatter(state.particles, keep(good, new_x, x))  # the rows of the batch: the rest stay in place
@@ -619,17 +606,11 @@ class ParticleMMLE(Engine):
 
     def _warnings(self, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         found = []
-        for name, status in _chain_status(state.mutable_state).items():
+        for name, status in status_of(state.mutable_state).items():
             if int(status) == 1:
                 found.append(self._explain_chains(name, 1, state, args, kwargs))
         if self.dynamics is None:
-            for name, ratio in state.stiffness.items():
-                if (worst := float(jnp.max(ratio))) > STIFF:
-                    found.append(
-                        f"site '{name}': step_size is h = {float(self._step_size(state)):g}, and h times the curvature is about "
-                        f"{2 * worst / (2 + worst):.2f} for the stiffest element: at 2 the particles diverge, and from 1 on they "
-                        "are more than twice as spread as the posterior. Take a smaller step_size."
-                    )
+            found += warnings_of(state.stiffness, float(self._step_size(state)))
         return found
 
     def _explain_chains(self, name: str, status: int, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -646,19 +627,7 @@ class ParticleMMLE(Engine):
                 return self._explain_chains(part.site, code, state, args, kwargs), ""
         what, _ = super()._explain(state, bad, args, kwargs)
         limit = self.stability_limit(state, *args, **kwargs)
-        h = float(self._step_size(state))
-        if not h < limit:
-            return what, f"The step_size h = {h:g} is above the stability limit of about {limit:.2g} there: take half of that."
-        return what, (
-            f"Particles are stable there at fixed parameters (h = {h:g}, limit about {limit:.2g}): take a smaller learning "
-            "rate, which is the step_size too where parameters move by it, or a smaller step_size for places that are steeper."
-        )
-
-
-# On a quadratic h Var(score) = hc / (1 - hc/2): 4 at hc = 4/3, where the particles' variance is three times too large.
-STIFF, STIFFNESS_RATE, STIFFNESS_CLIP = 4.0, 0.02, 20.0
-STIFFNESS_DELAY = 100  # visits of a row before its scores are taken for those of the posterior
-NUM_POWER_ITERATIONS = 30
+        return what, fix_of(float(self._step_size(state)), limit)
 
 
 class _Gradients(NamedTuple):
@@ -675,7 +644,7 @@ class _Batch:
     def __init__(self, model: Model, state: ParticleState, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.model, self.rng_key, self.args, self.kwargs = model, rng_key, args, kwargs
         data = {**state.params, **state.mutable_state}
-        self.program = run_program(model, args, kwargs, rng_key, data=data, latents=_first(state.particles))
+        self.program = run_model(model, args, kwargs, rng_key, data=data, latents=_first(state.particles))
         _require_same_sites(self.program, state)
         self.indices = subsampled_indices(self.program)
         self.data = {**state.mutable_state, **self.indices}  # what another run on the same rows is given
@@ -688,7 +657,7 @@ class _Batch:
         """All rows, with the batch's replaced."""
         return by_site(lambda name, *x: scatter(self.program, self.indices, name, *x), self.program.latents, stores, rows)
 
-    def terms(self, model: Model, theta: Any, x: Particles) -> tuple[dict[str, Array], Program]:
+    def terms(self, model: Model, theta: Any, x: Particles) -> tuple[dict[str, Array], Run]:
         data = {**constrain_params(theta, self.program.param_transforms), **self.data}
         return log_density_terms(model, self.args, self.kwargs, self.rng_key, data=data, latents=x)
 
@@ -723,30 +692,10 @@ def _num_particles(state: ParticleState) -> int:
     return len(next(iter(state.particles.values())))
 
 
-def _require_same_sites(program: Program, state: ParticleState) -> None:
+def _require_same_sites(program: Run, state: ParticleState) -> None:
     for kind, wanted, given in (("latent", program.latents, state.particles), ("param", program.params, state.params)):
         if wanted.keys() != given.keys():
             raise ValueError(f"the state is of another model: its {kind} sites are {sorted(given)}, the model's {sorted(wanted)}.")
-
-
-def _has_chains(state: ParticleState) -> bool:
-    return any(name.endswith("/chains") for name in state.mutable_state)
-
-
-def _chain_status(mutable_state: dict[str, Any]) -> dict[str, Array]:
-    return {name.removesuffix("/chains"): value["status"] for name, value in mutable_state.items() if name.endswith("/chains")}
-
-
-def _running_stiffness(batch: _Batch, state: ParticleState, scores: Particles, step_size: Any) -> dict[str, Array]:
-    def of_site(name: str, score: Array) -> Array:
-        # about the particles' mean: what all share is travel, or parameters that swing, and no stiffness of theirs
-        variance = score.var(0, ddof=1) if len(score) > 1 else score[0] ** 2
-        variance = variance.mean(tuple(range(variance.ndim - batch.program.latents[name].event_dim)))
-        new = jnp.minimum(step_size * variance, STIFFNESS_CLIP).astype(score.dtype)
-        on_its_way = state.num_steps < STIFFNESS_DELAY * batch.program.scale(name)  # steep places are passed, and not kept
-        return state.stiffness[name] + jnp.where(on_its_way, 0, STIFFNESS_RATE) * (new - state.stiffness[name])
-
-    return {name: of_site(name, score) for name, score in scores.items()}
 
 
 def _health(batch: _Batch, loss: Array, theta: Any, x: Particles, mutable_state: dict[str, Any]) -> Health:
@@ -754,7 +703,7 @@ def _health(batch: _Batch, loss: Array, theta: Any, x: Particles, mutable_state:
     health = health_of("loss", loss) | health_of("param", theta) | health_of("particles", x)
     for name, plate in batch.program.plates.items():
         health[Part("plate", name)] = 1 - plate.is_row.all().astype(jnp.int32)
-    for name, status in _chain_status(mutable_state).items():
+    for name, status in status_of(mutable_state).items():
         health[Part("chains", name)] = jnp.where(status > 1, status, 0)
     return health
 

@@ -14,11 +14,12 @@ from jax import Array
 from numpyro_ebm._checks import require_count, require_instance
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.infer.engine import Engine
-from numpyro_ebm.infer.rows import first_batch, random_batch
-from numpyro_ebm.model_check import check_run
 from numpyro_ebm.objectives.score import ScoreObjective
-from numpyro_ebm.program import Model, Program, require_finite
-from numpyro_ebm.visible import Visible, find_visible, require_rows
+from numpyro_ebm.program.check import check_run
+from numpyro_ebm.program.rows import first_batch, random_batch
+from numpyro_ebm.program.run import Run
+from numpyro_ebm.program.sites import Model, require_finite
+from numpyro_ebm.program.visible import Visible, find_visible, require_rows
 
 
 class ScoreEngine(Engine):
@@ -39,9 +40,7 @@ class ScoreEngine(Engine):
         """The arguments with the first rows of the visible: what there is to check of a model."""
         return first_batch(self.batch_size, args)
 
-    def _inspect(
-        self, rng_key: Array, data: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Visible, Program]:
+    def _inspect(self, rng_key: Array, data: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Visible, Run]:
         """The visible and a run of the model, which is refused if no score could teach it."""
         visible, program = find_visible(self._inner, args, kwargs, rng_key, data=data)
         require_rows(program, visible)
@@ -60,7 +59,7 @@ class ScoreEngine(Engine):
             require_finite(site)
 
 
-def require_params(program: Program, given: dict[str, Any], what: str = "the model") -> None:
+def require_params(program: Run, given: dict[str, Any], what: str = "the model") -> None:
     """Refuses a program without anything to learn, and starting values of what it does not have.
 
     :raises ValueError: naming the values.
@@ -71,7 +70,7 @@ def require_params(program: Program, given: dict[str, Any], what: str = "the mod
         raise ValueError(f"init_params names {unknown}, which is no param site: {what} has {sorted(program.params)}.")
 
 
-def require_same_params(program: Program, params: dict[str, Any], what: str = "the model") -> None:
+def require_same_params(program: Run, params: dict[str, Any], what: str = "the model") -> None:
     """Refuses a state of another program.
 
     :raises ValueError: with the param sites of both.

@@ -18,7 +18,8 @@ from numpyro_ebm.infer.score_engine import ScoreEngine, require_params, require_
 from numpyro_ebm.infer.step import Health, health_of
 from numpyro_ebm.objectives.score import ScoreObjective
 from numpyro_ebm.optim import apply_gradient, as_transformation
-from numpyro_ebm.program import Model, Program, constrain_params, log_density, run_program, strong_types, unconstrain_params
+from numpyro_ebm.program.run import Run, constrain_params, log_density, run_model, strong_types, unconstrain_params
+from numpyro_ebm.program.sites import Model
 
 
 class ScoreMatchingState(NamedTuple):
@@ -132,7 +133,7 @@ class ScoreMatching(ScoreEngine):
         v_tilde = self.objective.perturb(noise_key, v)
         return self.objective.loss(jax.grad(log_p), loss_key, v, v_tilde).mean()
 
-    def _read(self, state: ScoreMatchingState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-        program = run_program(self._inner, args, kwargs, state.rng_key, data=state.params)
+    def _read(self, state: ScoreMatchingState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
+        program = run_model(self._inner, args, kwargs, state.rng_key, data=state.params)
         require_same_params(program, state.params)
         return program

@@ -23,17 +23,9 @@ from numpyro.infer import TraceGraph_ELBO
 
 from numpyro_ebm._checks import require_bool, require_count, require_one_of
 from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, Upper
-from numpyro_ebm.latent_score import (
-    Draws,
-    Latents,
-    ScoreFn,
-    draw,
-    row_density,
-    variational_score,
-    weighted_score,
-)
+from numpyro_ebm.objectives.latent import Draws, Latents, ScoreFn, draw, row_density, variational_score, weighted_score
 from numpyro_ebm.objectives.score import ScoreObjective
-from numpyro_ebm.program import Model, is_unbounded, kind_of
+from numpyro_ebm.program.sites import Model, is_unbounded, kind_of
 from numpyro_ebm.weights import effective_sample_size, normalized_weights
 
 COVARIANCES = ("unbiased", "biased", "none")

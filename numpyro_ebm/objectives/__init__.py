@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-from numpyro_ebm.objectives.posterior import PosteriorFisher
+from numpyro_ebm.objectives.guide import PosteriorFisher
 from numpyro_ebm.objectives.score import (
     DenoisingScoreMatching,
     ExactScoreMatching,

@@ -40,7 +40,9 @@ from numpyro_ebm._compat import layers
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm.distributions.energy import with_core
 from numpyro_ebm.distributions.relaxed import GumbelBernoulli
-from numpyro_ebm.program import Model, Site, log_density_terms, per_row, run_program
+from numpyro_ebm.program.rows import per_row
+from numpyro_ebm.program.run import log_density_terms, run_model
+from numpyro_ebm.program.sites import Model, Site
 from numpyro_ebm.weights import normalized_weights
 
 #: values of latent sites by name, with samples along axis 0
@@ -57,7 +59,7 @@ def draw(
 
     def one(key: Array) -> Latents:
         with nullcontext() if relaxed else _hard_bits():
-            return run_program(guide, args, kwargs, key, data=params).drawn
+            return run_model(guide, args, kwargs, key, data=params).drawn
 
     return stop_gradient(map_over(one, jax.random.split(rng_key, num_samples)))
 

@@ -24,7 +24,9 @@ from numpyro.primitives import Messenger
 from numpyro_ebm._compat import layers
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm.distributions.energy import NormalizerError
-from numpyro_ebm.program import Model, Program, log_density_terms, per_row, run_program, total, transform_of
+from numpyro_ebm.program.rows import per_row
+from numpyro_ebm.program.run import Run, log_density_terms, run_model, total
+from numpyro_ebm.program.sites import Model, transform_of
 from numpyro_ebm.samplers import MALA, Sampler, Target
 
 FIELD = "random_field"  # the site that its chains and its normalizer are named after
@@ -107,7 +109,7 @@ class RandomField:
         self._call = unobserved(model), args, kwargs, rng_key
         self._given = seen.given
         with block():
-            self._program = run_program(*self._call, data={**seen.given, **seen.values})
+            self._program = run_model(*self._call, data={**seen.given, **seen.values})
         self._plate = _shared_plate(self._program)
         _require_pool(self._program, self._plate, seen.masked)
         self._rows = 1 if self._plate is None else len(self._program.plates[self._plate].indices)
@@ -163,7 +165,7 @@ class RandomField:
         there = self._log_density_of_chains(rolled, given)
         return jnp.any(jnp.abs(here - there) > ROUNDING * (1 + jnp.abs(here)))
 
-    def _terms(self, x: Values, given: dict[str, Any]) -> tuple[dict[str, Array], Program]:
+    def _terms(self, x: Values, given: dict[str, Any]) -> tuple[dict[str, Array], Run]:
         with block():
             return log_density_terms(*self._call, data=given, latents=x)
 
@@ -234,14 +236,14 @@ class RandomField:
 ROUNDING = 1e-3
 
 
-def _shared_plate(program: Program) -> str | None:
+def _shared_plate(program: Run) -> str | None:
     """The plate with most rows of those around every sample site, factors too; None if there is none."""
     around = [{f.name for f in site["cond_indep_stack"]} for site in program.sites.values() if site["type"] == "sample"]
     shared = set.intersection(*around)
     return max(sorted(shared), key=lambda name: len(program.plates[name].indices), default=None)
 
 
-def _require_pool(program: Program, plate: str | None, masked: str | None) -> None:
+def _require_pool(program: Run, plate: str | None, masked: str | None) -> None:
     if masked is not None:
         raise ValueError(
             f"site '{masked}' of a random field is masked, and where it is, the field has no density to draw the pool from: "

@@ -17,7 +17,8 @@ from numpyro.distributions import Delta
 from numpyro.handlers import substitute
 
 from numpyro_ebm._compat import calling_objective, layers
-from numpyro_ebm.program import Model, Program, Site, is_latent, log_density, run_program, transform_of
+from numpyro_ebm.program.run import Run, log_density, run_model
+from numpyro_ebm.program.sites import Model, Site, is_latent, transform_of
 
 Latents = dict[str, Array]
 
@@ -100,7 +101,7 @@ class PosteriorFisher:
         self, rng_key: Array, params: dict[str, Any], model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Array, dict[str, Any]]:
         model_key, guide_key = jax.random.split(rng_key)
-        drawn = run_program(guide, args, kwargs, guide_key, data=params)
+        drawn = run_model(guide, args, kwargs, guide_key, data=params)
         _require_scores(drawn)
         rows = _rows_of(drawn)
         indices = {name: plate.indices for name, plate in drawn.plates.items()}
@@ -121,13 +122,13 @@ class PosteriorFisher:
         return jnp.sum(jnp.stack(squares), 0) / 2, {**drawn.mutable_state, **mutable_state}
 
 
-def _by_row(program: Program, name: str, plate: str, value: Array) -> Array:
+def _by_row(program: Run, name: str, plate: str, value: Array) -> Array:
     """The sum over everything but a plate of an array that is shaped like a latent, ``(rows,)``."""
     value = jnp.moveaxis(value, _dim(program.sites[name], plate) - program.sites[name]["fn"].event_dim, 0)
     return value.reshape(len(value), -1).sum(-1)
 
 
-def _rows_of(program: Program) -> str:
+def _rows_of(program: Run) -> str:
     """The plate whose rows are the data: the one that all latents of a guide share."""
     frames = {name: {frame.name for frame in program.sites[name]["cond_indep_stack"]} for name in program.latents}
     shared = set.intersection(*frames.values())
@@ -146,7 +147,7 @@ def _rows_of(program: Program) -> str:
     )
 
 
-def _at(h: Latents, model: Model, drawn: Program, rows: str) -> Model:
+def _at(h: Latents, model: Model, drawn: Run, rows: str) -> Model:
     """The model with its latents at the guide's samples; refuses latents that are not those of the guide."""
 
     def value(site: Site) -> Array | None:
@@ -158,7 +159,7 @@ def _at(h: Latents, model: Model, drawn: Program, rows: str) -> Model:
     return substitute(model, substitute_fn=value)
 
 
-def _require_drawn(site: Site, drawn: Program, rows: str) -> None:
+def _require_drawn(site: Site, drawn: Run, rows: str) -> None:
     name = site["name"]
     if name not in drawn.latents:
         raise ValueError(f"site '{name}': the model samples it and the guide does not. Sample it in the guide, or observe it.")
@@ -172,7 +173,7 @@ def _require_drawn(site: Site, drawn: Program, rows: str) -> None:
         raise ValueError(f"site '{name}': it does not lie in plate '{rows}' in the model as it does in the guide: it must.")
 
 
-def _require_no_more(drawn: Program, model: Program) -> None:
+def _require_no_more(drawn: Run, model: Run) -> None:
     if extra := [name for name in drawn.latents if name not in model.latents]:
         raise ValueError(
             f"site '{extra[0]}': the guide samples it and the model, which samples {sorted(model.latents)}, does not, so that the "
@@ -180,7 +181,7 @@ def _require_no_more(drawn: Program, model: Program) -> None:
         )
 
 
-def _require_scores(drawn: Program) -> None:
+def _require_scores(drawn: Run) -> None:
     """Refuses guides whose samples have no gradient in the parameters, or whose density has none in the samples."""
     if not drawn.latents:
         raise ValueError("the guide samples no latent: it must sample those of the model.")
@@ -219,7 +220,7 @@ def _require_free(site: Site) -> None:
         )
 
 
-def _require_fixed_model(model: Program, guide: Program) -> None:
+def _require_fixed_model(model: Run, guide: Run) -> None:
     if learned := sorted(set(model.params) - set(guide.params)):
         raise ValueError(
             f"param site '{learned[0]}' of the model: SVI would move it to where the posterior suits the guide, whatever the data. "

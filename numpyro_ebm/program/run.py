@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A NumPyro program as pure functions of its parameters, latents and data.
+"""One run of a NumPyro model, what it showed, and the model as pure functions of its parameters, latents and data.
 
 The engines speak this language and hold no handlers of their own. Latents are in unconstrained space throughout: a site of
 support ``S`` is the image of a real array under ``biject_to(S)``, and its log Jacobian is part of the log density.
@@ -16,17 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 from jax import Array
-from numpyro.distributions import Distribution, MaskedDistribution, biject_to, constraints
+from numpyro.distributions import Distribution, biject_to, constraints
 from numpyro.distributions.util import scale_and_mask, sum_rightmost
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.util import compute_log_probs, helpful_support_errors
 from numpyro.primitives import Messenger
 
-from numpyro_ebm._compat import in_subsampled_plate, layers
+from numpyro_ebm._compat import in_subsampled_plate
 from numpyro_ebm.distributions.energy import TiltedDistribution, energy_site, with_core
-
-Model = Callable[..., Any]
-Site = dict[str, Any]
+from numpyro_ebm.program.sites import Model, Site, is_latent, kind_of, transform_of
 
 
 class LatentSite(NamedTuple):
@@ -58,7 +56,7 @@ class Plate(NamedTuple):
         return self.indices == jnp.arange(self.size)
 
 
-class Program(NamedTuple):
+class Run(NamedTuple):
     """What one run of a model showed: its sites, and what is needed to run it again on the same rows of the data."""
 
     #: every site by name, as :class:`numpyro.handlers.trace` gives them
@@ -104,7 +102,7 @@ class Program(NamedTuple):
         return float(np.prod([self.plates[plate].size / len(self.plates[plate].indices) for plate, _ in frames]))
 
 
-def run_program(
+def run_model(
     model: Model,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -112,7 +110,7 @@ def run_program(
     *,
     data: dict[str, Any] | None = None,
     latents: dict[str, Array] | None = None,
-) -> Program:
+) -> Run:
     """One run of a model.
 
     :param data: values of param and mutable sites, and indices of plates, by name; the model's own where missing.
@@ -155,7 +153,7 @@ def log_density_terms(
     data: dict[str, Any],
     latents: dict[str, Array],
     jacobian: bool = True,
-) -> tuple[dict[str, Array], Program]:
+) -> tuple[dict[str, Array], Run]:
     """The log density of every site, not summed and scaled by its plates, and the run that gave it.
 
     :param jacobian: whether there is a term for the log Jacobian of each latent's transform, which makes it a density of the
@@ -166,7 +164,7 @@ def log_density_terms(
     return terms, _read(sites)
 
 
-def terms_of(program: Program) -> dict[str, Array]:
+def terms_of(program: Run) -> dict[str, Array]:
     """The log density of every site of a run as it stands, not summed and scaled by its plates."""
     sites = [site for site in program.sites.values() if site["type"] == "sample"]
     return {site["name"]: scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"]) for site in sites}
@@ -174,7 +172,7 @@ def terms_of(program: Program) -> dict[str, Array]:
 
 def log_density(
     model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], rng_key: Array, *, data: dict[str, Any]
-) -> tuple[Array, Program]:
+) -> tuple[Array, Run]:
     """The log density of all sites together, a scalar, and the run that gave it.
 
     :param data: values of sites by name, latents among them as the model has them: constrained, without Jacobians.
@@ -186,26 +184,6 @@ def log_density(
 def total(terms: dict[str, Array]) -> Array:
     """The log density of all sites together, a scalar."""
     return sum((jnp.sum(term) for term in terms.values()), jnp.zeros(()))
-
-
-def per_row(terms: dict[str, Array], program: Program, plate: str) -> Array:
-    """The log density of every row of a plate, of shape ``(rows,)``; every term must lie in that plate.
-
-    The plate's own scale is taken out: the sum over rows is the log density of these rows alone.
-    """
-    frames = {name: {f.name: f.dim for f in site.get("cond_indep_stack", ())} for name, site in program.sites.items()}
-    if plate not in program.plates:
-        raise ValueError(
-            f"there is no plate '{plate}', only {sorted(program.plates)}: model and guide need the same plate of rows."
-        )
-    size, rows = program.plates[plate].size, len(program.plates[plate].indices)
-    if outside := [name for name in terms if plate not in frames[name]]:  # a site comes after its log Jacobian
-        raise ValueError(f"site '{outside[-1]}' stands outside plate '{plate}': the rows of the plate do not factorize.")
-    out = jnp.zeros(())
-    for name, term in terms.items():
-        term = jnp.moveaxis(jnp.atleast_1d(term), frames[name][plate], 0)
-        out = out + term.reshape(len(term), -1).sum(-1)
-    return jnp.broadcast_to(out * (rows / size), (rows,))
 
 
 @contextmanager
@@ -220,7 +198,7 @@ def constrained(
 ) -> dict[str, Array]:
     """The values of latent sites that stand at unconstrained ``latents``, for all rows of the data."""
     with whole_plates():
-        program = run_program(model, args, kwargs, rng_key, data=data, latents=latents)
+        program = run_model(model, args, kwargs, rng_key, data=data, latents=latents)
     return {name: program.sites[name]["value"] for name in latents}
 
 
@@ -245,31 +223,7 @@ def strong_types(tree: Any) -> Any:
     return jax.tree.map(strong, tree)
 
 
-def is_latent(site: Site) -> bool:
-    """Whether a site is a sample site without data."""
-    return site["type"] == "sample" and not site["is_observed"]
-
-
-def transform_of(site: Site) -> Any:
-    """The transform from an unconstrained array to a latent site; an error that names the site if there is none."""
-    with helpful_support_errors(site):
-        return biject_to(site["fn"].support)
-
-
-def kind_of(fn: Distribution) -> str:
-    """The name of a site's distribution, under what plates and masks wrap around it."""
-    *_, core = layers(fn)
-    return type(core).__name__
-
-
-def is_unbounded(support: Any) -> bool:
-    """Whether every real array is in a support."""
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    return type(support) is type(constraints.real)
-
-
-def require_continuous(program: Program) -> None:
+def require_continuous(program: Run) -> None:
     """Refuses models with a discrete latent.
 
     :raises ValueError: naming the site.
@@ -281,33 +235,6 @@ def require_continuous(program: Program) -> None:
                 f"site '{name}': a latent with {kind_of(fn)} is discrete and has no score to move by. Sum it out (a mixture "
                 "such as MixtureSameFamily does it), make it continuous, or observe it."
             )
-
-
-def finite_events(site: Site, xp: Any = jnp) -> Any:
-    """Whether each event of an observed site is finite or masked.
-
-    :param xp: :mod:`numpy` for an answer that is known while a program is traced.
-    """
-    value, fn = site["value"], site["fn"]
-    finite = xp.isfinite(xp.asarray(value))
-    finite = finite.all(tuple(range(finite.ndim - fn.event_dim, finite.ndim)))
-    return finite | ~xp.asarray(fn._mask) if isinstance(fn, MaskedDistribution) else finite
-
-
-def require_finite(site: Site) -> None:
-    """Refuses data that are NaN or infinite and not masked; says nothing while data are traced.
-
-    :raises ValueError: naming the site.
-    """
-    mask = getattr(site["fn"], "_mask", None)
-    if isinstance(site["value"], jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
-        return
-    finite = finite_events(site, np)
-    if not finite.all():
-        raise ValueError(
-            f"site '{site['name']}': {int((~finite).sum())} of {finite.size} observed events are NaN or infinite. "
-            "Remove them, or mask them out with numpyro.handlers.mask."
-        )
 
 
 def _require_all_rows(site: Site) -> None:
@@ -385,7 +312,7 @@ class _whole_plates(Messenger):
             msg["args"], msg["value"] = (size, size), jnp.arange(size)
 
 
-def _read(sites: dict[str, Site]) -> Program:
+def _read(sites: dict[str, Site]) -> Run:
     plates = {name: Plate(site["value"], site["args"][0]) for name, site in sites.items() if site["type"] == "plate"}
     latents = {}
     for name, site in sites.items():
@@ -393,7 +320,7 @@ def _read(sites: dict[str, Site]) -> Program:
             transform = None if site["fn"].support.is_discrete else transform_of(site)
             axes = tuple(at for at in _axes(site, transform) if at[0] in plates)  # those inside a scan are not seen
             latents[name] = LatentSite(axes, _event_dim(site["fn"], transform))
-    return Program(sites, latents, plates)
+    return Run(sites, latents, plates)
 
 
 def _axes(site: Site, transform: Any) -> tuple[tuple[str, int], ...]:

@@ -15,7 +15,7 @@ from numpyro.handlers import block, seed, substitute
 
 from numpyro_ebm._compat import layers
 from numpyro_ebm.distributions.energy import BaseMeasure, NormalizerError, TiltedDistribution, energy_site
-from numpyro_ebm.provenance import mark, sources
+from numpyro_ebm.program.provenance import mark, sources
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from numpyro_ebm.program import Program
+from numpyro_ebm.program.run import Run
 
 Indices = dict[str, Array]  # by subsampled plate, (subsample_size,)
 
@@ -41,12 +41,32 @@ def first_batch(batch_size: int | None, args: tuple[Any, ...]) -> tuple[Any, ...
     return args[0][:batch_size], *args[1:]
 
 
-def subsampled_indices(program: Program) -> Indices:
+def per_row(terms: dict[str, Array], program: Run, plate: str) -> Array:
+    """The log density of every row of a plate, of shape ``(rows,)``; every term must lie in that plate.
+
+    The plate's own scale is taken out: the sum over rows is the log density of these rows alone.
+    """
+    frames = {name: {f.name: f.dim for f in site.get("cond_indep_stack", ())} for name, site in program.sites.items()}
+    if plate not in program.plates:
+        raise ValueError(
+            f"there is no plate '{plate}', only {sorted(program.plates)}: model and guide need the same plate of rows."
+        )
+    size, rows = program.plates[plate].size, len(program.plates[plate].indices)
+    if outside := [name for name in terms if plate not in frames[name]]:  # a site comes after its log Jacobian
+        raise ValueError(f"site '{outside[-1]}' stands outside plate '{plate}': the rows of the plate do not factorize.")
+    out = jnp.zeros(())
+    for name, term in terms.items():
+        term = jnp.moveaxis(jnp.atleast_1d(term), frames[name][plate], 0)
+        out = out + term.reshape(len(term), -1).sum(-1)
+    return jnp.broadcast_to(out * (rows / size), (rows,))
+
+
+def subsampled_indices(program: Run) -> Indices:
     """The rows that a run of the program saw, of the plates that do not show all."""
     return {name: plate.indices for name, plate in program.subsampled.items()}
 
 
-def gather(program: Program, indices: Indices, name: str, store: Array) -> Array:
+def gather(program: Run, indices: Indices, name: str, store: Array) -> Array:
     """The rows of one site that a batch sees."""
     for plate, axis in program.latents[name].plates:
         if plate in indices:
@@ -54,7 +74,7 @@ def gather(program: Program, indices: Indices, name: str, store: Array) -> Array
     return store
 
 
-def scatter(program: Program, indices: Indices, name: str, store: Array, rows: Array) -> Array:
+def scatter(program: Run, indices: Indices, name: str, store: Array, rows: Array) -> Array:
     """The store of one site with the rows of a batch replaced."""
     axes = {axis % store.ndim: indices[plate] for plate, axis in program.latents[name].plates if plate in indices}
     if not axes:
@@ -78,7 +98,7 @@ def by_site(function: Callable[..., Array], names: Any, *trees: Any) -> Any:
     return jax.tree_util.tree_map_with_path(at, *trees)
 
 
-def full_shape(shape: tuple[int, ...], program: Program, name: str) -> tuple[int, ...]:
+def full_shape(shape: tuple[int, ...], program: Run, name: str) -> tuple[int, ...]:
     """The shape of a site's store, from that of the rows of a batch."""
     full = list(shape)
     for plate, axis in program.latents[name].plates:
@@ -86,7 +106,7 @@ def full_shape(shape: tuple[int, ...], program: Program, name: str) -> tuple[int
     return tuple(full)
 
 
-def all_batches(program: Program) -> Indices:
+def all_batches(program: Run) -> Indices:
     """Batches that show every row at least once, stacked: by subsampled plate, ``(num_batches, subsample_size)``."""
     parts = []
     for plate in program.subsampled.values():

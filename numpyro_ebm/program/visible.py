@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax import Array
 from numpyro.handlers import substitute
 
-from numpyro_ebm.program import Model, Program, Site, is_latent, is_unbounded, kind_of, run_program
-from numpyro_ebm.provenance import mark, sources
+from numpyro_ebm.program.provenance import mark, sources
+from numpyro_ebm.program.run import Run, run_model
+from numpyro_ebm.program.sites import Model, Site, is_latent, is_unbounded, kind_of
 
 
 class Visible(NamedTuple):
@@ -29,7 +30,7 @@ class Visible(NamedTuple):
 
 def find_visible(
     model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], rng_key: Array, *, data: dict[str, Any]
-) -> tuple[Visible, Program]:
+) -> tuple[Visible, Run]:
     """The visible of a model, and a run of the model.
 
     :param args: arguments of the model, the first a batch of the visible, ``(batch,) + event_shape``.
@@ -72,7 +73,7 @@ def find_visible(
     return Visible(name, _row_plate(program, site, len(visible))), program
 
 
-def require_rows(program: Program, visible: Visible) -> None:
+def require_rows(program: Run, visible: Visible) -> None:
     """Refuses a model whose latents do not belong to one row of the visible each.
 
     :raises ValueError: naming the site.
@@ -98,17 +99,17 @@ def _require_batch(args: tuple[Any, ...]) -> Array:
     return v
 
 
-def _run(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], rng_key: Array, data: dict[str, Any]) -> Program:
+def _run(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], rng_key: Array, data: dict[str, Any]) -> Run:
     def stand_in(site: Site) -> Array | None:
         if not is_latent(site) or site["name"] in data:
             return None
         return site["fn"].support.feasible_like(jnp.zeros(site["fn"].shape()))
 
     with substitute(substitute_fn=stand_in):
-        return run_program(model, args, kwargs, rng_key, data=data)
+        return run_model(model, args, kwargs, rng_key, data=data)
 
 
-def _observations(program: Program) -> dict[str, Array]:
+def _observations(program: Run) -> dict[str, Array]:
     """The data of observed sites; a factor has none."""
     return {name: jnp.asarray(site["value"]) for name, site in program.observed.items() if jnp.size(site["value"])}
 
@@ -123,7 +124,7 @@ def _the_only(sites: list[str], values: dict[str, Array]) -> str:
     raise ValueError(f"{what} no site observes it{others}. Write numpyro.sample(..., obs=the first argument).")
 
 
-def _require_all_rows(program: Program) -> None:
+def _require_all_rows(program: Run) -> None:
     for name, plate in program.plates.items():
         if plate.is_subsampled:
             raise ValueError(
@@ -132,7 +133,7 @@ def _require_all_rows(program: Program) -> None:
             )
 
 
-def _row_plate(program: Program, site: Site, num_rows: int) -> str | None:
+def _row_plate(program: Run, site: Site, num_rows: int) -> str | None:
     shape = site["fn"].batch_shape
     rows = [frame.name for frame in site["cond_indep_stack"] if frame.dim == -len(shape) and frame.size == num_rows]
     if not rows and (site["cond_indep_stack"] or not shape or shape[0] != num_rows):

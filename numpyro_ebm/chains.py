@@ -1,0 +1,105 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The negative chains of a model, as its mutable sites keep them: their names, where they stand, and whether they are well."""
+
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from numpyro_ebm.samplers import Sampler, Target
+
+_SUFFIX = "/chains"
+MIXED_FIELDS, NOT_FINITE = 8, 9  # beyond what samplers know
+
+
+class ChainTarget(Protocol):
+    """What chains need of a distribution: an energy site, whose chains are an array, or a random field, with one by site."""
+
+    @property
+    def chain_sampler(self) -> Sampler:
+        """How chains move if no sampler is named."""
+
+    def to_chain(self, value: Any, sampler: Sampler) -> Array:
+        """Values as positions of a sampler."""
+
+    def from_chain(self, position: Array, sampler: Sampler) -> Any:
+        """Positions of a sampler as values."""
+
+    def chain_log_prob(self, sampler: Sampler) -> Target:
+        """The log density of positions of a sampler, without gradients in the parameters."""
+
+    def _log_density(self, value: Any) -> Array:
+        """The log density of values, with gradients in the parameters."""
+
+
+def chains_name(site: str) -> str:
+    """The mutable site that keeps the chains of a sample site."""
+    return site + _SUFFIX
+
+
+def chains_of(mutable_state: Mapping[str, Any]) -> dict[str, Any]:
+    """What mutable sites keep of chains, by the sample site that they belong to."""
+    return {name.removesuffix(_SUFFIX): kept for name, kept in mutable_state.items() if name.endswith(_SUFFIX)}
+
+
+def status_of(mutable_state: Mapping[str, Any]) -> dict[str, Array]:
+    """The status of chains by site: 0 where all is well, 1 for a warning, above that for an error."""
+    return {site: kept["status"] for site, kept in chains_of(mutable_state).items()}
+
+
+def positions(chains: Mapping[str, Mapping[str, Any]]) -> dict[str, Array]:
+    """Where the chains of sites stand, by sample site: those of a random field are values of many sites."""
+    found: dict[str, Array] = {}
+    for site, kept in chains.items():
+        found |= kept["x"] if isinstance(kept["x"], Mapping) else {site: kept["x"]}
+    return found
+
+
+def watch(name: str, sampler: Sampler, state: Any, trouble: Array, chains: dict[str, Any], reports: bool) -> Array:
+    """The status of a site's chains, reported from inside a compiled run on a CPU: a warning once, an error at once.
+
+    On an accelerator a condition makes the host take part in every step, which costs more than many a step does. There the status
+    is kept with the chains, and the loss is nan from then on.
+    """
+    status = jnp.asarray(sampler.check(state), jnp.int32)
+    status = jnp.where(trouble > 0, trouble, status)
+
+    def report(status: np.ndarray, num_updates: np.ndarray, old: np.ndarray) -> None:
+        if int(status) > int(old):  # under vmap both branches of the condition run
+            tell(f"site '{name}', update {int(num_updates)}: {explain(sampler, int(status))}", int(status))
+
+    old = chains["status"]
+    if reports:
+        told = partial(lax.cond, status > old, lambda *a: jax.debug.callback(report, *a), lambda *a: None)
+        lax.platform_dependent(status, chains["num_updates"], old, cpu=told, default=lambda *a: None)
+    return jnp.maximum(status, old)
+
+
+def tell(message: str, status: int) -> None:
+    """An error, or a warning where the status is one."""
+    if status > 1:
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=2)
+
+
+def explain(sampler: Sampler, status: int) -> str:
+    """What a status means, and the fix."""
+    if status == MIXED_FIELDS:
+        return (
+            "the rows of its subsampled plate have fields of their own (covariates or parameters differ between rows), so that a "
+            "persistent chain would belong to another field at every step. Use persistent=False, or do not subsample."
+        )
+    if status != NOT_FINITE:
+        return f"{sampler.explain(status)}."
+    return (
+        "the negative chains, or the energy at them, are no longer finite. The data or parameters "
+        "were not finite before, or the energy is not integrable, or the step is too large for it: look at the data, take "
+        "a base that confines (TiltedDistribution), a smaller learning rate, or a smaller step_size."
+    )
