@@ -76,9 +76,8 @@ def test_imports_point_down(path):
 
 def test_no_circle_within_a_layer():
     # Catches two files of one folder that need each other: neither can be read, tested or moved alone.
-    names = {
-        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in _modules() if path.stem != "__init__"
-    }
+    files = [(path, path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in _modules()]
+    names = {".".join(parts).removesuffix(".__init__"): path for path, parts in files}
     needs = {name: {module for module, _ in _imports(path)} & names.keys() for name, path in names.items()}
     while free := [name for name, below in needs.items() if not below]:
         needs = {name: below.difference(free) for name, below in needs.items() if below}
