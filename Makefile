@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 FILE ?=
 ARGS ?=
 
-.PHONY: demo test test-slow test-lowest test-newest smoke lint docs bench clean
+.PHONY: demo test test-slow test-lowest test-newest smoke lint docs bench metrics clean
 .DEFAULT_GOAL := test
 
 # Tests keep their compiled programs outside the clone: right when there are none, two to ten times as fast when there are. Strings
@@ -56,6 +56,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# How the code is built, in numbers, beside the packages that it is measured against.
+metrics: $(VENV)/.installed-dev
+	$(BIN)/python .ci/metrics.py
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html

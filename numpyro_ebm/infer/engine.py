@@ -230,10 +230,11 @@ class Engine(ABC):
 
     def _make_one(self, state: State, stopped: Array, stable: Array, dynamic: Any, *, static: Rest) -> "_Made":
         """One step by itself, compiled as the loop of its device compiles it."""
+        shapes = self._shapes(state, dynamic, static=static, collect=None)
 
         def in_open_loop(state: State, dynamic: Any) -> tuple[State, Array, Health]:
             once = (state.num_steps >= 0).astype(jnp.int32)  # one step, which XLA cannot know and so takes out of no loop
-            seen = self._advance(state, once, 1, dynamic, static=static, collect=None)
+            seen = self._advance(state, once, 1, shapes, dynamic, static=static, collect=None)
             return seen.state, seen.record.loss[0], seen.health
 
         plain = partial(self._proposed, static=static)
@@ -292,13 +293,15 @@ class Engine(ABC):
         return seen.state, jax.tree.map(lambda x: np.asarray(x)[:count].copy(), seen.record), int(count), bool(stopped)
 
     def _make_open(self, state: State, num_steps: Array, dynamic: Any, *, static: Rest, collect: Any) -> "_Advanced":
-        _, record = self._shapes(state, dynamic, static=static, collect=collect)
-        size = min(MAX_STEPS_PER_CALL, _fitting(record))
-        return self._advance(state, num_steps, size, dynamic, static=static, collect=collect)
-
-    def _advance(self, state: State, num_steps: Array, size: int, dynamic: Any, *, static: Rest, collect: Any) -> "_Advanced":
-        """Up to ``num_steps`` steps, as many as there is room for, or up to the first bad one, whose state is left as it is."""
         health, record = self._shapes(state, dynamic, static=static, collect=collect)
+        size = min(MAX_STEPS_PER_CALL, _fitting(record))
+        return self._advance(state, num_steps, size, (health, record), dynamic, static=static, collect=collect)
+
+    def _advance(
+        self, state: State, num_steps: Array, size: int, shapes: Any, dynamic: Any, *, static: Rest, collect: Any
+    ) -> "_Advanced":
+        """Up to ``num_steps`` steps, as many as there is room for, or up to the first bad one, whose state is left as it is."""
+        health, record = shapes
 
         def going(carry: Any) -> Array:
             done, _, _, health = carry
