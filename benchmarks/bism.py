@@ -23,7 +23,14 @@ import optax
 from _timing import compiled, in_turn, show_ratio, timed, timed_eagerly, use_one_core
 from numpyro.distributions import constraints
 
-from numpyro_ebm import BaseMeasure, BiSM, DenoisingScoreMatching, GumbelBernoulli
+from numpyro_ebm import (
+    BaseMeasure,
+    BiSM,
+    DenoisingScoreMatching,
+    GumbelBernoulli,
+    Implicit,
+    Unrolled,
+)
 
 SIGMA, TEMPERATURE, RATE, BETAS, EPS_ROOT = 0.3, 0.1, 2e-4, (0.9, 0.95), 1e-24
 
@@ -58,7 +65,7 @@ def adam():
     return optax.adam(RATE, *BETAS, eps_root=EPS_ROOT)
 
 
-def make_engine(num_visible, num_hidden, num_inner_steps, num_unroll_steps, **settings):
+def make_engine(num_visible, num_hidden, num_inner_steps, hypergradient):
     model, guide = make_model(num_visible, num_hidden)
     return BiSM(
         model,
@@ -67,8 +74,7 @@ def make_engine(num_visible, num_hidden, num_inner_steps, num_unroll_steps, **se
         adam(),
         DenoisingScoreMatching(SIGMA),
         num_inner_steps=num_inner_steps,
-        num_unroll_steps=num_unroll_steps,
-        **settings,
+        hypergradient=hypergradient,
     )
 
 
@@ -119,7 +125,7 @@ def by_hand(v, num_hidden, num_inner_steps, num_unroll_steps):
         updates, of_theta = adam().update(gradient, of_theta)
         return (optax.apply_updates(theta, updates), phi, of_theta, of_phi, key), value
 
-    state, _ = by_engine(v, num_hidden, num_inner_steps, num_unroll_steps)
+    state, _ = by_engine(v, num_hidden, num_inner_steps, Unrolled(num_unroll_steps))
     return (state.theta, state.phi, adam().init(state.theta), adam().init(state.phi), jax.random.key(1)), update
 
 
@@ -194,7 +200,7 @@ def main(args):
     v = jax.random.uniform(jax.random.key(3), (100, args.num_visible))
     for num_unroll_steps in args.unroll:
         size = args.num_hidden, 5, num_unroll_steps
-        engine = timed(*by_engine(v, *size), args.num_steps)
+        engine = timed(*by_engine(v, args.num_hidden, 5, Unrolled(num_unroll_steps)), args.num_steps)
         rivals = {"hand": timed(*by_hand(v, *size), args.num_steps)}
         step = by_torch(v, *size)
         if step is None:
@@ -203,17 +209,15 @@ def main(args):
             rivals["torch"] = timed_eagerly(step, args.num_steps)
         for name, rival in rivals.items():
             show_ratio(f"{name}: K = 5, N = {num_unroll_steps}", in_turn(engine, rival, repeats=args.repeats))
-    unrolled = timed(*by_engine(v, args.num_hidden, 5, 5), args.num_steps)
-    for curvature, num_cg_steps, num_hessian_draws in args.implicit:
-        settings = {"hypergradient": "implicit", "curvature": curvature}
-        settings |= {"num_cg_steps": num_cg_steps, "num_hessian_draws": num_hessian_draws}
-        implicit = timed(*by_engine(v, args.num_hidden, 5, 0, **settings), args.num_steps)
-        title = f"implicit, {curvature}: {num_cg_steps} CG steps, {num_hessian_draws} draws, over N = 5"
+    unrolled = timed(*by_engine(v, args.num_hidden, 5, Unrolled(5)), args.num_steps)
+    for form in args.implicit:
+        implicit = timed(*by_engine(v, args.num_hidden, 5, form), args.num_steps)
+        title = f"implicit, {form.curvature}: {form.num_cg_steps} CG steps, {form.num_draws} draws, over N = 5"
         show_ratio(title, in_turn(implicit, unrolled, repeats=args.repeats))
-    checkpointed = timed(*by_engine(v, args.num_hidden, 5, 5, checkpoint=True), args.num_steps)
+    checkpointed = timed(*by_engine(v, args.num_hidden, 5, Unrolled(5, checkpoint=True)), args.num_steps)
     show_ratio("checkpoint: over none, N = 5", in_turn(checkpointed, unrolled, repeats=args.repeats))
     for inner, unroll, checkpoint in args.compile:
-        seconds, megabytes = compiled(*by_engine(v, args.num_hidden, inner, unroll, checkpoint=checkpoint))
+        seconds, megabytes = compiled(*by_engine(v, args.num_hidden, inner, Unrolled(unroll, checkpoint)))
         title = f"compile: K = {inner:>2}, N = {unroll:>2}, checkpoint {checkpoint!s:<5}"
         print(f"{title} {seconds:6.1f} s {megabytes:9.1f} MB of buffers")
 
@@ -226,9 +230,10 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=7, help="rounds of timed loops")
     parser.add_argument("--smoke", action="store_true", help="a few steps of a small machine, to see that it runs")
     args = parser.parse_args()
-    args.unroll, args.implicit = (0, 5), (("hessian", 5, 8), ("hessian", 3, 2), ("fisher", 3, 2))
+    fisher = Implicit("fisher", num_cg_steps=3, num_draws=2)
+    args.unroll, args.implicit = (0, 5), (Implicit(), Implicit(num_cg_steps=3, num_draws=2), fisher)
     args.compile = ((5, 0, False), (5, 5, False), (50, 5, False), (5, 50, False), (5, 50, True))
     if args.smoke:
-        args.unroll, args.implicit, args.compile = (5,), (("fisher", 3, 2),), ((5, 5, True),)
+        args.unroll, args.implicit, args.compile = (5,), (fisher,), ((5, 5, True),)
         args.num_visible, args.num_hidden, args.num_steps, args.repeats = 20, 10, 2, 2
     main(args)

@@ -32,7 +32,16 @@ import optax
 from jax.flatten_util import ravel_pytree
 from numpyro.distributions import constraints
 
-from numpyro_ebm import BaseMeasure, BiSM, DenoisingScoreMatching, GaussianBernoulliRBM, GumbelBernoulli, ScoreMatching
+from numpyro_ebm import (
+    BaseMeasure,
+    BiSM,
+    DenoisingScoreMatching,
+    GaussianBernoulliRBM,
+    GumbelBernoulli,
+    Implicit,
+    ScoreMatching,
+    Unrolled,
+)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -41,6 +50,7 @@ jax.config.update("jax_enable_x64", True)
 
 NUM_VISIBLE, NUM_HIDDEN, NUM_ROWS, SIGMA = 3, 4, 100, 0.3
 KEY = jax.random.key(5)
+UNROLLED = Unrolled()
 UNIT = optax.sgd(1.0)  # so that a step of the model is its gradient
 
 
@@ -107,8 +117,8 @@ def guide(v):
         numpyro.sample("h", GumbelBernoulli(v @ A + a, temperature=0.1).to_event(1))
 
 
-def make_engine(guide_optim, lower_loss=None, **settings):
-    return BiSM(joint, guide, UNIT, guide_optim, OBJECTIVE, lower_loss, **{"num_inner_steps": 0, **settings})
+def make_engine(guide_optim, lower_loss=None, hypergradient=UNROLLED):
+    return BiSM(joint, guide, UNIT, guide_optim, OBJECTIVE, lower_loss, num_inner_steps=0, hypergradient=hypergradient)
 
 
 def gradient(engine, state, v):
@@ -138,7 +148,7 @@ def after_inner_steps(num_steps, guide_optim, lower_loss, state, v):
     """The state after steps of the guide at fixed parameters of the machine."""
     if num_steps == 0:
         return state
-    settings = {"num_inner_steps": num_steps, "num_unroll_steps": 0}
+    settings = {"num_inner_steps": num_steps, "hypergradient": Unrolled(0)}
     engine = BiSM(joint, guide, optax.sgd(0.0), guide_optim, OBJECTIVE, lower_loss, **settings)
     return engine.update(state, v)[0]
 
@@ -167,12 +177,11 @@ def exact_lower_level(v, exact, args):
 
     start = at_posterior._replace(params={**at_posterior.params, **off}, phi=off)
     descent = optax.sgd(alpha)
-    unroll = [{"num_unroll_steps": n} for n in args.unroll]
-    solver = {"hypergradient": "implicit", "damping": 0.0, "tol": 0.0, "num_hessian_draws": 1}
-    implicit = [{**solver, "num_cg_steps": n} for n in args.num_cg_steps]
+    unroll = [Unrolled(n) for n in args.unroll]
+    implicit = [Implicit(num_cg_steps=n, damping=0.0, tol=0.0, num_draws=1) for n in args.num_cg_steps]
     heads = [f"N = {n}" for n in args.unroll] + [f"{n} CG" for n in args.num_cg_steps]
     print(f"{'':<10}" + "".join(f"{head:>9}" for head in heads))
-    draws = [draw_gradients(make_engine(descent, ExactKL(), **one), v, args.num_draws) for one in unroll + implicit]
+    draws = [draw_gradients(make_engine(descent, ExactKL(), one), v, args.num_draws) for one in unroll + implicit]
     table = {}
     for num_inner in args.inner:
         state = after_inner_steps(num_inner, descent, ExactKL(), start, v)
@@ -188,10 +197,10 @@ def sampled_lower_level(v, exact, args):
     start = make_engine(adam).init(KEY, v)
     state = after_inner_steps(args.warm_up, adam, None, start, v)
 
-    def draws(**settings):
-        return draw_gradients(make_engine(adam, **settings), v, args.num_sampled)(state)
+    def draws(hypergradient):
+        return draw_gradients(make_engine(adam, hypergradient=hypergradient), v, args.num_sampled)(state)
 
-    none = draws(num_unroll_steps=0)
+    none = draws(Unrolled(0))
     missing = exact - none.mean(0)
     size = np.linalg.norm(exact)
     biases = ravel_pytree({name: jnp.full(jnp.shape(value), name == "c") for name, value in state.theta.items()})[0].astype(bool)
@@ -208,11 +217,10 @@ def sampled_lower_level(v, exact, args):
     print(f"{'':<24}{'bias':>9}{'spread':>11}{'recovered':>14}{'':>10}{'of hidden biases':>19}")
     unrolled = [report("unrolled, N = 0", none)]
     for n in args.adam:
-        unrolled.append(report(f"unrolled, N = {n}", draws(num_unroll_steps=n)))
+        unrolled.append(report(f"unrolled, N = {n}", draws(Unrolled(n))))
     implicit = []
     for curvature, n in [("hessian", n) for n in args.hessian_draws] + [("fisher", n) for n in args.fisher_draws]:
-        settings = {"hypergradient": "implicit", "curvature": curvature, "num_hessian_draws": n}
-        implicit.append(report(f"implicit, {curvature}, {n}", draws(**settings)))
+        implicit.append(report(f"implicit, {curvature}, {n}", draws(Implicit(curvature, num_draws=n))))
     return unrolled, implicit
 
 

@@ -31,7 +31,7 @@ import optax
 from hypergradient_bias import KEY, NUM_HIDDEN, NUM_VISIBLE, OBJECTIVE, UNIT, exact_gradient, gradient, guide, joint, normal
 from jax.flatten_util import ravel_pytree
 
-from numpyro_ebm import BiSM, VaGES
+from numpyro_ebm import BiSM, Unrolled, VaGES
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -104,12 +104,12 @@ def make_vages(num_samples=2, **settings):
 
 def make_bism(num_unroll_steps):
     adam = optax.adam(1e-3, b1=0.9, b2=0.95, eps_root=1e-24)
-    return BiSM(joint, guide, UNIT, adam, OBJECTIVE, num_inner_steps=0, num_unroll_steps=num_unroll_steps)
+    return BiSM(joint, guide, UNIT, adam, OBJECTIVE, num_inner_steps=0, hypergradient=Unrolled(num_unroll_steps))
 
 
 def warm_state(engine, v):
     """A state whose guide's Adam has made 200 steps at fixed parameters of the machine."""
-    still = BiSM(joint, guide, optax.sgd(0.0), engine.guide_optim, OBJECTIVE, num_inner_steps=1, num_unroll_steps=0)
+    still = BiSM(joint, guide, optax.sgd(0.0), engine.guide_optim, OBJECTIVE, num_inner_steps=1, hypergradient=Unrolled(0))
     return still.run(KEY, 200, v, progress_bar=False).state
 
 

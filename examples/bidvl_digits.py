@@ -93,6 +93,7 @@ from numpyro_ebm import (
     NonFiniteError,
     PosteriorFisher,
     TiltedDistribution,
+    Unrolled,
     VaGES,
     amortized_normal,
     annealed_langevin,
@@ -298,7 +299,8 @@ def fit_by_scores(rng_key: Array, digits: Digits, num_steps: int, name: str) -> 
     objective = MultiscaleDenoisingScoreMatching(NOISE, NOISE, 1.2, "linear")
     optims = (warm_adam(num_steps * steps) for steps in (1, GUIDE_STEPS))
     shared = joint_model, joint_guide, *optims, objective, PosteriorFisher(), GUIDE_STEPS
-    engine = BiSM(*shared, num_unroll_steps=0, batch_size=100) if name == "bism" else VaGES(*shared, num_samples=2, batch_size=100)
+    truncated = BiSM(*shared, hypergradient=Unrolled(0), batch_size=100)
+    engine = truncated if name == "bism" else VaGES(*shared, batch_size=100)
     result = engine.run(fit_key, num_steps, digits.train, nets, progress_bar=False)
     nets = nets._replace(
         energy=eqx.combine(result.params["energy$params"], nets.energy), encoder=eqx.combine(result.params["encoder$params"], guide)

@@ -51,8 +51,10 @@ from numpyro_ebm import (
     DenoisingScoreMatching,
     GaussianBernoulliRBM,
     GumbelBernoulli,
+    Implicit,
     ScoreMatching,
     SlicedScoreMatching,
+    Unrolled,
 )
 
 matplotlib.use("Agg")
@@ -118,14 +120,11 @@ def make_engine(method: str) -> ScoreMatching | BiSM:
     )  # eps_root: the guide's Adam is differentiated, and sqrt(0) has no slope
     if how == "exact":
         return ScoreMatching(marginal, adam, OBJECTIVES[objective], batch_size=BATCH_SIZE)
-    settings: dict[str, Any] = {"num_inner_steps": NUM_INNER_STEPS, "batch_size": BATCH_SIZE}
+    hypergradient: Unrolled | Implicit = Implicit("fisher", num_cg_steps=3, num_draws=2) if how == "Fisher" else Implicit()
     if how.startswith("N"):
-        settings |= {"num_unroll_steps": int(how.removeprefix("N = "))}
-    else:
-        settings |= {"hypergradient": "implicit"}
-    if how == "Fisher":
-        settings |= {"curvature": "fisher", "num_cg_steps": 3, "num_hessian_draws": 2}
-    return BiSM(joint, guide, adam, adam, OBJECTIVES[objective], **settings)
+        hypergradient = Unrolled(int(how.removeprefix("N = ")))
+    shared: dict[str, Any] = {"num_inner_steps": NUM_INNER_STEPS, "batch_size": BATCH_SIZE}
+    return BiSM(joint, guide, adam, adam, OBJECTIVES[objective], hypergradient=hypergradient, **shared)
 
 
 def make_points(num_points: int, seed: int) -> Array:

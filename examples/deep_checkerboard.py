@@ -61,8 +61,10 @@ from scipy.stats import norm
 from numpyro_ebm import (
     BaseMeasure,
     BiSM,
+    Implicit,
     MultiscaleDenoisingScoreMatching,
     PosteriorFisher,
+    Unrolled,
     amortized_normal,
     annealed_langevin,
     annealing_schedule,
@@ -120,7 +122,7 @@ def guide(v: Array, nets: Nets) -> None:
         numpyro.sample("h", amortized_normal(encoder, v))
 
 
-def make_engine(num_steps: int, learning_rate: float, hypergradient: str, num_unroll_steps: int) -> BiSM:
+def make_engine(num_steps: int, learning_rate: float, hypergradient: Unrolled | Implicit) -> BiSM:
     def adam(num_steps: int) -> optax.GradientTransformation:
         schedule = optax.cosine_decay_schedule(learning_rate, num_steps, alpha=0.01)
         return optax.adam(schedule, b2=0.95, eps_root=1e-16)  # eps_root: unrolled steps differentiate the square root
@@ -134,8 +136,7 @@ def make_engine(num_steps: int, learning_rate: float, hypergradient: str, num_un
         objective,
         PosteriorFisher(),
         INNER_STEPS,
-        num_unroll_steps if hypergradient == "unrolled" else 0,
-        hypergradient="implicit" if hypergradient == "implicit" else "unrolled",
+        hypergradient=hypergradient,
         batch_size=BATCH_SIZE,
     )
 
@@ -236,7 +237,8 @@ def main(args: argparse.Namespace) -> None:
     keys = jax.random.split(jax.random.key(args.seed), 6)
     nets = Nets(point_energy(keys[0], NUM_LATENTS), point_guide(keys[1], NUM_LATENTS))
 
-    engine = make_engine(num_steps, args.learning_rate, args.hypergradient, args.num_unroll_steps)
+    forms = {"none": Unrolled(0), "unrolled": Unrolled(args.num_unroll_steps), "implicit": Implicit()}
+    engine = make_engine(num_steps, args.learning_rate, forms[args.hypergradient])
     begin = time.perf_counter()
     result = engine.run(keys[2], num_steps, data, nets)
     print(f"{num_steps} steps, hypergradient {args.hypergradient}: {time.perf_counter() - begin:.0f} seconds, compilation included")

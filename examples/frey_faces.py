@@ -61,8 +61,10 @@ from numpyro_ebm import (
     DenoisingScoreMatching,
     GaussianBernoulliRBM,
     GumbelBernoulli,
+    Implicit,
     ScoreMatching,
     SlicedScoreMatching,
+    Unrolled,
     VaGES,
     block_gibbs,
     log_normalizer,
@@ -171,10 +173,10 @@ def make_learner(method: str, train: Array) -> Learner:
     elif how == "exact":
         engine = ScoreMatching(marginal, adam, OBJECTIVES[objective], batch_size=BATCH_SIZE)
     else:
-        settings: dict[str, Any] = {"hypergradient": "implicit", "curvature": "fisher", "num_cg_steps": 3, "num_hessian_draws": 2}
+        hypergradient: Unrolled | Implicit = Implicit("fisher", num_cg_steps=3, num_draws=2)
         if how != "implicit":
-            settings = {"num_unroll_steps": int(how.removeprefix("N = "))}
-        engine = BiSM(joint, guide, adam, adam, OBJECTIVES[objective], **shared, **settings)
+            hypergradient = Unrolled(int(how.removeprefix("N = ")))
+        engine = BiSM(joint, guide, adam, adam, OBJECTIVES[objective], hypergradient=hypergradient, **shared)
     return Learner(lambda key: engine.init(key, train), lambda state: engine.update(state, train)[0], engine.get_params)
 
 

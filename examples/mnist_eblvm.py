@@ -76,6 +76,7 @@ from numpyro_ebm import (
     BiSM,
     MultiscaleDenoisingScoreMatching,
     PosteriorFisher,
+    Unrolled,
     VaGES,
     amortized_normal,
     annealed_langevin,
@@ -202,7 +203,7 @@ def make_engine(size: Size, name: str) -> BiSM | VaGES:
     objective = MultiscaleDenoisingScoreMatching(SIGMA0, SIGMA0, size.largest_sigma, size.spacing)
     shared = model, guide, adam(1), adam(INNER_STEPS), objective, PosteriorFisher(), INNER_STEPS
     if name == "bism":
-        return BiSM(*shared, num_unroll_steps=0, batch_size=BATCH_SIZE)
+        return BiSM(*shared, hypergradient=Unrolled(0), batch_size=BATCH_SIZE)
     refine = partial(annealed_langevin, step_size=REFINE_STEP, temperatures=np.full(REFINE_STEPS, REFINE_TEMPERATURE))
     return VaGES(*shared, num_samples=2, refine=refine, batch_size=BATCH_SIZE)
 

@@ -114,6 +114,19 @@ def require_instance(name: str, value: Any, members: tuple[str, ...], wanted: st
     return value
 
 
+def require_setting(name: str, value: Any, kinds: tuple[type, ...]) -> Any:
+    """An instance of one of some classes of settings.
+
+    :raises TypeError: naming the setting, what it was and the classes.
+    """
+    if isinstance(value, type) and value in kinds:
+        raise TypeError(f"{name} is the class {value.__name__}: pass an instance, {value.__name__}(...).")
+    if not isinstance(value, kinds):
+        *others, last = (f"{kind.__name__}(...)" for kind in kinds)
+        raise TypeError(_message(name, f"{', '.join(others)} or {last}" if others else last, value, ""))
+    return value
+
+
 def _number(value: Any) -> Any:
     """The number that a value is or, of NumPy or JAX, holds; None of a bool, of what is traced and of what is no number."""
     if isinstance(value, (Array, np.ndarray, np.generic)):

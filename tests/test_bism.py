@@ -25,12 +25,14 @@ from numpyro_ebm import (
     DenoisingScoreMatching,
     ExactScoreMatching,
     GumbelBernoulli,
+    Implicit,
     MultiscaleDenoisingScoreMatching,
     NormalizerError,
     PosteriorFisher,
     ScoreMatching,
     SlicedScoreMatching,
     TiltedDistribution,
+    Unrolled,
 )
 
 KEY = jax.random.key(5)
@@ -103,7 +105,7 @@ EXACT_KL = ExactKL()
 
 @cache  # an engine compiles its own steps: equal ones are the same
 def engine_of(objective=OBJECTIVES["DSM"], guide=grbm_guide, guide_optim=STEP, lower_loss=EXACT_KL, **settings):
-    settings = {"num_inner_steps": 0, "num_unroll_steps": 0, **settings}
+    settings = {"num_inner_steps": 0, "hypergradient": Unrolled(0), **settings}
     return BiSM(grbm, guide, STEP, guide_optim, Frozen(objective), lower_loss, **settings)
 
 
@@ -128,7 +130,7 @@ def assert_close(found, wanted, rtol):
         np.testing.assert_allclose(found[name], value, rtol=rtol, atol=rtol * float(jnp.abs(value).max()), err_msg=name)
 
 
-IMPLICIT = {"hypergradient": "implicit", "damping": 0.0, "num_cg_steps": 60, "tol": 1e-14, "num_hessian_draws": 1}
+IMPLICIT = Implicit(damping=0.0, num_cg_steps=60, tol=1e-14, num_draws=1)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -142,7 +144,7 @@ def test_objective_at_the_posterior_is_that_of_the_marginal(name, v):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_implicit_gradient_at_the_posterior_is_that_of_the_marginal(name, v):
     """To the solver's tolerance. Catches a wrong sign or transpose in the implicit term."""
-    found = gradient_by(engine_of(OBJECTIVES[name], **IMPLICIT), v)
+    found = gradient_by(engine_of(OBJECTIVES[name], hypergradient=IMPLICIT), v)
     assert_close(found, marginal_gradient(OBJECTIVES[name], v), 1e-9)
 
 
@@ -190,7 +192,7 @@ def test_unrolled_gradient_is_that_of_the_whole_map(lower_loss, checkpoint, v):
     Catches a state of the optimizer, a draw of h or a log q that is held fixed in the unrolled steps.
     """
     adam = optax.adam(0.05, b2=0.95, eps_root=1e-24)
-    engine = engine_of(guide_optim=adam, lower_loss=lower_loss, num_unroll_steps=3, checkpoint=checkpoint)
+    engine = engine_of(guide_optim=adam, lower_loss=lower_loss, hypergradient=Unrolled(3, checkpoint))
     warm = engine_of(guide_optim=adam, lower_loss=lower_loss, num_inner_steps=2)
     off = normal(0, NUM_VISIBLE, NUM_HIDDEN) + 0.2 * normal(7, NUM_VISIBLE, NUM_HIDDEN)  # no posterior
     start = warm.init(KEY, v, init_params={"A": off})
@@ -211,8 +213,9 @@ def test_unrolled_bias_shrinks_as_gradient_descent_does_and_not_with_inner_steps
     alpha = 0.5
     exact = ravel_pytree(marginal_gradient(OBJECTIVES["DSM"], v))[0]
 
-    def missing(num_unroll_steps, num_inner_steps=0):
-        engine = engine_of(guide_optim=optax.sgd(alpha), num_unroll_steps=num_unroll_steps, num_inner_steps=num_inner_steps)
+    def missing(num_unrolled, num_inner_steps=0):
+        unrolled = Unrolled(num_unrolled)
+        engine = engine_of(guide_optim=optax.sgd(alpha), hypergradient=unrolled, num_inner_steps=num_inner_steps)
         return exact - ravel_pytree(gradient_by(engine, v))[0]
 
     state = engine_of().init(KEY, v)
@@ -237,8 +240,8 @@ def test_fishers_information_is_the_curvature_where_the_guide_is_the_posterior(o
     One part in a hundred is allowed for the inverse of a mean of draws. Catches weights that do not arrive, and half a Fisher.
     """
     v = normal(3, 60, NUM_VISIBLE)
-    settings = {"hypergradient": "implicit", "curvature": "fisher", "damping": 0.0, "num_cg_steps": 60, "num_hessian_draws": 500}
-    engine = engine_of(objective, guide=exact_grbm_guide, lower_loss=WeightedKL(objective), **settings)
+    implicit = Implicit("fisher", damping=0.0, num_cg_steps=60, num_draws=500)
+    engine = engine_of(objective, guide=exact_grbm_guide, lower_loss=WeightedKL(objective), hypergradient=implicit)
     state = engine.init(KEY, v)
     draws = jax.vmap(lambda key: gradient_by(engine, v, state._replace(rng_key=key)))(jax.random.split(KEY, 12))
     for name, exact in marginal_gradient(objective, v).items():
@@ -292,10 +295,10 @@ def test_implicit_gradient_with_a_trained_guide_is_exact_within_its_noise():
     objective = Frozen(OBJECTIVES["DSM"])
     exact = gradient_by(ScoreMatching(linear_marginal, STEP, objective), v)
     decay = optax.adam(optax.cosine_decay_schedule(0.05, 3000))
-    trainer = BiSM(linear, linear_guide, optax.set_to_zero(), decay, objective, PosteriorFisher(), 1, 0)
+    trainer = BiSM(linear, linear_guide, optax.set_to_zero(), decay, objective, PosteriorFisher(), 1, hypergradient=Unrolled(0))
     state = trainer.run(KEY, 3000, v, progress_bar=False).state
     assert_close(state.params, {"slope": 0.5, "shift": 0.25, "width": np.sqrt(0.5)}, 1e-6)
-    settings = {"num_inner_steps": 0, "hypergradient": "implicit", "damping": 0.0, "tol": 1e-12, "num_cg_steps": 20}
+    settings = {"num_inner_steps": 0, "hypergradient": Implicit(damping=0.0, tol=1e-12, num_cg_steps=20)}
     fisher, elbo = (BiSM(linear, linear_guide, STEP, STEP, objective, by, **settings) for by in (PosteriorFisher(), Trace_ELBO()))
     start = elbo.init(KEY, v)._replace(phi=state.phi)
     assert_close(gradient_by(fisher, v, start), exact, 1e-6)
@@ -310,7 +313,7 @@ def test_one_step_is_the_maths_by_hand():
     """The whole step, K = 2 and N = 2, with the engine's own keys. Catches rows, noise or moments that are mixed up."""
     v, sigma = normal(4, 5) + 1, 0.3
     adam = optax.adam(0.1, eps_root=1e-20)
-    engine = BiSM(linear, linear_guide, STEP, adam, DenoisingScoreMatching(sigma), num_inner_steps=2, num_unroll_steps=2)
+    engine = BiSM(linear, linear_guide, STEP, adam, DenoisingScoreMatching(sigma), num_inner_steps=2, hypergradient=Unrolled(2))
     state = engine.init(KEY, v)
 
     def log_p(theta, v, h):
@@ -368,7 +371,7 @@ def test_lower_level_of_a_noise_level_is_divided_by_it(lower_loss):
     levels = (DenoisingScoreMatching(2.0), MultiscaleDenoisingScoreMatching(2.0, 2.0, 2.0))
     steps = []
     for objective in levels:
-        engine = BiSM(linear, linear_guide, STEP, STEP, objective, lower_loss, 1, 0)
+        engine = BiSM(linear, linear_guide, STEP, STEP, objective, lower_loss, 1, hypergradient=Unrolled(0))
         state = engine.init(KEY, v)
         steps.append(jax.tree.map(jnp.subtract, engine.update(state, v)[0].phi, state.phi))
     assert_close(jax.tree.map(lambda x: 2 * x, steps[1]), steps[0], 1e-12)
@@ -376,7 +379,8 @@ def test_lower_level_of_a_noise_level_is_divided_by_it(lower_loss):
 
 def test_autoguide_learns_where_the_data_are_one_batch():
     v = normal(4, 30) + 2
-    engine = BiSM(linear, AutoNormal(linear), optax.adam(0.02), optax.adam(0.02), ExactScoreMatching(), num_unroll_steps=1)
+    optims = optax.adam(0.02), optax.adam(0.02)
+    engine = BiSM(linear, AutoNormal(linear), *optims, ExactScoreMatching(), hypergradient=Unrolled(1))
     result = engine.run(KEY, 5, v, progress_bar=False)
     assert jnp.isfinite(result.losses).all()
     assert result.params["h_auto_loc"].shape == (30,)
@@ -395,7 +399,8 @@ def test_discrete_latents_are_learned_without_unrolling_by_a_graph_elbo(v):
     def guide(v):
         grbm_guide(v, distribution=lambda logits, temperature: dist.Bernoulli(logits=logits))
 
-    engine = BiSM(model, guide, STEP, optax.sgd(0.01), DenoisingScoreMatching(0.3), TraceGraph_ELBO(), num_unroll_steps=0)
+    objective = DenoisingScoreMatching(0.3)
+    engine = BiSM(model, guide, STEP, optax.sgd(0.01), objective, TraceGraph_ELBO(), hypergradient=Unrolled(0))
     state = engine.init(KEY, v)
     new, loss = engine.update(state, v)
     assert jnp.isfinite(loss)
@@ -415,7 +420,7 @@ def test_relaxed_bits_keep_their_density_at_a_bernoulli_site(lower_loss, v):
 
     steps = []
     for model in (grbm, as_prior):
-        engine = BiSM(model, grbm_guide, STEP, STEP, Frozen(OBJECTIVES["DSM"]), lower_loss, 1, 1)
+        engine = BiSM(model, grbm_guide, STEP, STEP, Frozen(OBJECTIVES["DSM"]), lower_loss, 1, hypergradient=Unrolled(1))
         steps.append(engine.update(engine.init(KEY, v), v)[0])
     assert_close(steps[1].phi, steps[0].phi, 1e-10)
     assert_close(steps[1].theta, steps[0].theta, 1e-10)
@@ -480,8 +485,8 @@ def test_guide_that_is_none_of_the_models_is_refused(name):
 
 def test_not_reparametrized_guide_is_refused_without_unrolling_too():
     """Catches the gradient of a plain ELBO, which is silently wrong for hard draws."""
-    with pytest.raises(ValueError, match="TraceGraph_ELBO"):
-        BiSM(linear, guide_of_gammas, STEP, STEP, ExactScoreMatching(), num_unroll_steps=0).init(KEY, normal(4, 10))
+    with pytest.raises(ValueError, match=r"or hypergradient=Unrolled\(0\) with lower_loss=TraceGraph_ELBO"):
+        BiSM(linear, guide_of_gammas, STEP, STEP, ExactScoreMatching(), hypergradient=Unrolled(0)).init(KEY, normal(4, 10))
 
 
 def test_model_without_latents_is_sent_to_score_matching():
@@ -503,4 +508,4 @@ def test_normalizer_that_depends_on_a_latent_is_refused():
 
 def test_fishers_information_is_refused_for_another_divergence():
     with pytest.raises(ValueError, match="curvature='fisher' is that of a Kullback-Leibler divergence"):
-        BiSM(linear, linear_guide, STEP, STEP, ExactScoreMatching(), PosteriorFisher(), curvature="fisher")
+        BiSM(linear, linear_guide, STEP, STEP, ExactScoreMatching(), PosteriorFisher(), hypergradient=Implicit("fisher"))

@@ -25,6 +25,7 @@ from numpyro_ebm import (
     EnergyDistribution,
     ExactScoreMatching,
     GaussianBernoulliRBM,
+    Implicit,
     IMQKernel,
     KernelSteinDiscrepancy,
     MultiscaleDenoisingScoreMatching,
@@ -33,6 +34,7 @@ from numpyro_ebm import (
     ScoreMatching,
     SlicedScoreMatching,
     UnadjustedLangevin,
+    Unrolled,
     VaGES,
     annealed_langevin,
     annealing_schedule,
@@ -229,14 +231,18 @@ TABLE = {
         {
             **SCORE,
             **BILEVEL,
-            "num_unroll_steps": NATURAL,
-            "hypergradient": "'unrolled', 'implicit'",
-            "checkpoint": BOOL,
+            "hypergradient": "Unrolled(...) or Implicit(...)",
+        },
+    ),
+    "Unrolled": (Unrolled, {"num_steps": NATURAL, "checkpoint": BOOL}),
+    "Implicit": (
+        Implicit,
+        {
             "curvature": "'hessian', 'fisher'",
             "num_cg_steps": COUNT,
             "damping": NONNEGATIVE,
             "tol": NONNEGATIVE,
-            "num_hessian_draws": COUNT,
+            "num_draws": COUNT,
         },
     ),
     "VaGES": (
@@ -402,12 +408,13 @@ BAD = {
     OPTIM: (["adam", 0.1], TypeError, "{} must be an optax transformation such as optax.adam(1e-3), got {!r}"),
 }
 CHOICE = (["", "other", None, 1], ValueError, "{} must be one of {}, got {!r}")
+FORM = (["other", None, 1], TypeError, "{} must be {}, got {!r}")
 
 
 def _cases():
     for where, (make, settings) in TABLE.items():
         for name, kind in settings.items():
-            values, error, text = BAD.get(kind, CHOICE)
+            values, error, text = BAD.get(kind, FORM if "(...)" in kind else CHOICE)
             for value in values:
                 message = text.format(name, kind, value) if kind not in BAD else text.format(name, value)
                 yield pytest.param(make, name, value, error, message, id=f"{where}-{name}-{value!r}".replace("\n", ""))

@@ -24,10 +24,12 @@ from numpyro_ebm import (
     BiSM,
     DenoisingScoreMatching,
     EnergyDistribution,
+    Implicit,
     ParticleMMLE,
     ScoreMatching,
     TiltedDistribution,
     UnadjustedLangevin,
+    Unrolled,
     VaGES,
     negative_phase,
 )
@@ -151,12 +153,12 @@ def _score_matching(watch=_unwatched, optim=None):
 
 def _bism(watch=_unwatched, optim=None, **settings):
     optim = optax.sgd(RATE) if optim is None else optim
-    settings = {"num_inner_steps": 2, "num_unroll_steps": 10, **settings}
+    settings = {"num_inner_steps": 2, "hypergradient": Unrolled(10), **settings}
     return BiSM(watch(_joint), _guide, optim, optax.sgd(0.02), DenoisingScoreMatching(0.3), **settings)
 
 
 def _implicit(watch=_unwatched, optim=None):
-    return _bism(watch, optim, hypergradient="implicit", batch_size=4)
+    return _bism(watch, optim, hypergradient=Implicit(), batch_size=4)
 
 
 def _vages(watch=_unwatched, optim=None, **settings):

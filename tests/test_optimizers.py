@@ -15,8 +15,10 @@ from numpyro_ebm import (
     BiSM,
     EnergyDistribution,
     ExactScoreMatching,
+    Implicit,
     ParticleMMLE,
     ScoreMatching,
+    Unrolled,
     VaGES,
     find_map,
     fisher_divergence,
@@ -170,8 +172,8 @@ def test_score_matching_by_lbfgs_is_exact():
 def engine_by(name, optim=STEP, guide_optim=STEP):
     objective = ExactScoreMatching()
     return {
-        "BiSM": lambda: BiSM(latent, guide, optim, guide_optim, objective, num_inner_steps=1, num_unroll_steps=1),
-        "BiSM, implicit": lambda: BiSM(latent, guide, optim, guide_optim, objective, num_inner_steps=1, hypergradient="implicit"),
+        "BiSM": lambda: BiSM(latent, guide, optim, guide_optim, objective, num_inner_steps=1, hypergradient=Unrolled(1)),
+        "BiSM, implicit": lambda: BiSM(latent, guide, optim, guide_optim, objective, num_inner_steps=1, hypergradient=Implicit()),
         "VaGES": lambda: VaGES(latent, guide, optim, guide_optim, objective, num_inner_steps=1),
         "VaGES, weighted": lambda: VaGES(
             latent, guide, optim, guide_optim, objective, num_inner_steps=1, num_samples=3, importance_weighted=True

@@ -30,6 +30,7 @@ from numpyro_ebm import (
     PosteriorFisher,
     ScoreMatching,
     SlicedScoreMatching,
+    Unrolled,
     VaGES,
     annealed_langevin,
 )
@@ -384,7 +385,7 @@ def test_without_covariance_a_step_is_that_of_bism_without_unrolling(v):
     wrong = {"A": 0.5 * normal(8, NUM_VISIBLE, NUM_HIDDEN), "a": normal(9, NUM_HIDDEN)}
     objective = Frozen(OBJECTIVES["DSM"])
     ours = make(objective, covariance="none", num_samples=1, variance_reduced=True, relaxed=True)
-    theirs = BiSM(model, guide, optax.sgd(1.0), optax.sgd(0.0), objective, num_inner_steps=0, num_unroll_steps=0)
+    theirs = BiSM(model, guide, optax.sgd(1.0), optax.sgd(0.0), objective, num_inner_steps=0, hypergradient=Unrolled(0))
 
     def gradients(engine):
         state = engine.init(KEY, v, init_params=wrong)

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from numpyro_ebm.infer.bidvl import BiDVL, BiDVLState
-from numpyro_ebm.infer.bism import BiSM, BiSMState
+from numpyro_ebm.infer.bism import BiSM, BiSMState, Implicit, Unrolled
 from numpyro_ebm.infer.engine import NonFiniteError, RunResult
 from numpyro_ebm.infer.particle_mmle import ParticleMMLE, ParticleState
 from numpyro_ebm.infer.score_matching import ScoreMatching, ScoreMatchingState
@@ -13,12 +13,14 @@ __all__ = [
     "BiDVLState",
     "BiSM",
     "BiSMState",
+    "Implicit",
     "NonFiniteError",
     "ParticleMMLE",
     "ParticleState",
     "RunResult",
     "ScoreMatching",
     "ScoreMatchingState",
+    "Unrolled",
     "VaGES",
     "VaGESState",
 ]

@@ -32,8 +32,6 @@ from numpyro_ebm.program.visible import Visible
 class BilevelEngine(ScoreEngine):
     """An engine with a guide. Its state has the fields of :class:`~numpyro_ebm.BiSMState`, and more if it likes."""
 
-    checkpoint = False
-
     def __init__(
         self,
         model: Model,
@@ -56,6 +54,11 @@ class BilevelEngine(ScoreEngine):
     @property
     def _unrolls(self) -> bool:
         """Whether steps of the guide are differentiated through."""
+        return False
+
+    @property
+    def _checkpoints(self) -> bool:
+        """Whether these steps are computed twice, to save their memory."""
         return False
 
     @abstractmethod
@@ -167,7 +170,7 @@ class BilevelEngine(ScoreEngine):
             value_fn = None if self._unrolls else lower  # a search along a line cannot be differentiated through
             return apply_gradient(self._guide_transformation, gradient, optim_state, phi, value=value, value_fn=value_fn), None
 
-        return lax.scan(jax.checkpoint(step) if self.checkpoint else step, (phi, optim_state), keys)[0]
+        return lax.scan(jax.checkpoint(step) if self._checkpoints else step, (phi, optim_state), keys)[0]
 
 
 class Upper(NamedTuple):

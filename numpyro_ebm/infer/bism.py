@@ -16,6 +16,7 @@ is in :math:`d \phi^* / d \theta`. That is found through steps of the lower leve
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ import numpyro
 from jax import Array, lax
 from numpyro.infer import TraceGraph_ELBO
 
-from numpyro_ebm._checks import require_bool, require_count, require_nonnegative, require_one_of
+from numpyro_ebm._checks import require_bool, require_count, require_nonnegative, require_one_of, require_setting
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, Upper
 from numpyro_ebm.infer.step import keep
@@ -56,22 +57,69 @@ class BiSMState(NamedTuple):
     num_skipped: Array
 
 
+@dataclass(frozen=True)
+class Unrolled:
+    r"""A hypergradient of :class:`~numpyro_ebm.BiSM`: through steps of the guide, as published (Bao et al. 2020, algorithm 1).
+
+    :math:`d J(\theta, \phi_N(\theta)) / d \theta`, where :math:`\phi_N` is what N more steps of the guide make of its parameters,
+    state of the optimizer included; they are forgotten afterwards. N = 0 is the truncated form: it lacks the posterior's
+    covariance whatever the guide, and no number of inner steps replaces unrolling.
+
+    :param int num_steps: steps N that are differentiated through; 0 for the truncated form.
+    :param bool checkpoint: whether they are computed twice, to save their memory.
+    :raises ValueError: for settings out of range.
+    """
+
+    num_steps: int = 5
+    checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_steps", require_count("num_steps", self.num_steps, least=0))
+        object.__setattr__(self, "checkpoint", require_bool("checkpoint", self.checkpoint))
+
+
+@dataclass(frozen=True)
+class Implicit:
+    r"""A hypergradient of :class:`~numpyro_ebm.BiSM`: by the implicit function theorem, which is not in the paper.
+
+    At :math:`\phi^*`, where :math:`\partial_\phi G = 0` (Lorraine et al. 2020, equation 2),
+
+    .. math:: dJ/d\theta = \partial_\theta J - \partial_\phi J \, (\partial^2_{\phi\phi} G)^{-1} \partial^2_{\phi\theta} G,
+
+    by conjugate gradient on products with the Hessian of the lower level, averaged over samples of its noise. With
+    ``curvature="fisher"`` the Hessian is replaced by the guide's Fisher information, which is the same where the guide is the
+    posterior and the lower level a Kullback-Leibler divergence: never indefinite, and far less noisy for relaxed bits, so
+    that 3 steps on 2 samples are enough. Bits relaxed at temperature :math:`\tau` have :math:`1 - \tau` of the variance of bits,
+    which makes the implicit term larger by its inverse.
+
+    :param str curvature: ``"hessian"``; or ``"fisher"``, not with :class:`~numpyro_ebm.PosteriorFisher`.
+    :param int num_cg_steps: steps of conjugate gradient at most.
+    :param float damping: added to the curvature.
+    :param float tol: the residual, relative to the right-hand side, at which the steps stop.
+    :param int num_draws: samples of the lower level's noise over which its curvature is averaged.
+    :raises ValueError: for settings out of range.
+    """
+
+    curvature: str = "hessian"
+    num_cg_steps: int = 5
+    damping: float = 1e-3
+    tol: float = 1e-5
+    num_draws: int = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "curvature", require_one_of("curvature", self.curvature, ("hessian", "fisher")))
+        object.__setattr__(self, "num_cg_steps", require_count("num_cg_steps", self.num_cg_steps))
+        object.__setattr__(self, "damping", require_nonnegative("damping", self.damping))
+        object.__setattr__(self, "tol", require_nonnegative("tol", self.tol))
+        object.__setattr__(self, "num_draws", require_count("num_draws", self.num_draws))
+
+
 class BiSM(BilevelEngine):
     r"""Bi-level score matching (Bao et al. 2020): score matching of a model with latents, used like NumPyro's ``SVI``.
 
     One step on a batch of the visible, the same rows throughout: ``num_inner_steps`` steps of the guide at the model's
-    parameters; then one step of the model's, by the gradient of the objective through :math:`\phi`, which is one of
-
-    * ``hypergradient="unrolled"``, as published: ``num_unroll_steps`` more steps of the guide are made and differentiated
-      through, state of the optimizer included, and forgotten. 0 is the truncated form: it lacks the posterior's covariance
-      whatever the guide, and no number of inner steps replaces unrolling.
-    * ``hypergradient="implicit"``, which is not in the paper: at :math:`\phi^*`,
-      :math:`dJ/d\theta = \partial_\theta J - \partial_\phi J \, (\partial^2_{\phi\phi} G)^{-1} \partial^2_{\phi\theta} G`, by
-      conjugate gradient on products with the Hessian of the lower level on ``num_hessian_draws`` samples of its noise. With
-      ``curvature="fisher"`` it is replaced by the guide's Fisher information, which is the same where the guide is the
-      posterior and the lower level a Kullback-Leibler divergence: never indefinite, and far less noisy for relaxed bits, so
-      that 3 steps on 2 samples are enough. Bits relaxed at temperature :math:`\tau` have :math:`1 - \tau` of the variance of bits,
-      which makes the implicit term larger by its inverse.
+    parameters; then one step of the model's, by the gradient of the objective through :math:`\phi`: through steps of the guide,
+    :class:`~numpyro_ebm.Unrolled`, or by the implicit function theorem, :class:`~numpyro_ebm.Implicit`.
 
     Every step of the guide sees fresh noise. ``guide_optim`` counts its own steps: ``num_inner_steps`` of them per step.
 
@@ -88,14 +136,7 @@ class BiSM(BilevelEngine):
     :param lower_loss: NumPyro's ``Trace_ELBO()``, the Kullback-Leibler divergence up to a constant, or
         :class:`~numpyro_ebm.PosteriorFisher`.
     :param int num_inner_steps: steps K of the guide per step.
-    :param int num_unroll_steps: steps N that are differentiated through; not used by the implicit form.
-    :param str hypergradient: ``"unrolled"`` or ``"implicit"``.
-    :param bool checkpoint: whether unrolled steps are computed twice, to save their memory.
-    :param str curvature: ``"hessian"`` or ``"fisher"``, of the implicit form.
-    :param int num_cg_steps: steps of conjugate gradient at most.
-    :param float damping: added to the Hessian of the lower level.
-    :param float tol: the residual, relative to the right-hand side, at which it stops.
-    :param int num_hessian_draws: samples of the lower level's noise over which its Hessian is averaged.
+    :param hypergradient: :class:`~numpyro_ebm.Unrolled` or :class:`~numpyro_ebm.Implicit`.
     :param int batch_size: rows of the first argument in every step, drawn with replacement; all of them if not given.
     :raises ValueError: for settings out of range; from ``init``, naming the site and the fix, if the first argument does not
         reach exactly one continuous site, row by row, if a latent is missing from the guide, has another shape there, stands
@@ -112,7 +153,7 @@ class BiSM(BilevelEngine):
 
         >>> import jax, jax.numpy as jnp, numpyro, optax
         >>> import numpyro.distributions as dist
-        >>> from numpyro_ebm import BiSM, DenoisingScoreMatching
+        >>> from numpyro_ebm import BiSM, DenoisingScoreMatching, Implicit
         >>> def model(v):
         ...     loc = numpyro.param("loc", 0.0)
         ...     with numpyro.plate("data", len(v)):
@@ -123,7 +164,7 @@ class BiSM(BilevelEngine):
         ...     with numpyro.plate("data", len(v)):
         ...         numpyro.sample("h", dist.Normal(slope * v + shift, jnp.sqrt(0.5)))
         >>> v = 2.9 + jnp.sqrt(2.0) * jax.random.normal(jax.random.key(0), (1000,))
-        >>> engine = BiSM(model, guide, optax.adam(0.01), optax.adam(0.01), DenoisingScoreMatching(0.3), hypergradient="implicit")
+        >>> engine = BiSM(model, guide, optax.adam(0.01), optax.adam(0.01), DenoisingScoreMatching(0.3), hypergradient=Implicit())
         >>> result = engine.run(jax.random.key(1), 1500, v, progress_bar=False)
         >>> print(f"learned {result.params['loc']:.1f}, exact {v.mean():.1f}")
         learned 2.9, exact 2.9
@@ -138,31 +179,23 @@ class BiSM(BilevelEngine):
         objective: ScoreObjective,
         lower_loss: Any = None,
         num_inner_steps: int = 5,
-        num_unroll_steps: int = 5,
         *,
-        hypergradient: str = "unrolled",
-        checkpoint: bool = False,
-        curvature: str = "hessian",
-        num_cg_steps: int = 5,
-        damping: float = 1e-3,
-        tol: float = 1e-5,
-        num_hessian_draws: int = 8,
+        hypergradient: Unrolled | Implicit = Unrolled(),
         batch_size: int | None = None,
     ) -> None:
         super().__init__(model, guide, optim, guide_optim, objective, lower_loss, num_inner_steps, batch_size)
-        self.hypergradient = require_one_of("hypergradient", hypergradient, ("unrolled", "implicit"))
-        self.num_unroll_steps = require_count("num_unroll_steps", num_unroll_steps, least=0)
-        self.checkpoint = require_bool("checkpoint", checkpoint)
-        self.curvature = require_one_of("curvature", curvature, ("hessian", "fisher"))
-        self.num_cg_steps = require_count("num_cg_steps", num_cg_steps)
-        self.damping, self.tol = require_nonnegative("damping", damping), require_nonnegative("tol", tol)
-        self.num_hessian_draws = require_count("num_hessian_draws", num_hessian_draws)
-        if curvature == "fisher" and isinstance(self.lower_loss, PosteriorFisher):
+        self.hypergradient: Unrolled | Implicit = require_setting("hypergradient", hypergradient, (Unrolled, Implicit))
+        is_fisher = isinstance(hypergradient, Implicit) and hypergradient.curvature == "fisher"
+        if is_fisher and isinstance(self.lower_loss, PosteriorFisher):
             raise ValueError("curvature='fisher' is that of a Kullback-Leibler divergence: take 'hessian' with PosteriorFisher.")
 
     @property
     def _unrolls(self) -> bool:
-        return self.hypergradient == "unrolled" and self.num_unroll_steps > 0
+        return isinstance(self.hypergradient, Unrolled) and self.hypergradient.num_steps > 0
+
+    @property
+    def _checkpoints(self) -> bool:
+        return isinstance(self.hypergradient, Unrolled) and self.hypergradient.checkpoint
 
     def _first_state(self, **fields: Any) -> BiSMState:
         return BiSMState(**fields)
@@ -171,43 +204,24 @@ class BiSM(BilevelEngine):
         return _Levels(self, state, args, kwargs)
 
     def _require_draws(self, name: str, fn: Any) -> None:
-        differentiated = self.hypergradient == "implicit" or self.num_unroll_steps > 0
+        differentiated = self._unrolls or isinstance(self.hypergradient, Implicit)
         if not fn.has_rsample and (differentiated or not isinstance(self.lower_loss, TraceGraph_ELBO)):
             raise ValueError(
                 f"site '{name}': the guide draws it from {kind_of(fn)}, which is not reparametrized, and BiSM "
-                "differentiates through the draw. Use GumbelBernoulli for binary latents, or num_unroll_steps=0 with "
+                "differentiates through the draw. Use GumbelBernoulli for binary latents, or hypergradient=Unrolled(0) with "
                 "lower_loss=TraceGraph_ELBO()."
             )
 
     def _upper(self, levels: "_Levels", theta: Any, phi: Any, guide_optim_state: Any, rng_key: Array) -> Upper:
         lower_key, upper_key = jax.random.split(rng_key)
-        if self.hypergradient == "implicit":
-            return Upper(*self._implicit(levels, theta, phi, lower_key, upper_key))
-        keys = jax.random.split(lower_key, self.num_unroll_steps)
+        if isinstance(self.hypergradient, Implicit):
+            return Upper(*_implicit(self.hypergradient, levels, theta, phi, lower_key, upper_key))
+        keys = jax.random.split(lower_key, self.hypergradient.num_steps)
 
         def upper(theta: Any) -> Array:
             return levels.upper(theta, self._lower_steps(levels, theta, phi, guide_optim_state, keys)[0], upper_key)
 
         return Upper(*jax.value_and_grad(upper)(theta), upper)
-
-    def _implicit(self, levels: "_Levels", theta: Any, phi: Any, lower_key: Array, upper_key: Array) -> tuple[Array, Any]:
-        value, (direct, of_phi) = jax.value_and_grad(levels.upper, (0, 1))(theta, phi, upper_key)
-        keys = jax.random.split(lower_key, self.num_hessian_draws)
-
-        def lower_gradient(theta: Any, phi: Any) -> Any:
-            return jax.grad(lambda phi: map_over(lambda key: levels.lower(theta, phi, key), keys).mean())(phi)
-
-        if self.curvature == "fisher":
-            product = levels.fisher_product(phi, keys)
-        else:
-            _, product = jax.linearize(lambda phi: lower_gradient(theta, phi), phi)
-
-        def damped(x: Any) -> Any:
-            return jax.tree.map(lambda a, b: a + self.damping * b, product(x), x)
-
-        x = conjugate_gradient(damped, of_phi, self.num_cg_steps, self.tol)
-        _, transposed = jax.vjp(lambda theta: lower_gradient(theta, phi), theta)
-        return value, jax.tree.map(jnp.subtract, direct, transposed(x)[0])
 
     def _loss(self, state: BiSMState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
         return _Levels(self, state, args, kwargs).upper(state.theta, state.phi, state.rng_key)
@@ -219,6 +233,27 @@ class BiSM(BilevelEngine):
                 "finite where a gradient is 0, as optax.adam(..., eps_root=1e-16)."
             )
         return "Take smaller learning rates, or more inner steps for a guide that has lost the posterior."
+
+
+def _implicit(settings: Implicit, levels: "_Levels", theta: Any, phi: Any, lower_key: Array, upper_key: Array) -> tuple[Array, Any]:
+    """The upper level and its derivative by the implicit function theorem."""
+    value, (direct, of_phi) = jax.value_and_grad(levels.upper, (0, 1))(theta, phi, upper_key)
+    keys = jax.random.split(lower_key, settings.num_draws)
+
+    def lower_gradient(theta: Any, phi: Any) -> Any:
+        return jax.grad(lambda phi: map_over(lambda key: levels.lower(theta, phi, key), keys).mean())(phi)
+
+    if settings.curvature == "fisher":
+        product = levels.fisher_product(phi, keys)
+    else:
+        _, product = jax.linearize(lambda phi: lower_gradient(theta, phi), phi)
+
+    def damped(x: Any) -> Any:
+        return jax.tree.map(lambda a, b: a + settings.damping * b, product(x), x)
+
+    x = conjugate_gradient(damped, of_phi, settings.num_cg_steps, settings.tol)
+    _, transposed = jax.vjp(lambda theta: lower_gradient(theta, phi), theta)
+    return value, jax.tree.map(jnp.subtract, direct, transposed(x)[0])
 
 
 def conjugate_gradient(product: Callable[[Any], Any], b: Any, num_steps: int, tol: float) -> Any:

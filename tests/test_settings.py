@@ -1,0 +1,79 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Settings that have settings of their own. What each may be is in the table of ``test_checks.py``."""
+
+import re
+from dataclasses import FrozenInstanceError, replace
+
+import cloudpickle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import numpyro_ebm
+from numpyro_ebm import BiSM, ExactScoreMatching, Implicit, Unrolled
+
+STEP = optax.sgd(0.1)
+SETTINGS = {
+    "Unrolled(num_steps=3, checkpoint=False)": lambda: Unrolled(3),
+    "Implicit(curvature='fisher', num_cg_steps=3, damping=0.0, tol=1e-05, num_draws=2)": lambda: Implicit(
+        "fisher", np.int64(3), 0, num_draws=jnp.array(2)
+    ),
+}
+
+
+def model(v=None):
+    """Never run: settings are refused before."""
+    raise AssertionError("the model was run")
+
+
+def bism(**settings):
+    return BiSM(model, model, STEP, STEP, ExactScoreMatching(), **settings)
+
+
+@pytest.mark.parametrize("words", SETTINGS)
+def test_a_setting_prints_as_it_is_written(words):
+    # Catches numbers of NumPy or JAX that are kept as they are.
+    assert repr(SETTINGS[words]()) == words
+
+
+@pytest.mark.parametrize("words", SETTINGS)
+def test_a_setting_is_a_value(words):
+    # Catches settings that compare by identity, do not hash or pickle, can be changed after the first run, or compile twice.
+    setting, equal = SETTINGS[words](), SETTINGS[words]()
+    assert setting == equal == cloudpickle.loads(cloudpickle.dumps(setting))
+    assert setting != type(setting)()
+    assert replace(setting) == setting
+    with pytest.raises(FrozenInstanceError):
+        setattr(setting, next(iter(vars(setting))), None)
+    runs = []
+
+    @jax.jit(static_argnums=0)
+    def traced(setting):
+        runs.append(setting)
+        return jnp.zeros(())
+
+    traced(setting), traced(equal)
+    assert len(runs) == 1
+
+
+OLD = {
+    "hypergradient": (bism, {"hypergradient": "implicit"}, "hypergradient must be Unrolled(...) or Implicit(...), got 'implicit'"),
+    "a class": (bism, {"hypergradient": Implicit}, "hypergradient is the class Implicit: pass an instance, Implicit(...)"),
+    "num_unroll_steps": (bism, {"num_unroll_steps": 5}, "unexpected keyword argument 'num_unroll_steps'"),
+}
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_old_forms_are_refused_with_the_new_one(name):
+    # Catches a word taken for a setting, whose fields are then missing much later.
+    make, settings, message = OLD[name]
+    with pytest.raises(TypeError, match=re.escape(message)):
+        make(**settings)
+
+
+def test_no_setting_has_a_name_of_others_at_the_root():
+    assert not {"NUTS", "Hinge"} & set(vars(numpyro_ebm))
