@@ -78,9 +78,9 @@ def make_engine(num_visible, num_hidden, num_inner_steps, hypergradient):
     )
 
 
-def by_engine(v, *size, **settings):
+def by_engine(v, *settings):
     """A state, and the engine's step as a function of it."""
-    engine = make_engine(v.shape[1], *size, **settings)
+    engine = make_engine(v.shape[1], *settings)
     return engine.init(jax.random.key(1), v), lambda state: engine.update(state, v)
 
 

@@ -21,19 +21,18 @@ from _timing import compiled, in_turn, show_ratio, timed, timed_eagerly, use_one
 from bism import BETAS, RATE, SIGMA, TEMPERATURE, adam, energy, make_model
 from bism import by_engine as bism_engine
 
-from numpyro_ebm import DenoisingScoreMatching, VaGES
+from numpyro_ebm import DenoisingScoreMatching, ImportanceWeighted, Unrolled, VaGES, Variational
 
 
-def make_engine(num_visible, num_hidden, num_inner_steps, num_samples, **settings):
+def make_engine(num_visible, num_hidden, num_inner_steps, estimate):
     model, guide = make_model(num_visible, num_hidden)
     objective = DenoisingScoreMatching(SIGMA)
-    settings |= {"num_inner_steps": num_inner_steps, "num_samples": num_samples}
-    return VaGES(model, guide, adam(), adam(), objective, **settings)
+    return VaGES(model, guide, adam(), adam(), objective, num_inner_steps=num_inner_steps, estimate=estimate)
 
 
-def by_engine(v, *size, **settings):
+def by_engine(v, *settings):
     """A state, and the engine's step as a function of it."""
-    engine = make_engine(v.shape[1], *size, **settings)
+    engine = make_engine(v.shape[1], *settings)
     return engine.init(jax.random.key(1), v), lambda state: engine.update(state, v)
 
 
@@ -151,7 +150,7 @@ def main(args):
     v = jax.random.uniform(jax.random.key(3), (100, args.num_visible))
     for num_samples in args.num_samples:
         size = args.num_hidden, 5, num_samples
-        engine = timed(*by_engine(v, *size), args.num_steps)
+        engine = timed(*by_engine(v, args.num_hidden, 5, Variational(num_samples)), args.num_steps)
         show_ratio(
             f"hand: K = 5, L = {num_samples}", in_turn(engine, timed(*by_hand(v, *size), args.num_steps), repeats=args.repeats)
         )
@@ -162,25 +161,25 @@ def main(args):
             show_ratio(
                 f"torch: K = 5, L = {num_samples}", in_turn(engine, timed_eagerly(step, args.num_steps), repeats=args.repeats)
             )
-    truncated = timed(*bism_engine(v, args.num_hidden, 5, 0), args.num_steps)
-    print(f"{'estimators: BiSM, N = 0':<52}{compiled(*bism_engine(v, args.num_hidden, 5, 0))[1]:56.1f} MB of buffers")
+    truncated = timed(*bism_engine(v, args.num_hidden, 5, Unrolled(0)), args.num_steps)
+    print(f"{'estimators: BiSM, N = 0':<52}{compiled(*bism_engine(v, args.num_hidden, 5, Unrolled(0)))[1]:56.1f} MB of buffers")
     for title, make in args.estimators.items():
         show_ratio(
             f"estimators: {title}", in_turn(timed(*make(v, args.num_hidden), args.num_steps), truncated, repeats=args.repeats)
         )
         print(f"{'':<52}{compiled(*make(v, args.num_hidden))[1]:56.1f} MB of buffers")
     for num_inner_steps in args.inner:
-        seconds, megabytes = compiled(*by_engine(v, args.num_hidden, num_inner_steps, 2))
+        seconds, megabytes = compiled(*by_engine(v, args.num_hidden, num_inner_steps, Variational(2)))
         print(f"memory: K = {num_inner_steps:>3} {megabytes:9.1f} MB of buffers, compiled in {seconds:.1f} s")
 
 
 ESTIMATORS = {
-    "BiSM, N = 5": lambda v, num_hidden: bism_engine(v, num_hidden, 5, 5),
-    "VaGES, L = 2": lambda v, num_hidden: by_engine(v, num_hidden, 5, 2),
-    "VaGES, L = 2, shared": lambda v, num_hidden: by_engine(v, num_hidden, 5, 2, shared_samples=True),
-    "VaGES, L = 10": lambda v, num_hidden: by_engine(v, num_hidden, 5, 10),
-    "weighted, L = 10": lambda v, num_hidden: by_engine(v, num_hidden, 5, 10, importance_weighted=True),
-    "jackknife, L = 10": lambda v, num_hidden: by_engine(v, num_hidden, 5, 10, importance_weighted=True, jackknife=True),
+    "BiSM, N = 5": lambda v, num_hidden: bism_engine(v, num_hidden, 5, Unrolled(5)),
+    "VaGES, L = 2": lambda v, num_hidden: by_engine(v, num_hidden, 5, Variational(2)),
+    "VaGES, L = 2, shared": lambda v, num_hidden: by_engine(v, num_hidden, 5, Variational(2, shared_samples=True)),
+    "VaGES, L = 10": lambda v, num_hidden: by_engine(v, num_hidden, 5, Variational(10)),
+    "weighted, L = 10": lambda v, num_hidden: by_engine(v, num_hidden, 5, ImportanceWeighted(10)),
+    "jackknife, L = 10": lambda v, num_hidden: by_engine(v, num_hidden, 5, ImportanceWeighted(10, jackknife=True)),
 }
 
 if __name__ == "__main__":

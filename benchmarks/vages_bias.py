@@ -21,6 +21,7 @@ Run ``python benchmarks/vages_bias.py --help``.
 
 import argparse
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -31,7 +32,7 @@ import optax
 from hypergradient_bias import KEY, NUM_HIDDEN, NUM_VISIBLE, OBJECTIVE, UNIT, exact_gradient, gradient, guide, joint, normal
 from jax.flatten_util import ravel_pytree
 
-from numpyro_ebm import BiSM, Unrolled, VaGES
+from numpyro_ebm import BiSM, ImportanceWeighted, Unrolled, VaGES, Variational
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -98,8 +99,8 @@ def machine_params():
     return {"W": normal(0, NUM_VISIBLE, NUM_HIDDEN), "b": normal(1, NUM_VISIBLE), "c": normal(2, NUM_HIDDEN)}
 
 
-def make_vages(num_samples=2, **settings):
-    return VaGES(joint, guide, UNIT, optax.sgd(0.0), OBJECTIVE, num_inner_steps=0, num_samples=num_samples, **settings)
+def make_vages(estimate):
+    return VaGES(joint, guide, UNIT, optax.sgd(0.0), OBJECTIVE, num_inner_steps=0, estimate=estimate)
 
 
 def make_bism(num_unroll_steps):
@@ -139,16 +140,16 @@ def relative(engine, phi, v, num_draws):
 def estimators():
     yield "BiSM, N = 0", make_bism(0)
     yield "BiSM, N = 5", make_bism(5)
-    yield "VaGES, L = 2", make_vages(2)
-    yield "VaGES, L = 2, shared", make_vages(2, shared_samples=True)
-    yield "VaGES, L = 2, biased", make_vages(2, covariance="biased")
-    yield "VaGES, L = 2, reduced", make_vages(2, variance_reduced=True)
-    yield "VaGES, L = 2, relaxed", make_vages(2, relaxed=True)
-    yield "VaGES, L = 10", make_vages(10)
-    yield "weighted, L = 2", make_vages(2, importance_weighted=True)
-    yield "weighted, L = 10", make_vages(10, importance_weighted=True)
-    yield "jackknife, L = 2", make_vages(2, importance_weighted=True, jackknife=True)
-    yield "jackknife, L = 10", make_vages(10, importance_weighted=True, jackknife=True)
+    yield "VaGES, L = 2", make_vages(Variational(2))
+    yield "VaGES, L = 2, shared", make_vages(Variational(shared_samples=True))
+    yield "VaGES, L = 2, biased", make_vages(Variational(covariance="biased"))
+    yield "VaGES, L = 2, reduced", make_vages(Variational(variance_reduced=True))
+    yield "VaGES, L = 2, relaxed", make_vages(Variational(relaxed=True))
+    yield "VaGES, L = 10", make_vages(Variational(10))
+    yield "weighted, L = 2", make_vages(ImportanceWeighted(2))
+    yield "weighted, L = 10", make_vages(ImportanceWeighted(10))
+    yield "jackknife, L = 2", make_vages(ImportanceWeighted(2, jackknife=True))
+    yield "jackknife, L = 10", make_vages(ImportanceWeighted(10, jackknife=True))
 
 
 def print_table(v, num_draws, names):
@@ -175,9 +176,9 @@ def plot_bounds(ax, v, distances):
 
 
 def plot_divergence(ax, v, num_draws, distances):
-    engines = {"VaGES": make_vages(2), "weighted, L = 2": make_vages(2, importance_weighted=True)}
-    engines["weighted, L = 10"] = make_vages(10, importance_weighted=True)
-    engines["jackknife, L = 10"] = make_vages(10, importance_weighted=True, jackknife=True)
+    engines = {"VaGES": make_vages(Variational(2)), "weighted, L = 2": make_vages(ImportanceWeighted(2))}
+    engines["weighted, L = 10"] = make_vages(ImportanceWeighted(10))
+    engines["jackknife, L = 10"] = make_vages(ImportanceWeighted(10, jackknife=True))
     kl = [divergence(guide_at(distance), v) for distance in distances]
     for name, engine in engines.items():
         values = np.array([relative(engine, guide_at(distance), v, num_draws) for distance in distances])
@@ -191,10 +192,9 @@ def plot_divergence(ax, v, num_draws, distances):
 
 def plot_samples(ax, v, num_draws, samples):
     phi = blind_guide()
-    forms = {"VaGES": {}, "weighted": {"importance_weighted": True}}
-    forms["jackknife"] = {"importance_weighted": True, "jackknife": True}
-    for name, settings in forms.items():
-        values = np.array([relative(make_vages(size, **settings), phi, v, num_draws) for size in samples])
+    forms = {"VaGES": Variational(), "weighted": ImportanceWeighted(), "jackknife": ImportanceWeighted(jackknife=True)}
+    for name, form in forms.items():
+        values = np.array([relative(make_vages(replace(form, num_samples=size)), phi, v, num_draws) for size in samples])
         seen = values[:, 0] > 3 * values[:, 1]
         ax.errorbar(np.array(samples)[seen], values[seen, 0], values[seen, 1], marker="o", label=name)
         cells = " ".join(f"L = {size}: {b:.4f} ({e:.4f}), {s:.2f};" for size, (b, e, s) in zip(samples, values, strict=True))

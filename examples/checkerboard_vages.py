@@ -60,7 +60,15 @@ from checkerboard import (
 )
 from jax import Array
 
-from numpyro_ebm import GumbelBernoulli, KernelSteinDiscrepancy, RBFKernel, ScoreMatching, VaGES
+from numpyro_ebm import (
+    GumbelBernoulli,
+    ImportanceWeighted,
+    KernelSteinDiscrepancy,
+    RBFKernel,
+    ScoreMatching,
+    VaGES,
+    Variational,
+)
 from numpyro_ebm.objectives import ScoreObjective
 
 matplotlib.use("Agg")
@@ -102,40 +110,36 @@ def exact(objective: Any) -> ScoreMatching:
     return ScoreMatching(marginal, ADAM, objective, batch_size=BATCH_SIZE)
 
 
-def vages(objective: Any, num_samples: int, guide: Any = guide, **settings: Any) -> VaGES:
-    return VaGES(joint, guide, ADAM, ADAM, objective, num_samples=num_samples, batch_size=BATCH_SIZE, **settings)
-
-
-def weighted(objective: Any, num_samples: int, guide: Any = guide, **settings: Any) -> VaGES:
-    return vages(objective, num_samples, guide, importance_weighted=True, **settings)
+def vages(objective: Any, estimate: Variational | ImportanceWeighted, guide: Any = guide, num_inner_steps: int = 5) -> VaGES:
+    return VaGES(joint, guide, ADAM, ADAM, objective, num_inner_steps=num_inner_steps, estimate=estimate, batch_size=BATCH_SIZE)
 
 
 METHODS: dict[str, Callable[[], Any]] = {
     "DSM, exact": lambda: exact(DSM),
-    "DSM, L = 2": lambda: vages(DSM, 2),
-    "DSM, L = 10": lambda: vages(DSM, 10),
-    "DSM, L = 2, no cov.": lambda: vages(DSM, 2, covariance="none"),
-    "DSM, weighted, L = 2": lambda: weighted(DSM, 2),
-    "DSM, weighted, L = 10": lambda: weighted(DSM, 10),
-    "DSM, jackknife, L = 2": lambda: weighted(DSM, 2, jackknife=True),
-    "DSM, jackknife, L = 10": lambda: weighted(DSM, 10, jackknife=True),
+    "DSM, L = 2": lambda: vages(DSM, Variational(2)),
+    "DSM, L = 10": lambda: vages(DSM, Variational(10)),
+    "DSM, L = 2, no cov.": lambda: vages(DSM, Variational(2, covariance="none")),
+    "DSM, weighted, L = 2": lambda: vages(DSM, ImportanceWeighted(2)),
+    "DSM, weighted, L = 10": lambda: vages(DSM, ImportanceWeighted(10)),
+    "DSM, jackknife, L = 2": lambda: vages(DSM, ImportanceWeighted(2, jackknife=True)),
+    "DSM, jackknife, L = 10": lambda: vages(DSM, ImportanceWeighted(10, jackknife=True)),
     "KSD, exact": lambda: exact(KSD),
     "KSD, exact, all pairs": lambda: exact(KernelSteinDiscrepancy(RBFKernel(KSD_WIDTH))),
-    "KSD, L = 2": lambda: vages(KSD, 2),
-    "KSD, L = 10": lambda: vages(KSD, 10),
+    "KSD, L = 2": lambda: vages(KSD, Variational(2)),
+    "KSD, L = 10": lambda: vages(KSD, Variational(10)),
     "KSD, one-sided": lambda: exact(OneSided()),
-    "KSD, one-sided, L = 2": lambda: vages(OneSided(), 2),
-    "KSD, one-sided, L = 10": lambda: vages(OneSided(), 10),
-    "KSD, uniform, L = 2": lambda: weighted(KSD, 2, uniform_guide, num_inner_steps=0),
-    "KSD, uniform, L = 10": lambda: weighted(KSD, 10, uniform_guide, num_inner_steps=0),
-    "KSD, weighted, L = 2": lambda: weighted(KSD, 2),
-    "KSD, weighted, L = 10": lambda: weighted(KSD, 10),
-    "blind, L = 2": lambda: vages(DSM, 2, blind_guide),
-    "blind, L = 10": lambda: vages(DSM, 10, blind_guide),
-    "blind, weighted, L = 2": lambda: weighted(DSM, 2, blind_guide),
-    "blind, weighted, L = 10": lambda: weighted(DSM, 10, blind_guide),
-    "blind, weighted, L = 40": lambda: weighted(DSM, 40, blind_guide),
-    "blind, jackknife, L = 10": lambda: weighted(DSM, 10, blind_guide, jackknife=True),
+    "KSD, one-sided, L = 2": lambda: vages(OneSided(), Variational(2)),
+    "KSD, one-sided, L = 10": lambda: vages(OneSided(), Variational(10)),
+    "KSD, uniform, L = 2": lambda: vages(KSD, ImportanceWeighted(2), uniform_guide, num_inner_steps=0),
+    "KSD, uniform, L = 10": lambda: vages(KSD, ImportanceWeighted(10), uniform_guide, num_inner_steps=0),
+    "KSD, weighted, L = 2": lambda: vages(KSD, ImportanceWeighted(2)),
+    "KSD, weighted, L = 10": lambda: vages(KSD, ImportanceWeighted(10)),
+    "blind, L = 2": lambda: vages(DSM, Variational(2), blind_guide),
+    "blind, L = 10": lambda: vages(DSM, Variational(10), blind_guide),
+    "blind, weighted, L = 2": lambda: vages(DSM, ImportanceWeighted(2), blind_guide),
+    "blind, weighted, L = 10": lambda: vages(DSM, ImportanceWeighted(10), blind_guide),
+    "blind, weighted, L = 40": lambda: vages(DSM, ImportanceWeighted(40), blind_guide),
+    "blind, jackknife, L = 10": lambda: vages(DSM, ImportanceWeighted(10, jackknife=True), blind_guide),
 }
 
 

@@ -66,6 +66,7 @@ from numpyro_ebm import (
     SlicedScoreMatching,
     Unrolled,
     VaGES,
+    Variational,
     block_gibbs,
     log_normalizer,
     negative_phase,
@@ -169,7 +170,7 @@ def make_learner(method: str, train: Array) -> Learner:
     shared: dict[str, Any] = {"num_inner_steps": NUM_INNER_STEPS, "batch_size": BATCH_SIZE}
     engine: ScoreMatching | BiSM | VaGES
     if how.startswith("VaGES"):
-        engine = VaGES(joint, guide, adam, adam, OBJECTIVES[objective], num_samples=int(how[-1]), **shared)
+        engine = VaGES(joint, guide, adam, adam, OBJECTIVES[objective], estimate=Variational(int(how[-1])), **shared)
     elif how == "exact":
         engine = ScoreMatching(marginal, adam, OBJECTIVES[objective], batch_size=BATCH_SIZE)
     else:

@@ -78,6 +78,7 @@ from numpyro_ebm import (
     PosteriorFisher,
     Unrolled,
     VaGES,
+    Variational,
     amortized_normal,
     annealed_langevin,
     annealing_schedule,
@@ -205,7 +206,7 @@ def make_engine(size: Size, name: str) -> BiSM | VaGES:
     if name == "bism":
         return BiSM(*shared, hypergradient=Unrolled(0), batch_size=BATCH_SIZE)
     refine = partial(annealed_langevin, step_size=REFINE_STEP, temperatures=np.full(REFINE_STEPS, REFINE_TEMPERATURE))
-    return VaGES(*shared, num_samples=2, refine=refine, batch_size=BATCH_SIZE)
+    return VaGES(*shared, estimate=Variational(num_samples=2, refine=refine), batch_size=BATCH_SIZE)
 
 
 def averaged(nets: Nets, state: Any, size: Size) -> Nets:

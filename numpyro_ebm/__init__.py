@@ -35,6 +35,7 @@ from numpyro_ebm.infer import (
     BiSM,
     BiSMState,
     Implicit,
+    ImportanceWeighted,
     NonFiniteError,
     ParticleMMLE,
     ParticleState,
@@ -44,6 +45,7 @@ from numpyro_ebm.infer import (
     Unrolled,
     VaGES,
     VaGESState,
+    Variational,
 )
 from numpyro_ebm.inference_data import to_inference_data
 from numpyro_ebm.objectives import (
@@ -90,6 +92,7 @@ __all__ = [
     "GumbelBernoulli",
     "IMQKernel",
     "Implicit",
+    "ImportanceWeighted",
     "KSDTest",
     "KernelSteinDiscrepancy",
     "LogNormalizer",
@@ -113,6 +116,7 @@ __all__ = [
     "Unrolled",
     "VaGES",
     "VaGESState",
+    "Variational",
     "amortized_bernoulli",
     "amortized_normal",
     "annealed_langevin",

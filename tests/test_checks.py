@@ -26,6 +26,7 @@ from numpyro_ebm import (
     ExactScoreMatching,
     GaussianBernoulliRBM,
     Implicit,
+    ImportanceWeighted,
     IMQKernel,
     KernelSteinDiscrepancy,
     MultiscaleDenoisingScoreMatching,
@@ -36,6 +37,7 @@ from numpyro_ebm import (
     UnadjustedLangevin,
     Unrolled,
     VaGES,
+    Variational,
     annealed_langevin,
     annealing_schedule,
     convergence,
@@ -250,15 +252,20 @@ TABLE = {
         {
             **SCORE,
             **BILEVEL,
+            "estimate": "Variational(...) or ImportanceWeighted(...)",
+        },
+    ),
+    "Variational": (
+        Variational,
+        {
             "num_samples": COUNT,
-            "importance_weighted": BOOL,
-            "jackknife": BOOL,
             "covariance": "'unbiased', 'biased', 'none'",
             "shared_samples": BOOL,
             "variance_reduced": BOOL,
             "relaxed": BOOL,
         },
     ),
+    "ImportanceWeighted": (ImportanceWeighted, {"num_samples": COUNT, "jackknife": BOOL, "relaxed": BOOL}),
     "BiDVL": (
         _levels,
         {

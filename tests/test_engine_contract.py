@@ -25,12 +25,14 @@ from numpyro_ebm import (
     DenoisingScoreMatching,
     EnergyDistribution,
     Implicit,
+    ImportanceWeighted,
     ParticleMMLE,
     ScoreMatching,
     TiltedDistribution,
     UnadjustedLangevin,
     Unrolled,
     VaGES,
+    Variational,
     negative_phase,
 )
 from numpyro_ebm.infer.engine import Engine, NonFiniteError, RunResult
@@ -163,12 +165,12 @@ def _implicit(watch=_unwatched, optim=None):
 
 def _vages(watch=_unwatched, optim=None, **settings):
     optim = optax.sgd(RATE) if optim is None else optim
-    settings = {"num_inner_steps": 2, "num_samples": 4, **settings}
+    settings = {"num_inner_steps": 2, "estimate": Variational(4), **settings}
     return VaGES(watch(_joint), _guide, optim, optax.sgd(0.02), DenoisingScoreMatching(0.3), **settings)
 
 
 def _weighted(watch=_unwatched, optim=None):
-    return _vages(watch, optim, importance_weighted=True, jackknife=True, batch_size=4)
+    return _vages(watch, optim, estimate=ImportanceWeighted(4, jackknife=True), batch_size=4)
 
 
 def _bidvl(watch=_unwatched, optim=None):

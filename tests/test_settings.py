@@ -14,7 +14,15 @@ import optax
 import pytest
 
 import numpyro_ebm
-from numpyro_ebm import BiSM, ExactScoreMatching, Implicit, Unrolled
+from numpyro_ebm import (
+    BiSM,
+    ExactScoreMatching,
+    Implicit,
+    ImportanceWeighted,
+    Unrolled,
+    VaGES,
+    Variational,
+)
 
 STEP = optax.sgd(0.1)
 SETTINGS = {
@@ -22,6 +30,10 @@ SETTINGS = {
     "Implicit(curvature='fisher', num_cg_steps=3, damping=0.0, tol=1e-05, num_draws=2)": lambda: Implicit(
         "fisher", np.int64(3), 0, num_draws=jnp.array(2)
     ),
+    "Variational(num_samples=1, covariance='none', shared_samples=False, variance_reduced=True, relaxed=False, refine=None)": (
+        lambda: Variational(np.int64(1), "none", variance_reduced=np.True_)
+    ),
+    "ImportanceWeighted(num_samples=3, jackknife=True, relaxed=False)": lambda: ImportanceWeighted(jnp.array(3), jackknife=True),
 }
 
 
@@ -32,6 +44,10 @@ def model(v=None):
 
 def bism(**settings):
     return BiSM(model, model, STEP, STEP, ExactScoreMatching(), **settings)
+
+
+def vages(**settings):
+    return VaGES(model, model, STEP, STEP, ExactScoreMatching(), **settings)
 
 
 @pytest.mark.parametrize("words", SETTINGS)
@@ -63,6 +79,8 @@ def test_a_setting_is_a_value(words):
 OLD = {
     "hypergradient": (bism, {"hypergradient": "implicit"}, "hypergradient must be Unrolled(...) or Implicit(...), got 'implicit'"),
     "a class": (bism, {"hypergradient": Implicit}, "hypergradient is the class Implicit: pass an instance, Implicit(...)"),
+    "estimate": (vages, {"estimate": "jackknife"}, "estimate must be Variational(...) or ImportanceWeighted(...), got 'jackknife'"),
+    "importance_weighted": (vages, {"importance_weighted": True}, "unexpected keyword argument 'importance_weighted'"),
     "num_unroll_steps": (bism, {"num_unroll_steps": 5}, "unexpected keyword argument 'num_unroll_steps'"),
 }
 

@@ -25,6 +25,7 @@ from numpyro_ebm import (
     DenoisingScoreMatching,
     ExactScoreMatching,
     GumbelBernoulli,
+    ImportanceWeighted,
     MultiscaleDenoisingScoreMatching,
     NonFiniteError,
     PosteriorFisher,
@@ -32,6 +33,7 @@ from numpyro_ebm import (
     SlicedScoreMatching,
     Unrolled,
     VaGES,
+    Variational,
     annealed_langevin,
 )
 from numpyro_ebm.objectives.latent import Draws, draw, variational_score, weighted_score
@@ -372,7 +374,7 @@ def assert_mean(samples, wanted, num_errors=5):
 def test_a_step_with_the_posterior_as_guide_is_that_of_the_marginal(name, v):
     # On a batch, with the reduced variance: the value is exact, and gradients are so in the mean of 3000 steps, within 5
     # standard errors (4 % of the covariance). Catches rows that see each other's draws.
-    engine = make(Frozen(OBJECTIVES[name]), variance_reduced=True)
+    engine = make(Frozen(OBJECTIVES[name]), estimate=Variational(variance_reduced=True))
     loss, gradient, size = steps(engine, v, 3000)
     wanted, of_wanted = marginal_step(Frozen(OBJECTIVES[name]), v)
     np.testing.assert_allclose(loss, wanted, rtol=1e-10)
@@ -384,7 +386,7 @@ def test_without_covariance_a_step_is_that_of_bism_without_unrolling(v):
     # In expectation, for any guide. Catches an ablation that drops too much.
     wrong = {"A": 0.5 * normal(8, NUM_VISIBLE, NUM_HIDDEN), "a": normal(9, NUM_HIDDEN)}
     objective = Frozen(OBJECTIVES["DSM"])
-    ours = make(objective, covariance="none", num_samples=1, variance_reduced=True, relaxed=True)
+    ours = make(objective, estimate=Variational(1, "none", variance_reduced=True, relaxed=True))
     theirs = BiSM(model, guide, optax.sgd(1.0), optax.sgd(0.0), objective, num_inner_steps=0, hypergradient=Unrolled(0))
 
     def gradients(engine):
@@ -414,7 +416,7 @@ def test_bits_are_hard_in_the_upper_level_unless_asked_otherwise(v):
 
 def test_weighted_steps_report_their_effective_sample_size(v):
     # With the posterior as guide all weights are equal. Catches the density of relaxed bits, or of the model alone.
-    engine = make(num_samples=4, importance_weighted=True)
+    engine = make(estimate=ImportanceWeighted(4))
     np.testing.assert_allclose(steps(engine, v, 3)[2], 4, rtol=1e-5)
     state = engine.init(KEY, v, init_params={"A": -2 * start()["W"]})
     state, _ = engine.update(state, v)
@@ -423,7 +425,7 @@ def test_weighted_steps_report_their_effective_sample_size(v):
 
 def test_the_jackknife_of_a_step_is_that_of_its_losses(v):
     # Catches masks that keep the draw they should leave out: at L = 2 the jackknife is 2 J - mean of the two single losses.
-    plain, corrected = (make(num_samples=2, importance_weighted=True, jackknife=value) for value in (False, True))
+    plain, corrected = (make(estimate=ImportanceWeighted(2, jackknife=value)) for value in (False, True))
     loss, gradient, _ = steps(plain, v, 4)
     loss_corrected, gradient_corrected, _ = steps(corrected, v, 4)
     assert np.all(loss != loss_corrected)
@@ -433,7 +435,7 @@ def test_the_jackknife_of_a_step_is_that_of_its_losses(v):
 
 def test_the_jackknife_leaves_out_one_draw_at_a_time(v):
     # With three draws, against the losses of the three pairs. Catches masks that keep one draw in place of leaving it out.
-    engine = make(num_samples=3, importance_weighted=True, jackknife=True)
+    engine = make(estimate=ImportanceWeighted(3, jackknife=True))
     state = engine.init(KEY, v)
     levels = engine._levels(state, (v,), {})
     phi, (noise_key, loss_key, draw_key) = levels.phi_of(state.phi), jax.random.split(KEY, 3)
@@ -461,7 +463,7 @@ def test_a_constant_in_the_energy_changes_nothing(v):
             v = numpyro.sample("v", BaseMeasure(constraints.real, (NUM_VISIBLE,)), obs=v)
             numpyro.factor("coupling", log_joint(params, v, {"h": h}) + 100 * scale)
 
-    for objective, settings in (("SSM", {}), ("DSM", {"importance_weighted": True, "num_samples": 3})):
+    for objective, settings in (("SSM", {}), ("DSM", {"estimate": ImportanceWeighted(3)})):
         loss, gradient, _ = steps(make(OBJECTIVES[objective], **settings), v, 2)
         again, moved, _ = steps(make(OBJECTIVES[objective], model=in_plate, **settings), v, 2)
         np.testing.assert_allclose(again, loss, rtol=1e-9)
@@ -479,7 +481,7 @@ def test_sets_of_draws_are_as_many_as_asked(v):
         return h
 
     for settings in ({}, {"shared_samples": True}, {"covariance": "none"}):
-        engine = make(model=pair, guide=far_guide, num_samples=5, refine=watch, **settings)
+        engine = make(model=pair, guide=far_guide, estimate=Variational(5, refine=watch, **settings))
         engine.evaluate(engine.init(KEY, v[:, 0]), v[:, 0])
         assert seen[-1] == (15 if not settings else 10)
 
@@ -488,10 +490,10 @@ def test_factors_that_are_multiplied_have_draws_of_their_own(v):
     # Catches one set in two roles, which biases the gradient by some per cent (see above) and no loss tells.
     v = v[:, 0]
     for shared in (False, True):
-        engine = make(model=pair, guide=far_guide, num_samples=5, shared_samples=shared)
+        engine = make(model=pair, guide=far_guide, estimate=Variational(5, shared_samples=shared))
         state = engine.init(KEY, v)
         levels = engine._levels(state, (v,), {})
-        value, mean, covariance = (h["h"] for h in levels._draws(state.theta, levels.phi_of(state.phi), v, KEY))
+        value, mean, covariance = (h["h"] for h in levels._draws(engine.estimate, state.theta, levels.phi_of(state.phi), v, KEY))
         assert value.shape == mean.shape == covariance.shape == (5, NUM_ROWS)
         assert not np.isin(value, mean).any()
         assert not np.isin(value, covariance).any()
@@ -515,7 +517,7 @@ def test_refined_draws_reach_the_posterior(v):
     wanted = state.unconstrained["weight"] - marginal_engine.update(state, v)[0].unconstrained["weight"]
 
     def mean(**settings):
-        _, gradient, _ = steps(make(objective, model=pair, guide=far_guide, num_samples=4, **settings), v, 400)
+        _, gradient, _ = steps(make(objective, model=pair, guide=far_guide, estimate=Variational(4, **settings)), v, 400)
         return gradient["weight"].mean(), gradient["weight"].std() / 20
 
     refined, error = mean(refine=refine)
@@ -528,22 +530,40 @@ def test_refined_draws_reach_the_posterior(v):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("estimate", "settings", "message"),
     [
-        ({"num_samples": 1}, "num_samples=1: a covariance needs two samples"),
-        ({"num_samples": 1, "importance_weighted": True}, "one sample has the weight 1"),
-        ({"num_samples": 1, "covariance": "none", "objective": SlicedScoreMatching()}, "num_samples=1"),
-        ({"jackknife": True}, "importance_weighted=True"),
-        ({"importance_weighted": True, "covariance": "biased"}, "covariance does not go with importance_weighted"),
-        ({"importance_weighted": True, "shared_samples": True}, "shared_samples does not go with importance_weighted"),
-        ({"importance_weighted": True, "variance_reduced": True}, "variance_reduced does not go with importance_weighted"),
-        ({"importance_weighted": True, "refine": annealed_langevin}, "density of the samples"),
-        ({"variance_reduced": True, "refine": annealed_langevin}, "density of the samples"),
+        (Variational, {"num_samples": 1}, "num_samples=1: a covariance needs two samples"),
+        (ImportanceWeighted, {"num_samples": 1}, "num_samples=1: one sample has the weight 1"),
+        (Variational, {"shared_samples": True, "covariance": "none"}, "which covariance='none' leaves out"),
+        (Variational, {"variance_reduced": True, "refine": annealed_langevin}, "needs the density of the samples"),
     ],
 )
-def test_settings_that_cannot_be(settings, message):
+def test_settings_that_cannot_be(estimate, settings, message):
     with pytest.raises(ValueError, match=message):
-        make(**settings)
+        estimate(**settings)
+
+
+@pytest.mark.parametrize("name", ["covariance", "shared_samples", "variance_reduced", "refine"])
+def test_weighted_samples_have_no_settings_of_the_others(name):
+    # All factors are of the same samples, whose density must be known. Catches a setting that is taken and not used.
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        ImportanceWeighted(**{name: None})
+
+
+def test_only_weights_have_a_jackknife():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'jackknife'"):
+        Variational(jackknife=True)
+
+
+def test_one_sample_is_refused_where_the_objective_differentiates_the_score():
+    with pytest.raises(ValueError, match="num_samples=1: this objective differentiates the score, which has a covariance"):
+        make(SlicedScoreMatching(), estimate=Variational(1, "none"))
+
+
+@pytest.mark.parametrize("refine", [3, "langevin", partial])
+def test_what_refines_must_be_a_function(refine):
+    with pytest.raises(TypeError, match=r"refine must be a function refine\(rng_key, log_prob, h\)"):
+        Variational(refine=refine)
 
 
 def test_a_guide_that_is_not_reparametrized_is_refused_where_it_is_learned(v):
@@ -564,7 +584,7 @@ def test_a_guide_that_is_not_reparametrized_is_refused_where_it_is_learned(v):
 
 def test_refining_bits_is_refused(v):
     with pytest.raises(ValueError, match="site 'h': refine moves latents freely"):
-        make(refine=annealed_langevin).init(KEY, v)
+        make(estimate=Variational(refine=annealed_langevin)).init(KEY, v)
 
 
 def test_a_guide_without_params_is_refused_where_it_should_learn(v):
@@ -574,7 +594,7 @@ def test_a_guide_without_params_is_refused_where_it_should_learn(v):
 
     with pytest.raises(ValueError, match="the guide has no param site"):
         make(guide=fixed, num_inner_steps=1).init(KEY, v)
-    engine = make(guide=fixed, importance_weighted=True, num_samples=3)
+    engine = make(guide=fixed, estimate=ImportanceWeighted(3))
     assert engine.update(engine.init(KEY, v), v)[0].effective_sample_size > 1
 
 
@@ -590,7 +610,7 @@ def test_a_guide_that_misses_a_latent_is_refused(v):
 
 def test_degenerate_weights_are_said(v):
     # Catches a run that learns from one draw and says nothing: posteriors of width 1e-4, and a guide of width .3.
-    engine = make(model=pair, guide=far_guide, num_samples=3, importance_weighted=True, optim=optax.sgd(0.0))
+    engine = make(model=pair, guide=far_guide, estimate=ImportanceWeighted(3), optim=optax.sgd(0.0))
     with pytest.warns(UserWarning, match=r"effective sample size of less than 1\.05 of 3 samples"):
         engine.run(KEY, 2, v[:, 0], noise=1e-4, progress_bar=False)
     with warnings.catch_warnings():
@@ -607,7 +627,7 @@ def test_weights_that_all_underflow_stop_the_run(v):
             v = numpyro.sample("v", BaseMeasure(constraints.real, (NUM_VISIBLE,)), obs=v)
             numpyro.factor("coupling", log_joint(params, v, {"h": h}) - jnp.where(h[..., 0] < 2, jnp.inf, 0))
 
-    engine = make(model=nowhere, num_samples=3, importance_weighted=True)
+    engine = make(model=nowhere, estimate=ImportanceWeighted(3))
     with pytest.raises(NonFiniteError, match="where all weights underflow, a guide that covers the posterior"):
         engine.run(KEY, 2, v, progress_bar=False)
 

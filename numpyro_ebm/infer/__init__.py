@@ -6,7 +6,7 @@ from numpyro_ebm.infer.bism import BiSM, BiSMState, Implicit, Unrolled
 from numpyro_ebm.infer.engine import NonFiniteError, RunResult
 from numpyro_ebm.infer.particle_mmle import ParticleMMLE, ParticleState
 from numpyro_ebm.infer.score_matching import ScoreMatching, ScoreMatchingState
-from numpyro_ebm.infer.vages import VaGES, VaGESState
+from numpyro_ebm.infer.vages import ImportanceWeighted, VaGES, VaGESState, Variational
 
 __all__ = [
     "BiDVL",
@@ -14,6 +14,7 @@ __all__ = [
     "BiSM",
     "BiSMState",
     "Implicit",
+    "ImportanceWeighted",
     "NonFiniteError",
     "ParticleMMLE",
     "ParticleState",
@@ -23,4 +24,5 @@ __all__ = [
     "Unrolled",
     "VaGES",
     "VaGESState",
+    "Variational",
 ]

@@ -82,7 +82,7 @@ class Unrolled:
 class Implicit:
     r"""A hypergradient of :class:`~numpyro_ebm.BiSM`: by the implicit function theorem, which is not in the paper.
 
-    At :math:`\phi^*`, where :math:`\partial_\phi G = 0` (Lorraine et al. 2020, equation 2),
+    At :math:`\phi^*`, where :math:`\partial_\phi G = 0` (Lorraine et al. 2020),
 
     .. math:: dJ/d\theta = \partial_\theta J - \partial_\phi J \, (\partial^2_{\phi\phi} G)^{-1} \partial^2_{\phi\theta} G,
 

@@ -14,6 +14,7 @@ guide's optimum, here it is estimated directly: nothing is differentiated throug
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 from numpyro.infer import TraceGraph_ELBO
 
-from numpyro_ebm._checks import require_bool, require_count, require_one_of
+from numpyro_ebm._checks import require_bool, require_count, require_instance, require_one_of, require_setting
 from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, Upper
 from numpyro_ebm.objectives.latent import Draws, Latents, ScoreFn, draw, row_density, variational_score, weighted_score
 from numpyro_ebm.objectives.score import ScoreObjective
@@ -31,6 +32,7 @@ from numpyro_ebm.weights import effective_sample_size, normalized_weights
 COVARIANCES = ("unbiased", "biased", "none")
 #: an effective sample size below which weights are those of one sample
 DEGENERATE = 1.05
+LACKS = "the gradient would lack that of the posterior. Take 2 or more."
 
 
 class VaGESState(NamedTuple):
@@ -56,25 +58,96 @@ class VaGESState(NamedTuple):
     effective_sample_size: Array
 
 
+Refine = Callable[[Array, Callable[[Latents], Array], Latents], Latents]
+
+
+@dataclass(frozen=True)
+class Variational:
+    r"""An estimate of the score by samples of the guide, as published (Bao et al. 2021).
+
+    L samples for each of three factors: the score itself, and the expectation and the covariance in its gradient. The bias of
+    the gradient is bounded by the guide's divergence from the posterior, and does not fall with L.
+
+    :param int num_samples: samples L for each factor.
+    :param str covariance: ``"unbiased"``, ``"biased"`` (divided by L instead of L - 1) or ``"none"``, for comparison: the
+        gradient then lacks what BiSM's lacks without unrolling.
+    :param bool shared_samples: whether the covariance is over the samples of the expectation: 2 L samples in place of 3 L.
+    :param bool variance_reduced: whether the score's value is the mean of :math:`\nabla_v \log(\tilde p / q)`, which has the
+        same expectation and no variance where the guide is the posterior.
+    :param bool relaxed: whether bits stay relaxed in the upper level, as in the paper; their covariance is too small then.
+    :param refine: moves samples of the guide towards the posterior: ``refine(rng_key, log_prob, h)`` of a dictionary of latents
+        with samples along axis 0, and of their log density, ``(num_draws,)``. With :func:`~numpyro_ebm.annealed_langevin`:
+        ``functools.partial(annealed_langevin, step_size=5e-3, temperatures=np.full(5, 1e-6))`` is the paper's correction.
+    :raises ValueError: for settings out of range, one sample with a covariance, samples shared with a covariance that is left
+        out, or ``refine`` with ``variance_reduced``.
+    """
+
+    num_samples: int = 2
+    covariance: str = "unbiased"
+    shared_samples: bool = False
+    variance_reduced: bool = False
+    relaxed: bool = False
+    refine: Refine | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_samples", require_count("num_samples", self.num_samples))
+        object.__setattr__(self, "covariance", require_one_of("covariance", self.covariance, COVARIANCES))
+        for name in ("shared_samples", "variance_reduced", "relaxed"):
+            object.__setattr__(self, name, require_bool(name, getattr(self, name)))
+        if self.refine is not None:
+            require_instance("refine", self.refine, ("__call__",), "a function refine(rng_key, log_prob, h)")
+        if self.num_samples == 1 and self.covariance != "none":
+            raise ValueError(f"num_samples=1: a covariance needs two samples, and {LACKS}")
+        if self.shared_samples and self.covariance == "none":
+            raise ValueError("shared_samples=True shares samples with the covariance, which covariance='none' leaves out.")
+        if self.variance_reduced and self.refine is not None:
+            raise ValueError(
+                "refine does not go with variance_reduced, which needs the density of the samples: that of moved samples is not "
+                "known."
+            )
+
+
+@dataclass(frozen=True)
+class ImportanceWeighted:
+    r"""An estimate of the score by samples of the guide with weights :math:`\tilde p / q`, which is not in the paper.
+
+    The weights of L samples are normalized by their sum, which makes value and gradient those of
+    :math:`\log \tfrac1L \sum_i \tilde p(v, h_i) / q(h_i)` with the samples fixed. The bias is of order 1/L for *any* guide that
+    covers the posterior.
+
+    :param int num_samples: samples L, for all factors together.
+    :param bool jackknife: whether the leading term of the bias is removed, by :math:`L J_L - (L - 1) \bar J_{L - 1}` over the
+        means that leave out one sample, at the price of a higher variance.
+    :param bool relaxed: whether bits stay relaxed in the upper level; their covariance is too small then.
+    :raises ValueError: for settings out of range, or one sample.
+    """
+
+    num_samples: int = 2
+    jackknife: bool = False
+    relaxed: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_samples", require_count("num_samples", self.num_samples))
+        object.__setattr__(self, "jackknife", require_bool("jackknife", self.jackknife))
+        object.__setattr__(self, "relaxed", require_bool("relaxed", self.relaxed))
+        if self.num_samples == 1:
+            raise ValueError(f"num_samples=1: one sample has the weight 1 whatever it is, and {LACKS}")
+
+
 class VaGES(BilevelEngine):
     r"""Score matching of a model with latents by variational (gradient) estimates of the score (Bao et al. 2021).
 
     One step on a batch of the visible: ``num_inner_steps`` steps of the guide, as in :class:`~numpyro_ebm.BiSM`; then one step of
-    the model's, by the gradient of the objective at a score that is estimated from L = ``num_samples`` samples of the guide for
-    each of three factors: the score itself, and the expectation and the covariance in its gradient. For denoising objectives the
-    gradient is unbiased where the guide is the posterior, at every L of 2 or more; otherwise its bias is bounded by the guide's
-    divergence from the posterior, and does not fall with L. The same holds for objectives that differentiate the score in the
-    visible, and for the Stein discrepancy between different rows. The reported loss is the objective at the estimated score; the
-    variance of the estimate, which falls as 1/L, is in it.
+    the model's, by the gradient of the objective at a score that is estimated from samples of the guide: as published,
+    :class:`~numpyro_ebm.Variational`, or with weights, :class:`~numpyro_ebm.ImportanceWeighted`.
+
+    For denoising objectives the published gradient is unbiased where the guide is the posterior, at every number L of samples
+    from 2 on. The same holds for objectives that differentiate the score in the visible, and for the Stein discrepancy between
+    different rows. The reported loss is the objective at the estimated score; the variance of the estimate, which falls as 1/L,
+    is in it.
 
     Samples have no gradient: binary latents are sampled as bits in the upper level, though the guide relaxes them in the lower
     (:class:`~numpyro_ebm.GumbelBernoulli`), and memory does not grow with the number of inner steps.
-
-    ``importance_weighted=True``, which is not in the paper, weights L samples by
-    :math:`\tilde p / q`, normalized by their sum, which makes value and gradient those of
-    :math:`\log \tfrac1L \sum_i \tilde p(v, h_i) / q(h_i)` with the samples fixed. The bias is of order 1/L for *any* guide that
-    covers the posterior. ``jackknife=True`` removes the leading term, :math:`L J_L - (L - 1) \bar J_{L - 1}` over the means that
-    leave out one sample, at the price of a higher variance.
 
     Model, guide and their optimizers are as for :class:`~numpyro_ebm.BiSM`.
 
@@ -86,21 +159,9 @@ class VaGES(BilevelEngine):
         :class:`~numpyro_ebm.KernelSteinDiscrepancy`.
     :param lower_loss: NumPyro's ``Trace_ELBO()``, or :class:`~numpyro_ebm.PosteriorFisher`.
     :param int num_inner_steps: steps K of the guide per step; 0 for a guide that is not learned.
-    :param int num_samples: samples L, for each factor, or for all of them together if they are weighted.
-    :param bool importance_weighted: whether samples are weighted by :math:`\tilde p / q`.
-    :param bool jackknife: whether the weighted loss is corrected for the leading term of its bias.
-    :param str covariance: ``"unbiased"``, ``"biased"`` (divided by L instead of L - 1) or ``"none"``, for comparison: the
-        gradient then lacks what BiSM's lacks without unrolling.
-    :param bool shared_samples: whether the covariance is over the samples of the expectation: 2 L samples in place of 3 L.
-    :param bool variance_reduced: whether the score's value is the mean of :math:`\nabla_v \log(\tilde p / q)`, which has the
-        same expectation and no variance where the guide is the posterior.
-    :param bool relaxed: whether bits stay relaxed in the upper level, as in the paper; their covariance is too small then.
-    :param refine: moves samples of the guide towards the posterior: ``refine(rng_key, log_prob, h)`` of a dictionary of latents
-        with samples along axis 0, and of their log density, ``(num_draws,)``. With :func:`~numpyro_ebm.annealed_langevin`:
-        ``functools.partial(annealed_langevin, step_size=5e-3, temperatures=np.full(5, 1e-6))`` is the paper's correction.
+    :param estimate: :class:`~numpyro_ebm.Variational` or :class:`~numpyro_ebm.ImportanceWeighted`.
     :param int batch_size: rows of the first argument in every step, drawn with replacement; all of them if not given.
-    :raises ValueError: for settings out of range or that exclude each other; from ``init``, as for
-        :class:`~numpyro_ebm.BiSM`.
+    :raises ValueError: for settings out of range; from ``init``, as for :class:`~numpyro_ebm.BiSM`.
 
     **References**
 
@@ -137,52 +198,17 @@ class VaGES(BilevelEngine):
         objective: ScoreObjective,
         lower_loss: Any = None,
         num_inner_steps: int = 5,
-        num_samples: int = 2,
         *,
-        importance_weighted: bool = False,
-        jackknife: bool = False,
-        covariance: str = "unbiased",
-        shared_samples: bool = False,
-        variance_reduced: bool = False,
-        relaxed: bool = False,
-        refine: Callable[[Array, Callable[[Latents], Array], Latents], Latents] | None = None,
+        estimate: Variational | ImportanceWeighted = Variational(),
         batch_size: int | None = None,
     ) -> None:
         super().__init__(model, guide, optim, guide_optim, objective, lower_loss, num_inner_steps, batch_size)
-        self.num_samples = require_count("num_samples", num_samples)
-        self.importance_weighted = require_bool("importance_weighted", importance_weighted)
-        self.jackknife = require_bool("jackknife", jackknife)
-        self.covariance = require_one_of("covariance", covariance, COVARIANCES)
-        self.shared_samples = require_bool("shared_samples", shared_samples)
-        self.variance_reduced = require_bool("variance_reduced", variance_reduced)
-        self.relaxed, self.refine = require_bool("relaxed", relaxed), refine
-        self._require_consistent()
-
-    def _require_consistent(self) -> None:
-        """Refuses settings that exclude each other."""
-        estimates = [name for name in ("shared_samples", "variance_reduced") if getattr(self, name)]
-        estimates += ["covariance"] if self.covariance != "unbiased" else []
-        if self.importance_weighted and estimates:
-            raise ValueError(
-                f"{estimates[0]} does not go with importance_weighted=True, where all factors are of the same weighted samples."
-            )
-        if self.jackknife and not self.importance_weighted:
-            raise ValueError("jackknife corrects the bias of weights: give importance_weighted=True, or leave it out.")
-        if self.refine is not None and (self.importance_weighted or self.variance_reduced):
-            raise ValueError(
-                "refine does not go with importance_weighted or variance_reduced, which need the density of the samples: that of "
-                "moved samples is not known."
-            )
-        differentiated = getattr(self.objective, "differentiates_score", False)
-        if self.num_samples == 1 and (self.importance_weighted or self.covariance != "none" or differentiated):
-            why = "one sample has the weight 1 whatever it is" if self.importance_weighted else "a covariance needs two samples"
-            raise ValueError(f"num_samples=1: {why}, and the gradient would lack that of the posterior. Take 2 or more.")
+        self.estimate: Variational | ImportanceWeighted = require_setting("estimate", estimate, (Variational, ImportanceWeighted))
+        if estimate.num_samples == 1 and getattr(self.objective, "differentiates_score", False):
+            raise ValueError(f"num_samples=1: this objective differentiates the score, which has a covariance, and {LACKS}")
 
     def _first_state(self, **fields: Any) -> VaGESState:
-        return VaGESState(**fields, effective_sample_size=self._unweighted_size())
-
-    def _unweighted_size(self) -> Array:
-        return jnp.full((), self.num_samples, jnp.result_type(float))
+        return VaGESState(**fields, effective_sample_size=_unweighted_size(self.estimate))
 
     def _levels(self, state: VaGESState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Levels":
         return _Levels(self, state, args, kwargs)
@@ -194,19 +220,19 @@ class VaGES(BilevelEngine):
                 "through the draw. Use GumbelBernoulli for binary latents (they are drawn as bits in the upper level), or "
                 "lower_loss=TraceGraph_ELBO()."
             )
-        if self.refine is not None and not is_unbounded(fn.support):
+        if isinstance(self.estimate, Variational) and self.estimate.refine is not None and not is_unbounded(fn.support):
             raise ValueError(
                 f"site '{name}': refine moves latents freely, and {kind_of(fn)} has the support {fn.support}. Leave refine out, or "
                 "sample a real latent and transform it with numpyro.deterministic."
             )
 
     def _warnings(self, state: VaGESState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-        if not self.importance_weighted or state.effective_sample_size >= DEGENERATE:
+        if isinstance(self.estimate, Variational) or state.effective_sample_size >= DEGENERATE:
             return []
         return [
-            f"the importance weights have an effective sample size of less than {DEGENERATE} of {self.num_samples} samples: one "
-            "sample has all the weight, so that the gradient lacks the posterior's covariance. Take a guide nearer to the "
-            "posterior (more inner steps, a larger family), or more samples."
+            f"the importance weights have an effective sample size of less than {DEGENERATE} of {self.estimate.num_samples} "
+            "samples: one sample has all the weight, so that the gradient lacks the posterior's covariance. Take a guide nearer to "
+            "the posterior (more inner steps, a larger family), or more samples."
         ]
 
     def _upper(self, levels: "_Levels", theta: Any, phi: Any, guide_optim_state: Any, rng_key: Array) -> Upper:
@@ -215,16 +241,20 @@ class VaGES(BilevelEngine):
 
         (value, size), gradient = jax.value_and_grad(upper, has_aux=True)(theta)
         # The estimate of the gradient is no derivative of that of the loss but where both are of the same weighted samples.
-        value_fn = (lambda theta: upper(theta)[0]) if self.importance_weighted else None
+        value_fn = (lambda theta: upper(theta)[0]) if isinstance(self.estimate, ImportanceWeighted) else None
         return Upper(value, gradient, value_fn, {"effective_sample_size": size.astype(jnp.result_type(float))})
 
     def _loss(self, state: VaGESState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
         return _Levels(self, state, args, kwargs).upper(state.theta, state.phi, state.rng_key)[0]
 
     def _fix(self) -> str:
-        if self.importance_weighted:
+        if isinstance(self.estimate, ImportanceWeighted):
             return "Take smaller learning rates; or, where all weights underflow, a guide that covers the posterior."
         return "Take smaller learning rates, or more inner steps for a guide that has lost the posterior."
+
+
+def _unweighted_size(estimate: Variational | ImportanceWeighted) -> Array:
+    return jnp.full((), estimate.num_samples, jnp.result_type(float))
 
 
 class _Levels(Levels):
@@ -232,7 +262,7 @@ class _Levels(Levels):
 
     def __init__(self, engine: VaGES, state: VaGESState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__(engine, state, args, kwargs)
-        self.engine = engine
+        self.estimate = engine.estimate
         log_p = row_density(self.model, tuple(self.rest), kwargs, self.rng_key, self.plate)
         self.log_p = lambda theta, v, h: log_p(self.theta_of(theta), v, h)
         self.log_q = row_density(self.guide, tuple(self.rest), kwargs, self.rng_key, self.plate)
@@ -245,30 +275,33 @@ class _Levels(Levels):
         def loss(score_fn: ScoreFn) -> Array:
             return self.objective.loss(score_fn, loss_key, self.v, v_tilde).mean()
 
-        if self.engine.importance_weighted:
-            return self._weighted(loss, theta, self.phi_of(phi), v_tilde, draw_key)
-        settings: dict[str, Any] = {"covariance": self.engine.covariance}
-        if self.engine.variance_reduced:
+        estimate = self.estimate
+        if isinstance(estimate, ImportanceWeighted):
+            return self._weighted(estimate, loss, theta, self.phi_of(phi), v_tilde, draw_key)
+        settings: dict[str, Any] = {"covariance": estimate.covariance}
+        if estimate.variance_reduced:
             q = self.phi_of(phi)
             settings["log_ratio"] = lambda theta, v, h: self.log_p(theta, v, h) - self.log_q(q, v, h)
-        draws = self._draws(theta, self.phi_of(phi), v_tilde, draw_key)
-        return loss(variational_score(self.log_p, theta, v_tilde, draws, **settings)), self.engine._unweighted_size()
+        draws = self._draws(estimate, theta, self.phi_of(phi), v_tilde, draw_key)
+        return loss(variational_score(self.log_p, theta, v_tilde, draws, **settings)), _unweighted_size(estimate)
 
-    def _draws(self, theta: Any, phi: Any, v: Array, rng_key: Array) -> Draws:
+    def _draws(self, estimate: Variational, theta: Any, phi: Any, v: Array, rng_key: Array) -> Draws:
         """All samples in one call, then split."""
         draw_key, refine_key = jax.random.split(rng_key)
-        num_sets = 2 if self.engine.shared_samples or self.engine.covariance == "none" else 3
-        size = self.engine.num_samples
+        num_sets = 2 if estimate.shared_samples or estimate.covariance == "none" else 3
+        size = estimate.num_samples
         h = self._draw(phi, v, draw_key, num_sets * size)
-        if self.engine.refine is not None:
+        if estimate.refine is not None:
             theta = jax.lax.stop_gradient(theta)
-            h = self.engine.refine(refine_key, lambda h: jax.vmap(lambda h: self.log_p(theta, v, h).sum())(h), h)
+            h = estimate.refine(refine_key, lambda h: jax.vmap(lambda h: self.log_p(theta, v, h).sum())(h), h)
             h = jax.lax.stop_gradient(h)
         value, mean, covariance = (jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], h) for i in (0, 1, num_sets - 1))
         return Draws(value, mean, covariance)
 
-    def _weighted(self, loss: Callable[[ScoreFn], Array], theta: Any, phi: Any, v: Array, rng_key: Array) -> tuple[Array, Array]:
-        num_samples = self.engine.num_samples
+    def _weighted(
+        self, estimate: ImportanceWeighted, loss: Callable[[ScoreFn], Array], theta: Any, phi: Any, v: Array, rng_key: Array
+    ) -> tuple[Array, Array]:
+        num_samples = estimate.num_samples
         h = self._draw(phi, v, rng_key, num_samples)
         log_q = jax.lax.stop_gradient(jax.vmap(lambda h: self.log_q(phi, v, h))(h))
 
@@ -276,7 +309,7 @@ class _Levels(Levels):
             return loss(weighted_score(self.log_p, theta, log_q, h, keep))
 
         value = of(None)
-        if self.engine.jackknife:
+        if estimate.jackknife:
             without_one = jax.vmap(of)(~jnp.eye(num_samples, dtype=bool)).mean()
             value = num_samples * value - (num_samples - 1) * without_one
         log_p = jax.lax.stop_gradient(jax.vmap(lambda h: self.log_p(theta, v, h))(h))
@@ -284,4 +317,4 @@ class _Levels(Levels):
 
     def _draw(self, phi: Any, v: Array, rng_key: Array, num_samples: int) -> Latents:
         args = (v, *self.rest)
-        return draw(self.guide, args, self.kwargs, rng_key, num_samples, params=phi, relaxed=self.engine.relaxed)
+        return draw(self.guide, args, self.kwargs, rng_key, num_samples, params=phi, relaxed=self.estimate.relaxed)
