@@ -19,6 +19,7 @@ import optax
 from _timing import in_turn, show_ratio, timed, use_one_core
 
 from numpyro_ebm import BiDVL, EnergyDistribution
+from numpyro_ebm.infer import LowerLevel
 
 NUM_VISIBLE, NUM_LATENTS, SIGMA = 64, 8, 0.25
 RATE = 1e-4  # which keeps the energies of noise finite over a few hundred steps
@@ -48,7 +49,7 @@ def init_params(args):
     )
 
 
-def make_engine(args, variant):
+def make_engine(args, latent):
     theta, phi, omega = init_params(args)
 
     def energy(v):
@@ -68,17 +69,16 @@ def make_engine(args, variant):
             numpyro.sample("v", dist.Normal(mlp(layers, h), SIGMA).to_event(1), obs=v)
 
     optims = [optax.adam(RATE)] * 3
-    weights = {"latent_weight": LATENT_WEIGHT, "vae_weight": VAE_WEIGHT}
-    return BiDVL(energy, encoder, generator, *optims, variant=variant, **weights)
+    return BiDVL(energy, encoder, generator, *optims, lower=LowerLevel(latent, LATENT_WEIGHT, VAE_WEIGHT))
 
 
-def by_engine(v, args, variant):
+def by_engine(v, args, latent):
     """A state, and the engine's step as a function of it."""
-    engine = make_engine(args, variant)
+    engine = make_engine(args, latent)
     return engine.init(jax.random.key(1), v), lambda state: engine.update(state, v)
 
 
-def by_hand(v, args, variant):
+def by_hand(v, args, latent):
     adam = optax.adam(RATE)
 
     def log_normal(x, loc, log_scale):
@@ -98,7 +98,7 @@ def by_hand(v, args, variant):
         return (mlp(theta, v) - mlp(theta, generated)).mean()
 
     def latent_term(phi, h, mean, generated):
-        if variant == "offset":
+        if latent == "offset":
             return ((encode(jax.lax.stop_gradient(phi), generated)[0] - h) ** 2).sum(-1)
         log_joint = log_normal(h, 0.0, 0.0) + log_normal(generated, mean, jnp.log(SIGMA))
         return log_joint - log_normal(h, *encode(phi, generated))
@@ -139,9 +139,9 @@ def main(args):
     sizes = f"{NUM_VISIBLE} visible, {NUM_LATENTS} latents, batch {args.batch_size}"
     print(f"device {jax.devices()[0].device_kind}; {sizes}; medians of {args.repeats} rounds")
     v = jax.random.normal(jax.random.key(3), (args.batch_size, NUM_VISIBLE))
-    for variant in ("exact", "offset"):
-        engine, hand = (timed(*make(v, args, variant), args.num_steps) for make in (by_engine, by_hand))
-        show_ratio(f"hand: {variant}", in_turn(engine, hand, repeats=args.repeats))
+    for latent in ("exact", "offset"):
+        engine, hand = (timed(*make(v, args, latent), args.num_steps) for make in (by_engine, by_hand))
+        show_ratio(f"hand: {latent}", in_turn(engine, hand, repeats=args.repeats))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ choose them by):
 * ``ebipla``: the same generator with a learned energy for the prior of its latents, by ``ParticleMMLE.ebipla`` (the example
   ``energy_prior_digits.py``);
 * ``bism``, ``vages``: an energy of images and latents together, by score matching (``BiSM`` with N = 0, ``VaGES`` with L = 2);
-* ``bidvl``: the symmetric divergence (``variant="exact"``); ``bidvl-offset``: terms as in the paper's code, means in place of
+* ``bidvl``: the symmetric divergence (``LowerLevel("exact")``); ``bidvl-offset``: terms as in the paper's code, means in place of
   samples, squared errors of pixels in [-1, 1] for likelihoods, the hinge of its residual networks with the latent weight of the
   others, both levels of weight 1.
 
@@ -101,6 +101,7 @@ from numpyro_ebm import (
     denoise,
     find_map,
 )
+from numpyro_ebm.infer import Hinge, LowerLevel
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -185,7 +186,7 @@ def make_bidvl(num_steps: int, offset: bool) -> tuple[BiDVL, float]:
     settings: dict[str, Any] = {}
     noise = NOISE
     if offset:
-        settings = {"variant": "offset", "noise": False, "upper_loss": "hinge", "latent_weight": 1 / LATENT_DIM}
+        settings = {"upper": Hinge(), "lower": LowerLevel("offset", latent_weight=1 / LATENT_DIM), "noise": False}
         noise = 0.125**0.5  # squared errors of pixels in [-1, 1], which are half as large here
     rates = ENERGY_RATE, RATE, RATE
     optims = (adam(rate, num_steps, b1=0.5, b2=0.9) for rate in rates)

@@ -66,6 +66,7 @@ from sklearn.metrics import roc_auc_score
 
 from numpyro_ebm import BiDVL, EnergyDistribution, UnadjustedLangevin
 from numpyro_ebm.datasets import cifar10, frey_faces, mnist
+from numpyro_ebm.infer import Difference, Hinge, LowerLevel
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -86,7 +87,7 @@ class Size(NamedTuple):
     width: int  # of encoder and generator
     num_latents: int
     softplus: bool  # of the energy, as published; else it is scaled
-    upper_loss: str
+    upper: Difference | Hinge
     batch_size: int
     num_epochs: int
     rates: tuple[float, float]  # of the energy; of encoder and generator
@@ -96,8 +97,8 @@ class Size(NamedTuple):
 
 DENSE, CONV = (dense_energy, dense_encoder, dense_generator), (conv_energy, conv_encoder, conv_generator)
 SIZES = {
-    "reduced": Size(16, DENSE, 384, 384, 20, False, "hinge", 64, 8, (1e-3, 1e-3), None, 0.0),
-    "full": Size(32, CONV, 64, 48, 100, True, "difference", 100, 600, (1e-4, 3e-4), 0.998, 1e-4),
+    "reduced": Size(16, DENSE, 384, 384, 20, False, Hinge(), 64, 8, (1e-3, 1e-3), None, 0.0),
+    "full": Size(32, CONV, 64, 48, 100, True, Difference(), 100, 600, (1e-4, 3e-4), 0.998, 1e-4),
 }
 
 
@@ -159,10 +160,8 @@ def make_engine(size: Size, num_steps: int, steps_per_epoch: int) -> BiDVL:
         adam(of_energy),
         adam(of_others, size.weight_decay),
         adam(of_others, size.weight_decay),
-        variant="offset",
-        upper_loss=size.upper_loss,
-        latent_weight=1 / size.num_latents,
-        vae_weight=0.05,
+        upper=size.upper,
+        lower=LowerLevel("offset", latent_weight=1 / size.num_latents, vae_weight=0.05),
         noise=False,
         batch_size=size.batch_size,
     )

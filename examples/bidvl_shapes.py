@@ -48,6 +48,7 @@ from jax import Array
 from numpyro.contrib.module import eqx_module
 
 from numpyro_ebm import MALA, BiDVL, TiltedDistribution
+from numpyro_ebm.infer import LowerLevel
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -123,8 +124,8 @@ def fit(rng_key: Array, task: Task, sampler: str, num_steps: int) -> Fit:
     nets = make_nets(net_key, task.points)
     rates = (ENERGY_RATE if SAMPLERS[sampler] else ENERGY_RATE_ALONE), RATE, RATE
     optims = (optax.adam(optax.cosine_decay_schedule(rate, num_steps, alpha=0.05), b1=0.5, b2=0.9) for rate in rates)
-    settings = {"vae_weight": VAE_WEIGHT, "batch_size": BATCH_SIZE}
-    engine = BiDVL(energy, encoder, generator, *optims, sampler=SAMPLERS[sampler], **settings)
+    lower = LowerLevel(vae_weight=VAE_WEIGHT)
+    engine = BiDVL(energy, encoder, generator, *optims, lower=lower, sampler=SAMPLERS[sampler], batch_size=BATCH_SIZE)
     begin = time.process_time()
     state = engine.run(run_key, num_steps, task.points, nets, progress_bar=False).state
     seconds = time.process_time() - begin

@@ -23,7 +23,9 @@ from numpyro.distributions import constraints
 from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 from numpyro_ebm import MALA, BiDVL, EnergyDistribution
-from numpyro_ebm.infer.bidvl import UPPER_LOSSES, VARIANTS, _Levels, contrast, energy_weights
+from numpyro_ebm.infer import Difference, Hinge, LowerLevel, Softplus
+from numpyro_ebm.infer.bidvl import _Levels, energy_weights
+from numpyro_ebm.infer.bidvl_settings import LATENT_TERMS
 from numpyro_ebm.samplers import Sampler
 
 KEY = jax.random.key(11)
@@ -107,13 +109,13 @@ def generated_moments(omega):
     return omega["mean"], omega["gain"] ** 2 + jnp.exp(2 * omega["noise"])
 
 
-def latent_by_hand(phi, omega, variant):
-    """E[(h - slope v - shift)^2], and what the variant makes of it."""
+def latent_by_hand(phi, omega, latent):
+    """E[(h - slope v - shift)^2], and what the latent term makes of it."""
     a, b, s = omega["gain"], omega["mean"], jnp.exp(omega["noise"])
     m, c, w = phi["slope"], phi["shift"], jnp.exp(phi["width"])
     square = (1 - m * a) ** 2 + (m * s) ** 2 + (m * b + c) ** 2
     exact = -jnp.log(2 * jnp.pi) / 2 - 1 - jnp.log(s) + jnp.log(w) + square / (2 * w**2)
-    return {"exact": exact, "offset": square, "complete": square + w**2}[variant]
+    return {"exact": exact, "offset": square, "complete": square + w**2}[latent]
 
 
 def prior_divergence(phi, mean, variance):
@@ -132,8 +134,8 @@ def upper_by_hand(theta, omega):
     return energy_by_hand(theta, 1.4, 2.25) - energy_by_hand(theta, *generated_moments(omega))
 
 
-def lower_by_hand(theta, phi, omega, variant="exact", latent_weight=1.0, vae_weight=1.0):
-    rest = latent_weight * latent_by_hand(phi, omega, variant) + vae_weight * vae_by_hand(phi, omega)
+def lower_by_hand(theta, phi, omega, latent="exact", latent_weight=1.0, vae_weight=1.0):
+    rest = latent_weight * latent_by_hand(phi, omega, latent) + vae_weight * vae_by_hand(phi, omega)
     return energy_by_hand(theta, *generated_moments(omega)) + rest
 
 
@@ -169,47 +171,47 @@ def test_compact_symmetric_divergence_is_that_of_the_gaussians():
     np.testing.assert_allclose(closed, 0.2839981, atol=5e-8)
     at = {"loc": 0.0, "spread": t2**0.5, "gain": a, "mean": 0.0, "noise": s2**0.5, "slope": m, "shift": 0.0, "width": q2**0.5}
     for elbo in (TraceMeanField_ELBO(), Trace_ELBO()):
-        engine = engine_of(elbo=elbo)
+        engine = engine_of(lower=LowerLevel(elbo=elbo))
         state, levels = start(engine, t2**0.5 * OF_LATENT, **at)
         lower, _ = levels.lower(*blocks(state), {}, KEY)
         np.testing.assert_allclose(lower - engine.energies(state, levels.v).mean(), closed, rtol=1e-12)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_lower_level_and_its_gradient_are_the_closed_form(variant):
+@pytest.mark.parametrize("latent", LATENT_TERMS)
+def test_lower_level_and_its_gradient_are_the_closed_form(latent):
     """Value and every block. Catches a wrong weight of a term, and a visible or latent held fixed where it must not be."""
-    state, levels = start(engine_of(variant=variant, latent_weight=0.3, vae_weight=1.7))
+    state, levels = start(engine_of(lower=LowerLevel(latent, 0.3, 1.7)))
     found, gradient = jax.jit(jax.value_and_grad(value_of(levels.lower), (0, 1, 2)))(*blocks(state), {}, KEY)
-    closed, exact = jax.value_and_grad(lower_by_hand, (0, 1, 2))(*blocks(state), variant, 0.3, 1.7)
-    if variant == "offset":  # the encoder learns nothing from the latent term
+    closed, exact = jax.value_and_grad(lower_by_hand, (0, 1, 2))(*blocks(state), latent, 0.3, 1.7)
+    if latent == "offset":  # the encoder learns nothing from the latent term
         exact = (exact[0], jax.tree.map(lambda x: 1.7 * x, jax.grad(vae_by_hand)(state.phi, state.omega)), exact[2])
     np.testing.assert_allclose(found, closed, rtol=1e-12)
     assert_close(gradient, exact)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_gradient_of_the_latent_term_flows_where_the_variant_says(variant):
+@pytest.mark.parametrize("form", LATENT_TERMS)
+def test_gradient_of_the_latent_term_flows_where_its_form_says(form):
     """Catches a stop_gradient on what the encoder makes of the visible: the generator must feel it through mu(v)."""
-    state, levels = start(engine_of(variant=variant))
+    state, levels = start(engine_of(lower=LowerLevel(form)))
 
     def latent(phi, omega):
         return levels.latent_term(phi, levels.generate(omega, KEY, {}), {}, KEY)[0]
 
     of_phi, of_omega = jax.grad(latent, (0, 1))(state.phi, state.omega)
-    exact_phi, exact_omega = jax.grad(latent_by_hand, (0, 1))(state.phi, state.omega, variant)
+    exact_phi, exact_omega = jax.grad(latent_by_hand, (0, 1))(state.phi, state.omega, form)
     assert_close(of_omega, exact_omega)
     assert no_part_is_zero(of_omega)
-    if variant == "offset":
+    if form == "offset":
         assert is_zero(of_phi)
     else:
         assert_close(of_phi, exact_phi)
         assert no_part_is_zero(of_phi)
 
 
-@pytest.mark.parametrize("form", UPPER_LOSSES)
+@pytest.mark.parametrize("form", [Difference, Softplus, Hinge])
 def test_upper_level_is_the_energy_of_data_less_that_of_generated(form):
     """Its gradient is E_data grad E - E_gen grad E, each row by its weight, in theta alone. Catches a wrong sign."""
-    state, levels = start(engine_of(upper_loss=form))
+    state, levels = start(engine_of(upper=form()))
     gradient = jax.jit(jax.grad(value_of(levels.upper), (0, 1, 2)))(*blocks(state), {}, KEY)
 
     def of_rows(v):
@@ -217,20 +219,19 @@ def test_upper_level_is_the_energy_of_data_less_that_of_generated(form):
         return (v - loc) ** 2 / (2 * spread**2), {"loc": -(v - loc) / spread**2, "spread": -(((v - loc) / spread) ** 2)}
 
     (of_data, grad_data), (of_generated, grad_generated) = of_rows(DATA), of_rows(0.8 * OF_LATENT + 0.5 + 0.9 * OF_VISIBLE)
-    slopes = {"difference": (1.0, 1.0), "softplus": tuple(map(jax.nn.sigmoid, (of_data, of_generated))), "hinge": (1.0, 1.0)}
-    low, high = slopes[form]
-    high = high * (of_generated < 1) if form == "hinge" else high
+    low, high = tuple(map(jax.nn.sigmoid, (of_data, of_generated))) if form is Softplus else (1.0, 1.0)
+    high = high * (of_generated < 1) if form is Hinge else high
     wanted = {name: (low * grad_data[name]).mean() - (high * grad_generated[name]).mean() for name in grad_data}
     assert_close(gradient[0], wanted)
     assert no_part_is_zero(gradient[0])
     assert is_zero(gradient[1:])
 
 
-@pytest.mark.parametrize("form", UPPER_LOSSES)
+@pytest.mark.parametrize("form", [Difference, Softplus, Hinge])
 def test_upper_level_has_no_gradient_where_the_generator_gives_the_data(form):
     """On the same rows; for the hinge where all its corners are further away."""
     v = 0.4 + 0.3 * OF_LATENT + 0.2 * OF_VISIBLE
-    state, levels = start(engine_of(upper_loss=form), v, mean=0.4, gain=0.3, noise=0.2)
+    state, levels = start(engine_of(upper=form()), v, mean=0.4, gain=0.3, noise=0.2)
     gradient = jax.grad(value_of(levels.upper))(*blocks(state), {}, KEY)
     assert_close(gradient, jax.tree.map(jnp.zeros_like, gradient), atol=1e-15)
 
@@ -238,10 +239,10 @@ def test_upper_level_has_no_gradient_where_the_generator_gives_the_data(form):
 def test_hinge_is_the_difference_and_two_within_its_corners():
     """Exactly; beyond them it is less, since rows of energy below -1 or above 1 are left alone."""
     of_data, of_generated = jnp.array([-0.75, 3.0, 0.5]), jnp.array([-7.0, 0.5, 0.75])
-    assert contrast(of_data, of_generated, "hinge") == contrast(of_data, of_generated, "difference") + 2
-    grads = jax.grad(contrast, (0, 1))(jnp.array([-1.5, -0.5]), jnp.array([1.5, 0.5]), "hinge")
+    assert Hinge().contrast(of_data, of_generated) == Difference().contrast(of_data, of_generated) + 2
+    grads = jax.grad(Hinge().contrast, (0, 1))(jnp.array([-1.5, -0.5]), jnp.array([1.5, 0.5]))
     assert_close(grads, (jnp.array([0.0, 0.5]), jnp.array([0.0, -0.5])))
-    softplus = contrast(of_data, of_generated, "softplus")
+    softplus = Softplus().contrast(of_data, of_generated)
     np.testing.assert_allclose(softplus, np.log1p(np.exp(of_data)).mean() - np.log1p(np.exp(of_generated)).mean(), rtol=1e-12)
 
 
@@ -249,7 +250,7 @@ def test_hinge_is_the_difference_and_two_within_its_corners():
 def test_lower_level_without_energy_is_numpyros_elbo(elbo):
     """Value and gradient, by the same key; of a generator with variance 1/2 it is |v - v_rec|^2 and the divergence."""
     half = jnp.sqrt(0.5)
-    state, levels = start(engine_of(at_random, no_energy, elbo=elbo, latent_weight=0.0), noise=half)
+    state, levels = start(engine_of(at_random, no_energy, lower=LowerLevel(elbo=elbo, latent_weight=0.0)), noise=half)
     vae_key = jax.random.split(jax.random.split(KEY)[1])[1]
     encoder, generator = autoencoder(at_random)
 
@@ -259,22 +260,22 @@ def test_lower_level_without_energy_is_numpyros_elbo(elbo):
 
     found = jax.value_and_grad(value_of(levels.lower), (1, 2))(*blocks(state), {}, KEY)
     assert_close(found, jax.value_and_grad(by_numpyro, (0, 1))(state.phi, state.omega))
-    state, levels = start(engine_of(AtNodes, no_energy, elbo=elbo, latent_weight=0.0), noise=half)
+    state, levels = start(engine_of(AtNodes, no_energy, lower=LowerLevel(elbo=elbo, latent_weight=0.0)), noise=half)
     recovered = 0.8 * (0.2 * DATA - 0.3 + 0.7 * OF_ENCODER) + 0.5
     wanted = ((DATA - recovered) ** 2).mean() + prior_divergence(state.phi, 1.4, 2.25) + np.log(np.pi) / 2
     np.testing.assert_allclose(levels.lower(*blocks(state), {}, KEY)[0], wanted, rtol=1e-12)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_draws_of_the_lower_level_have_its_mean(variant):
+@pytest.mark.parametrize("latent", LATENT_TERMS)
+def test_draws_of_the_lower_level_have_its_mean(latent):
     """400,000 rows within 5 standard errors. Catches one key for two draws, which 'complete' would take for agreement."""
     v = jnp.asarray(np.random.default_rng(0).normal(1.4, 1.5, 4_000))
-    engine = engine_of(at_random, variant=variant)
+    engine = engine_of(at_random, lower=LowerLevel(latent))
     state, levels = start(engine, v)
     one = jax.jit(lambda key: levels.lower(*blocks(state), {}, key)[0])
     values = jax.lax.map(one, jax.random.split(KEY, 100))
     vae = vae_by_hand(state.phi, state.omega, v.mean(), v.var())
-    closed = lower_by_hand(*blocks(state), variant, vae_weight=0.0) + vae
+    closed = lower_by_hand(*blocks(state), latent, vae_weight=0.0) + vae
     assert abs(values.mean() - closed) < 5 * values.std(ddof=1) / 10
     assert values.std(ddof=1) < 0.1
 
@@ -285,7 +286,7 @@ def test_without_noise_visibles_are_means():
     quiet = {**state.omega, "noise": -jnp.inf}
     closed = upper_by_hand(state.theta, quiet)
     np.testing.assert_allclose(levels.upper(*blocks(state), {}, KEY)[0], closed, rtol=1e-12)
-    state, levels = start(engine_of(variant="complete", noise=False, vae_weight=0.0))
+    state, levels = start(engine_of(lower=LowerLevel("complete", vae_weight=0.0), noise=False))
     closed = energy_by_hand(state.theta, *generated_moments(quiet)) + latent_by_hand(state.phi, quiet, "complete")
     np.testing.assert_allclose(levels.lower(*blocks(state), {}, KEY)[0], closed, rtol=1e-12)
 
@@ -331,7 +332,7 @@ def test_weights_are_larger_where_the_energy_is_less_and_have_mean_one():
 def test_each_row_of_data_counts_by_its_weight(elbo):
     """Reconstruction and divergence, without a gradient in theta. Catches weights on one part only, or of other rows."""
     bounds = (0.5, 1.5)
-    state, levels = start(engine_of(importance_weighted=True, weight_bounds=bounds, elbo=elbo))
+    state, levels = start(engine_of(lower=LowerLevel(weight_bounds=bounds, elbo=elbo)))
     weights = np.clip(np.exp((((DATA - 0.3) / 2) ** 2 / 2).mean() - ((DATA - 0.3) / 2) ** 2 / 2), *bounds)
     assert np.ptp(weights) > 0.3
 
@@ -373,7 +374,7 @@ def test_weights_go_to_rows_under_two_plates():
             numpyro.sample("h", dist.Normal(slope * v, 1.0))
 
     v = jnp.asarray(np.random.default_rng(1).normal(size=(4, 3)))
-    state, levels = start(BiDVL(energy, encoder, generator, STEP, STEP, STEP, importance_weighted=True), v)
+    state, levels = start(BiDVL(energy, encoder, generator, STEP, STEP, STEP, lower=LowerLevel(weight_bounds=(0.8, 1.2))), v)
     found, _ = levels.vae_loss(*blocks(state), {}, KEY)
     with numpyro.handlers.seed(rng_seed=jax.random.split(KEY)[1]):
         h = 0.5 * v + jax.random.normal(numpyro.prng_key(), v.shape)
@@ -385,11 +386,11 @@ def test_weights_go_to_rows_under_two_plates():
 # Steps.
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_one_step_is_that_of_the_closed_form(variant):
+@pytest.mark.parametrize("latent", LATENT_TERMS)
+def test_one_step_is_that_of_the_closed_form(latent):
     """theta by the upper level; then phi and omega by the lower, at the new theta. Catches optimizers or an order exchanged."""
     rates = (0.3, 0.2, 0.1)
-    engine = engine_of(variant=variant, latent_weight=0.3, vae_weight=1.7, optims=tuple(map(optax.sgd, rates)))
+    engine = engine_of(lower=LowerLevel(latent, 0.3, 1.7), optims=tuple(map(optax.sgd, rates)))
     state, levels = start(engine)
     theta, phi, omega = blocks(state)
     new, loss = engine.update(state, levels.v)
@@ -399,26 +400,26 @@ def test_one_step_is_that_of_the_closed_form(variant):
         return jax.tree.map(lambda x, g: x - rate * g, values, gradient)
 
     theta = moved(theta, rates[0], jax.grad(upper_by_hand)(theta, omega))
-    if variant == "complete":
+    if latent == "complete":
         divergence = jax.grad(lambda phi: 0.3 * prior_divergence(phi, *generated_moments(omega)))(phi)
         assert no_part_is_zero(divergence)
         phi = moved(phi, rates[1], divergence)
-    lower, gradient = jax.value_and_grad(lower_by_hand, (1, 2))(theta, phi, omega, variant, 0.3, 1.7)
-    if variant == "offset":
+    lower, gradient = jax.value_and_grad(lower_by_hand, (1, 2))(theta, phi, omega, latent, 0.3, 1.7)
+    if latent == "offset":
         gradient = (jax.tree.map(lambda x: 1.7 * x, jax.grad(vae_by_hand)(phi, omega)), gradient[1])
     np.testing.assert_allclose(new.lower_loss, lower, rtol=1e-12)
     assert_close(blocks(new), (theta, moved(phi, rates[1], gradient[0]), moved(omega, rates[2], gradient[1])))
     np.testing.assert_allclose(new.params["spread"], jnp.exp(theta["spread"]), rtol=1e-12)
 
 
-@pytest.mark.parametrize(("variant", "of_encoder"), [("exact", 2), ("complete", 5)])
-def test_optimizers_make_as_many_steps_as_told(variant, of_encoder):
+@pytest.mark.parametrize(("latent", "of_encoder"), [("exact", 2), ("complete", 5)])
+def test_optimizers_make_as_many_steps_as_told(latent, of_encoder):
     """Three of the energy and two of encoder and generator; in 'complete' the encoder makes one in every upper step too.
 
     The loss is the upper level before the first of them.
     """
     adam = optax.adam(1e-2)
-    engine = engine_of(optims=(adam, adam, adam), variant=variant, num_upper_steps=3, num_lower_steps=2)
+    engine = engine_of(optims=(adam, adam, adam), upper=Difference(3), lower=LowerLevel(latent, num_steps=2))
     state, levels = start(engine)
     for _ in range(2):
         before = upper_by_hand(state.theta, state.omega)
@@ -432,7 +433,7 @@ def test_optimizers_make_as_many_steps_as_told(variant, of_encoder):
 def test_unrolled_gradient_is_that_of_finite_differences():
     """Of E(data) less what two steps of Adam on the lower level reach. Catches a wrong sign of the rest, and a theta held fixed."""
     adam = optax.adam(0.1, eps_root=1e-12)
-    engine = engine_of(optims=(STEP, adam, adam), latent_weight=0.3, num_unroll_steps=2)
+    engine = engine_of(optims=(STEP, adam, adam), upper=Difference(num_unroll_steps=2), lower=LowerLevel(latent_weight=0.3))
     state, levels = start(engine)
 
     @jax.jit
@@ -470,12 +471,12 @@ def test_exact_lower_level_is_stationary_at_the_optimum_and_only_there():
 
 
 @pytest.mark.parametrize("num_unroll_steps", [0, 3])
-def test_exact_variant_reaches_the_likelihood(num_unroll_steps):
+def test_exact_lower_level_reaches_the_likelihood(num_unroll_steps):
     """To rounding, without noise. Catches a lower level or an unrolled one with another fixed point.
 
     The gain is not identified: all generators of the right variance, with their posterior, are one optimum.
     """
-    engine = engine_of(optims=(optax.sgd(0.05),) * 3, num_unroll_steps=num_unroll_steps)
+    engine = engine_of(optims=(optax.sgd(0.05),) * 3, upper=Difference(num_unroll_steps=num_unroll_steps))
     result = engine.run(KEY, 6_000, jnp.asarray(DATA), progress_bar=False)
     p = {name: float(value) for name, value in result.params.items()}
     assert_close((p["loc"], p["spread"], p["mean"]), (1.4, 1.5, 1.4), rtol=1e-6)
@@ -485,10 +486,10 @@ def test_exact_variant_reaches_the_likelihood(num_unroll_steps):
     assert p["gain"] > 0.3
 
 
-@pytest.mark.parametrize("variant", ["offset", "complete"])
-def test_other_variants_have_another_optimum(variant):
-    """As they are documented: their latent term lacks what makes the level a divergence."""
-    state, levels = start(engine_of(variant=variant), **OPTIMUM)
+@pytest.mark.parametrize("latent", ["offset", "complete"])
+def test_other_latent_terms_have_another_optimum(latent):
+    """As they are documented: they lack what makes the level a divergence."""
+    state, levels = start(engine_of(lower=LowerLevel(latent)), **OPTIMUM)
     gradient = jax.grad(value_of(levels.lower), (1, 2))(*blocks(state), {}, KEY)
     assert max(map(abs, jax.tree.leaves(gradient))) > 0.1
 
@@ -512,10 +513,10 @@ def test_every_step_of_either_level_draws_its_own_rows():
         with numpyro.plate("data", len(v)):
             numpyro.sample("h", dist.Normal(jnp.full(len(v), shift), 1.0))
 
-    settings = {"variant": "offset", "latent_weight": 0.0, "noise": False, "batch_size": 1}
+    levels = {"upper": Difference(num_steps=2), "lower": LowerLevel("offset", latent_weight=0.0, num_steps=2)}
     rows, rate = jnp.asarray(2.0 ** np.arange(10)), 2.0**-30
     optims = (optax.sgd(rate), optax.set_to_zero(), optax.sgd(0.5))
-    engine = BiDVL(energy, encoder, generator, *optims, num_upper_steps=2, num_lower_steps=2, **settings)
+    engine = BiDVL(energy, encoder, generator, *optims, **levels, noise=False, batch_size=1)
     run = engine.run(KEY, 200, rows, progress_bar=False, collect=lambda state: (state.theta["theta"], state.omega["mean"]))
     theta, mean = run.collected
     of_upper = 2 * mean[:-1] - np.diff(theta) / rate  # the sum of two rows
@@ -548,8 +549,8 @@ def test_noise_of_steps_and_levels_is_independent():
 
     rate, num = 0.1, 4_000
     sgd = optax.sgd(rate)
-    settings = {"latent_weight": 0.0, "vae_weight": 0.0, "num_upper_steps": 2, "num_lower_steps": 2}
-    engine = BiDVL(energy, autoencoder(at_random)[0], generator, sgd, sgd, sgd, **settings)
+    levels = {"upper": Difference(num_steps=2), "lower": LowerLevel(latent_weight=0.0, vae_weight=0.0, num_steps=2)}
+    engine = BiDVL(energy, autoencoder(at_random)[0], generator, sgd, sgd, sgd, **levels)
     run = engine.run(KEY, num, jnp.zeros(1), progress_bar=False, collect=lambda state: (state.theta["theta"], state.omega["mean"]))
     theta, mean = run.collected
     of_upper = np.diff(theta) / rate - 2 * mean[:-1]  # the sum of two normal draws

@@ -21,6 +21,7 @@ from numpyro.infer import Trace_ELBO, TraceGraph_ELBO
 from numpyro.primitives import mutable
 
 from numpyro_ebm import MALA, BaseMeasure, BiDVL
+from numpyro_ebm.infer import Difference, Hinge, LowerLevel, Softplus
 
 KEY = jax.random.key(11)
 STEP = optax.sgd(1.0)
@@ -111,7 +112,7 @@ def test_mutable_sites_keep_what_every_run_makes_of_them(num_unroll_steps):
     """
     names = ("energy runs", "encoder runs", "generator runs")
     three = [counted(program, name) for program, name in zip(programs(), names, strict=True)]
-    engine = engine_of(*three, num_unroll_steps=num_unroll_steps)
+    engine = engine_of(*three, upper=Difference(num_unroll_steps=num_unroll_steps))
     first = engine.init(KEY, ROWS)
     state, _ = engine.update(first, ROWS)
     runs = [int(state.mutable_state[name]["count"] - first.mutable_state[name]["count"]) for name in names]
@@ -319,19 +320,19 @@ def test_arguments_that_are_no_visibles_are_refused(name):
 @pytest.mark.parametrize("bounds", [(1.2, 0.8), (1.0,), 1.0])
 def test_bounds_of_weights_that_are_no_pair_in_order_are_refused(bounds):
     with pytest.raises(ValueError, match=r"weight_bounds must be two positive numbers, the smaller first, got ") as caught:
-        engine_of(weight_bounds=bounds)
+        LowerLevel(weight_bounds=bounds)
     assert repr(bounds) in str(caught.value)
     with pytest.raises(ValueError, match=r"weight_bounds\[0\] must be a positive finite number, got 0"):
-        engine_of(weight_bounds=(0, 1))
+        LowerLevel(weight_bounds=(0, 1))
 
 
 def test_wrong_types_are_refused():
     with pytest.raises(
         TypeError, match=r"elbo must be an ELBO of NumPyro that keeps mutable sites, such as Trace_ELBO\(\), got 'elbo'"
     ):
-        engine_of(elbo="elbo")
+        LowerLevel(elbo="elbo")
     with pytest.raises(TypeError, match="elbo must be an ELBO of NumPyro that keeps mutable sites"):
-        engine_of(elbo=TraceGraph_ELBO())  # it has the method from its base, which refuses
+        LowerLevel(elbo=TraceGraph_ELBO())  # it has the method from its base, which refuses
 
 
 def test_batches_larger_than_the_data_are_refused():
@@ -357,13 +358,15 @@ def test_state_of_other_programs_is_refused():
 
 def test_moved_visibles_are_refused_where_the_upper_level_looks_ahead():
     with pytest.raises(ValueError, match="sampler does not go with num_unroll_steps: moved visibles have no gradient"):
-        engine_of(sampler=MALA(0.1, 1), num_unroll_steps=1)
+        engine_of(sampler=MALA(0.1, 1), upper=Difference(num_unroll_steps=1))
 
 
-@pytest.mark.parametrize("settings", [{"upper_loss": "hinge"}, {"upper_loss": "softplus"}, {"variant": "complete"}])
-def test_looking_ahead_is_refused_where_it_would_not_be_the_likelihood(settings):
-    with pytest.raises(ValueError, match="num_unroll_steps needs upper_loss='difference' and no variant='complete'"):
-        engine_of(num_unroll_steps=1, **settings)
+def test_looking_ahead_is_refused_where_it_would_not_be_the_likelihood():
+    with pytest.raises(ValueError, match="num_unroll_steps does not go with latent='complete'"):
+        engine_of(upper=Difference(num_unroll_steps=1), lower=LowerLevel("complete"))
+    for form in (Softplus, Hinge):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'num_unroll_steps'"):
+            form(num_unroll_steps=1)
 
 
 def test_moved_visibles_must_be_real():
@@ -381,6 +384,6 @@ def test_moved_visibles_must_be_real():
 def test_elbos_that_drop_mutable_sites_are_refused():
     energy, encoder, generator = programs()
     several = Trace_ELBO(num_particles=3)
-    engine_of(energy, encoder, generator, elbo=several).init(KEY, ROWS)
+    engine_of(energy, encoder, generator, lower=LowerLevel(elbo=several)).init(KEY, ROWS)
     with pytest.raises(ValueError, match="site 'runs': NumPyro's ELBOs drop mutable sites with num_particles=3"):
-        engine_of(energy, counted(encoder, "runs"), generator, elbo=several).init(KEY, ROWS)
+        engine_of(energy, counted(encoder, "runs"), generator, lower=LowerLevel(elbo=several)).init(KEY, ROWS)

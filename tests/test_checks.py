@@ -63,6 +63,7 @@ from numpyro_ebm._checks import (
     require_one_of,
     require_positive,
 )
+from numpyro_ebm.infer import Difference, Hinge, LowerLevel, Softplus
 from numpyro_ebm.samplers import MALA
 
 INTEGERS = [2, np.int64(2), np.uint8(2), np.array(2), jnp.array(2), jnp.uint8(2)]
@@ -272,17 +273,23 @@ TABLE = {
             "optim": OPTIM,
             "encoder_optim": OPTIM,
             "generator_optim": OPTIM,
-            "variant": "'exact', 'offset', 'complete'",
-            "upper_loss": "'difference', 'softplus', 'hinge'",
-            "latent_weight": NONNEGATIVE,
-            "vae_weight": NONNEGATIVE,
-            "importance_weighted": BOOL,
+            "upper": "Difference(...), Softplus(...) or Hinge(...)",
+            "lower": "LowerLevel(...)",
             "noise": BOOL,
             "sampler": SAMPLER,
-            "num_upper_steps": COUNT,
-            "num_lower_steps": COUNT,
-            "num_unroll_steps": NATURAL,
             "batch_size": COUNT_OR_NONE,
+        },
+    ),
+    "Difference": (Difference, {"num_steps": COUNT, "num_unroll_steps": NATURAL}),
+    "Softplus": (Softplus, {"num_steps": COUNT}),
+    "Hinge": (Hinge, {"num_steps": COUNT}),
+    "LowerLevel": (
+        LowerLevel,
+        {
+            "latent": "'exact', 'offset', 'complete'",
+            "latent_weight": NONNEGATIVE,
+            "vae_weight": NONNEGATIVE,
+            "num_steps": COUNT,
         },
     ),
     "BiDVL.sample": (

@@ -15,6 +15,7 @@ import pytest
 
 import numpyro_ebm
 from numpyro_ebm import (
+    BiDVL,
     BiSM,
     ExactScoreMatching,
     Implicit,
@@ -23,6 +24,7 @@ from numpyro_ebm import (
     VaGES,
     Variational,
 )
+from numpyro_ebm.infer import Difference, Hinge, LowerLevel, Softplus
 
 STEP = optax.sgd(0.1)
 SETTINGS = {
@@ -32,6 +34,12 @@ SETTINGS = {
     ),
     "Variational(num_samples=1, covariance='none', shared_samples=False, variance_reduced=True, relaxed=False, refine=None)": (
         lambda: Variational(np.int64(1), "none", variance_reduced=np.True_)
+    ),
+    "Difference(num_steps=2, num_unroll_steps=3)": lambda: Difference(2, np.int64(3)),
+    "Softplus(num_steps=2)": lambda: Softplus(jnp.array(2)),
+    "Hinge(num_steps=2)": lambda: Hinge(np.uint8(2)),
+    "LowerLevel(latent='offset', latent_weight=0.5, vae_weight=2.0, weight_bounds=(0.5, 2.0), elbo=None, num_steps=3)": (
+        lambda: LowerLevel("offset", jnp.float32(0.5), 2, np.array([0.5, 2]), num_steps=3)
     ),
     "ImportanceWeighted(num_samples=3, jackknife=True, relaxed=False)": lambda: ImportanceWeighted(jnp.array(3), jackknife=True),
 }
@@ -48,6 +56,10 @@ def bism(**settings):
 
 def vages(**settings):
     return VaGES(model, model, STEP, STEP, ExactScoreMatching(), **settings)
+
+
+def bidvl(**settings):
+    return BiDVL(model, model, model, STEP, STEP, STEP, **settings)
 
 
 @pytest.mark.parametrize("words", SETTINGS)
@@ -81,6 +93,9 @@ OLD = {
     "a class": (bism, {"hypergradient": Implicit}, "hypergradient is the class Implicit: pass an instance, Implicit(...)"),
     "estimate": (vages, {"estimate": "jackknife"}, "estimate must be Variational(...) or ImportanceWeighted(...), got 'jackknife'"),
     "importance_weighted": (vages, {"importance_weighted": True}, "unexpected keyword argument 'importance_weighted'"),
+    "upper": (bidvl, {"upper": "hinge"}, "upper must be Difference(...), Softplus(...) or Hinge(...), got 'hinge'"),
+    "lower": (bidvl, {"lower": "offset"}, "lower must be LowerLevel(...), got 'offset'"),
+    "variant": (bidvl, {"variant": "offset"}, "unexpected keyword argument 'variant'"),
     "num_unroll_steps": (bism, {"num_unroll_steps": 5}, "unexpected keyword argument 'num_unroll_steps'"),
 }
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from numpyro_ebm.infer.bidvl import BiDVL, BiDVLState
+from numpyro_ebm.infer.bidvl_settings import Difference, Hinge, LowerLevel, Softplus
 from numpyro_ebm.infer.bism import BiSM, BiSMState, Implicit, Unrolled
 from numpyro_ebm.infer.engine import NonFiniteError, RunResult
 from numpyro_ebm.infer.particle_mmle import ParticleMMLE, ParticleState
@@ -13,14 +14,18 @@ __all__ = [
     "BiDVLState",
     "BiSM",
     "BiSMState",
+    "Difference",
+    "Hinge",
     "Implicit",
     "ImportanceWeighted",
+    "LowerLevel",
     "NonFiniteError",
     "ParticleMMLE",
     "ParticleState",
     "RunResult",
     "ScoreMatching",
     "ScoreMatchingState",
+    "Softplus",
     "Unrolled",
     "VaGES",
     "VaGESState",

@@ -28,10 +28,10 @@ from jax.lax import stop_gradient
 from numpyro.distributions import Distribution, constraints, kl_divergence
 from numpyro.handlers import scale, uncondition
 from numpyro.infer import TraceMeanField_ELBO
-from numpyro.infer.elbo import ELBO
 
-from numpyro_ebm._checks import require_bool, require_count, require_nonnegative, require_one_of, require_positive
+from numpyro_ebm._checks import require_bool, require_count, require_setting
 from numpyro_ebm.handlers import unnormalized
+from numpyro_ebm.infer.bidvl_settings import Difference, Hinge, LowerLevel, Softplus
 from numpyro_ebm.infer.engine import Engine, compiled
 from numpyro_ebm.infer.score_engine import require_params, require_same_params
 from numpyro_ebm.infer.step import Health, health_of
@@ -51,9 +51,6 @@ from numpyro_ebm.program.run import (
 from numpyro_ebm.program.sites import Model, is_unbounded, kind_of, require_finite
 from numpyro_ebm.samplers import Sampler
 from numpyro_ebm.samplers.base import real_positions, require_sampler
-
-UPPER_LOSSES = ("difference", "softplus", "hinge")
-VARIANTS = ("exact", "offset", "complete")
 
 Params = dict[str, Any]
 Mutable = dict[str, Any]
@@ -98,26 +95,10 @@ class BiDVL(Engine):
     * ``generator`` draws latents :math:`h` and observes the visible at a site *of the same name*;
     * ``encoder`` draws the latents of the generator: generator and encoder are model and guide of an autoencoder.
 
-    One step is ``num_upper_steps`` of the energy, then ``num_lower_steps`` of encoder and generator. The upper level is the
+    One step is ``upper.num_steps`` of the energy, then ``lower.num_steps`` of encoder and generator. The upper level is the
     energy of data minus that of generated visibles :math:`\hat v`, whose gradient is that of the likelihood where the generator
-    has the energy's distribution. The lower level makes the generator follow the energy, and the encoder both of them:
-
-    .. math::
-
-        & E(\hat v) + \text{latent\_weight} \cdot \ell(\hat h, \hat v) \\
-        & + \text{vae\_weight} \cdot \bigl( -\log p(v|h) + \mathrm{KL}(q(h|v) \| p(h)) \bigr), \quad h \sim q(h|v),
-
-    with data :math:`v` for samples of the energy in the last term, and the latent term :math:`\ell` by ``variant``:
-
-    * ``"exact"``: :math:`\log p(\hat h) + \log p(\hat v|\hat h) - \log q(\hat h|\hat v)`. With both weights 1 the level is the
-      symmetric divergence :math:`\mathrm{KL}(p_\omega \| p_\theta) + \mathrm{KL}(p_\theta \| p_\omega)`.
-    * ``"offset"``, as in the paper's code: :math:`|\mu(\hat v) - \hat h|^2` with the encoder's mean :math:`\mu`; it trains only
-      the generator. The code's ``latent_weight`` is one over the dimension of :math:`h`, or 1e-4.
-    * ``"complete"``: :math:`|h' - \hat h|^2` with :math:`h' \sim q(h|\hat v)`, which trains both; in addition, the encoder learns
-      from ``latent_weight`` :math:`\mathrm{KL}(q(h|\hat v) \| p(h))` in the upper level, so that its optimizer steps in both.
-
-    The published method generates means, so that its term :math:`\log p(\hat v|\hat h)` is a constant, and its squared error
-    in place of a likelihood is that of a generator with variance 1/2.
+    has the energy's distribution. The lower level, :class:`~numpyro_ebm.infer.LowerLevel`, makes the generator follow the
+    energy, and the encoder both of them: by default by the symmetric divergence of generator and energy.
 
     The loss of a step is the upper level before it. It is not a measure of fit: without the hinge it goes to 0 as the generator
     reaches the data, whatever the energy is.
@@ -128,26 +109,12 @@ class BiDVL(Engine):
     :param optim: an optax transformation for the energy, or an optimizer of :mod:`numpyro.optim`.
     :param encoder_optim: the same for the encoder.
     :param generator_optim: the same for the generator.
-    :param str variant: ``"exact"``, ``"offset"`` or ``"complete"``.
-    :param str upper_loss: ``"difference"`` :math:`E(v) - E(\hat v)`; ``"softplus"`` :math:`\log(1 + e^{E(v)}) - \log(1 +
-        e^{E(\hat v)})`, which stops lowering energies that are already low; ``"hinge"``
-        :math:`\max(0, 1 + E(v)) + \max(0, 1 - E(\hat v))`, which is flat below -1 for data and above 1 for samples.
-    :param float latent_weight: of the latent term.
-    :param float vae_weight: :math:`\lambda`, of the autoencoder's loss.
-    :param bool importance_weighted: whether a row of data is weighted in it by :math:`r(v) \propto \exp(\bar E - E(v))`, clipped
-        to ``weight_bounds`` and with mean 1 over the batch. It replaces :math:`p_\theta / p_\text{data}`, which would need the
-        unknown density of the data, and so moves the optimum where that is not flat.
-    :param tuple weight_bounds: least and largest :math:`r` before they are made to have mean 1.
+    :param upper: the upper level: :class:`~numpyro_ebm.infer.Difference`, :class:`~numpyro_ebm.infer.Softplus` or
+        :class:`~numpyro_ebm.infer.Hinge`.
+    :param LowerLevel lower: the lower level, :class:`~numpyro_ebm.infer.LowerLevel`.
     :param bool noise: whether generated visibles are samples of :math:`p(v|h)`, or its means.
     :param Sampler sampler: moves generated visibles on the learned energy before the upper level sees them, such as
         :class:`~numpyro_ebm.MALA`: it then sees what has low energy but is not generated.
-    :param elbo: NumPyro's ELBO for the autoencoder; ``TraceMeanField_ELBO()`` if not given.
-    :param int num_upper_steps: steps of the energy per step.
-    :param int num_lower_steps: steps of encoder and generator per step.
-    :param int num_unroll_steps: steps N of the lower level that the upper level looks ahead, as a function of the energy. Minus
-        the rest of the lower level is then added to the upper, which turns it into :math:`E(v)` minus the optimum of the lower
-        level: otherwise its optimum would not be that of the likelihood. Only for ``upper_loss="difference"``, and not for
-        ``"complete"``.
     :param int batch_size: rows of the first argument in every step of either level, drawn with replacement; all if not given.
     :raises ValueError: for settings out of range; from ``init``, naming the site, for an energy with latents, latents that only
         encoder or generator has, a visible of another shape or name, rows that are in no plate, shared params, or data that are
@@ -194,54 +161,41 @@ class BiDVL(Engine):
         encoder_optim: Any,
         generator_optim: Any,
         *,
-        variant: str = "exact",
-        upper_loss: str = "difference",
-        latent_weight: float = 1.0,
-        vae_weight: float = 1.0,
-        importance_weighted: bool = False,
-        weight_bounds: tuple[float, float] = (0.8, 1.2),
+        upper: Difference | Softplus | Hinge = Difference(),
+        lower: LowerLevel = LowerLevel(),
         noise: bool = True,
         sampler: Sampler | None = None,
-        elbo: Any = None,
-        num_upper_steps: int = 1,
-        num_lower_steps: int = 1,
-        num_unroll_steps: int = 0,
         batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.variant = require_one_of("variant", variant, VARIANTS)
-        self.upper_loss = require_one_of("upper_loss", upper_loss, UPPER_LOSSES)
-        self.latent_weight = require_nonnegative("latent_weight", latent_weight)
-        self.vae_weight = require_nonnegative("vae_weight", vae_weight)
-        self.importance_weighted = require_bool("importance_weighted", importance_weighted)
-        self.weight_bounds = _require_bounds(weight_bounds)
+        self.upper: Difference | Softplus | Hinge = require_setting("upper", upper, (Difference, Softplus, Hinge))
+        self.lower: LowerLevel = require_setting("lower", lower, (LowerLevel,))
         self.noise = require_bool("noise", noise, "whether generated visibles are samples or means")
-        self.num_upper_steps = require_count("num_upper_steps", num_upper_steps)
-        self.num_lower_steps = require_count("num_lower_steps", num_lower_steps)
-        self.num_unroll_steps = require_count("num_unroll_steps", num_unroll_steps, least=0)
+        self.sampler = None if sampler is None else require_sampler("sampler", sampler)
         self.batch_size = None if batch_size is None else require_count("batch_size", batch_size)
-        if num_unroll_steps and (upper_loss != "difference" or variant == "complete"):
+        if self._num_unroll_steps and lower.latent == "complete":
             raise ValueError(
-                "num_unroll_steps needs upper_loss='difference' and no variant='complete': otherwise encoder and generator are "
-                "not at rest where the upper level looks, and its gradient would not be the likelihood's. Leave it out."
+                "num_unroll_steps does not go with latent='complete': encoder and generator would not be at rest where the upper "
+                "level looks, and its gradient would not be the likelihood's. Leave it out."
             )
-        if sampler is not None and num_unroll_steps:
+        if self._num_unroll_steps and sampler is not None:
             raise ValueError(
                 "sampler does not go with num_unroll_steps: moved visibles have no gradient, so that the upper level could not "
                 "look through the lower one. Leave one of them out."
             )
-        if elbo is not None and not _keeps_mutable_state(elbo):
-            raise TypeError(f"elbo must be an ELBO of NumPyro that keeps mutable sites, such as Trace_ELBO(), got {elbo!r}.")
         self.energy, self.encoder, self.generator = energy, encoder, generator
         self.model, self.guide = generator, encoder  # as SVI calls them
         self.optim, self.encoder_optim, self.generator_optim = optim, encoder_optim, generator_optim
-        self.sampler = None if sampler is None else require_sampler("sampler", sampler)
-        self.elbo = TraceMeanField_ELBO() if elbo is None else elbo
+        self._elbo = TraceMeanField_ELBO() if lower.elbo is None else lower.elbo
         self._energy = unnormalized(energy)
         optims = {"optim": optim, "encoder_optim": encoder_optim, "generator_optim": generator_optim}
         self._transformations = tuple(as_transformation(each, name) for name, each in optims.items())
         self._energies, self._sampled = compiled(self._energies_now), compiled(self._sample_now)
         self._reconstructed, self._refined = compiled(self._reconstruct_now), compiled(self._refine_now)
+
+    @property
+    def _num_unroll_steps(self) -> int:
+        return self.upper.num_unroll_steps if isinstance(self.upper, Difference) else 0
 
     # After a fit.
 
@@ -408,9 +362,9 @@ class BiDVL(Engine):
 
     def _require_one_particle(self, encoder: Run, generator: Run) -> None:
         mutable = sorted({*encoder.mutable_state, *generator.mutable_state})
-        if mutable and getattr(self.elbo, "num_particles", 1) > 1:
+        if mutable and getattr(self._elbo, "num_particles", 1) > 1:
             raise ValueError(
-                f"site '{mutable[0]}': NumPyro's ELBOs drop mutable sites with num_particles={self.elbo.num_particles}: take one "
+                f"site '{mutable[0]}': NumPyro's ELBOs drop mutable sites with num_particles={self._elbo.num_particles}: take one "
                 "particle, or a network without running statistics."
             )
 
@@ -420,8 +374,8 @@ class BiDVL(Engine):
 
     def _step(self, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[BiDVLState, Array, Health]:
         rng_key, upper_key, lower_key = jax.random.split(state.rng_key, 3)
-        upper_keys = jax.random.split(upper_key, self.num_upper_steps)
-        lower_keys = jax.random.split(lower_key, self.num_lower_steps)
+        upper_keys = jax.random.split(upper_key, self.upper.num_steps)
+        lower_keys = jax.random.split(lower_key, self.lower.num_steps)
         inspected = _Levels(self, state, first_batch(self.batch_size, args), kwargs)
 
         def levels_on(key: Array) -> _Levels:
@@ -451,7 +405,7 @@ class BiDVL(Engine):
         (value, mutable), gradient = jax.value_and_grad(objective, has_aux=True)(state.theta)
         theta, optim_state = apply_gradient(self._transformations[0], gradient, state.optim_state, state.theta)
         state = state._replace(theta=theta, optim_state=optim_state, mutable_state=mutable)
-        if self.variant == "complete":
+        if self.lower.latent == "complete":
             gradient = jax.grad(levels.encoder_divergence)(state.phi, state.omega, state.mutable_state, draw_key)
             phi, optim_state = apply_gradient(self._transformations[1], gradient, state.encoder_optim_state, state.phi)
             state = state._replace(phi=phi, encoder_optim_state=optim_state)
@@ -462,8 +416,8 @@ class BiDVL(Engine):
     ) -> tuple[Array, Mutable]:
         """The upper level, after the lower one was looked ahead of as a function of the energy."""
         ahead = state
-        if self.num_unroll_steps:
-            keys = jax.random.split(unroll_key, self.num_unroll_steps)
+        if self._num_unroll_steps:
+            keys = jax.random.split(unroll_key, self._num_unroll_steps)
             ahead, _ = lax.scan(lambda s, key: self._lower_step(lambda _: levels, s, theta, key), state, keys)
         return levels.upper(theta, ahead.phi, ahead.omega, state.mutable_state, draw_key)
 
@@ -484,7 +438,7 @@ class BiDVL(Engine):
         return self._upper(_Levels(self, state, args, kwargs), state, state.theta, unroll_key, draw_key)[0]
 
     def _fix(self) -> str:
-        return "Take smaller learning rates, upper_loss='hinge', or spectral normalization of the energy's network."
+        return "Take smaller learning rates, upper=Hinge(), or spectral normalization of the energy's network."
 
 
 class _Levels:
@@ -542,7 +496,7 @@ class _Levels:
     def upper(self, theta: Params, phi: Params, omega: Params, mutable: Mutable, rng_key: Array) -> tuple[Array, Mutable]:
         """The energy of data over that of generated visibles."""
         generate_key, refine_key, rest_key = jax.random.split(rng_key, 3)
-        unrolled = self.engine.num_unroll_steps > 0
+        unrolled = self.engine._num_unroll_steps > 0
         if not unrolled:
             phi, omega = stop_gradient((phi, omega))
         generated = self.generate(omega, generate_key, mutable)
@@ -550,7 +504,7 @@ class _Levels:
         visible = self._refined(theta, generated.sites[self.visible]["value"], mutable, refine_key)
         of_data, mutable = self.energies(theta, self.v, mutable)
         of_generated, mutable = self.energies(theta, visible, mutable)
-        value = contrast(of_data, of_generated, self.engine.upper_loss)
+        value = self.engine.upper.contrast(of_data, of_generated)
         if unrolled:
             rest, mutable = self._rest(theta, phi, omega, generated, mutable, rest_key)
             value = value - rest
@@ -586,17 +540,17 @@ class _Levels:
         latent_key, vae_key = jax.random.split(rng_key)
         latent, mutable = self.latent_term(phi, generated, mutable, latent_key)
         vae, mutable = self.vae_loss(theta, phi, omega, mutable, vae_key)
-        return self.engine.latent_weight * latent + self.engine.vae_weight * vae, mutable
+        return self.engine.lower.latent_weight * latent + self.engine.lower.vae_weight * vae, mutable
 
     def latent_term(self, phi: Params, generated: Run, mutable: Mutable, rng_key: Array) -> tuple[Array, Mutable]:
         """How well the encoder tells what latents the visibles were generated from: a mean over rows."""
         visible = generated.sites[self.visible]["value"]
         latents = {name: value for name, value in generated.drawn.items() if name != self.visible}
-        if self.engine.variant == "exact":
+        if self.engine.lower.latent == "exact":
             encoder = self.encode(phi, visible, rng_key, mutable, latents)
             of_encoder = terms_of(encoder)
             term = total(terms_of(generated)) - total({name: of_encoder[name] for name in latents})
-        elif self.engine.variant == "offset":  # the encoder's params are held fixed, and not what it makes of the visible
+        elif self.engine.lower.latent == "offset":  # the encoder's params are held fixed, and not what it makes of the visible
             encoder = self.encode(stop_gradient(phi), visible, rng_key, mutable, latents)
             term = total({name: (encoder.sites[name]["fn"].mean - h) ** 2 for name, h in latents.items()})
         else:
@@ -607,13 +561,13 @@ class _Levels:
     def vae_loss(self, theta: Params, phi: Params, omega: Params, mutable: Mutable, rng_key: Array) -> tuple[Array, Mutable]:
         """NumPyro's ELBO loss of generator and encoder on data, a mean over rows that may be weighted by the energy."""
         encoder, generator = self.engine.encoder, self.engine.generator
-        if self.engine.importance_weighted:
+        if (bounds := self.engine.lower.weight_bounds) is not None:
             energies, _ = self.energies(theta, self.v, mutable)
-            weights = energy_weights(energies, self.engine.weight_bounds).reshape(-1, *[1] * (-1 - self._row_dim))
+            weights = energy_weights(energies, bounds).reshape(-1, *[1] * (-1 - self._row_dim))
             encoder, generator = scale(encoder, scale=weights), scale(generator, scale=weights)
         params = {**constrain_params(phi, self._of_phi), **constrain_params(omega, self._of_omega), **mutable}
         args = (self.v, *self.rest)
-        found = self.engine.elbo.loss_with_mutable_state(rng_key, params, generator, encoder, *args, **self.kwargs)
+        found = self.engine._elbo.loss_with_mutable_state(rng_key, params, generator, encoder, *args, **self.kwargs)
         return found["loss"] / len(self.v), {**mutable, **(found["mutable_state"] or {})}
 
     def encoder_divergence(self, phi: Params, omega: Params, mutable: Mutable, rng_key: Array) -> Array:
@@ -624,38 +578,13 @@ class _Levels:
         data = {**constrain_params(omega, self._of_omega), **mutable, **encoder.drawn}
         prior = run_model(self.engine.generator, (self.v, *self.rest), self.kwargs, rng_key, data=data)
         terms = {name: _divergence(encoder.sites[name], prior.sites[name]["fn"]) for name in encoder.latents}
-        return self.engine.latent_weight * total(terms) / len(self.v)
-
-
-def contrast(of_data: Array, of_generated: Array, form: str) -> Array:
-    """The upper level from energies of data and of generated visibles, of shape ``(batch,)`` each."""
-    if form == "hinge":
-        return jnp.mean(jax.nn.relu(1 + of_data)) + jnp.mean(jax.nn.relu(1 - of_generated))
-    if form == "softplus":
-        of_data, of_generated = jax.nn.softplus(of_data), jax.nn.softplus(of_generated)
-    return jnp.mean(of_data) - jnp.mean(of_generated)
+        return self.engine.lower.latent_weight * total(terms) / len(self.v)
 
 
 def energy_weights(energies: Array, bounds: tuple[float, float]) -> Array:
     """Weights of rows of data that stand for samples of the energy, with mean 1 and without gradient."""
     weights = jnp.clip(jnp.exp(jnp.mean(energies) - energies), *bounds)
     return stop_gradient(weights / weights.mean())
-
-
-def _require_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
-    try:
-        least, largest = bounds
-    except (TypeError, ValueError):
-        raise ValueError(f"weight_bounds must be two positive numbers, the smaller first, got {bounds!r}.") from None
-    least, largest = (require_positive(f"weight_bounds[{i}]", bound) for i, bound in enumerate((least, largest)))
-    if least > largest:
-        raise ValueError(f"weight_bounds must be two positive numbers, the smaller first, got {bounds!r}.")
-    return least, largest
-
-
-def _keeps_mutable_state(elbo: Any) -> bool:
-    method = getattr(type(elbo), "loss_with_mutable_state", None)
-    return method is not None and method is not ELBO.loss_with_mutable_state
 
 
 def _divergence(site: dict[str, Any], prior: Distribution) -> Array:
