@@ -64,7 +64,7 @@ from numpyro_ebm._checks import (
     require_positive,
 )
 from numpyro_ebm.infer import Difference, Hinge, LowerLevel, Softplus
-from numpyro_ebm.samplers import MALA
+from numpyro_ebm.samplers import MALA, NUTS
 
 INTEGERS = [2, np.int64(2), np.uint8(2), np.array(2), jnp.array(2), jnp.uint8(2)]
 REALS = [0.5, np.float64(0.5), np.float32(0.5), np.array(0.5), jnp.float32(0.5), jnp.bfloat16(0.5), Fraction(1, 2)]
@@ -368,7 +368,8 @@ TABLE = {
     "GaussianBernoulliRBM": (_rbm, {"coupling": "'plain', 'scaled'", "sampler": SAMPLER}),
     "log_normalizer": (_ais, {"method": "'exact', 'ais'", "num_chains": TWO, "num_temperatures": TWO}),
     "sample_posterior": (_posterior, {"num_samples": COUNT, "num_warmup": NATURAL, "thinning": COUNT, "sampler": SAMPLER}),
-    "sample_posterior by NUTS": (lambda **given: _posterior(sampler="nuts", **given), {"num_warmup": COUNT}),
+    "sample_posterior by NUTS": (lambda **given: _posterior(sampler=NUTS(), **given), {"num_warmup": COUNT}),
+    "NUTS": (NUTS, {"target_accept_prob": FRACTION, "max_tree_depth": COUNT, "dense_mass": BOOL}),
     "find_map": (lambda **given: find_map(KEY, model, {}, V, **given), {"num_steps": COUNT, "optim": OPTIM}),
     "marginal_score": (
         lambda **given: marginal_score(model, model, {}, V, rng_key=KEY, **given),

@@ -32,7 +32,7 @@ from numpyro_ebm import (
     standard_errors,
 )
 from numpyro_ebm.evaluate.posterior import Posterior
-from numpyro_ebm.samplers import Sampler
+from numpyro_ebm.samplers import NUTS, Sampler
 
 KEY = jax.random.key(0)
 Y = jnp.array([-1.0, 0.5, 2.0, 4.0])
@@ -105,7 +105,7 @@ def test_subsampled_plates_give_all_rows_without_their_scale():
     assert_moments(draws["x"], (Y + 1) / 2, np.eye(4) / 2)
 
 
-@pytest.mark.parametrize("sampler", [MALA(num_steps=20), "nuts"], ids=["mala", "nuts"])
+@pytest.mark.parametrize("sampler", [MALA(num_steps=20), NUTS()], ids=["mala", "nuts"])
 def test_latents_without_a_common_plate_move_jointly(sampler):
     # catches a global latent accepted row by row, and for NUTS latents taken apart in the wrong order
     draws = sample_posterior(KEY, tree, {"loc": 1.0}, Y, sampler=sampler, num_samples=500, num_chains=4)

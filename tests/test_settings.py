@@ -5,11 +5,13 @@
 
 import re
 from dataclasses import FrozenInstanceError, replace
+from functools import partial
 
 import cloudpickle
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.infer
 import optax
 import pytest
 
@@ -23,8 +25,11 @@ from numpyro_ebm import (
     Unrolled,
     VaGES,
     Variational,
+    negative_phase,
+    sample_posterior,
 )
 from numpyro_ebm.infer import Difference, Hinge, LowerLevel, Softplus
+from numpyro_ebm.samplers import NUTS
 
 STEP = optax.sgd(0.1)
 SETTINGS = {
@@ -41,6 +46,7 @@ SETTINGS = {
     "LowerLevel(latent='offset', latent_weight=0.5, vae_weight=2.0, weight_bounds=(0.5, 2.0), elbo=None, num_steps=3)": (
         lambda: LowerLevel("offset", jnp.float32(0.5), 2, np.array([0.5, 2]), num_steps=3)
     ),
+    "NUTS(target_accept_prob=0.9, max_tree_depth=5, dense_mass=True)": lambda: NUTS(np.float64(0.9), jnp.array(5), np.True_),
     "ImportanceWeighted(num_samples=3, jackknife=True, relaxed=False)": lambda: ImportanceWeighted(jnp.array(3), jackknife=True),
 }
 
@@ -60,6 +66,10 @@ def vages(**settings):
 
 def bidvl(**settings):
     return BiDVL(model, model, model, STEP, STEP, STEP, **settings)
+
+
+def posterior(**settings):
+    return sample_posterior(jax.random.key(0), model, {}, num_samples=1, **settings)
 
 
 @pytest.mark.parametrize("words", SETTINGS)
@@ -93,6 +103,10 @@ OLD = {
     "a class": (bism, {"hypergradient": Implicit}, "hypergradient is the class Implicit: pass an instance, Implicit(...)"),
     "estimate": (vages, {"estimate": "jackknife"}, "estimate must be Variational(...) or ImportanceWeighted(...), got 'jackknife'"),
     "importance_weighted": (vages, {"importance_weighted": True}, "unexpected keyword argument 'importance_weighted'"),
+    "nuts": (posterior, {"sampler": "nuts"}, "sampler must be a sampler such as MALA(), or samplers.NUTS(), got 'nuts'"),
+    "NUTS of NumPyro": (posterior, {"sampler": numpyro.infer.NUTS(model)}, "MALA(), or samplers.NUTS(), got <numpyro.infer"),
+    "a class of NUTS": (posterior, {"sampler": NUTS}, "got the class NUTS: pass an instance, NUTS(...)"),
+    "NUTS in a fit": (partial(negative_phase, model), {"sampler": NUTS()}, "to samplers, got NUTS("),
     "upper": (bidvl, {"upper": "hinge"}, "upper must be Difference(...), Softplus(...) or Hinge(...), got 'hinge'"),
     "lower": (bidvl, {"lower": "offset"}, "lower must be LowerLevel(...), got 'offset'"),
     "variant": (bidvl, {"variant": "offset"}, "unexpected keyword argument 'variant'"),

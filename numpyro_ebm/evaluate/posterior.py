@@ -12,14 +12,14 @@ shrink with the number of data.
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
-from numpyro.infer import NUTS, init_to_sample
+from numpyro.infer import init_to_sample
 
 from numpyro_ebm._checks import require_count
 from numpyro_ebm.distributions.energy import NormalizerError
@@ -39,7 +39,7 @@ from numpyro_ebm.program.run import (
     whole_plates,
 )
 from numpyro_ebm.program.sites import Model, require_finite
-from numpyro_ebm.samplers import MALA, Sampler
+from numpyro_ebm.samplers import MALA, NUTS, Sampler
 from numpyro_ebm.samplers.base import require_sampler
 
 Latents = dict[str, Array]
@@ -54,7 +54,7 @@ def sample_posterior(
     num_warmup: int = 200,
     num_chains: int | None = None,
     thinning: int = 1,
-    sampler: Sampler | Literal["nuts"] | None = None,
+    sampler: Sampler | NUTS | None = None,
     start: Mapping[str, Array] | None = None,
     mutable_state: Mapping[str, Any] | None = None,
     init_strategy: Callable[..., Any] = init_to_sample,
@@ -74,8 +74,8 @@ def sample_posterior(
     :param int thinning: transitions per sample.
     :param sampler: :class:`~numpyro_ebm.MALA` if not given; :class:`~numpyro_ebm.UnadjustedLangevin` goes on as the particles
         of a fit do, with their bias in the step size. One transition is one run of it, ``num_steps`` steps. Rows of a plate
-        that all latents share move independently. ``"nuts"`` moves all latents of a chain together, by NumPyro's NUTS with
-        its window adaptation.
+        that all latents share move independently. :class:`samplers.NUTS() <numpyro_ebm.samplers.NUTS>` moves all latents
+        of a chain together, by NumPyro's NUTS with its window adaptation.
     :param start: latents to start from, constrained, of shape ``(num_chains,) + batch_shape + event_shape``, such as
         :meth:`ParticleMMLE.get_particles <numpyro_ebm.ParticleMMLE.get_particles>` gives.
     :param mutable_state: values of the model's own :func:`numpyro.primitives.mutable` sites.
@@ -328,25 +328,25 @@ def draw_posterior(
     num_warmup: int,
     num_chains: int | None,
     thinning: int,
-    sampler: Sampler | Literal["nuts"] | None,
+    sampler: Sampler | NUTS | None,
     start: Mapping[str, Array] | None,
     mutable_state: Mapping[str, Any] | None,
     init_strategy: Callable[..., Any],
 ) -> tuple[Posterior, Latents]:
     """The posterior and unconstrained samples of it, ``(num_chains, num_samples) + ...``; see :func:`sample_posterior`."""
     sampler = MALA() if sampler is None else sampler
-    if not isinstance(sampler, str) or sampler != "nuts":
-        require_sampler("sampler", sampler, ", or 'nuts'")
+    if not isinstance(sampler, NUTS):
+        require_sampler("sampler", sampler, ", or samplers.NUTS()")
     num_samples, thinning = require_count("num_samples", num_samples), require_count("thinning", thinning)
-    num_warmup = require_count("num_warmup", num_warmup, least=1 if sampler == "nuts" else 0)
+    num_warmup = require_count("num_warmup", num_warmup, least=1 if isinstance(sampler, NUTS) else 0)
     model_key, start_key, run_key = jax.random.split(rng_key, 3)
     posterior = Posterior(model_key, model, params, args, kwargs, mutable_state)
     positions = posterior.start(start_key, start, num_chains, "num_chains", init_strategy)
     log_density = jax.vmap(lambda x: posterior.row_log_density(posterior.from_rows(x)))
 
     def draw(key: Array, positions: Array) -> tuple[Array, Array]:
-        if isinstance(sampler, str):
-            return _run_nuts(key, log_density, positions, num_warmup, num_samples, thinning)
+        if isinstance(sampler, NUTS):
+            return sampler.draw(key, log_density, positions, num_warmup, num_samples, thinning)
         return _run_sampler(key, sampler, log_density, positions, num_warmup, num_samples, thinning)
 
     draws, status = jax.jit(draw)(run_key, positions)
@@ -391,41 +391,7 @@ def _run_sampler(
     return jnp.moveaxis(draws, 1, 0), sampler.check(state)
 
 
-def _run_nuts(
-    rng_key: Array,
-    log_density: Callable[[Array], Array],
-    positions: Array,
-    num_warmup: int,
-    num_samples: int,
-    thinning: int,
-) -> tuple[Array, Array]:
-    """Samples of NumPyro's NUTS, every chain adapted by itself, and the number of transitions that diverged."""
-    shape = positions.shape[1:]
-
-    def potential(position: Array) -> Array:
-        return -log_density(position.reshape(1, *shape)).sum()
-
-    def chain(key: Array, position: Array) -> tuple[Array, Array]:
-        kernel = NUTS(potential_fn=potential)
-
-        def move(state: Any, _: None) -> tuple[Any, Array]:
-            state = kernel.sample(state, (), {})
-            return state, state.diverging
-
-        def draw(state: Any, _: None) -> tuple[Any, tuple[Array, Array]]:
-            state, diverging = lax.scan(move, state, None, thinning)
-            return state, (state.z, diverging.sum())
-
-        state = kernel.init(key, num_warmup, position.reshape(-1), (), {})
-        state, _ = lax.scan(move, state, None, num_warmup)
-        _, (draws, diverging) = lax.scan(draw, state, None, num_samples)
-        return draws.reshape(num_samples, *shape), diverging.sum()
-
-    draws, diverging = jax.vmap(chain)(jax.random.split(rng_key, len(positions)), positions)
-    return draws, diverging.sum()
-
-
-def _explain(sampler: Sampler | Literal["nuts"], status: int, num_transitions: int) -> str:
-    if isinstance(sampler, str):
+def _explain(sampler: Sampler | NUTS, status: int, num_transitions: int) -> str:
+    if isinstance(sampler, NUTS):
         return f"{status} of {num_transitions} transitions of NUTS diverged: the draws may miss where the posterior is narrow."
     return f"{sampler.explain(status)}."

@@ -16,7 +16,7 @@ covariance of the sum gives the same with far more noise.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.evaluate.posterior import Latents, Posterior, draw_posterior
 from numpyro_ebm.program.run import total
 from numpyro_ebm.program.sites import Model
-from numpyro_ebm.samplers import Sampler
+from numpyro_ebm.samplers import NUTS, Sampler
 
 
 class StandardErrors(NamedTuple):
@@ -54,7 +54,7 @@ def standard_errors(
     num_warmup: int = 200,
     num_chains: int | None = None,
     thinning: int = 1,
-    sampler: Sampler | Literal["nuts"] | None = None,
+    sampler: Sampler | NUTS | None = None,
     start: Mapping[str, Array] | None = None,
     mutable_state: Mapping[str, Any] | None = None,
     init_strategy: Callable[..., Any] = init_to_sample,
@@ -75,7 +75,8 @@ def standard_errors(
     :param int num_chains: independent chains; as many as ``start`` has if it is given, else 4. With many the Monte Carlo errors
         are themselves better known.
     :param int thinning: transitions per sample.
-    :param sampler: :class:`~numpyro_ebm.MALA` if not given, or ``"nuts"``. A sampler with a bias puts it into the result.
+    :param sampler: :class:`~numpyro_ebm.MALA` if not given, or :class:`~numpyro_ebm.samplers.NUTS`. A sampler with a bias puts
+        it into the result.
     :param start: latents to start from, constrained, such as the particles of the fit.
     :param mutable_state: values of the model's own :func:`numpyro.primitives.mutable` sites.
     :param init_strategy: a NumPyro ``init_to_...`` strategy to start from without ``start``.

@@ -5,10 +5,12 @@ from numpyro_ebm.samplers.annealed import annealed_langevin, annealing_schedule,
 from numpyro_ebm.samplers.base import ChainState, Reference, Sampler, Target
 from numpyro_ebm.samplers.gibbs import BlockGibbs, BlockGibbsState, Layers, block_gibbs
 from numpyro_ebm.samplers.mala import MALA, MALAState
+from numpyro_ebm.samplers.nuts import NUTS
 from numpyro_ebm.samplers.unadjusted import UnadjustedLangevin, UnadjustedLangevinState
 
 __all__ = [
     "MALA",
+    "NUTS",
     "BlockGibbs",
     "BlockGibbsState",
     "ChainState",
