@@ -63,7 +63,7 @@ from numpyro_ebm._checks import (
     require_one_of,
     require_positive,
 )
-from numpyro_ebm.infer import Difference, Hinge, LowerLevel, Softplus
+from numpyro_ebm.infer import Averaged, Difference, Hinge, LowerLevel, Maximize, Newton, Softplus
 from numpyro_ebm.samplers import MALA, NUTS
 
 INTEGERS = [2, np.int64(2), np.uint8(2), np.array(2), jnp.array(2), jnp.uint8(2)]
@@ -303,16 +303,17 @@ TABLE = {
             "optim": OPTIM,
             "num_particles": COUNT,
             "step_size": POSITIVE,
-            "drift": "'sum', 'mean'",
+            "drift": "Summed(...) or Averaged(...)",
             "order": "'jacobi', 'gauss_seidel'",
             "noise": "'batch', 'all'",
             "num_moves": COUNT,
             "average_moves": BOOL,
-            "m_step": "'gradient', 'newton', 'maximize'",
             "dynamics": OPTIM,
-            "num_data": COUNT_OR_NONE,
         },
     ),
+    "Newton": (Newton, {"optim": OPTIM}),
+    "Maximize": (Maximize, {"max_steps": COUNT}),
+    "Averaged": (Averaged, {"num_data": COUNT_OR_NONE}),
     "ParticleMMLE.replicate": (lambda **given: _particles().replicate(None, **given), {"num_particles": COUNT_OR_NONE}),
     "Engine.run": (_run, {"num_steps": COUNT, "chunk_size": COUNT_OR_NONE, "stable_update": BOOL, "progress_bar": BOOL}),
     "negative_phase": (

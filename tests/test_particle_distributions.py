@@ -38,6 +38,7 @@ from numpyro_ebm import (
     negative_phase,
     optim,
 )
+from numpyro_ebm.infer import Averaged, Summed
 from numpyro_ebm.samplers import Sampler
 from numpyro_ebm.samplers.base import ChainState
 
@@ -495,7 +496,7 @@ def hierarchical_rows(y, index):
         numpyro.sample("y", dist.Normal(x, 1), obs=y[rows])
 
 
-@pytest.mark.parametrize(("drift", "per_row"), [("sum", 3.0), ("mean", 0.5)])
+@pytest.mark.parametrize(("drift", "per_row"), [(Summed(), 3.0), (Averaged(), 0.5)])
 def test_the_scale_of_a_plate_counts_for_the_parameters_and_not_for_the_particles(drift, per_row):
     # guards against: particles of a batch that drift M / B times too far, a parameter gradient that forgets the other batches
     y, index, h = np.arange(6.0), np.array([4, 1]), 0.1
@@ -804,7 +805,7 @@ def test_two_factors_reach_the_maximum_of_the_likelihood():
 
     values, vectors = np.linalg.eigh(y.T @ y / len(y))
     exact = vectors[:, -2:] @ np.diag(values[-2:] - s2) @ vectors[:, -2:].T
-    engine = ParticleMMLE(model, optax.sgd(0.05), 20, 0.004, drift="mean")
+    engine = ParticleMMLE(model, optax.sgd(0.05), 20, 0.004, drift=Averaged())
     taken = engine.run(KEY, 8000, y, progress_bar=False, collect=lambda s: s.params["w"] @ s.params["w"].T).collected
     bias = 0.004 * values[-1] ** 2 / (2 * s2)  # of the largest factor, in closed form to first order
     assert abs(np.asarray(taken)[4000:].mean(0) - exact).max() < 2 * bias
@@ -880,7 +881,7 @@ def test_pqn_goes_a_step_along_the_direction_of_newton():
     def loss(theta, x):
         return -dist.Normal(theta[0] + theta[1] * T, jnp.exp(theta[2])).log_prob(x).sum(-1).mean()
 
-    start, end = first_update(ParticleMMLE.pqn(regression, num_particles=3, step_size=0.2, drift="mean"), T)
+    start, end = first_update(ParticleMMLE.pqn(regression, num_particles=3, step_size=0.2, drift=Averaged()), T)
     before, x = jnp.array([0.5, -1.0, np.log(3.0)]), start.particles["x"]
     gradient, hessian = compiled(lambda x: (jax.grad(loss)(before, x), jax.hessian(loss)(before, x)))(x)
     exact = before - 0.2 * np.linalg.solve(hessian, gradient)

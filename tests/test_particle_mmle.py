@@ -21,6 +21,7 @@ from numpyro.infer import init_to_value
 from numpyro.infer.util import potential_energy
 
 from numpyro_ebm import MALA, NonFiniteError, ParticleMMLE, TiltedDistribution, UnadjustedLangevin, negative_phase
+from numpyro_ebm.infer import Averaged, Summed
 
 KEY = jax.random.key(5)
 Y = jnp.array([0.3, -1.0, 2.0, 0.5, 1.5, -0.2])
@@ -160,12 +161,12 @@ def test_average_over_data_needs_their_number():
         with numpyro.plate("data", len(y)):
             numpyro.sample("y", dist.Normal(w, 1), obs=y)
 
-    with pytest.raises(ValueError, match="no plate has all latent sites in it: pass num_data, or drift='sum'"):
-        _engine(model, drift="mean").init(KEY, Y)
+    with pytest.raises(ValueError, match=r"no plate has all latent sites in it: give it, drift=Averaged\(num_data=...\), or"):
+        _engine(model, drift=Averaged()).init(KEY, Y)
     start = _engine(model).init(KEY, Y)
     by_mean, by_sum = (
         engine.update(start, Y)[0].params["loc"]
-        for engine in (_engine(model, drift="mean", num_data=6), _engine(model, optax.sgd(0.01 / 6)))
+        for engine in (_engine(model, drift=Averaged(num_data=6)), _engine(model, optax.sgd(0.01 / 6)))
     )
     np.testing.assert_allclose(by_mean, by_sum, rtol=1e-6)
 
@@ -320,7 +321,7 @@ def test_energy_prior_of_a_batch_pays_its_normalizer_for_all_data():
     chains = jnp.array([-1.0, 0.5, 2.0, 4.0])
     phase = negative_phase(model, sampler=MALA(num_steps=0), num_chains=4, init_chains={"z": chains})
     index = jnp.array([4, 1])
-    for drift, count in (("sum", 1), ("mean", 6)):
+    for drift, count in ((Summed(), 1), (Averaged(), 6)):
         engine = _engine(phase, optax.sgd(0.02), drift=drift)
         start = engine.init(KEY, Y, index)
         state, _ = engine.update(start, Y, index)

@@ -22,13 +22,15 @@ from numpyro_ebm import (
     ExactScoreMatching,
     Implicit,
     ImportanceWeighted,
+    ParticleMMLE,
+    ScoreMatching,
     Unrolled,
     VaGES,
     Variational,
     negative_phase,
     sample_posterior,
 )
-from numpyro_ebm.infer import Difference, Hinge, LowerLevel, Softplus
+from numpyro_ebm.infer import Averaged, Difference, Hinge, LowerLevel, Maximize, Newton, Softplus
 from numpyro_ebm.samplers import NUTS
 
 STEP = optax.sgd(0.1)
@@ -46,6 +48,8 @@ SETTINGS = {
     "LowerLevel(latent='offset', latent_weight=0.5, vae_weight=2.0, weight_bounds=(0.5, 2.0), elbo=None, num_steps=3)": (
         lambda: LowerLevel("offset", jnp.float32(0.5), 2, np.array([0.5, 2]), num_steps=3)
     ),
+    "Averaged(num_data=6)": lambda: Averaged(np.int64(6)),
+    "Maximize(max_steps=9)": lambda: Maximize(jnp.array(9)),
     "NUTS(target_accept_prob=0.9, max_tree_depth=5, dense_mass=True)": lambda: NUTS(np.float64(0.9), jnp.array(5), np.True_),
     "ImportanceWeighted(num_samples=3, jackknife=True, relaxed=False)": lambda: ImportanceWeighted(jnp.array(3), jackknife=True),
 }
@@ -66,6 +70,10 @@ def vages(**settings):
 
 def bidvl(**settings):
     return BiDVL(model, model, model, STEP, STEP, STEP, **settings)
+
+
+def particles(**settings):
+    return ParticleMMLE(model, STEP, 2, 0.1, **settings)
 
 
 def posterior(**settings):
@@ -103,6 +111,9 @@ OLD = {
     "a class": (bism, {"hypergradient": Implicit}, "hypergradient is the class Implicit: pass an instance, Implicit(...)"),
     "estimate": (vages, {"estimate": "jackknife"}, "estimate must be Variational(...) or ImportanceWeighted(...), got 'jackknife'"),
     "importance_weighted": (vages, {"importance_weighted": True}, "unexpected keyword argument 'importance_weighted'"),
+    "drift": (particles, {"drift": "mean"}, "drift must be Summed(...) or Averaged(...), got 'mean'"),
+    "m_step": (particles, {"m_step": "newton"}, "unexpected keyword argument 'm_step'"),
+    "Newton elsewhere": (partial(ScoreMatching, model, Newton(STEP)), {"objective": ExactScoreMatching()}, "got Newton(optim="),
     "nuts": (posterior, {"sampler": "nuts"}, "sampler must be a sampler such as MALA(), or samplers.NUTS(), got 'nuts'"),
     "NUTS of NumPyro": (posterior, {"sampler": numpyro.infer.NUTS(model)}, "MALA(), or samplers.NUTS(), got <numpyro.infer"),
     "a class of NUTS": (posterior, {"sampler": NUTS}, "got the class NUTS: pass an instance, NUTS(...)"),

@@ -6,10 +6,12 @@ from numpyro_ebm.infer.bidvl_settings import Difference, Hinge, LowerLevel, Soft
 from numpyro_ebm.infer.bism import BiSM, BiSMState, Implicit, Unrolled
 from numpyro_ebm.infer.engine import NonFiniteError, RunResult
 from numpyro_ebm.infer.particle_mmle import ParticleMMLE, ParticleState
+from numpyro_ebm.infer.particle_settings import Averaged, Maximize, Newton, Summed
 from numpyro_ebm.infer.score_matching import ScoreMatching, ScoreMatchingState
 from numpyro_ebm.infer.vages import ImportanceWeighted, VaGES, VaGESState, Variational
 
 __all__ = [
+    "Averaged",
     "BiDVL",
     "BiDVLState",
     "BiSM",
@@ -19,6 +21,8 @@ __all__ = [
     "Implicit",
     "ImportanceWeighted",
     "LowerLevel",
+    "Maximize",
+    "Newton",
     "NonFiniteError",
     "ParticleMMLE",
     "ParticleState",
@@ -26,6 +30,7 @@ __all__ = [
     "ScoreMatching",
     "ScoreMatchingState",
     "Softplus",
+    "Summed",
     "Unrolled",
     "VaGES",
     "VaGESState",

@@ -26,12 +26,13 @@ from jax.flatten_util import ravel_pytree
 from numpyro.infer import init_to_sample
 
 import numpyro_ebm.optim as optim_module
-from numpyro_ebm._checks import require_bool, require_count, require_one_of
+from numpyro_ebm._checks import require_bool, require_count, require_one_of, require_setting
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm.chains import chains_of, status_of
 from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.handlers import explain_chains, negative_phase, unnormalized
 from numpyro_ebm.infer.engine import Engine, compiled
+from numpyro_ebm.infer.particle_settings import Averaged, Maximize, Newton, Summed
 from numpyro_ebm.infer.stability import Particles, fix_of, largest_curvature, running_stiffness, warnings_of
 from numpyro_ebm.infer.step import Health, Part, health_of, is_bad, keep
 from numpyro_ebm.optim import (
@@ -103,12 +104,13 @@ class ParticleMMLE(Engine):
     :param model: a NumPyro model, or :class:`negative_phase(model, ...) <numpyro_ebm.negative_phase>` to say how its negative
         chains move.
     :param optim: how parameters move: an optax transformation, with :func:`~numpyro_ebm.langevin` for the theory's noise, or an
-        optimizer of :mod:`numpyro.optim`.
+        optimizer of :mod:`numpyro.optim`; :class:`~numpyro_ebm.infer.Newton` of either, which gets the Newton direction; or
+        :class:`~numpyro_ebm.infer.Maximize`, by which they go to the maximum for the current cloud.
     :param int num_particles: particles per latent.
     :param step_size: the step :math:`h` of the particles, or a schedule of it by the number of steps made. A particle is stable
         below 2 / (largest curvature of its negative log posterior); see :meth:`stability_limit`.
-    :param str drift: ``"sum"``: the optimizer gets the gradient of the loss, a sum over data, at temperature
-        ``1 / num_particles``; ``"mean"``: both divided by the number of data.
+    :param drift: :class:`~numpyro_ebm.infer.Summed`: the optimizer gets the gradient of the loss, a sum over data, at
+        temperature ``1 / num_particles``; :class:`~numpyro_ebm.infer.Averaged`: both divided by the number of data.
     :param str order: ``"jacobi"``: particles and parameters move from the same point; ``"gauss_seidel"``: parameters see the
         particles moved.
     :param str noise: with subsampling, ``"batch"``: the particles of the batch move with noise of variance 2h and the others rest
@@ -116,17 +118,14 @@ class ParticleMMLE(Engine):
         in the data (Marks et al.). Without subsampling they are the same.
     :param int num_moves: moves of the particles per step of the parameters.
     :param bool average_moves: whether the parameters see the mean gradient over all those moves, instead of the last.
-    :param str m_step: ``"gradient"``; ``"newton"``: the optimizer gets the Newton direction; ``"maximize"``: parameters go to
-        the maximum for the current cloud, by L-BFGS, and ``optim`` is not used.
     :param dynamics: how particles move instead of :func:`~numpyro_ebm.langevin`, such as
         :func:`~numpyro_ebm.kinetic_langevin`.
     :param init_strategy: a NumPyro ``init_to_...`` strategy for the particles; samples of the prior if not given, of the base
         for an energy.
-    :param int num_data: the number of data that ``"mean"`` divides by; that of the plates that all latents share if not given.
     :raises ValueError: for a setting out of range; when a model is first seen, naming the site, for a discrete latent, no
         latent or no param site, a latent outside a subsampled plate, or data that are not finite.
     :raises NormalizerError: when a model is first seen, naming the site, if an unknown normalizer depends on a latent, or on
-        parameters that do not move by their gradient (``m_step``).
+        parameters that do not move by their gradient.
     :raises NonFiniteError: during a run, with the last good state.
 
     **References**
@@ -164,31 +163,28 @@ class ParticleMMLE(Engine):
         num_particles: int,
         step_size: float | Schedule,
         *,
-        drift: str = "sum",
+        drift: Summed | Averaged = Summed(),
         order: str = "jacobi",
         noise: str = "batch",
         num_moves: int = 1,
         average_moves: bool = False,
-        m_step: str = "gradient",
         dynamics: optax.GradientTransformationExtraArgs | None = None,
         init_strategy: Callable[..., Any] = init_to_sample,
-        num_data: int | None = None,
     ) -> None:
         super().__init__()
         self.num_particles = require_count("num_particles", num_particles, why="a cloud needs particles")
         self.step_size = require_step(step_size)
-        self.drift = require_one_of("drift", drift, ("sum", "mean"))
+        self.drift: Summed | Averaged = require_setting("drift", drift, (Summed, Averaged))
         self.order = require_one_of("order", order, ("jacobi", "gauss_seidel"))
         self.noise = require_one_of("noise", noise, ("batch", "all"))
         self.num_moves = require_count("num_moves", num_moves, why="particles must move")
         self.average_moves = require_bool("average_moves", average_moves)
-        self.m_step = require_one_of("m_step", m_step, ("gradient", "newton", "maximize"))
         if dynamics is not None and noise == "all":
             raise ValueError("noise='all' is noise between visits of overdamped particles: use noise='batch' with other dynamics.")
-        self.num_data = None if num_data is None else require_count("num_data", num_data, why="it divides the gradient")
         self.model, self.optim, self.init_strategy = model, optim, init_strategy
         self.dynamics = None if dynamics is None else as_transformation(dynamics, "dynamics")
-        self._transformation = optax.identity() if m_step == "maximize" else as_transformation(optim)
+        moving = optax.identity() if isinstance(optim, Maximize) else optim.optim if isinstance(optim, Newton) else optim
+        self._transformation = as_transformation(moving)
         phase = model if isinstance(model, negative_phase) else negative_phase(model)  # which adds nothing to one inside
         self._inner = unnormalized(model)
         self._values, self._curvature = compiled(self._constrained_particles), compiled(self._largest_curvature)
@@ -239,7 +235,7 @@ class ParticleMMLE(Engine):
             sampler = UnadjustedLangevin(prior_step_size, num_prior_steps)
             model = negative_phase(model, num_chains=num_chains, sampler=sampler, persistent=False)
         optim = langevin(step_size) if optim is None else optim
-        return cls(model, optim, num_particles, step_size, **{"drift": "mean", "noise": "all", **settings})
+        return cls(model, optim, num_particles, step_size, **{"drift": Averaged(), "noise": "all", **settings})
 
     @classmethod
     def soul(cls, model: Model, optim: Any = None, *, num_moves: int, step_size: float | Schedule, **settings: Any) -> Self:
@@ -255,13 +251,12 @@ class ParticleMMLE(Engine):
     @classmethod
     def pqn(cls, model: Model, *, num_particles: int, step_size: float | Schedule, **settings: Any) -> Self:
         """Particle quasi-Newton (Kuntz et al. 2023): PGD by the Hessian in the parameters, which must be few."""
-        return cls(model, optax.sgd(step_size), num_particles, step_size, m_step="newton", **settings)
+        return cls(model, Newton(optax.sgd(step_size)), num_particles, step_size, **settings)
 
     @classmethod
     def pmgd(cls, model: Model, *, num_particles: int, step_size: float | Schedule, **settings: Any) -> Self:
         """Particle marginal gradient descent (Kuntz et al. 2023): parameters always at the maximum for the cloud."""
-        settings = {"order": "gauss_seidel", "m_step": "maximize", **settings}
-        return cls(model, None, num_particles, step_size, **settings)
+        return cls(model, Maximize(), num_particles, step_size, **{"order": "gauss_seidel", **settings})
 
     @classmethod
     def kiplmc1(cls, model: Model, *, num_particles: int, step_size: float, friction: float, **settings: Any) -> Self:
@@ -380,12 +375,12 @@ class ParticleMMLE(Engine):
         """Whether the gradient in the parameters needs negative chains; refuses what they cannot make right."""
         report = check_run(self._inner, args, kwargs, data=given)
         report.require_learnable()
-        if self.m_step != "gradient" and report.learned:
+        if isinstance(self.optim, (Newton, Maximize)) and report.learned:
             site = report.learned[0]
             raise NormalizerError(
-                f"site '{site.name}': its unknown normalizer depends on the parameters, and m_step='{self.m_step}' goes by the "
-                "unnormalized density, of which negative chains give no more than the gradient. Take m_step='gradient': pgd, ipla, "
-                "ebipla or soul in the place of pqn and pmgd."
+                f"site '{site.name}': its unknown normalizer depends on the parameters, and optim={type(self.optim).__name__}(...) "
+                "goes by the unnormalized density, of which negative chains give no more than the gradient. Take an optimizer of "
+                "the gradient: pgd, ipla, ebipla or soul in the place of pqn and pmgd."
             )
         return report.needs_negative_phase or isinstance(self.model, negative_phase)
 
@@ -406,17 +401,19 @@ class ParticleMMLE(Engine):
                     "and a batch would give its particles noise that is not Langevin's. Make it a numpyro.param, or do not "
                     f"subsample '{around}'."
                 )
-        if self.drift == "mean":
-            self._num_data(program)
+        self._num_data(program)
 
     def _num_data(self, program: Run) -> int:
-        if self.num_data is not None:
-            return self.num_data
+        """What the gradient is divided by."""
+        if isinstance(self.drift, Summed):
+            return 1
+        if self.drift.num_data is not None:
+            return self.drift.num_data
         shared = set.intersection(*({plate for plate, _ in site.plates} for site in program.latents.values()))
         if not shared:
             raise ValueError(
-                "drift='mean' divides by the number of data, and no plate has all latent sites in it: pass num_data, or "
-                "drift='sum'."
+                "drift=Averaged() divides by the number of data, and no plate has all latent sites in it: give it, "
+                "drift=Averaged(num_data=...), or take drift=Summed()."
             )
         return int(np.prod([program.plates[plate].size for plate in shared]))
 
@@ -581,17 +578,17 @@ class ParticleMMLE(Engine):
     def _move_params(
         self, batch: "_Batch", theta: Any, seen: Particles, gradient: Any, optim_state: Any, rng_key: Array
     ) -> tuple[Any, Any]:
-        if self.m_step != "gradient":
+        if isinstance(self.optim, (Newton, Maximize)):
             flat, unravel = ravel_pytree(theta)
 
             def loss(flat: Array) -> Array:
                 return batch.loss(unravel(flat), seen)
 
-            if self.m_step == "maximize":
-                return unravel(_minimize(loss, flat)), optim_state
+            if isinstance(self.optim, Maximize):
+                return unravel(_minimize(loss, flat, self.optim.max_steps)), optim_state
             gradient = unravel(jnp.linalg.solve(jax.hessian(loss)(flat), ravel_pytree(gradient)[0]))
-        num_data = self._num_data(batch.program) if self.drift == "mean" else 1
-        if self.m_step == "gradient":
+        num_data = self._num_data(batch.program)
+        if not isinstance(self.optim, Newton):
             gradient = jax.tree.map(lambda g: g / num_data, gradient)
         temperature = 1 / (num_data * self.num_particles)
         updates, optim_state = self._transformation.update(gradient, optim_state, theta, temperature=temperature, rng_key=rng_key)
@@ -708,7 +705,7 @@ def _health(batch: _Batch, loss: Array, theta: Any, x: Particles, mutable_state:
     return health
 
 
-def _minimize(loss: Callable[[Array], Array], start: Array, max_steps: int = 50) -> Array:
+def _minimize(loss: Callable[[Array], Array], start: Array, max_steps: int) -> Array:
     """L-BFGS until a step is lost in rounding."""
     solver = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(loss)
