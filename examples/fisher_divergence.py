@@ -169,7 +169,7 @@ def find_bounds(rho: float, seed: int, args: argparse.Namespace, optims: dict[st
             begin = time.process_time()
             critic = make_critic(kind, machine, bits, args.dimension)
             settings = {"batch_size": BATCH_SIZE, "progress_bar": False}
-            result = fisher_divergence(keys[5], score, *splits, critic, optims[kind], args.num_steps, **settings)
+            result = fisher_divergence(keys[5], score, splits, critic, optims[kind], args.num_steps, **settings)
             lost = ((jax.vmap(result.critic)(splits[2]) - best_critic(machine, bits, splits[2])) ** 2).sum(1).mean() / 2
             numbers = map(float, (truths.mean(), truths.std() / NUM_TRUTH**0.5, result.estimate, result.standard_error, lost))
             found[name, kind] = Bound(*numbers, result.best_step, time.process_time() - begin)

@@ -214,7 +214,7 @@ def _posterior(**given):
 
 
 def _divergence(**given):
-    return fisher_divergence(KEY, None, V, V, V, None, **{"optim": STEP, "num_steps": 1, **given})
+    return fisher_divergence(KEY, None, (V, V, V), None, **{"optim": STEP, "num_steps": 1, **given})
 
 
 def _noise(**given):

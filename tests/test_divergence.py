@@ -252,9 +252,9 @@ def other_score(v, rng_key):
 
 
 def find(score=other_score, num_rows=2000, num_steps=600, critic=None, optim=None, **settings):
-    splits = (make_rows(seed, num_rows) for seed in (0, 1, 2))
+    splits = [make_rows(seed, num_rows) for seed in (0, 1, 2)]
     given = {"critic": critic or make_linear(), "optim": optim or ADAM, "progress_bar": False} | settings
-    return fisher_divergence(KEY, score, *splits, num_steps=num_steps, **given)
+    return fisher_divergence(KEY, score, splits, num_steps=num_steps, **given)
 
 
 def all_probes(monkeypatch):
@@ -331,13 +331,13 @@ def test_best_step_on_the_validation_rows_is_kept():
     # too narrow, so that the critic passes by the best one on its way; small batches make it shake.
     splits = make_rows(0, 2000, covariance=COVARIANCE / 3), make_rows(1, 2000), make_rows(2, 2000)
     settings = {"critic": make_linear(), "optim": ADAM, "batch_size": 5, "progress_bar": False}
-    found = fisher_divergence(KEY, other_score, *splits, num_steps=200, validate_every=7, **settings)
+    found = fisher_divergence(KEY, other_score, splits, num_steps=200, validate_every=7, **settings)
     assert found.steps.tolist() == [*range(0, 200, 7), 200]
     assert found.best_step == found.steps[found.validation.argmax()]
     assert 0 < found.best_step < 200
     assert found.validation[-1] < found.validation.max() / 2
     assert np.diff(found.validation[found.validation.argmax() :]).max() > 0
-    stopped = fisher_divergence(KEY, other_score, *splits, num_steps=found.best_step, validate_every=found.best_step, **settings)
+    stopped = fisher_divergence(KEY, other_score, splits, num_steps=found.best_step, validate_every=found.best_step, **settings)
     for kept, last in zip(found.critic.args, stopped.critic.args, strict=True):
         np.testing.assert_array_equal(kept, last)  # which also says that looks do not change the steps
     assert found.estimate == stopped.estimate
@@ -349,7 +349,7 @@ def test_key_decides_the_numbers():
     np.testing.assert_array_equal(first.validation, again.validation)
     splits = [make_rows(seed, 2000) for seed in (0, 1, 2)]
     settings = {"critic": make_linear(), "optim": ADAM, "num_steps": 20, "progress_bar": False}
-    assert fisher_divergence(jax.random.key(4), other_score, *splits, **settings).estimate != first.estimate
+    assert fisher_divergence(jax.random.key(4), other_score, splits, **settings).estimate != first.estimate
 
 
 def test_other_arrays_compile_nothing():
@@ -379,7 +379,7 @@ def test_scores_of_a_guide_give_the_divergence_of_the_marginal():
     critic = Partial(best, params["W"], params["b"], params["c"])
     score = Partial(marginal_score, model, guide, params, num_samples=1)
     settings = {"critic": critic, "optim": optax.sgd(0.0), "num_steps": 1, "progress_bar": False}
-    found = fisher_divergence(KEY, score, *v, **settings)
+    found = fisher_divergence(KEY, score, v, **settings)
     truth = (jax.vmap(critic)(normal(15, 100_000, NUM_VISIBLE)) ** 2).sum(1) / 2
     assert abs(found.estimate - truth.mean()) < 4 * found.standard_error
     assert found.standard_error < 0.05 * truth.mean()
@@ -412,6 +412,8 @@ ROWS = jnp.zeros((200, 2))
         ({"v_test": jnp.zeros((200, 3))}, r"v_test has events of shape \(3,\) and v_train of \(2,\)"),
         ({"v_validation": ROWS.at[3].set(jnp.nan)}, "v_validation: 1 of 200 rows are NaN or infinite"),
         ({"v_train": jnp.zeros((200, 2), int)}, "v_train must be floating rows"),
+        ({"splits": (ROWS, ROWS)}, r"splits must be three sets of rows, \(v_train, v_validation, v_test\), got 2 of them"),
+        ({"splits": ROWS}, r"splits must be three sets of rows, .*, got shape \(200, 2\)"),
         ({"critic": lambda v: v}, "the critic has no floating array to learn"),
         (
             {"critic": Partial(lambda a, v: a @ v, jnp.ones(2))},
@@ -423,10 +425,10 @@ ROWS = jnp.zeros((200, 2))
     ],
 )
 def test_fisher_divergence_refuses(change, message):
-    given = {"rng_key": KEY, "score": other_score, "v_train": ROWS, "v_validation": ROWS, "v_test": ROWS, "num_steps": 1}
-    given |= {"critic": make_linear(), "optim": optax.sgd(0.1), "progress_bar": False}
+    given = {"rng_key": KEY, "score": other_score, "critic": make_linear(), "optim": optax.sgd(0.1), "num_steps": 1} | change
+    splits = [given.pop(name, ROWS) for name in ("v_train", "v_validation", "v_test")]
     with pytest.raises(ValueError, match=message):
-        fisher_divergence(**(given | change))
+        fisher_divergence(**{"splits": splits, "progress_bar": False, **given})
 
 
 def test_a_critic_that_runs_away_stops_with_its_step():

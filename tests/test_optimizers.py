@@ -222,5 +222,5 @@ def test_a_critic_is_learned_by_any_optimizer():
     v = jax.random.normal(KEY, (3, 200, 2))
     critic = jax.tree_util.Partial(lambda a, x: a + 0 * x, jnp.zeros(2))
     for optim in (numpyro.optim.Adam(0.1), optax.lbfgs()):
-        found = fisher_divergence(KEY, lambda v, rng_key: 1 - v, *v, critic, optim, 60, progress_bar=False)
+        found = fisher_divergence(KEY, lambda v, rng_key: 1 - v, v, critic, optim, 60, progress_bar=False)
         assert abs(found.estimate - 1) < 5 * found.standard_error

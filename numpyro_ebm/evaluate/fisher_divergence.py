@@ -53,9 +53,7 @@ class FisherDivergence(NamedTuple):
 def fisher_divergence(
     rng_key: Array,
     score: Callable[..., Array],
-    v_train: Any,
-    v_validation: Any,
-    v_test: Any,
+    splits: Any,
     critic: Any,
     optim: Any,
     num_steps: int,
@@ -90,9 +88,8 @@ def fisher_divergence(
     :param rng_key: a key of :func:`jax.random.key`.
     :param score: ``score(v, rng_key=key)``, scores of a batch, ``(batch,) + event_shape`` to the same, rows independent:
         ``Partial(marginal_score, model, guide, params)``, or an exact score that takes the key and does not use it.
-    :param v_train: rows to train the critic on, of shape ``(rows,) + event_shape``.
-    :param v_validation: rows to choose the best step by.
-    :param v_test: rows of the estimate, 2 or more.
+    :param splits: three sets of rows of the data, ``(v_train, v_validation, v_test)``, of shape ``(rows,) + event_shape`` each: to
+        train the critic on, to choose the best step by, and for the estimate (2 rows or more).
     :param critic: a callable pytree such as an Equinox module, from one event to an array of its shape. Its floating arrays are
         learned, but for those it uses under :func:`jax.lax.stop_gradient`. The more of :math:`c^*` it contains, the tighter the
         bound: with the model's own score as a part of it, only that of the data has to be learned. It must be differentiable in
@@ -124,11 +121,11 @@ def fisher_divergence(
         >>> v = jax.random.normal(jax.random.key(0), (3, 4000, 2))
         >>> score = lambda v, rng_key: 1 - v  # of N(1, I), where the data have N(0, I): the divergence is 1
         >>> critic = Partial(lambda a, A, x: a + A @ x, jnp.zeros(2), jnp.zeros((2, 2)))
-        >>> found = fisher_divergence(jax.random.key(1), score, *v, critic, optax.adam(0.01), 500, progress_bar=False)
+        >>> found = fisher_divergence(jax.random.key(1), score, v, critic, optax.adam(0.01), 500, progress_bar=False)
         >>> bool(abs(found.estimate - 1) < 4 * found.standard_error)
         True
     """
-    splits = {"v_train": jnp.asarray(v_train), "v_validation": jnp.asarray(v_validation), "v_test": jnp.asarray(v_test)}
+    splits = _by_name(splits)
     num_steps, batch_size = require_count("num_steps", num_steps), require_count("batch_size", batch_size)
     num_probes = require_count("num_probes", num_probes)
     num_test_probes = None if num_test_probes is None else require_count("num_test_probes", num_test_probes)
@@ -277,6 +274,15 @@ def _partition(critic: Any) -> tuple[Any, Any]:
 
 def _merge(learned: Any, rest: Any) -> Any:
     return jax.tree.map(lambda a, b: b if a is None else a, learned, rest, is_leaf=lambda x: x is None)
+
+
+def _by_name(splits: Any) -> dict[str, Array]:
+    try:
+        v_train, v_validation, v_test = splits
+    except (TypeError, ValueError):
+        found = f"{len(splits)} of them" if isinstance(splits, (tuple, list)) else f"shape {jnp.shape(splits)}"
+        raise ValueError(f"splits must be three sets of rows, (v_train, v_validation, v_test), got {found}.") from None
+    return {"v_train": jnp.asarray(v_train), "v_validation": jnp.asarray(v_validation), "v_test": jnp.asarray(v_test)}
 
 
 def _require_splits(splits: dict[str, Array], batch_size: int) -> None:
