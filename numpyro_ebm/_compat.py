@@ -76,6 +76,11 @@ def name_inside(handler: Messenger, name: str) -> str:
     return name
 
 
+def is_auxiliary(site: dict[str, Any]) -> bool:
+    """Whether a guide draws all latents at once at this site, which the model does not have."""
+    return bool(site["infer"].get("is_auxiliary"))
+
+
 def layers(fn: Any) -> Iterator[Any]:
     """A distribution, then what it wraps, outermost first (plates wrap a site's distribution)."""
     yield fn

@@ -463,11 +463,39 @@ def guide_without_params(v):
         numpyro.sample("h", dist.Normal(0, 1))
 
 
+@pytest.mark.parametrize("outer", [False, True])
+def test_every_lower_loss_takes_the_same_plate_for_the_rows(outer):
+    """An inner plate of as many latents, or an outer one that has nothing to do with the visible, under any lower loss.
+
+    Catches engine and lower loss that find the rows each in its own way: one learns what the other refuses.
+    """
+
+    def model(v):
+        loc = numpyro.param("loc", 0.0)
+        with numpyro.plate("data", len(v), dim=-1 if outer else -2):
+            with numpyro.plate("units", 3 if outer else len(v), dim=-2 if outer else -1):
+                h = numpyro.sample("h", dist.Normal(0, 1))
+            numpyro.sample("v", dist.Normal(loc + h.sum(-2 if outer else -1).reshape(v.shape), 1), obs=v)
+
+    def guide(v):
+        shift = numpyro.param("shift", 0.0)
+        with (
+            numpyro.plate("data", len(v), dim=-1 if outer else -2),
+            numpyro.plate("units", 3 if outer else len(v), dim=-2 if outer else -1),
+        ):
+            numpyro.sample("h", dist.Normal(shift, 1))
+
+    v = normal(4, 10) if outer else normal(4, 10)[:, None]
+    for lower_loss in (Trace_ELBO(), PosteriorFisher()):
+        engine = BiSM(model, guide, STEP, STEP, ExactScoreMatching(), lower_loss)
+        assert jnp.isfinite(engine.update(engine.init(KEY, v), v)[1])
+
+
 REFUSED_GUIDES = {
-    "missing": (guide_without_h, "site 'h': the guide has no such site"),
-    "more": (guide_of_more, "site 'g': the guide samples it and the model has no such latent"),
+    "missing": (guide_without_h, "site 'h': the model samples it and the guide, which samples .*, does not"),
+    "more": (guide_of_more, r"site 'g': the guide samples it and the model, which samples \['h'\], does not"),
     "shape": (guide_of_wrong_shape, r"site 'h': the guide gives shape \(10, 2\), the model needs \(10,\)"),
-    "shared": (guide_that_shares, r"model and guide share the params \['loc'\]"),
+    "shared": (guide_that_shares, r"the model and the guide share \['loc'\]"),
     "not reparametrized": (
         guide_of_gammas,
         "site 'h': the guide draws it from Poisson, which is not reparametrized.*GumbelBernoulli",

@@ -194,8 +194,8 @@ def without_latents(v):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"guide": guide_without_latent}, "site 'h': the model samples it and the guide has no such latent"),
-        ({"guide": guide_of_more}, "site 'g': the guide samples it and the model has no such latent"),
+        ({"guide": guide_without_latent}, r"site 'h': the model samples it and the guide, which samples \[\], does not"),
+        ({"guide": guide_of_more}, r"site 'g': the guide samples it and the model, which samples \['h'\], does not"),
         ({"guide": guide_of_five}, r"site 'h': the guide gives shape \(4, 5\), the model needs \(4, 4\)"),
         ({"guide": guide_across_rows}, "site 'h': a latent outside plate 'data'"),
         ({"model": without_latents, "guide": guide_without_latent}, "the model has no latent site"),

@@ -13,6 +13,7 @@ from numpyro_ebm._checks import require_bool, require_count
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.objectives.latent import draw, row_density, scores
 from numpyro_ebm.program.check import check_run
+from numpyro_ebm.program.pair import require_pair
 from numpyro_ebm.program.run import Run, run_model
 from numpyro_ebm.program.sites import Model
 from numpyro_ebm.program.visible import find_visible, require_rows
@@ -113,7 +114,7 @@ def _require_pair(
     of_guide = run_model(guide, args, kwargs, rng_key, data=params)
     _require_params(of_guide, params, "the guide")
     require_rows(of_guide, visible)
-    _require_same_latents(of_model, of_guide)
+    require_pair(of_model, of_guide)
     return visible.plate
 
 
@@ -121,16 +122,3 @@ def _require_params(program: Run, params: dict[str, Any], what: str) -> None:
     """Refuses params that lack one of a program's, whose own starting value would take its place."""
     if missing := sorted(set(program.params) - set(params)):
         raise ValueError(f"params lacks {missing}, which {what} has: pass get_params(state) of a fit, all of it.")
-
-
-def _require_same_latents(model: Run, guide: Run) -> None:
-    if alone := sorted(set(model.latents) ^ set(guide.latents)):
-        have, lacks = ("model", "guide") if alone[0] in model.latents else ("guide", "model")
-        raise ValueError(f"site '{alone[0]}': the {have} samples it and the {lacks} has no such latent. They must be the same.")
-    for name in model.latents:
-        given, wanted = jnp.shape(guide.sites[name]["value"]), model.sites[name]["fn"].shape()
-        if given != wanted:
-            raise ValueError(
-                f"site '{name}': the guide gives shape {given}, the model needs {wanted}: they must sample the same event shape in "
-                "the same plates."
-            )

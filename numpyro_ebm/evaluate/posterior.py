@@ -25,7 +25,7 @@ from numpyro_ebm._checks import require_count
 from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.program.check import check_run
-from numpyro_ebm.program.rows import per_row
+from numpyro_ebm.program.rows import dim_of, per_row, shared_plates
 from numpyro_ebm.program.run import (
     Run,
     constrain_params,
@@ -249,8 +249,8 @@ class Posterior:
 
     def _common_plate(self, latents: Latents) -> str | None:
         """The largest plate with all latents in it whose rows are independent."""
-        shared = set.intersection(*({plate for plate, _ in site.plates} for site in self.program.latents.values()))
-        for plate in sorted(shared, key=lambda plate: (-self.program.plates[plate].size, plate)):
+        shared = shared_plates(self.program, self.program.latents)
+        for plate in sorted(shared, key=lambda plate: -self.program.plates[plate].size):
             if self._factorizes(plate, latents):
                 return plate
         return None
@@ -285,7 +285,7 @@ class Posterior:
         """The log density of every row of a plate, and of what stands outside it."""
         inside = {}
         for name, term in terms.items():
-            if any(frame.name == plate for frame in self.program.sites[name].get("cond_indep_stack", ())):
+            if dim_of(self.program.sites[name], plate) is not None:
                 inside[name] = term
         return per_row(inside, self.program, plate), total({name: term for name, term in terms.items() if name not in inside})
 

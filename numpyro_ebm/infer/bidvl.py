@@ -36,7 +36,8 @@ from numpyro_ebm.infer.engine import Engine, compiled
 from numpyro_ebm.infer.score_engine import require_params, require_same_params
 from numpyro_ebm.infer.step import Health, health_of
 from numpyro_ebm.optim import apply_gradient, as_transformation
-from numpyro_ebm.program.rows import first_batch, per_row, random_batch
+from numpyro_ebm.program.pair import require_apart, require_pair
+from numpyro_ebm.program.rows import first_batch, leading_plate, per_row, random_batch, row_plate
 from numpyro_ebm.program.run import (
     Run,
     at_mean,
@@ -295,13 +296,11 @@ class BiDVL(Engine):
         self._require_pair(encoder, generator)
         _require_rows_of_latents(encoder, "the encoder", len(args[0]))
         _require_rows_of_latents(generator, "the generator", len(args[0]))
-        params = [(energy, "the energy"), (encoder, "the encoder"), (generator, "the generator")]
-        for i, (program, what) in enumerate(params):
-            require_params(program, {}, what)
-            for other, name in params[:i]:
-                if shared := sorted({*program.params, *program.mutable_state} & {*other.params, *other.mutable_state}):
-                    raise ValueError(f"{name} and {what} share {shared}, which belong to one of them: name them apart.")
-        known = sorted(name for program, _ in params for name in program.params)
+        runs = {"the energy": energy, "the encoder": encoder, "the generator": generator}
+        for what, run in runs.items():
+            require_params(run, {}, what)
+        require_apart(runs)
+        known = sorted(name for run in runs.values() for name in run.params)
         if unknown := sorted(set(given) - set(known)):
             raise ValueError(f"init_params names {unknown}, which is no param site: the programs have {known}.")
         self._require_reparametrized(generator, visible)
@@ -320,25 +319,13 @@ class BiDVL(Engine):
         """Refuses an encoder that is none of the generator's."""
         if not generator.latents:
             raise ValueError("the generator has no latent site: it needs one to draw visibles from.")
-        for name in encoder.latents:
-            if name not in generator.latents:
-                raise ValueError(
-                    f"site '{name}': the encoder draws it and the generator has no such latent, it has {sorted(generator.latents)}."
-                )
+        require_pair(generator, encoder, ("generator", "encoder"))
+        for name in generator.latents:
             fn = encoder.sites[name]["fn"]
             if not fn.has_rsample:
                 raise ValueError(
                     f"site '{name}': the encoder draws it from {kind_of(fn)}, which is not reparametrized: the lower level "
                     "differentiates through the draw. Use a continuous distribution such as Normal."
-                )
-        for name in generator.latents:
-            if name not in encoder.latents:
-                raise ValueError(f"site '{name}': the encoder has no such site, it has {sorted(encoder.latents)}. Sample it there.")
-            theirs, wanted = jnp.shape(encoder.sites[name]["value"]), jnp.shape(generator.sites[name]["value"])
-            if theirs != wanted:
-                raise ValueError(
-                    f"site '{name}': the encoder gives shape {theirs}, the generator {wanted}: they must sample the same event "
-                    "shape in the same plates."
                 )
             if generator.sites[name]["fn"].support.is_discrete:
                 raise ValueError(
@@ -458,8 +445,8 @@ class _Levels:
         self._of_theta, self._of_phi, self._of_omega = (each.param_transforms for each in (energy, encoder, generator))
         self.visible = _visible(energy, self.v)
         self.support = energy.sites[self.visible]["fn"].support
-        self.plate, _ = _row_plate(energy, self.visible, len(self.v))
-        _, self._row_dim = _row_plate(generator, self.visible, len(self.v))
+        self.plate = _row_plate(energy, self.visible, len(self.v))
+        self._row_dim = -len(generator.sites[self.visible]["fn"].batch_shape)  # the rows are outermost
 
     def on(self, args: tuple[Any, ...]) -> "_Levels":
         """The same programs on another batch."""
@@ -652,24 +639,23 @@ def _require_shape(name: str, what: str, program: Run, v: Array) -> None:
 def _require_rows_of_latents(program: Run, what: str, num_rows: int) -> None:
     """Refuses latents that rows share: the levels are means over rows, and their weights go to one row each."""
     for name in program.latents:
-        if all(frame.size != num_rows for frame in program.sites[name]["cond_indep_stack"]):
+        if row_plate(program, [name], num_rows) is None:
             raise ValueError(
                 f"site '{name}': {what} draws it outside the plate of the {num_rows} rows, and each needs latents of its own."
             )
 
 
-def _row_plate(program: Run, site: str, num_rows: int) -> tuple[str, int]:
-    """Name and dimension of the plate of the rows, the leftmost."""
+def _row_plate(program: Run, site: str, num_rows: int) -> str:
+    """The plate of the rows."""
     for name, plate in program.subsampled.items():
         raise ValueError(
             f"plate '{name}' shows {len(plate.indices)} of {plate.size} rows: give the engine batch_size instead of the plate "
             "subsample_size, or pass a batch to every update."
         )
-    ndim = len(program.sites[site]["fn"].batch_shape)
-    frames = [f for f in program.sites[site]["cond_indep_stack"] if f.dim == -ndim and f.size == num_rows]
-    if not frames:
+    rows = leading_plate(program, site, num_rows)
+    if rows is None:
         raise ValueError(
             f"site '{site}': there is no plate of the {num_rows} rows of the first argument around it: write "
             f"`with numpyro.plate('data', {num_rows})`, outermost."
         )
-    return frames[0].name, frames[0].dim
+    return rows

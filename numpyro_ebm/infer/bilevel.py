@@ -22,8 +22,11 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro_ebm._checks import require_count, require_instance
 from numpyro_ebm.infer.score_engine import ScoreEngine, require_params, require_same_params
 from numpyro_ebm.infer.step import Health, health_of
+from numpyro_ebm.objectives.guide import PosteriorFisher
 from numpyro_ebm.objectives.score import ScoreObjective
 from numpyro_ebm.optim import apply_gradient, as_transformation
+from numpyro_ebm.program.pair import require_apart, require_pair
+from numpyro_ebm.program.rows import dim_of, row_plate
 from numpyro_ebm.program.run import Run, constrain_params, run_model, strong_types, unconstrain_params
 from numpyro_ebm.program.sites import Model
 from numpyro_ebm.program.visible import Visible
@@ -118,22 +121,10 @@ class BilevelEngine(ScoreEngine):
             require_params(guide, {}, "the guide")
         if not model.latents:
             raise ValueError("the model has no latent site: learn it by ScoreMatching, which needs no guide.")
-        if shared := sorted(set(model.params) & set(guide.params)):
-            raise ValueError(f"model and guide share the params {shared}, which belong to one level each: name them apart.")
-        for name in model.latents:
-            if name not in guide.latents:
-                raise ValueError(f"site '{name}': the guide has no such site, it has {sorted(guide.latents)}. Sample it there.")
-            given_shape, wanted = jnp.shape(guide.sites[name]["value"]), model.sites[name]["fn"].shape()
-            if given_shape != wanted:
-                raise ValueError(
-                    f"site '{name}': the guide gives shape {given_shape}, the model needs {wanted}: they must sample the same "
-                    "event shape in the same plates."
-                )
+        require_apart({"the model": model, "the guide": guide})
+        require_pair(model, guide, auxiliary=True)
         for name in guide.latents:
-            site = guide.sites[name]
-            if name not in model.latents and not site["infer"].get("is_auxiliary", False):
-                raise ValueError(f"site '{name}': the guide samples it and the model has no such latent. Take it out.")
-            self._require_draws(name, site["fn"])
+            self._require_draws(name, guide.sites[name]["fn"])
 
     def _step(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Array, Health]:
         rng_key, batch_key, inner_key, upper_key = jax.random.split(state.rng_key, 4)
@@ -196,7 +187,11 @@ class Levels:
         require_same_params(model, state.theta)
         require_same_params(guide, state.phi, "the guide")
         self._of_theta, self._of_phi = model.param_transforms, guide.param_transforms
-        self.plate, self._row_dim = _rows(model, len(self.v))
+        plate = row_plate(model, model.latents, len(self.v))
+        if plate is None:
+            raise ValueError(f"no plate of the {len(self.v)} rows of the first argument is around all of {sorted(model.latents)}.")
+        self.plate = plate
+        self._row_dim = next(dim for name in model.latents if (dim := dim_of(model.sites[name], plate)) is not None)
 
     def theta_of(self, theta: Any) -> dict[str, Any]:
         """The model's params at unconstrained values."""
@@ -213,17 +208,11 @@ class Levels:
         weight = self.objective.weight(len(v)).astype(v.dtype)
         params = {**self.theta_of(theta), **self.phi_of(phi)}
         with numpyro.validation_enabled(False):  # a relaxed bit is not a bit, and would have the log density -inf
-            if hasattr(self.lower_loss, "losses"):
-                losses = self.lower_loss.losses(draw_key, params, self.model, self.guide, v, *self.rest, **self.kwargs)
+            if isinstance(self.lower_loss, PosteriorFisher):
+                args = v, *self.rest
+                losses, _ = self.lower_loss.losses_of_rows(self.plate, draw_key, params, self.model, self.guide, args, self.kwargs)
                 return (weight * losses).mean()
             by_row = weight.reshape(-1, *[1] * (-1 - self._row_dim))
             model, guide = scale(self.model, scale=by_row), scale(self.guide, scale=by_row)
             loss: Array = self.lower_loss.loss(draw_key, params, model, guide, v, *self.rest, **self.kwargs)
             return loss / len(v)
-
-
-def _rows(model: Run, num_rows: int) -> tuple[str, int]:
-    """Name and dimension of the plate of the rows, in which all latents lie."""
-    frames = [{(f.dim, f.name) for f in model.sites[name]["cond_indep_stack"] if f.size == num_rows} for name in model.latents]
-    dim, name = min(set.intersection(*frames))
-    return name, dim

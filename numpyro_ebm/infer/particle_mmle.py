@@ -44,7 +44,7 @@ from numpyro_ebm.optim import (
     require_step,
 )
 from numpyro_ebm.program.check import check_run
-from numpyro_ebm.program.rows import all_batches, by_site, full_shape, gather, scatter, subsampled_indices
+from numpyro_ebm.program.rows import all_batches, by_site, full_shape, gather, scatter, shared_plates, subsampled_indices
 from numpyro_ebm.program.run import (
     Run,
     constrain_params,
@@ -409,7 +409,7 @@ class ParticleMMLE(Engine):
             return 1
         if self.drift.num_data is not None:
             return self.drift.num_data
-        shared = set.intersection(*({plate for plate, _ in site.plates} for site in program.latents.values()))
+        shared = shared_plates(program, program.latents)
         if not shared:
             raise ValueError(
                 "drift=Averaged() divides by the number of data, and no plate has all latent sites in it: give it, "

@@ -17,6 +17,8 @@ from numpyro.distributions import Delta
 from numpyro.handlers import substitute
 
 from numpyro_ebm._compat import calling_objective, layers
+from numpyro_ebm.program.pair import require_latent, require_no_auxiliary, require_no_more
+from numpyro_ebm.program.rows import dim_of, row_plate, shared_plates
 from numpyro_ebm.program.run import Run, log_density, run_model
 from numpyro_ebm.program.sites import Model, Site, is_latent, transform_of
 
@@ -36,9 +38,9 @@ class PosteriorFisher:
     Energies need no :class:`~numpyro_ebm.unnormalized`: :math:`\log Z` has no gradient in ``h``, and where it has, because the
     parameters of an energy depend on a latent, the guard refuses.
 
-    All latents must lie in the one plate whose rows are the data. :meth:`loss` stands in for ``Trace_ELBO().loss`` in
-    :class:`numpyro.infer.SVI`, to fit a guide to a model without parameters of its own: the divergence says nothing of how
-    well a model fits the data, so SVI must not move them.
+    All latents must lie in the plate whose rows are the data: the outermost that they share. :meth:`loss` stands in for
+    ``Trace_ELBO().loss`` in :class:`numpyro.infer.SVI`, to fit a guide to a model without parameters of its own: the divergence
+    says nothing of how well a model fits the data, so SVI must not move them.
 
     **References**
 
@@ -79,9 +81,9 @@ class PosteriorFisher:
         :param guide: its guide, which samples all its latents and nothing else.
         :param args: arguments of both.
         :raises ValueError: naming the site, if model and guide sample different latents or shapes, a latent is discrete, not
-            reparametrized, without a density or outside the one plate of all others, or its values do not vary freely.
+            reparametrized, without a density or outside the plate of the rows, or its values do not vary freely.
         """
-        return self._losses(rng_key, params, model, guide, args, kwargs)[0]
+        return self.losses_of_rows(None, rng_key, params, model, guide, args, kwargs)[0]
 
     def loss(self, rng_key: Array, params: dict[str, Any], model: Model, guide: Model, *args: Any, **kwargs: Any) -> Array:
         """The sum of :meth:`losses` over rows, a scalar.
@@ -94,23 +96,34 @@ class PosteriorFisher:
         self, rng_key: Array, params: dict[str, Any], model: Model, guide: Model, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         """:meth:`loss`, and the values of the mutable sites after it."""
-        losses, mutable_state = self._losses(rng_key, params, model, guide, args, kwargs)
+        losses, mutable_state = self.losses_of_rows(None, rng_key, params, model, guide, args, kwargs)
         return {"loss": losses.sum(), "mutable_state": mutable_state or None}
 
-    def _losses(
-        self, rng_key: Array, params: dict[str, Any], model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def losses_of_rows(
+        self,
+        plate: str | None,
+        rng_key: Array,
+        params: dict[str, Any],
+        model: Model,
+        guide: Model,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> tuple[Array, dict[str, Any]]:
+        """:meth:`losses`, and the values of the mutable sites after it.
+
+        :param plate: the plate of the rows, if who calls knows it; else the outermost that all latents of the guide share.
+        """
         model_key, guide_key = jax.random.split(rng_key)
         drawn = run_model(guide, args, kwargs, guide_key, data=params)
         _require_scores(drawn)
-        rows = _rows_of(drawn)
+        rows = _rows_of(drawn) if plate is None else plate
         indices = {name: plate.indices for name, plate in drawn.plates.items()}
 
         def log_ratio(h: Latents) -> tuple[Array, dict[str, Any]]:
             data = {**params, **indices}
             with numpyro.validation_enabled(False):  # it would make bits with a soft value impossible, and cut their gradient
                 log_p, seen = log_density(_at(h, model, drawn, rows), args, kwargs, model_key, data=data)
-            _require_no_more(drawn, seen)
+            require_no_more(seen, drawn)
             if calling_objective() is self:  # SVI moves the params of both
                 _require_fixed_model(seen, drawn)
             log_q, _ = log_density(guide, args, kwargs, guide_key, data={**data, **h})
@@ -122,25 +135,21 @@ class PosteriorFisher:
         return jnp.sum(jnp.stack(squares), 0) / 2, {**drawn.mutable_state, **mutable_state}
 
 
-def _by_row(program: Run, name: str, plate: str, value: Array) -> Array:
+def _by_row(run: Run, name: str, plate: str, value: Array) -> Array:
     """The sum over everything but a plate of an array that is shaped like a latent, ``(rows,)``."""
-    value = jnp.moveaxis(value, _dim(program.sites[name], plate) - program.sites[name]["fn"].event_dim, 0)
+    dim = dim_of(run.sites[name], plate)
+    assert dim is not None  # all latents are in it
+    value = jnp.moveaxis(value, dim - run.sites[name]["fn"].event_dim, 0)
     return value.reshape(len(value), -1).sum(-1)
 
 
 def _rows_of(program: Run) -> str:
-    """The plate whose rows are the data: the one that all latents of a guide share."""
-    frames = {name: {frame.name for frame in program.sites[name]["cond_indep_stack"]} for name in program.latents}
-    shared = set.intersection(*frames.values())
-    if len(shared) == 1:
-        return shared.pop()
-    if shared:
-        raise ValueError(
-            f"the guide's latents {sorted(frames)} share the plates {sorted(shared)}: it cannot be told which has the rows of the "
-            "data. Keep the plate of the rows, and make the others dimensions of the event with .to_event(...)."
-        )
-    outside = next((name for name, plates in frames.items() if not plates), None)
-    where = f"site '{outside}' stands in no plate" if outside else f"the guide's latents {sorted(frames)} share no plate"
+    """The plate of the rows, in which all latents of a guide lie."""
+    plate = row_plate(program, program.latents)
+    if plate is not None:
+        return plate
+    outside = next((name for name in program.latents if not shared_plates(program, [name])), None)
+    where = f"site '{outside}' stands in no plate" if outside else f"the guide's latents {sorted(program.latents)} share no plate"
     raise ValueError(
         f"{where}: the loss is by row of the data, each with latents of its own. Put all latents in the plate of the data, in "
         "model and guide; a latent that all rows share is what a numpyro.param is for here."
@@ -153,47 +162,21 @@ def _at(h: Latents, model: Model, drawn: Run, rows: str) -> Model:
     def value(site: Site) -> Array | None:
         if not is_latent(site):
             return None
-        _require_drawn(site, drawn, rows)
+        require_latent(site, drawn, plate=rows)
         return h[site["name"]]
 
     return substitute(model, substitute_fn=value)
-
-
-def _require_drawn(site: Site, drawn: Run, rows: str) -> None:
-    name = site["name"]
-    if name not in drawn.latents:
-        raise ValueError(f"site '{name}': the model samples it and the guide does not. Sample it in the guide, or observe it.")
-    got, wanted = jnp.shape(drawn.sites[name]["value"]), site["fn"].shape()
-    if got != wanted:
-        raise ValueError(
-            f"site '{name}': the guide gives shape {got}, the model needs {wanted}: they must sample the same event shape in the "
-            "same plates."
-        )
-    if _dim(site, rows) != _dim(drawn.sites[name], rows):
-        raise ValueError(f"site '{name}': it does not lie in plate '{rows}' in the model as it does in the guide: it must.")
-
-
-def _require_no_more(drawn: Run, model: Run) -> None:
-    if extra := [name for name in drawn.latents if name not in model.latents]:
-        raise ValueError(
-            f"site '{extra[0]}': the guide samples it and the model, which samples {sorted(model.latents)}, does not, so that the "
-            "guide has no density of the model's latents alone. Sample those directly, and nothing else."
-        )
 
 
 def _require_scores(drawn: Run) -> None:
     """Refuses guides whose samples have no gradient in the parameters, or whose density has none in the samples."""
     if not drawn.latents:
         raise ValueError("the guide samples no latent: it must sample those of the model.")
+    require_no_auxiliary(drawn)
     for name in drawn.latents:
         site = drawn.sites[name]
         *_, core = layers(site["fn"])
         kind = type(core).__name__
-        if site["infer"].get("is_auxiliary"):
-            raise ValueError(
-                f"site '{name}': the guide draws all latents at once from this site, which the model has not, so that it has no "
-                "density of the model's latents alone. Sample those directly; of the AutoGuides, AutoNormal does."
-            )
         if site["fn"].support.is_discrete:
             raise ValueError(
                 f"site '{name}': {kind} is discrete, and the loss needs a gradient in its value. Draw it relaxed in the guide, "
@@ -227,8 +210,3 @@ def _require_fixed_model(model: Run, guide: Run) -> None:
             "Fix it, with numpyro.handlers.block(numpyro.handlers.substitute(model, data=params), hide=list(params)), or learn "
             "it with an engine that has an objective for the model."
         )
-
-
-def _dim(site: Site, plate: str) -> int | None:
-    """Where a plate stands among the batch dims of a site."""
-    return next((frame.dim for frame in site["cond_indep_stack"] if frame.name == plate), None)

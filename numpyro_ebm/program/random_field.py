@@ -24,7 +24,7 @@ from numpyro.primitives import Messenger
 from numpyro_ebm._compat import layers
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm.distributions.energy import NormalizerError
-from numpyro_ebm.program.rows import per_row
+from numpyro_ebm.program.rows import dim_of, per_row, shared_plates
 from numpyro_ebm.program.run import Run, log_density_terms, run_model, total
 from numpyro_ebm.program.sites import Model, transform_of
 from numpyro_ebm.samplers import MALA, Sampler, Target
@@ -238,9 +238,8 @@ ROUNDING = 1e-3
 
 def _shared_plate(program: Run) -> str | None:
     """The plate with most rows of those around every sample site, factors too; None if there is none."""
-    around = [{f.name for f in site["cond_indep_stack"]} for site in program.sites.values() if site["type"] == "sample"]
-    shared = set.intersection(*around)
-    return max(sorted(shared), key=lambda name: len(program.plates[name].indices), default=None)
+    shared = shared_plates(program, [name for name, site in program.sites.items() if site["type"] == "sample"])
+    return max(shared, key=lambda name: len(program.plates[name].indices), default=None)
 
 
 def _require_pool(program: Run, plate: str | None, masked: str | None) -> None:
@@ -251,7 +250,7 @@ def _require_pool(program: Run, plate: str | None, masked: str | None) -> None:
         )
     for name in program.subsampled:
         if name != plate:
-            outside = [s for s, site in program.sites.items() if site["type"] == "sample" and not _is_in(site, name)]
+            outside = [s for s, site in program.sites.items() if site["type"] == "sample" and dim_of(site, name) is None]
             where = (
                 f"site '{outside[0]}' of a random field stands outside" if outside else "a random field stands in a second plate"
             )
@@ -259,7 +258,3 @@ def _require_pool(program: Run, plate: str | None, masked: str | None) -> None:
                 f"{where} the subsampled plate '{name}', so that the rows of a batch are no field by themselves: put all sites "
                 "and factors into the one plate that is subsampled, or do not subsample."
             )
-
-
-def _is_in(site: dict[str, Any], plate: str) -> bool:
-    return any(frame.name == plate for frame in site["cond_indep_stack"])

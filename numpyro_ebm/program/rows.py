@@ -9,7 +9,7 @@ gathered before a step and scattered after it, in place when compiled, so that a
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -18,8 +18,38 @@ import numpy as np
 from jax import Array
 
 from numpyro_ebm.program.run import Run
+from numpyro_ebm.program.sites import Site
 
 Indices = dict[str, Array]  # by subsampled plate, (subsample_size,)
+
+
+def shared_plates(run: Run, names: Iterable[str]) -> list[str]:
+    """The plates around all of these sites, outermost first."""
+    sites = [run.sites[name] for name in names]
+    dims = {frame.name: frame.dim for site in sites for frame in site["cond_indep_stack"]}
+    seen = dims.keys() & run.plates.keys()  # those inside a scan are not
+    shared = [plate for plate in sorted(seen) if all(dim_of(site, plate) is not None for site in sites)]
+    return sorted(shared, key=lambda plate: dims[plate])
+
+
+def row_plate(run: Run, names: Iterable[str], num_rows: int | None = None) -> str | None:
+    """The plate whose rows are those of the data: the outermost around all of these sites, of ``num_rows`` rows if that is known.
+
+    Every engine and objective asks here, so that what one of them takes for a row is a row for all of them. None if there is none.
+    """
+    plates = shared_plates(run, names)
+    return next((plate for plate in plates if num_rows is None or len(run.plates[plate].indices) == num_rows), None)
+
+
+def leading_plate(run: Run, name: str, num_rows: int) -> str | None:
+    """The plate of the rows of a site that has them along the first axis of its value; None if there is none."""
+    plate, site = row_plate(run, [name], num_rows), run.sites[name]
+    return plate if plate is not None and dim_of(site, plate) == -len(site["fn"].batch_shape) else None
+
+
+def dim_of(site: Site, plate: str) -> int | None:
+    """Where a plate stands among the batch dims of a site, from the right; None where the site is not in it."""
+    return next((frame.dim for frame in site["cond_indep_stack"] if frame.name == plate), None)
 
 
 def random_batch(rng_key: Array, batch_size: int | None, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from jax import Array
 from numpyro.handlers import substitute
 
 from numpyro_ebm.program.provenance import mark, sources
+from numpyro_ebm.program.rows import leading_plate
 from numpyro_ebm.program.run import Run, run_model
 from numpyro_ebm.program.sites import Model, Site, is_latent, is_unbounded, kind_of
 
@@ -134,11 +135,10 @@ def _require_all_rows(program: Run) -> None:
 
 
 def _row_plate(program: Run, site: Site, num_rows: int) -> str | None:
-    shape = site["fn"].batch_shape
-    rows = [frame.name for frame in site["cond_indep_stack"] if frame.dim == -len(shape) and frame.size == num_rows]
-    if not rows and (site["cond_indep_stack"] or not shape or shape[0] != num_rows):
+    shape, plate = site["fn"].batch_shape, leading_plate(program, site["name"], num_rows)
+    if plate is None and (site["cond_indep_stack"] or not shape or shape[0] != num_rows):
         raise ValueError(
             f"site '{site['name']}': its batch shape is {shape}, and the first argument has {num_rows} rows: its leftmost "
             f"dimension must be that of the rows, as in `with numpyro.plate('data', {num_rows})`."
         )
-    return rows[0] if rows else None
+    return plate
