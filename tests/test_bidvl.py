@@ -24,7 +24,7 @@ from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 from numpyro_ebm import MALA, BiDVL, EnergyDistribution
 from numpyro_ebm.infer import Difference, Hinge, LowerLevel, Softplus
-from numpyro_ebm.infer.bidvl import _Levels, energy_weights
+from numpyro_ebm.infer.bidvl import _Levels, energy_weights, upper_keys
 from numpyro_ebm.infer.bidvl_settings import LATENT_TERMS
 from numpyro_ebm.samplers import Sampler
 
@@ -212,7 +212,7 @@ def test_gradient_of_the_latent_term_flows_where_its_form_says(form):
 def test_upper_level_is_the_energy_of_data_less_that_of_generated(form):
     """Its gradient is E_data grad E - E_gen grad E, each row by its weight, in theta alone. Catches a wrong sign."""
     state, levels = start(engine_of(upper=form()))
-    gradient = jax.jit(jax.grad(value_of(levels.upper), (0, 1, 2)))(*blocks(state), {}, KEY)
+    gradient = jax.jit(jax.grad(value_of(levels.upper), (0, 1, 2)))(*blocks(state), {}, upper_keys(KEY))
 
     def of_rows(v):
         loc, spread = state.theta["loc"], jnp.exp(state.theta["spread"])
@@ -232,7 +232,7 @@ def test_upper_level_has_no_gradient_where_the_generator_gives_the_data(form):
     """On the same rows; for the hinge where all its corners are further away."""
     v = 0.4 + 0.3 * OF_LATENT + 0.2 * OF_VISIBLE
     state, levels = start(engine_of(upper=form()), v, mean=0.4, gain=0.3, noise=0.2)
-    gradient = jax.grad(value_of(levels.upper))(*blocks(state), {}, KEY)
+    gradient = jax.grad(value_of(levels.upper))(*blocks(state), {}, upper_keys(KEY))
     assert_close(gradient, jax.tree.map(jnp.zeros_like, gradient), atol=1e-15)
 
 
@@ -285,7 +285,7 @@ def test_without_noise_visibles_are_means():
     state, levels = start(engine_of(noise=False))
     quiet = {**state.omega, "noise": -jnp.inf}
     closed = upper_by_hand(state.theta, quiet)
-    np.testing.assert_allclose(levels.upper(*blocks(state), {}, KEY)[0], closed, rtol=1e-12)
+    np.testing.assert_allclose(levels.upper(*blocks(state), {}, upper_keys(KEY))[0], closed, rtol=1e-12)
     state, levels = start(engine_of(lower=LowerLevel("complete", vae_weight=0.0), noise=False))
     closed = energy_by_hand(state.theta, *generated_moments(quiet)) + latent_by_hand(state.phi, quiet, "complete")
     np.testing.assert_allclose(levels.lower(*blocks(state), {}, KEY)[0], closed, rtol=1e-12)
@@ -308,8 +308,8 @@ def test_sampler_moves_generated_visibles_for_the_upper_level_alone():
     def by_hand(theta):
         return energy_by_hand(theta, 1.4, 2.25) - energy_by_hand(theta, *moved)
 
-    assert_close(levels.upper(*blocks(state), {}, KEY)[0], by_hand(state.theta))
-    gradient = jax.grad(value_of(levels.upper), (0, 1, 2))(*blocks(state), {}, KEY)
+    assert_close(levels.upper(*blocks(state), {}, upper_keys(KEY))[0], by_hand(state.theta))
+    gradient = jax.grad(value_of(levels.upper), (0, 1, 2))(*blocks(state), {}, upper_keys(KEY))
     assert_close(gradient[0], jax.grad(by_hand)(state.theta))
     assert is_zero(gradient[1:])
     assert_close(levels.lower(*blocks(state), {}, KEY)[0], lower_by_hand(*blocks(state)))

@@ -32,7 +32,7 @@ from numpyro.infer import TraceMeanField_ELBO
 from numpyro_ebm._checks import require_bool, require_count, require_setting
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.infer.bidvl_settings import Difference, Hinge, LowerLevel, Softplus
-from numpyro_ebm.infer.engine import Engine, compiled
+from numpyro_ebm.infer.engine import Engine, compiled_method
 from numpyro_ebm.infer.score_engine import require_params, require_same_params
 from numpyro_ebm.infer.step import Health, health_of
 from numpyro_ebm.optim import apply_gradient, as_transformation
@@ -191,8 +191,6 @@ class BiDVL(Engine):
         self._energy = unnormalized(energy)
         optims = {"optim": optim, "encoder_optim": encoder_optim, "generator_optim": generator_optim}
         self._transformations = tuple(as_transformation(each, name) for name, each in optims.items())
-        self._energies, self._sampled = compiled(self._energies_now), compiled(self._sample_now)
-        self._reconstructed, self._refined = compiled(self._reconstruct_now), compiled(self._refine_now)
 
     @property
     def _num_unroll_steps(self) -> int:
@@ -215,23 +213,29 @@ class BiDVL(Engine):
         num_samples = require_count("num_samples", num_samples)
         rows = jnp.zeros((num_samples, *jnp.shape(v)[1:]), jnp.result_type(v))
         noise = self.noise if noise is None else require_bool("noise", noise)
-        return self._sampled(state, ((rng_key, rows, *args), kwargs), {"noise": noise})
+        return self._generated(rng_key, state, noise, rows, *args, **kwargs)
 
+    @compiled_method
     def reconstruct(self, state: BiDVLState, *args: Any, **kwargs: Any) -> Array:
         """The generator's mean at the encoder's mean.
 
         :param args: arguments of the programs, the first a batch of the visible.
         :return: of its shape.
         """
-        return self._reconstructed(state, args, kwargs)
+        data = {**state.params, **state.mutable_state}
+        latents = run_model(at_mean(self.encoder), args, kwargs, state.rng_key, data=data).drawn
+        visible = _Levels(self, state, args, kwargs).visible
+        generator = at_mean(self.generator, sites={visible})
+        return run_model(generator, args, kwargs, state.rng_key, data={**data, **latents}).sites[visible]["value"]
 
+    @compiled_method
     def energies(self, state: BiDVLState, *args: Any, **kwargs: Any) -> Array:
         """The learned energy of every row: the higher, the less the row is like data.
 
         :param args: arguments of the programs, the first a batch of the visible.
         :return: of shape ``(batch,)``.
         """
-        return self._energies(state, args, kwargs)
+        return _Levels(self, state, args, kwargs).energies(state.theta, args[0], state.mutable_state)[0]
 
     def refine(self, rng_key: Array, state: BiDVLState, sampler: Sampler, *args: Any, **kwargs: Any) -> Array:
         """Visibles moved with a sampler on the learned energy, each a chain of its own.
@@ -242,27 +246,17 @@ class BiDVL(Engine):
         :return: of the shape of the first argument.
         :raises ValueError: naming the site, if the visible is bounded, where chains would leave its support.
         """
-        return self._refined(state, ((rng_key, *args), kwargs), {"sampler": require_sampler("sampler", sampler)})
+        return self._moved(rng_key, state, require_sampler("sampler", sampler), *args, **kwargs)
 
-    def _energies_now(self, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
-        return _Levels(self, state, args, kwargs).energies(state.theta, args[0], state.mutable_state)[0]
+    @compiled_method
+    def _generated(self, rng_key: Array, state: BiDVLState, noise: bool, *args: Any, **kwargs: Any) -> dict[str, Array]:
+        levels = _Levels(self, state, args, kwargs)
+        return levels.generate(state.omega, rng_key, state.mutable_state, noise=noise).drawn
 
-    def _sample_now(self, state: BiDVLState, call: tuple[Any, ...], settings: dict[str, Any]) -> dict[str, Array]:
-        (rng_key, *args), kwargs = call
-        levels = _Levels(self, state, tuple(args), kwargs)
-        return levels.generate(state.omega, rng_key, state.mutable_state, noise=settings["noise"]).drawn
-
-    def _reconstruct_now(self, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
-        data = {**state.params, **state.mutable_state}
-        latents = run_model(at_mean(self.encoder), args, kwargs, state.rng_key, data=data).drawn
-        visible = _Levels(self, state, args, kwargs).visible
-        generator = at_mean(self.generator, sites={visible})
-        return run_model(generator, args, kwargs, state.rng_key, data={**data, **latents}).sites[visible]["value"]
-
-    def _refine_now(self, state: BiDVLState, call: tuple[Any, ...], settings: dict[str, Any]) -> Array:
-        (rng_key, v, *rest), kwargs = call
-        levels = _Levels(self, state, (v, *rest), kwargs)
-        return levels.move(settings["sampler"], state.theta, v, state.mutable_state, rng_key)
+    @compiled_method
+    def _moved(self, rng_key: Array, state: BiDVLState, sampler: Sampler, *args: Any, **kwargs: Any) -> Array:
+        levels = _Levels(self, state, args, kwargs)
+        return levels.move(sampler, state.theta, args[0], state.mutable_state, rng_key)
 
     # What the loop needs.
 
@@ -384,29 +378,29 @@ class BiDVL(Engine):
 
     def _upper_step(self, levels_on: Callable[[Array], "_Levels"], state: BiDVLState, rng_key: Array) -> tuple[BiDVLState, Array]:
         batch_key, unroll_key, draw_key = jax.random.split(rng_key, 3)
-        levels = levels_on(batch_key)
+        levels, keys = levels_on(batch_key), upper_keys(draw_key)
 
-        def objective(theta: Params) -> tuple[Array, Mutable]:
-            return self._upper(levels, state, theta, unroll_key, draw_key)
+        def objective(theta: Params) -> tuple[Array, tuple[Array, Mutable]]:
+            return self._upper(levels, state, theta, unroll_key, keys)
 
-        (value, mutable), gradient = jax.value_and_grad(objective, has_aux=True)(state.theta)
+        (value, (visible, mutable)), gradient = jax.value_and_grad(objective, has_aux=True)(state.theta)
         theta, optim_state = apply_gradient(self._transformations[0], gradient, state.optim_state, state.theta)
         state = state._replace(theta=theta, optim_state=optim_state, mutable_state=mutable)
         if self.lower.latent == "complete":
-            gradient = jax.grad(levels.encoder_divergence)(state.phi, state.omega, state.mutable_state, draw_key)
+            gradient = jax.grad(levels.encoder_divergence)(state.phi, state.omega, visible, state.mutable_state, keys.rest)
             phi, optim_state = apply_gradient(self._transformations[1], gradient, state.encoder_optim_state, state.phi)
             state = state._replace(phi=phi, encoder_optim_state=optim_state)
         return state, value
 
     def _upper(
-        self, levels: "_Levels", state: BiDVLState, theta: Params, unroll_key: Array, draw_key: Array
-    ) -> tuple[Array, Mutable]:
+        self, levels: "_Levels", state: BiDVLState, theta: Params, unroll_key: Array, keys: "UpperKeys"
+    ) -> tuple[Array, tuple[Array, Mutable]]:
         """The upper level, after the lower one was looked ahead of as a function of the energy."""
         ahead = state
         if self._num_unroll_steps:
-            keys = jax.random.split(unroll_key, self._num_unroll_steps)
-            ahead, _ = lax.scan(lambda s, key: self._lower_step(lambda _: levels, s, theta, key), state, keys)
-        return levels.upper(theta, ahead.phi, ahead.omega, state.mutable_state, draw_key)
+            unroll_keys = jax.random.split(unroll_key, self._num_unroll_steps)
+            ahead, _ = lax.scan(lambda s, key: self._lower_step(lambda _: levels, s, theta, key), state, unroll_keys)
+        return levels.upper(theta, ahead.phi, ahead.omega, state.mutable_state, keys)
 
     def _lower_step(
         self, levels_on: Callable[[Array], "_Levels"], state: BiDVLState, theta: Params, rng_key: Array
@@ -422,10 +416,24 @@ class BiDVL(Engine):
 
     def _loss(self, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
         unroll_key, draw_key = jax.random.split(state.rng_key)
-        return self._upper(_Levels(self, state, args, kwargs), state, state.theta, unroll_key, draw_key)[0]
+        keys = upper_keys(draw_key)
+        return self._upper(_Levels(self, state, args, kwargs), state, state.theta, unroll_key, keys)[0]
 
     def _fix(self) -> str:
         return "Take smaller learning rates, upper=Hinge(), or spectral normalization of the energy's network."
+
+
+class UpperKeys(NamedTuple):
+    """Who uses which randomness in the upper level."""
+
+    generate: Array
+    refine: Array
+    rest: Array  # of the lower level that was looked ahead of, or of the encoder's own step
+
+
+def upper_keys(rng_key: Array) -> UpperKeys:
+    """The keys of one evaluation of the upper level."""
+    return UpperKeys(*jax.random.split(rng_key, 3))
 
 
 class _Levels:
@@ -480,22 +488,23 @@ class _Levels:
         data = {**constrain_params(phi, self._of_phi), **mutable, **latents}
         return run_model(self.engine.encoder, (v, *self.rest), self.kwargs, rng_key, data=data)
 
-    def upper(self, theta: Params, phi: Params, omega: Params, mutable: Mutable, rng_key: Array) -> tuple[Array, Mutable]:
-        """The energy of data over that of generated visibles."""
-        generate_key, refine_key, rest_key = jax.random.split(rng_key, 3)
+    def upper(
+        self, theta: Params, phi: Params, omega: Params, mutable: Mutable, keys: "UpperKeys"
+    ) -> tuple[Array, tuple[Array, Mutable]]:
+        """The energy of data over that of generated visibles, and these as they were generated."""
         unrolled = self.engine._num_unroll_steps > 0
         if not unrolled:
             phi, omega = stop_gradient((phi, omega))
-        generated = self.generate(omega, generate_key, mutable)
-        mutable = {**mutable, **generated.mutable_state}
-        visible = self._refined(theta, generated.sites[self.visible]["value"], mutable, refine_key)
+        generated = self.generate(omega, keys.generate, mutable)
+        visible, mutable = generated.sites[self.visible]["value"], {**mutable, **generated.mutable_state}
+        refined = self._refined(theta, visible, mutable, keys.refine)
         of_data, mutable = self.energies(theta, self.v, mutable)
-        of_generated, mutable = self.energies(theta, visible, mutable)
+        of_generated, mutable = self.energies(theta, refined, mutable)
         value = self.engine.upper.contrast(of_data, of_generated)
         if unrolled:
-            rest, mutable = self._rest(theta, phi, omega, generated, mutable, rest_key)
+            rest, mutable = self._rest(theta, phi, omega, generated, mutable, keys.rest)
             value = value - rest
-        return value, mutable
+        return value, (visible, mutable)
 
     def _refined(self, theta: Params, visible: Array, mutable: Mutable, rng_key: Array) -> Array:
         if self.engine.sampler is None:
@@ -557,11 +566,9 @@ class _Levels:
         found = self.engine._elbo.loss_with_mutable_state(rng_key, params, generator, encoder, *args, **self.kwargs)
         return found["loss"] / len(self.v), {**mutable, **(found["mutable_state"] or {})}
 
-    def encoder_divergence(self, phi: Params, omega: Params, mutable: Mutable, rng_key: Array) -> Array:
-        """``latent_weight`` times KL(q(h | v) || p(h)) at the visibles that :meth:`upper` generates: a mean over rows."""
-        generate_key, _, rng_key = jax.random.split(rng_key, 3)
-        generated = self.generate(omega, generate_key, mutable)
-        encoder = self.encode(phi, stop_gradient(generated.sites[self.visible]["value"]), rng_key, mutable, {})
+    def encoder_divergence(self, phi: Params, omega: Params, visible: Array, mutable: Mutable, rng_key: Array) -> Array:
+        """``latent_weight`` times KL(q(h | v) || p(h)) at the visibles that :meth:`upper` generated: a mean over rows."""
+        encoder = self.encode(phi, stop_gradient(visible), rng_key, mutable, {})
         data = {**constrain_params(omega, self._of_omega), **mutable, **encoder.drawn}
         prior = run_model(self.engine.generator, (self.v, *self.rest), self.kwargs, rng_key, data=data)
         terms = {name: _divergence(encoder.sites[name], prior.sites[name]["fn"]) for name in encoder.latents}

@@ -201,10 +201,14 @@ class Levels:
         """The guide's params at unconstrained values."""
         return constrain_params(phi, self._of_phi)
 
+    def noisy(self, rng_key: Array) -> tuple[Array, Array]:
+        """The visible as the lower level sees it, and the key for the guide's samples there."""
+        noise_key, draw_key = jax.random.split(rng_key)
+        return self.objective.perturb(noise_key, self.v), draw_key
+
     def lower(self, theta: Any, phi: Any, rng_key: Array) -> Array:
         """How far the guide is from the posterior: a mean over the rows, each with the weight of its noise level."""
-        noise_key, draw_key = jax.random.split(rng_key)
-        v = self.objective.perturb(noise_key, self.v)
+        v, draw_key = self.noisy(rng_key)
         weight = self.objective.weight(len(v)).astype(v.dtype)
         params = {**self.theta_of(theta), **self.phi_of(phi)}
         with numpyro.validation_enabled(False):  # a relaxed bit is not a bit, and would have the log density -inf

@@ -30,7 +30,7 @@ from numpyro_ebm._map_over import map_over
 from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, Upper
 from numpyro_ebm.infer.step import keep
 from numpyro_ebm.objectives.guide import PosteriorFisher
-from numpyro_ebm.objectives.score import ScoreObjective
+from numpyro_ebm.objectives.score import ScoreObjective, objective_keys
 from numpyro_ebm.program.rows import per_row
 from numpyro_ebm.program.run import log_density, log_density_terms, run_model
 from numpyro_ebm.program.sites import Model, kind_of
@@ -295,8 +295,8 @@ class _Levels(Levels):
         weight = self.objective.weight(len(self.v)).astype(self.v.dtype)
 
         def log_q(phi: Any, key: Array) -> Array:
-            noise_key, draw_key = jax.random.split(key)
-            args = self.objective.perturb(noise_key, self.v), *self.rest
+            v, draw_key = self.noisy(key)
+            args = v, *self.rest
             h = run_model(self.guide, args, self.kwargs, draw_key, data=self.phi_of(phi)).drawn
             data = {**self.phi_of(phi), **lax.stop_gradient(h)}
             terms, program = log_density_terms(self.guide, args, self.kwargs, draw_key, data=data, latents={})
@@ -308,10 +308,10 @@ class _Levels(Levels):
 
     def upper(self, theta: Any, phi: Any, rng_key: Array) -> Array:
         """The objective of the score of w(v, h), h a sample of the guide that does not move with v."""
-        noise_key, loss_key, draw_key = jax.random.split(rng_key, 3)  # the first two as ScoreMatching has them
-        v_tilde = self.objective.perturb(noise_key, self.v)
+        keys = objective_keys(rng_key)
+        v_tilde = self.objective.perturb(keys.noise, self.v)
         model, guide = self.theta_of(theta), self.phi_of(phi)
-        h = run_model(self.guide, (v_tilde, *self.rest), self.kwargs, draw_key, data=guide).drawn
+        h = run_model(self.guide, (v_tilde, *self.rest), self.kwargs, keys.draw, data=guide).drawn
 
         def log_ratio(v: Array) -> Array:
             with numpyro.validation_enabled(False):
@@ -319,4 +319,4 @@ class _Levels(Levels):
                 log_q, _ = log_density(self.guide, (v, *self.rest), self.kwargs, self.rng_key, data={**guide, **h})
             return log_p - log_q
 
-        return self.objective.loss(jax.grad(log_ratio), loss_key, self.v, v_tilde).mean()
+        return self.objective.loss(jax.grad(log_ratio), keys.loss, self.v, v_tilde).mean()

@@ -14,8 +14,8 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from functools import partial, wraps
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from numpyro_ebm._pytree import Rest, arrays_and_rest, join, require_hashable
 from numpyro_ebm.infer.step import Health, Part, is_bad, keep, named
 
 State = Any
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 MAX_STEPS_PER_CALL = 1024  # of the loop whose length is open, which has a buffer for their losses
 FIXED_LENGTH = 250  # steps of the loop whose length is fixed
@@ -64,6 +65,24 @@ class NonFiniteError(RuntimeError):
         self.health = health
 
 
+def compiled_method(method: Method) -> Method:
+    """A method of an engine, compiled once for all arguments that have the same shapes: arrays are traced, the rest compiled in."""
+
+    @wraps(method)
+    def call(self: "Engine", *args: Any, **kwargs: Any) -> Any:
+        if method not in self._compiled:
+
+            @partial(jax.jit, static_argnames="static")
+            def on_arrays(dynamic: Any, static: Rest) -> Any:
+                args, kwargs = join(dynamic, static)
+                return method(self, *args, **kwargs)
+
+            self._compiled[method] = on_arrays
+        return self._compiled[method](*_split(args, kwargs))
+
+    return cast(Method, call)
+
+
 class Engine(ABC):
     """The verbs of NumPyro's ``SVI`` for an engine that gives :meth:`_start`, :meth:`_refuse`, :meth:`_step` and :meth:`_loss`.
 
@@ -81,7 +100,7 @@ class Engine(ABC):
         self._one = jax.jit(self._make_one, static_argnames="static")
         self._open_loop = jax.jit(self._make_open, static_argnames=("static", "collect"))
         self._fixed_loop = jax.jit(self._make_fixed, static_argnames=("static", "collect", "length"), donate_argnames="state")
-        self._loss_now = compiled(self._loss)
+        self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}  # by method, when it is first called
 
     # What an engine writes.
 
@@ -149,9 +168,10 @@ class Engine(ABC):
         """One step as by :meth:`update`, where a step that is not made is counted in ``state.num_skipped``."""
         return self._update(state, args, kwargs, stable=True)
 
+    @compiled_method
     def evaluate(self, state: State, *args: Any, **kwargs: Any) -> Array:
         """The loss at a state, which is not changed."""
-        return self._loss_now(state, args, kwargs)
+        return self._loss(state, args, kwargs)
 
     def get_params(self, state: State) -> dict[str, Any]:
         """Values of the :func:`numpyro.param` sites, constrained, as ``Predictive`` takes them."""
@@ -530,16 +550,6 @@ def _codes(health: Any) -> dict[Part, int]:
 
 def _copy(state: State) -> State:
     return jax.tree.map(lambda x: jnp.asarray(x).copy(), state)
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function(state, args, kwargs)``, compiled once for all arguments of a model that have the same shapes."""
-
-    @partial(jax.jit, static_argnames="static")
-    def on_arrays(state: State, dynamic: Any, static: Rest) -> Any:
-        return function(state, *join(dynamic, static))
-
-    return lambda state, args, kwargs: on_arrays(state, *_split(args, kwargs))
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Array], Rest]:

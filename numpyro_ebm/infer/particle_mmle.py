@@ -31,7 +31,7 @@ from numpyro_ebm._map_over import map_over
 from numpyro_ebm.chains import chains_of, status_of
 from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.handlers import explain_chains, negative_phase, unnormalized
-from numpyro_ebm.infer.engine import Engine, compiled
+from numpyro_ebm.infer.engine import Engine, compiled_method
 from numpyro_ebm.infer.particle_settings import Averaged, Maximize, Newton, Summed
 from numpyro_ebm.infer.stability import Particles, fix_of, largest_curvature, running_stiffness, warnings_of
 from numpyro_ebm.infer.step import Health, Part, health_of, is_bad, keep
@@ -187,7 +187,6 @@ class ParticleMMLE(Engine):
         self._transformation = as_transformation(moving)
         phase = model if isinstance(model, negative_phase) else negative_phase(model)  # which adds nothing to one inside
         self._inner = unnormalized(model)
-        self._values, self._curvature = compiled(self._constrained_particles), compiled(self._largest_curvature)
         self._phase = phase.without_reports()
 
     # The published algorithms.
@@ -290,13 +289,15 @@ class ParticleMMLE(Engine):
 
     # Between runs.
 
+    @compiled_method
     def get_particles(self, state: ParticleState, *args: Any, **kwargs: Any) -> Particles:
         """The particles, constrained, for all rows of the data.
 
         :param args: arguments of the model.
         :return: by latent site, of shape ``(num_particles,) + batch_shape + event_shape``.
         """
-        return self._values(state, args, kwargs)
+        data = {**state.params, **state.mutable_state}
+        return jax.vmap(lambda x: constrained(self._inner, args, kwargs, state.rng_key, data=data, latents=x))(state.particles)
 
     def replicate(self, state: ParticleState, num_particles: int | None = None) -> ParticleState:
         """A state with every particle copied, to go on from after a warm-up with fewer (Marks et al. 2026, algorithm 3).
@@ -325,13 +326,10 @@ class ParticleMMLE(Engine):
         :param args: arguments of the model.
         :return: an estimate for the particles that move in the next step, from above; inf where no direction is curved.
         """
-        curvature = float(self._curvature(state, args, kwargs))
+        curvature = float(self._largest_curvature(state, args, kwargs))
         return 2 / curvature if curvature > 0 else float("inf")
 
-    def _constrained_particles(self, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Particles:
-        data = {**state.params, **state.mutable_state}
-        return jax.vmap(lambda x: constrained(self._inner, args, kwargs, state.rng_key, data=data, latents=x))(state.particles)
-
+    @compiled_method
     def _largest_curvature(self, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
         batch = _Batch(self._inner, state, state.rng_key, args, kwargs)
         return largest_curvature(partial(batch.scores, state.unconstrained), batch.gather(state.particles), state.rng_key)

@@ -16,7 +16,7 @@ from jax import Array
 
 from numpyro_ebm.infer.score_engine import ScoreEngine, require_params, require_same_params
 from numpyro_ebm.infer.step import Health, health_of
-from numpyro_ebm.objectives.score import ScoreObjective
+from numpyro_ebm.objectives.score import ScoreObjective, objective_keys
 from numpyro_ebm.optim import apply_gradient, as_transformation
 from numpyro_ebm.program.run import Run, constrain_params, log_density, run_model, strong_types, unconstrain_params
 from numpyro_ebm.program.sites import Model
@@ -124,14 +124,14 @@ class ScoreMatching(ScoreEngine):
 
     def _mean_loss(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
         """The objective's mean over the rows of the visible."""
-        noise_key, loss_key, _ = jax.random.split(rng_key, 3)
+        keys = objective_keys(rng_key)
         v, *rest = args
 
         def log_p(v: Array) -> Array:
             return log_density(self._inner, (v, *rest), kwargs, rng_key, data=params)[0]
 
-        v_tilde = self.objective.perturb(noise_key, v)
-        return self.objective.loss(jax.grad(log_p), loss_key, v, v_tilde).mean()
+        v_tilde = self.objective.perturb(keys.noise, v)
+        return self.objective.loss(jax.grad(log_p), keys.loss, v, v_tilde).mean()
 
     def _read(self, state: ScoreMatchingState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
         program = run_model(self._inner, args, kwargs, state.rng_key, data=state.params)

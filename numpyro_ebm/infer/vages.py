@@ -25,7 +25,7 @@ from numpyro.infer import TraceGraph_ELBO
 from numpyro_ebm._checks import require_bool, require_count, require_instance, require_one_of, require_setting
 from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, Upper
 from numpyro_ebm.objectives.latent import Draws, Latents, ScoreFn, draw, row_density, variational_score, weighted_score
-from numpyro_ebm.objectives.score import ScoreObjective
+from numpyro_ebm.objectives.score import ScoreObjective, objective_keys
 from numpyro_ebm.program.sites import Model, is_unbounded, kind_of
 from numpyro_ebm.weights import effective_sample_size, normalized_weights
 
@@ -269,20 +269,20 @@ class _Levels(Levels):
 
     def upper(self, theta: Any, phi: Any, rng_key: Array) -> tuple[Array, Array]:
         """The objective, a mean over rows, and the effective sample size of the weights."""
-        noise_key, loss_key, draw_key = jax.random.split(rng_key, 3)  # the first two as ScoreMatching has them
-        v_tilde = self.objective.perturb(noise_key, self.v)
+        keys = objective_keys(rng_key)
+        v_tilde = self.objective.perturb(keys.noise, self.v)
 
         def loss(score_fn: ScoreFn) -> Array:
-            return self.objective.loss(score_fn, loss_key, self.v, v_tilde).mean()
+            return self.objective.loss(score_fn, keys.loss, self.v, v_tilde).mean()
 
         estimate = self.estimate
         if isinstance(estimate, ImportanceWeighted):
-            return self._weighted(estimate, loss, theta, self.phi_of(phi), v_tilde, draw_key)
+            return self._weighted(estimate, loss, theta, self.phi_of(phi), v_tilde, keys.draw)
         settings: dict[str, Any] = {"covariance": estimate.covariance}
         if estimate.variance_reduced:
             q = self.phi_of(phi)
             settings["log_ratio"] = lambda theta, v, h: self.log_p(theta, v, h) - self.log_q(q, v, h)
-        draws = self._draws(estimate, theta, self.phi_of(phi), v_tilde, draw_key)
+        draws = self._draws(estimate, theta, self.phi_of(phi), v_tilde, keys.draw)
         return loss(variational_score(self.log_p, theta, v_tilde, draws, **settings)), _unweighted_size(estimate)
 
     def _draws(self, estimate: Variational, theta: Any, phi: Any, v: Array, rng_key: Array) -> Draws:

@@ -16,7 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,22 @@ from numpyro_ebm._checks import require_bool, require_count, require_one_of, req
 ScoreFn = Callable[[Array], Array]
 
 NOISE = "it is the standard deviation of the noise"
+
+
+class ObjectiveKeys(NamedTuple):
+    """Who uses which randomness where an objective is taken at the score of a model."""
+
+    #: of :meth:`ScoreObjective.perturb`
+    noise: Array
+    #: of :meth:`ScoreObjective.loss`
+    loss: Array
+    #: of the latents that the score is made of, where the model has them
+    draw: Array
+
+
+def objective_keys(rng_key: Array) -> ObjectiveKeys:
+    """The keys of one evaluation of an objective: with the same key all engines see the same noise and directions."""
+    return ObjectiveKeys(*jax.random.split(rng_key, 3))
 
 
 class ScoreObjective(ABC):
