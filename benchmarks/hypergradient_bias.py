@@ -107,7 +107,7 @@ def joint(v):
     with numpyro.plate("data", len(v)):
         h = numpyro.sample("h", BaseMeasure(constraints.boolean, (NUM_HIDDEN,)))
         v = numpyro.sample("v", BaseMeasure(constraints.real, (NUM_VISIBLE,)), obs=v)
-        numpyro.factor("coupling", -rbm.energy(v, h))
+        numpyro.factor("coupling", -rbm.joint_energy(v, h))
 
 
 def guide(v):

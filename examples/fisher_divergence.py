@@ -79,7 +79,7 @@ def model(v: Array) -> None:
     with numpyro.plate("rows", len(v)):
         h = numpyro.sample("h", BaseMeasure(constraints.boolean, (d,)))
         v = numpyro.sample("v", BaseMeasure(constraints.real, (d,)), obs=v)
-        numpyro.factor("coupling", -rbm.energy(v, h))
+        numpyro.factor("coupling", -rbm.joint_energy(v, h))
 
 
 def guide(v: Array) -> None:

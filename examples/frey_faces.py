@@ -147,7 +147,7 @@ def joint(v: Array) -> None:
     with numpyro.plate("faces", len(v)):
         h = numpyro.sample("h", BaseMeasure(constraints.boolean, (NUM_HIDDEN,)))
         v = numpyro.sample("v", BaseMeasure(constraints.real, (NUM_VISIBLE,)), obs=v)
-        numpyro.factor("coupling", -rbm.energy(v, h))
+        numpyro.factor("coupling", -rbm.joint_energy(v, h))
 
 
 def guide(v: Array) -> None:

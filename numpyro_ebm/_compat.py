@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpyro.distributions as dist
 from numpyro.handlers import scope
 from numpyro.infer import MCMC, SVI
+from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.elbo import ELBO
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.primitives import _PYRO_STACK, Messenger, plate
@@ -74,6 +75,26 @@ def name_inside(handler: Messenger, name: str) -> str:
         if isinstance(inner, scope):
             name = name.removeprefix(f"{inner.prefix}{inner.divider}")
     return name
+
+
+def is_in_scan(msg: dict[str, Any]) -> bool:
+    """Whether a message comes out of a ``scan`` that has run its steps already."""
+    return bool(msg.get("_control_flow_done", False))
+
+
+def scan_index(site: dict[str, Any]) -> Any:
+    """Which step of a ``scan`` a site belongs to, while it runs; None outside."""
+    return site["infer"].get("_scan_current_index")
+
+
+def mask_of(fn: Any) -> Any:
+    """What a distribution is masked with at its outermost layer, or None."""
+    return fn._mask if isinstance(fn, dist.MaskedDistribution) else None
+
+
+def has_seen_model(guide: AutoGuide) -> bool:
+    """Whether an AutoGuide has been called: it keeps what it sees first."""
+    return guide.prototype_trace is not None
 
 
 def is_auxiliary(site: dict[str, Any]) -> bool:

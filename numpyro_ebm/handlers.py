@@ -26,7 +26,15 @@ from numpyro.infer import ELBO
 from numpyro.primitives import Messenger, mutable
 
 from numpyro_ebm._checks import require_bool, require_count
-from numpyro_ebm._compat import called_by_mcmc, calling_objective, in_subsampled_plate, name_inside, open_handler
+from numpyro_ebm._compat import (
+    called_by_mcmc,
+    calling_objective,
+    in_subsampled_plate,
+    is_in_scan,
+    mask_of,
+    name_inside,
+    open_handler,
+)
 from numpyro_ebm.chains import (
     MIXED_FIELDS,
     NOT_FINITE,
@@ -376,7 +384,7 @@ class negative_phase(Messenger):
     def _refuse_where_it_stands(self, msg: Message, energy: TiltedDistribution) -> None:
         name = msg["name"]
         _refuse_who_runs_it(name)
-        if msg.get("_control_flow_done"):
+        if is_in_scan(msg):
             raise NormalizerError(
                 f"site '{name}': unknown normalizer inside scan: it cannot be told whether it depends on the carry. Write the "
                 "steps as a plate, or as a Python loop over sites with names of their own."
@@ -460,7 +468,7 @@ def _where_it_stands(fn: Distribution, log_normalizer: Array) -> Array:
     if isinstance(fn, ExpandedDistribution):
         return jnp.broadcast_to(inner, fn.batch_shape)
     if isinstance(fn, MaskedDistribution):
-        return jnp.where(fn._mask, inner, 0.0)
+        return jnp.where(mask_of(fn), inner, 0.0)
     if isinstance(fn, Independent):
         return sum_rightmost(inner, fn.reinterpreted_batch_ndims)
     return inner

@@ -50,7 +50,7 @@ def model(v, num_hidden=NUM_HIDDEN):
     with numpyro.plate("data", len(v)):
         h = numpyro.sample("h", BaseMeasure(constraints.boolean, (num_hidden,)))
         v = numpyro.sample("v", BaseMeasure(constraints.real, (NUM_VISIBLE,)), obs=v)
-        numpyro.factor("coupling", -machine_of(params).energy(v, h))
+        numpyro.factor("coupling", -machine_of(params).joint_energy(v, h))
 
 
 def guide(v, num_hidden=NUM_HIDDEN):

@@ -101,6 +101,20 @@ def test_private_numpyro_names_are_imported_in_compat_only(path):
             assert not private, f"{path.name} imports {private} from {module}: take it through _compat.py"
 
 
+# What NumPyro keeps in its messages and objects and does not document.
+PRIVATE = {"_control_flow_done", "_scan_current_index", "_mask", "is_auxiliary", "prototype_trace", "_PYRO_STACK", "_getframe"}
+
+
+@pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_private_keys_and_attributes_of_numpyro_are_read_in_compat_only(path):
+    # Catches the same by key or attribute, which no import shows.
+    if path.name == "_compat.py":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        used = node.attr if isinstance(node, ast.Attribute) else node.value if isinstance(node, ast.Constant) else None
+        assert used not in PRIVATE, f"{path.name}, line {node.lineno}: take {used} through a function of _compat.py"
+
+
 @pytest.mark.parametrize("name", numpyro_ebm.__all__)
 def test_public_name_has_a_docstring_of_its_own(name):
     # Catches a public class that shows its parent's docstring, and a public method without any.

@@ -19,7 +19,7 @@ from numpyro.handlers import seed, trace
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.util import log_density
 
-from numpyro_ebm import MALA, BaseMeasure, BernoulliRBM, GaussianBernoulliRBM, NormalizerError, check_model
+from numpyro_ebm import MALA, BaseMeasure, BernoulliRBM, EnergyDistribution, GaussianBernoulliRBM, NormalizerError, check_model
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 
@@ -62,7 +62,18 @@ def _large(kind, d, m, seed=0, size=0.5):
 def test_energy_is_the_formula(kind):
     # Catches a coupling divided by the variance where it must not be, and the other way round.
     for v, h in itertools.product(_events(kind), _states(3)):
-        np.testing.assert_allclose(_rbm(kind).energy(v, h), _energy(kind, v, h), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(_rbm(kind).joint_energy(v, h), _energy(kind, v, h), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_energy_is_a_function_of_params_and_event_as_that_of_every_energy(kind):
+    # Catches a machine whose energy is not what its parent's is: TiltedDistribution says energy(params, x), for one event.
+    rbm, other = _rbm(kind), _rbm(kind, scale=0.7)
+    for v in _events(kind):
+        np.testing.assert_allclose(rbm.energy(rbm.params, v), -rbm.log_prob(v), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(rbm.energy(other.params, v), other.free_energy(v), rtol=1e-12, atol=1e-12)
+    generic = EnergyDistribution(rbm.energy, rbm.event_shape, params=rbm.params, support=rbm.support)
+    np.testing.assert_allclose(generic.log_prob(_events(kind)), rbm.log_prob(_events(kind)), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,7 +88,7 @@ def test_log_prob_sums_the_hidden_units_out(kind):
 def test_conditionals_are_those_of_the_energy(kind):
     # Catches a mean W h where it is sigma^2 W h, a scale sigma^2 where it is sigma, and weights used transposed.
     rbm, events = _rbm(kind), _events(kind)
-    energy = rbm.energy(events[:, None], _states(3))  # (v, h)
+    energy = rbm.joint_energy(events[:, None], _states(3))  # (v, h)
     hidden = rbm.hidden_given_visible(events[:, None]).log_prob(_states(3))
     np.testing.assert_allclose(hidden, rbm.free_energy(events)[:, None] - energy, rtol=1e-10, atol=1e-12)
     visible = rbm.visible_given_hidden(_states(3)).log_prob(events[:, None])
@@ -172,7 +183,7 @@ def test_joint_program_has_the_distribution_as_its_marginal(kind):
         with numpyro.plate("data", len(v)):
             h = numpyro.sample("h", BaseMeasure(constraints.boolean, (3,)))
             v = numpyro.sample("v", BaseMeasure(rbm.base.support.base_constraint, (2,)), obs=v)
-            numpyro.factor("coupling", -rbm.energy(v, h))
+            numpyro.factor("coupling", -rbm.joint_energy(v, h))
 
     def log_joint(h):  # of every row by itself
         terms = trace(numpyro.handlers.substitute(joint, {"h": jnp.broadcast_to(h, (len(events), 3))})).get_trace(events)
@@ -269,7 +280,7 @@ def test_float32_parameters_stay_float32_under_x64(kind):
     # Catches float64 that creeps in from NumPyro's draws or from a default dtype.
     rbm = _rbm(kind, *[np.float32(x) for x in (W, B, C, SCALE)])
     v = _events(kind).astype(np.float32 if kind != "bernoulli" else int)
-    results = [rbm.log_prob(v), rbm.free_energy(v), rbm.energy(v[0], jnp.zeros(3, int)), rbm.log_normalizer()]
+    results = [rbm.log_prob(v), rbm.free_energy(v), rbm.joint_energy(v[0], jnp.zeros(3, int)), rbm.log_normalizer()]
     assert {str(x.dtype) for x in results} == {"float32"}
     assert rbm.hidden_given_visible(v).mean.dtype == jnp.float32
     if kind != "bernoulli":
@@ -307,7 +318,7 @@ def test_free_energy_is_finite_and_linear_where_units_saturate():
         (lambda: _rbm("plain").log_prob(jnp.zeros(3)), r"does not end in the event shape \(2,\)"),
         (lambda: _rbm("plain").hidden_given_visible(jnp.zeros((4, 1))), r"does not end in the event shape \(2,\)"),
         (lambda: _rbm("plain").visible_given_hidden(jnp.zeros(2)), r"hidden units of shape \(2,\) do not end in \(3,\)"),
-        (lambda: _rbm("plain").energy(jnp.zeros(2), jnp.zeros(4)), r"hidden units of shape \(4,\) do not end in \(3,\)"),
+        (lambda: _rbm("plain").joint_energy(jnp.zeros(2), jnp.zeros(4)), r"hidden units of shape \(4,\) do not end in \(3,\)"),
     ],
 )
 def test_bad_input_is_named_with_the_fix(make, message):

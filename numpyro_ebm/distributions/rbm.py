@@ -12,6 +12,7 @@ The hidden units are summed out in closed form: ``log_prob`` is :math:`-F(v)`, e
 here differ in :math:`E_0`, and with it in the distribution of the visible units at given hidden ones.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -116,7 +117,18 @@ class RestrictedBoltzmannMachine(EnergyDistribution):
         v = self._real(self.as_events(v))
         return self.hidden_bias + jnp.einsum("...i,...ij->...j", v, self._coupling_weights)
 
-    def energy(self, v: Array, h: Array) -> Array:
+    @property
+    def energy(self) -> Callable[[Any, Array], Array]:
+        """The energy of an event, the free energy, as a function of the parameters and the visible units."""
+
+        def energy(params: Any, v: Array) -> Array:
+            machine = copy.copy(self)
+            machine.params = params
+            return machine.free_energy(v)
+
+        return energy
+
+    def joint_energy(self, v: Array, h: Array) -> Array:
         """The energy :math:`E(v, h)` of both layers.
 
         :param v: visible units, of shape ``sample_shape + batch_shape + (d,)``.

@@ -20,6 +20,7 @@ from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoGuide
 
 from numpyro_ebm._checks import require_count, require_instance
+from numpyro_ebm._compat import has_seen_model
 from numpyro_ebm.infer.score_engine import ScoreEngine, require_params, require_same_params
 from numpyro_ebm.infer.step import Health, health_of
 from numpyro_ebm.objectives.guide import PosteriorFisher
@@ -88,7 +89,7 @@ class BilevelEngine(ScoreEngine):
         :param dict init_params: values of :func:`numpyro.param` sites to start from, instead of the model's and guide's own.
         :raises ValueError: for whatever model, guide or data cannot be learned with, naming the site and the fix.
         """
-        if isinstance(self.guide, AutoGuide) and self.guide.prototype_trace is None:
+        if isinstance(self.guide, AutoGuide) and not has_seen_model(self.guide):
             run_model(self.guide, args, kwargs, rng_key)  # it keeps what it sees first, which must not be traced values
         return super().init(rng_key, *args, init_params=init_params, **kwargs)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from numpyro.distributions import ImproperUniform, Unit
 from numpyro.handlers import block, seed, substitute
 
-from numpyro_ebm._compat import layers
+from numpyro_ebm._compat import is_in_scan, layers, scan_index
 from numpyro_ebm.distributions.energy import BaseMeasure, NormalizerError, TiltedDistribution, energy_site
 from numpyro_ebm.program.provenance import mark, sources
 
@@ -181,7 +181,7 @@ class _look(substitute):
     def _value(self, msg: dict[str, Any]) -> Any:
         if msg["type"] != "sample" or _is_factor(msg["fn"]):
             return None
-        value, in_scan = msg["value"], "_scan_current_index" in msg["infer"]
+        value, in_scan = msg["value"], scan_index(msg) is not None
         if value is None:
             shape = msg["kwargs"].get("sample_shape", ())
             value = _feasible(msg["fn"], shape) if _is_undrawable(msg["fn"]) else msg["fn"].sample(jax.random.key(0), shape)
@@ -199,7 +199,7 @@ class _look(substitute):
         if name.endswith("/log_normalizer"):  # what negative_phase adds
             self.has_pool |= name.endswith("random_field/log_normalizer")
         else:
-            self.found[name] = _Found(_core(msg["fn"]), msg["is_observed"], msg.get("_control_flow_done", False))
+            self.found[name] = _Found(_core(msg["fn"]), msg["is_observed"], is_in_scan(msg))
             self.densities[name] = _density(msg)
 
 

@@ -22,7 +22,7 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.util import compute_log_probs, helpful_support_errors
 from numpyro.primitives import Messenger
 
-from numpyro_ebm._compat import in_subsampled_plate
+from numpyro_ebm._compat import in_subsampled_plate, scan_index
 from numpyro_ebm.distributions.energy import TiltedDistribution, energy_site, with_core
 from numpyro_ebm.program.sites import Model, Site, is_latent, kind_of, transform_of
 
@@ -258,9 +258,9 @@ class _place(substitute):
         if not is_latent(site) or site["name"] not in self.latents:
             return None
         transform, position = transform_of(site), self.latents[site["name"]]
-        if "_scan_current_index" in site["infer"]:
+        if (step := scan_index(site)) is not None:
             _require_all_rows(site)
-            position = position[site["infer"]["_scan_current_index"]]
+            position = position[step]
         for frame, (plate, axis) in zip(site["cond_indep_stack"], _axes(site, transform), strict=True):
             if position.shape[axis] != frame.size:
                 position = jnp.take(position, self.indices[plate], axis)

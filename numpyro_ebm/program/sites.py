@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.distributions import Distribution, MaskedDistribution, biject_to, constraints
+from numpyro.distributions import Distribution, biject_to, constraints
 from numpyro.infer.util import helpful_support_errors
 
-from numpyro_ebm._compat import layers
+from numpyro_ebm._compat import layers, mask_of
 
 Model = Callable[..., Any]
 Site = dict[str, Any]
@@ -50,7 +50,8 @@ def finite_events(site: Site, xp: Any = jnp) -> Any:
     value, fn = site["value"], site["fn"]
     finite = xp.isfinite(xp.asarray(value))
     finite = finite.all(tuple(range(finite.ndim - fn.event_dim, finite.ndim)))
-    return finite | ~xp.asarray(fn._mask) if isinstance(fn, MaskedDistribution) else finite
+    mask = mask_of(fn)
+    return finite if mask is None else finite | ~xp.asarray(mask)
 
 
 def require_finite(site: Site) -> None:
@@ -58,8 +59,7 @@ def require_finite(site: Site) -> None:
 
     :raises ValueError: naming the site.
     """
-    mask = getattr(site["fn"], "_mask", None)
-    if isinstance(site["value"], jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
+    if isinstance(site["value"], jax.core.Tracer) or isinstance(mask_of(site["fn"]), jax.core.Tracer):
         return
     finite = finite_events(site, np)
     if not finite.all():
