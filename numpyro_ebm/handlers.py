@@ -55,9 +55,9 @@ from numpyro_ebm.distributions.energy import (
     without_guard,
 )
 from numpyro_ebm.program.check import check_run
-from numpyro_ebm.program.random_field import FIELD, RandomField, record_run
+from numpyro_ebm.program.random_field import RandomField, record_run
 from numpyro_ebm.program.run import run_model
-from numpyro_ebm.program.sites import require_finite
+from numpyro_ebm.program.sites import FIELD, normalizer_name, require_finite
 from numpyro_ebm.samplers import Sampler
 from numpyro_ebm.samplers.base import require_sampler
 
@@ -222,7 +222,7 @@ class negative_phase(Messenger):
         field = RandomField(self.fn, args, kwargs, field_key, seen, self.num_chains)
         start = field.start(start_key, self.init_chains.get(FIELD, {}))
         mean = self._advance(FIELD, field, start, run_key).mean(0)
-        numpyro.factor(f"{FIELD}/log_normalizer", -(mean - lax.stop_gradient(mean)))
+        numpyro.factor(normalizer_name(FIELD), -(mean - lax.stop_gradient(mean)))
 
     def __enter__(self) -> Any:
         if self.fn is None:
@@ -254,7 +254,7 @@ class negative_phase(Messenger):
         batch = jnp.shape(msg["value"])[: jnp.ndim(msg["value"]) - msg["fn"].event_dim]
         mean = jnp.broadcast_to(mean, lax.broadcast_shapes(mean.shape, batch))
         mean = mean + _fixed_support(name, energy, mean.dtype)
-        numpyro.factor(f"{name_inside(self, name)}/log_normalizer", -(mean - lax.stop_gradient(mean)))
+        numpyro.factor(normalizer_name(name_inside(self, name)), -(mean - lax.stop_gradient(mean)))
 
     def sample_chains(
         self,

@@ -28,11 +28,11 @@ from numpyro.infer import init_to_sample
 import numpyro_ebm.optim as optim_module
 from numpyro_ebm._checks import require_bool, require_count, require_one_of, require_setting
 from numpyro_ebm._map_over import map_over
-from numpyro_ebm.chains import chains_of, status_of
 from numpyro_ebm.distributions.energy import NormalizerError
-from numpyro_ebm.handlers import explain_chains, negative_phase, unnormalized
+from numpyro_ebm.handlers import negative_phase
 from numpyro_ebm.infer.engine import Engine, compiled_method
 from numpyro_ebm.infer.particle_settings import Averaged, Maximize, Newton, Summed
+from numpyro_ebm.infer.phase import Phase, has_chains, health_of_chains
 from numpyro_ebm.infer.stability import Particles, fix_of, largest_curvature, running_stiffness, warnings_of
 from numpyro_ebm.infer.step import Health, Part, health_of, is_bad, keep
 from numpyro_ebm.optim import (
@@ -43,7 +43,7 @@ from numpyro_ebm.optim import (
     langevin,
     require_step,
 )
-from numpyro_ebm.program.check import check_run
+from numpyro_ebm.program.check import ModelReport
 from numpyro_ebm.program.rows import all_batches, by_site, full_shape, gather, scatter, shared_plates, subsampled_indices
 from numpyro_ebm.program.run import (
     Run,
@@ -185,9 +185,8 @@ class ParticleMMLE(Engine):
         self.dynamics = None if dynamics is None else as_transformation(dynamics, "dynamics")
         moving = optax.identity() if isinstance(optim, Maximize) else optim.optim if isinstance(optim, Newton) else optim
         self._transformation = as_transformation(moving)
-        phase = model if isinstance(model, negative_phase) else negative_phase(model)  # which adds nothing to one inside
-        self._inner = unnormalized(model)
-        self._phase = phase.without_reports()
+        self._phase = Phase(model)
+        self._inner = self._phase.inner
 
     # The published algorithms.
 
@@ -369,10 +368,9 @@ class ParticleMMLE(Engine):
         batches = all_batches(program)
         return lax.map(finite, batches) if batches else finite({})[None]
 
-    def _needs_phase(self, given: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the gradient in the parameters needs negative chains; refuses what they cannot make right."""
-        report = check_run(self._inner, args, kwargs, data=given)
-        report.require_learnable()
+    def _inspect(self, given: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelReport:
+        """What is to be known of the normalizers; refuses what negative chains cannot make right."""
+        report = self._phase.report(given, args, kwargs)
         if isinstance(self.optim, (Newton, Maximize)) and report.learned:
             site = report.learned[0]
             raise NormalizerError(
@@ -380,7 +378,7 @@ class ParticleMMLE(Engine):
                 "goes by the unnormalized density, of which negative chains give no more than the gradient. Take an optimizer of "
                 "the gradient: pgd, ipla, ebipla or soul in the place of pqn and pmgd."
             )
-        return report.needs_negative_phase or isinstance(self.model, negative_phase)
+        return report
 
     def _require_learnable(self, program: Run, given: dict[str, Any]) -> None:
         require_continuous(program)
@@ -425,8 +423,8 @@ class ParticleMMLE(Engine):
         rng_key, run_key, draw_key = jax.random.split(rng_key, 3)
         data = constrain_params(params, program.param_transforms)
         particles = self._draw_particles(draw_key, program, data, args, kwargs)
-        phase = self._phase if self._needs_phase(init_params, args, kwargs) else self._inner
-        mutable_state = run_model(phase, args, kwargs, run_key, data=data, latents=_first(particles)).mutable_state
+        report = self._inspect(init_params, args, kwargs)
+        mutable_state = self._phase.start(report, run_key, args, kwargs, data=data, latents=_first(particles))
         stiffness = {name: jnp.zeros(x.shape[x.ndim - program.latents[name].event_dim :], x.dtype) for name, x in particles.items()}
         count = jnp.zeros((), jnp.int32)
         state = ParticleState(
@@ -481,8 +479,10 @@ class ParticleMMLE(Engine):
         step_size = self._step_size(state)
         new_x, new_kept, seen, (loss, gradient, scores) = self._move(batch, theta, x, kept, step_size, move_key)
         mutable_state = batch.program.mutable_state
-        if chains_of(state.mutable_state):
-            of_normalizer, mutable_state = self._negative_phase(batch, state)
+        if has_chains(state.mutable_state):
+            # the terms do not depend on the particles: the handler sees one run of the model, with the first
+            terms = partial(batch.terms, x=_first(x))
+            of_normalizer, mutable_state = self._phase.gradient(terms, theta)
             gradient = jax.tree.map(jnp.subtract, gradient, of_normalizer)
         new_theta, optim_state = self._move_params(batch, theta, seen, gradient, state.optim_state, optim_key)
         stiffness = running_stiffness(batch.program, state.stiffness, state.num_steps, scores, step_size)
@@ -561,18 +561,6 @@ class ParticleMMLE(Engine):
         sd = {name: jnp.sqrt(2 * step_size / batch.program.scale(name)) for name in particles}
         return {name: x + sd[name].astype(x.dtype) * noise[name] for name, x in particles.items()}
 
-    def _negative_phase(self, batch: "_Batch", state: ParticleState) -> tuple[Any, dict[str, Any]]:
-        """The gradient of the log normalizers' terms in the parameters, and the mutable state with the chains moved.
-
-        The terms do not depend on the particles: the handler sees one run of the model, with the first.
-        """
-
-        def terms(theta: Any) -> tuple[Array, dict[str, Any]]:
-            terms, program = batch.terms(self._phase, theta, _first(batch.gather(state.particles)))
-            return total({name: term for name, term in terms.items() if name.endswith("/log_normalizer")}), program.mutable_state
-
-        return jax.grad(terms, has_aux=True)(state.unconstrained)
-
     def _move_params(
         self, batch: "_Batch", theta: Any, seen: Particles, gradient: Any, optim_state: Any, rng_key: Array
     ) -> tuple[Any, Any]:
@@ -600,17 +588,11 @@ class ParticleMMLE(Engine):
         return self.step_size(state.num_steps) if callable(self.step_size) else self.step_size
 
     def _warnings(self, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-        found = []
-        for name, status in status_of(state.mutable_state).items():
-            if int(status) == 1:
-                found.append(self._explain_chains(name, 1, state, args, kwargs))
+        data = {**state.params, **state.mutable_state}
+        found = self._phase.warnings(state.mutable_state, args, kwargs, data=data)
         if self.dynamics is None:
             found += warnings_of(state.stiffness, float(self._step_size(state)))
         return found
-
-    def _explain_chains(self, name: str, status: int, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        data = {**state.params, **state.mutable_state}
-        return f"site '{name}': {explain_chains(self._phase, name, status, args, kwargs, data)}"
 
     def _explain(
         self, state: ParticleState, bad: dict[Part, int], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -619,7 +601,7 @@ class ParticleMMLE(Engine):
             if part.kind == "plate":
                 return f"{part} are out of range, or not in order.", ""
             if part.kind == "chains":
-                return self._explain_chains(part.site, code, state, args, kwargs), ""
+                return self._phase.explain(part.site, code, args, kwargs, data={**state.params, **state.mutable_state}), ""
         what, _ = super()._explain(state, bad, args, kwargs)
         limit = self.stability_limit(state, *args, **kwargs)
         return what, fix_of(float(self._step_size(state)), limit)
@@ -698,9 +680,7 @@ def _health(batch: _Batch, loss: Array, theta: Any, x: Particles, mutable_state:
     health = health_of("loss", loss) | health_of("param", theta) | health_of("particles", x)
     for name, plate in batch.program.plates.items():
         health[Part("plate", name)] = 1 - plate.is_row.all().astype(jnp.int32)
-    for name, status in status_of(mutable_state).items():
-        health[Part("chains", name)] = jnp.where(status > 1, status, 0)
-    return health
+    return health | health_of_chains(mutable_state)
 
 
 def _minimize(loss: Callable[[Array], Array], start: Array, max_steps: int) -> Array:

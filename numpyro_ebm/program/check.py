@@ -16,6 +16,7 @@ from numpyro.handlers import block, seed, substitute
 from numpyro_ebm._compat import is_in_scan, layers, scan_index
 from numpyro_ebm.distributions.energy import BaseMeasure, NormalizerError, TiltedDistribution, energy_site
 from numpyro_ebm.program.provenance import mark, sources
+from numpyro_ebm.program.sites import FIELD, is_normalizer, normalizer_name
 
 
 @dataclass(frozen=True)
@@ -196,8 +197,8 @@ class _look(substitute):
         if msg["type"] != "sample":
             return
         name = msg["name"]
-        if name.endswith("/log_normalizer"):  # what negative_phase adds
-            self.has_pool |= name.endswith("random_field/log_normalizer")
+        if is_normalizer(name):  # what negative_phase adds
+            self.has_pool |= name.endswith(normalizer_name(FIELD))
         else:
             self.found[name] = _Found(_core(msg["fn"]), msg["is_observed"], is_in_scan(msg))
             self.densities[name] = _density(msg)

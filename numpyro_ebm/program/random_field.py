@@ -26,10 +26,8 @@ from numpyro_ebm._map_over import map_over
 from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.program.rows import dim_of, per_row, shared_plates
 from numpyro_ebm.program.run import Run, log_density_terms, run_model, total
-from numpyro_ebm.program.sites import Model, transform_of
+from numpyro_ebm.program.sites import FIELD, Model, transform_of
 from numpyro_ebm.samplers import MALA, Sampler, Target
-
-FIELD = "random_field"  # the site that its chains and its normalizer are named after
 
 Values = dict[str, Array]  # by sample site
 

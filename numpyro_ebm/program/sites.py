@@ -17,10 +17,23 @@ from numpyro_ebm._compat import layers, mask_of
 Model = Callable[..., Any]
 Site = dict[str, Any]
 
+FIELD = "random_field"  # the site that the chains and the normalizer of coupled flat sites are named after
+_NORMALIZER = "/log_normalizer"
+
 
 def is_latent(site: Site) -> bool:
     """Whether a site is a sample site without data."""
     return site["type"] == "sample" and not site["is_observed"]
+
+
+def normalizer_name(site: str) -> str:
+    """The factor that adds the log normalizer of a site's distribution."""
+    return site + _NORMALIZER
+
+
+def is_normalizer(name: str) -> bool:
+    """Whether a site is such a factor."""
+    return name.endswith(_NORMALIZER)
 
 
 def transform_of(site: Site) -> Any:
