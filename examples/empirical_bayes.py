@@ -123,7 +123,9 @@ def batters(rng_key: Array, data: Batters, num_steps: int, path: Path) -> None:
     found = late_mean(result.collected)
     settings = {"num_samples": max(num_steps // 8, 10), "num_chains": 20}
     draws = sample_posterior(keys[1], model, found, jnp.asarray(y), jnp.asarray(scale), **settings)["x"].reshape(-1, len(y))
-    error = standard_errors(keys[2], model, found, jnp.asarray(y), jnp.asarray(scale), standardized=True, **settings)
+    args = jnp.asarray(y), jnp.asarray(scale)
+    standardized = sample_posterior(keys[2], model, found, *args, standardized=True, **settings)
+    error = standard_errors(model, found, standardized, *args, standardized=True)
 
     shrunk = to_average(np.asarray(draws)).mean(0)
     plug_in = exact.mu + exact.tau**2 / (exact.tau**2 + 1) * (y - exact.mu)

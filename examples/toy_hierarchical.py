@@ -63,7 +63,7 @@ import numpyro.distributions as dist
 from jax import Array
 from numpyro.infer import init_to_value
 
-from numpyro_ebm import NonFiniteError, ParticleMMLE, convergence, standard_errors
+from numpyro_ebm import NonFiniteError, ParticleMMLE, convergence, sample_posterior, standard_errors
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -156,7 +156,8 @@ def print_table(runs: dict[str, Run], engines: dict[str, ParticleMMLE], y: Array
 def print_standard_error(rng_key: Array, run: Run, y: Array) -> None:
     """What the data leave open, by Louis' identity, and IPLA's spread against it over sqrt(N)."""
     params = {"theta": run.theta[len(run.theta) // 2 :].mean()}
-    found = standard_errors(rng_key, model, params, y, start={"x": run.particles})
+    samples = sample_posterior(rng_key, model, params, y, start={"x": run.particles}, num_samples=500)
+    found = standard_errors(model, params, samples, y)
     print(f"\nThe standard error of theta* is {found.standard_errors['theta']:.3f} (exact: {(2 / D) ** 0.5:.3f}). IPLA against it:")
     print(convergence({"theta": run.theta}, num_particles=N, standard_errors=found))
 

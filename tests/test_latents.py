@@ -235,7 +235,7 @@ def test_energy_prior_at_fixed_parameters_gives_its_posterior():
     draws = sample_posterior(KEY, negative_phase(model), {"tilt": 3.0}, Y, num_samples=300, num_chains=8)
     assert_moments(draws["x"], (Y + 3) / 2, np.eye(4) / 2)
     with pytest.raises(NormalizerError, match=r"site 'x': the second derivative of its unknown normalizer"):
-        standard_errors(KEY, negative_phase(model), {"tilt": 3.0}, Y, num_samples=2, num_warmup=0)
+        standard_errors(negative_phase(model), {"tilt": 3.0}, {"x": draws["x"][:, :2]}, Y)
 
 
 def test_normalizer_that_depends_on_a_latent_is_refused():
@@ -310,11 +310,16 @@ def assert_information(found, exact, names, most_noise=0.02):
         assert abs(found.standard_errors[name] - wanted) < 5 * noise
 
 
+def errors_of(rng_key, model, params, *args, **settings):
+    samples = sample_posterior(rng_key, model, params, *args, **settings)
+    return standard_errors(model, params, samples, *args)
+
+
 def test_information_is_that_of_the_marginal_off_the_maximum_too():
     # catches a missing covariance, second moments of scores in its place (they differ where the mean score is not 0), the
     # covariance of their sum (too noisy), and an error of log scale given for one of scale
     y, theta = 2 + 2 * jax.random.normal(jax.random.key(5), (50,)), jnp.array([2.5, jnp.log(2.2)])
-    found = standard_errors(KEY, population, {"loc": 2.5, "scale": 2.2}, y, num_samples=250, num_chains=16)
+    found = errors_of(KEY, population, {"loc": 2.5, "scale": 2.2}, y, num_samples=250, num_chains=16)
     exact = population_information(theta, y)
     assert abs(exact[0, 1]) > 0.1 * exact[0, 0]
     assert_information(found, exact, {"loc": 1, "scale": 2.2}, most_noise=0.005)  # .002 by rows, .008 to .011 by their sum
@@ -332,7 +337,7 @@ def test_toy_has_standard_error_root_two_over_d():
             numpyro.sample("y", dist.Normal(x, 1), obs=y)
 
     y = jax.random.normal(KEY, (10, 24))
-    found = standard_errors(jax.random.key(1), toy, {"loc": y.mean(0)}, y, num_samples=100, num_chains=16)
+    found = errors_of(jax.random.key(1), toy, {"loc": y.mean(0)}, y, num_samples=100, num_chains=16)
     z = (found.standard_errors["loc"] - np.sqrt(2 / 10)) / found.monte_carlo_errors["loc"]
     # z has Student's distribution with 15 degrees of freedom: standard deviation 1.07, its estimate from 24 off by .17
     assert 0.4 < np.sqrt((z**2).mean()) < 1.75
@@ -355,7 +360,7 @@ def test_standard_errors_by_quadrature_where_posteriors_are_not_normal():
         return jax.nn.logsumexp(terms + dist.Normal(0, 1).log_prob(nodes), 0).sum()
 
     theta = jnp.array([0.6, jnp.log(0.9)])
-    found = standard_errors(KEY, schools, {"loc": 0.6, "scale": 0.9}, y, exposure, num_samples=400, num_chains=16)
+    found = errors_of(KEY, schools, {"loc": 0.6, "scale": 0.9}, y, exposure, num_samples=400, num_chains=16)
     assert_information(found, -jax.hessian(log_likelihood)(theta), {"loc": 1, "scale": 0.9})
 
 
@@ -365,7 +370,7 @@ def test_standard_error_with_a_global_latent():
         x = numpyro.sample("x", dist.Normal(numpyro.param("loc", 0.0), 1))
         numpyro.sample("y", dist.Normal(x, 1).expand([4]).to_event(1), obs=y)
 
-    found = standard_errors(KEY, shared, {"loc": 1.0}, Y, num_samples=1000, num_chains=16)
+    found = errors_of(KEY, shared, {"loc": 1.0}, Y, num_samples=1000, num_chains=16)
     assert_information(found, np.array([[4 / 5]]), {"loc": 1})
 
 
@@ -377,7 +382,7 @@ def test_simplex_params_get_as_many_standard_errors_as_they_have_elements():
         numpyro.sample("y", dist.Multinomial(probs=share, total_count=10), obs=y)
 
     share = jnp.array([0.2, 0.3, 0.5])
-    found = standard_errors(KEY, model, {"share": share}, 10 * share, num_samples=2, num_warmup=1)
+    found = errors_of(KEY, model, {"share": share}, 10 * share, num_samples=2, num_warmup=1)
     np.testing.assert_allclose(found.standard_errors["share"], jnp.sqrt(share * (1 - share) / 10), rtol=1e-3)
     np.testing.assert_allclose(found.monte_carlo_errors["share"], 0, atol=1e-4)
 
@@ -413,7 +418,39 @@ def _field(y):
 )
 def test_information_that_is_none_is_refused(model, params, error, message):
     with pytest.raises(error, match=message):
-        standard_errors(KEY, model, params, Y, num_samples=40, num_chains=4)
+        errors_of(KEY, model, params, Y, num_samples=40, num_chains=4)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ({"z": np.zeros((2, 3, 4))}, r"samples has the sites \['z'\], the latents of the model are \['x'\]"),
+        ({"x": np.zeros((2, 3, 5))}, r"site 'x': samples has shape \(2, 3, 5\), it must be \(2, 3, 4\)"),
+        ({"x": np.zeros(4)}, r"site 'x': samples has shape \(4,\), it must begin with \(num_chains, num_samples\)"),
+        ({"x": np.full((2, 3, 4), np.nan)}, r"site 'x': samples has values that are not finite"),
+        ({}, r"samples has the sites \[\]"),
+    ],
+)
+def test_samples_of_something_else_are_refused(samples, message):
+    # Catches draws without their chains, whose first two axes would be taken for chains and samples.
+    with pytest.raises(ValueError, match=message):
+        standard_errors(population, {"loc": 0.0, "scale": 1.0}, samples, Y)
+
+
+def test_standard_errors_take_the_samples_as_they_are():
+    """Latents on the half line: one sample per chain, by hand. Catches samples taken for unconstrained ones."""
+
+    def model(y):
+        rate = numpyro.param("rate", 1.0, constraint=constraints.positive)
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Poisson(numpyro.sample("x", dist.Exponential(rate))), obs=y)
+
+    x, y, rate = jnp.array([[[0.5, 2.0]], [[1.5, 0.3]]]), jnp.array([1.0, 2.0]), 0.8
+    found = standard_errors(model, {"rate": rate}, {"x": x}, y)
+    # with theta = log rate: score of a row 1 - rate x, minus its second derivative rate x
+    score = 1 - rate * x[:, 0]
+    information = (rate * x[:, 0]).mean(0).sum() - ((score - score.mean(0)) ** 2).mean(0).sum()
+    np.testing.assert_allclose(found.information, [[information]], rtol=1e-5)
 
 
 # Convergence.

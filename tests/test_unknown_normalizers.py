@@ -114,7 +114,7 @@ def _engines(model, guide, y, params):
         "marginal_score": lambda: marginal_score(model, guide, both, y, rng_key=KEY, importance_weighted=True),
         "sample_posterior": lambda: sample_posterior(KEY, model, params, y, num_samples=2, num_warmup=2),
         "find_map": lambda: find_map(KEY, model, params, y),
-        "standard_errors": lambda: standard_errors(KEY, model, params, y, num_samples=2, num_warmup=2),
+        "standard_errors": lambda: standard_errors(model, params, {"rate": jnp.ones((2, 2, len(y)))}, y),
         "SVI(negative_phase)": lambda: SVI(negative_phase(model), guide, optax.sgd(0.1), Trace_ELBO()).init(KEY, y),
     }
 
@@ -196,7 +196,7 @@ def test_standard_errors_of_learned_normalizers_are_refused_whatever_stands_arou
     # guards against: a Hessian without that of log Z, where a handler around the negative phase hides the guard
     for form in (condition(model, data=DATA), condition(negative_phase(model), data=DATA), lambda: negative_phase(model)(Y)):
         with pytest.raises(NormalizerError, match=f"site '{site}': .*second derivative of its unknown normalizer"):
-            standard_errors(KEY, form, params, num_samples=2, num_warmup=2)
+            standard_errors(form, params, {})
 
 
 def test_standard_errors_of_a_field_that_no_engine_learns_are_refused_as_well():
@@ -206,7 +206,7 @@ def test_standard_errors_of_a_field_that_no_engine_learns_are_refused_as_well():
         _field(Y)
 
     with pytest.raises(NormalizerError, match=r"site 'coupling': .*second derivative of its unknown normalizer"):
-        standard_errors(KEY, model, {"log_k": 0.0}, num_samples=2, num_warmup=2)
+        standard_errors(model, {"log_k": 0.0}, {})
 
 
 def _normalizer_of_visible(v, w=None):

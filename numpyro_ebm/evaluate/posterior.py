@@ -109,22 +109,31 @@ def sample_posterior(
         >>> print(draws["x"].mean((0, 1)).round(1))
         [1. 3.]
     """
-    posterior, draws = draw_posterior(
-        rng_key,
-        model,
-        params,
-        args,
-        kwargs,
-        num_samples=num_samples,
-        num_warmup=num_warmup,
-        num_chains=num_chains,
-        thinning=thinning,
-        sampler=sampler,
-        start=start,
-        mutable_state=mutable_state,
-        init_strategy=init_strategy,
-    )
-    return jax.jit(jax.vmap(jax.vmap(posterior.constrained)))(draws)
+    sampler = MALA() if sampler is None else sampler
+    if not isinstance(sampler, NUTS):
+        require_sampler("sampler", sampler, ", or samplers.NUTS()")
+    num_samples, thinning = require_count("num_samples", num_samples), require_count("thinning", thinning)
+    num_warmup = require_count("num_warmup", num_warmup, least=1 if isinstance(sampler, NUTS) else 0)
+    model_key, start_key, run_key = jax.random.split(rng_key, 3)
+    posterior = Posterior(model_key, model, params, args, kwargs, mutable_state)
+    positions = posterior.start(start_key, start, num_chains, "num_chains", init_strategy)
+    log_density = jax.vmap(lambda x: posterior.row_log_density(posterior.from_rows(x)))
+
+    def draw(key: Array, positions: Array) -> tuple[Array, Array]:
+        if isinstance(sampler, NUTS):
+            return sampler.draw(key, log_density, positions, num_warmup, num_samples, thinning)
+        return _run_sampler(key, sampler, log_density, positions, num_warmup, num_samples, thinning)
+
+    draws, status = jax.jit(draw)(run_key, positions)
+    latents = jax.jit(jax.vmap(jax.vmap(posterior.from_rows)))(draws)
+    for name, values in latents.items():
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"site '{name}': the draws are not finite, because chains ran away: take a smaller step_size, or MALA()."
+            )
+    if int(status):
+        warnings.warn(_explain(sampler, int(status), num_samples * len(positions) * thinning), stacklevel=2)
+    return jax.jit(jax.vmap(jax.vmap(posterior.constrained)))(latents)
 
 
 class Posterior:
@@ -211,7 +220,8 @@ class Posterior:
             keys = jax.random.split(rng_key, number or 4)
             latents = jax.jit(jax.vmap(lambda key: self.draw(key, init_strategy)))(keys)
         else:
-            latents = self._unconstrained(start, number, counted)
+            number = len(next(iter(start.values()), ())) if number is None else number
+            latents = self.unconstrained("start", start, (number,), f"with {counted}={number} ")
         positions, value = jax.jit(jax.vmap(lambda x: (self.to_rows(x), self.row_log_density(x))))(latents)
         if not (finite := np.isfinite(value)).all():
             raise ValueError(
@@ -289,21 +299,31 @@ class Posterior:
                 inside[name] = term
         return per_row(inside, self.program, plate), total({name: term for name, term in terms.items() if name not in inside})
 
-    def _unconstrained(self, start: Mapping[str, Array], number: int | None, counted: str) -> Latents:
-        """Given latents, checked and unconstrained."""
-        if set(start) != set(self._shapes):
-            raise ValueError(f"start has the sites {sorted(start)}, the latents of the model are {sorted(self._shapes)}.")
-        number = len(next(iter(start.values()))) if number is None else number
-        for name, value in start.items():
-            shape = (number, *jnp.shape(self.program.sites[name]["value"]))
+    def unconstrained(self, what: str, given: Mapping[str, Array], leading: tuple[int, ...], why: str = "") -> Latents:
+        """Given values of the latents, checked and unconstrained.
+
+        :param what: what they are, for a message.
+        :param leading: the shape that stands in front of the site's own.
+        :param why: what that shape comes from, for a message.
+        """
+        if set(given) != set(self._shapes):
+            raise ValueError(f"{what} has the sites {sorted(given)}, the latents of the model are {sorted(self._shapes)}.")
+        for name, value in given.items():
+            shape = (*leading, *jnp.shape(self.program.sites[name]["value"]))
             if jnp.shape(value) != shape:
-                raise ValueError(f"site '{name}': start has shape {jnp.shape(value)}, with {counted}={number} it must be {shape}.")
-        dtypes = {name: jnp.result_type(self.program.sites[name]["value"]) for name in start}
-        given = {name: jnp.asarray(value, dtypes[name]) for name, value in start.items()}  # integers would not move
-        latents = jax.jit(jax.vmap(lambda values: self.draw(self.rng_key, lambda site: values[site["name"]])))(given)
+                raise ValueError(f"site '{name}': {what} has shape {jnp.shape(value)}, {why}it must be {shape}.")
+        dtypes = {name: jnp.result_type(self.program.sites[name]["value"]) for name in given}
+        real = {name: jnp.asarray(value, dtypes[name]) for name, value in given.items()}  # integers would not move
+
+        def invert(values: Latents) -> Latents:
+            return self.draw(self.rng_key, lambda site: values[site["name"]])
+
+        for _ in leading:
+            invert = jax.vmap(invert)
+        latents = jax.jit(invert)(real)
         for name, position in latents.items():
             if not np.isfinite(position).all():
-                raise ValueError(f"site '{name}': start has values that are not finite, or not inside the support.")
+                raise ValueError(f"site '{name}': {what} has values that are not finite, or not inside the support.")
         return latents
 
     # Parameters, for derivatives in them.
@@ -315,50 +335,6 @@ class Posterior:
     def params_at(self, theta: Any) -> dict[str, Any]:
         """The parameters at unconstrained values."""
         return constrain_params(theta, self.program.param_transforms)
-
-
-def draw_posterior(
-    rng_key: Array,
-    model: Model,
-    params: Mapping[str, Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    num_samples: int,
-    num_warmup: int,
-    num_chains: int | None,
-    thinning: int,
-    sampler: Sampler | NUTS | None,
-    start: Mapping[str, Array] | None,
-    mutable_state: Mapping[str, Any] | None,
-    init_strategy: Callable[..., Any],
-) -> tuple[Posterior, Latents]:
-    """The posterior and unconstrained samples of it, ``(num_chains, num_samples) + ...``; see :func:`sample_posterior`."""
-    sampler = MALA() if sampler is None else sampler
-    if not isinstance(sampler, NUTS):
-        require_sampler("sampler", sampler, ", or samplers.NUTS()")
-    num_samples, thinning = require_count("num_samples", num_samples), require_count("thinning", thinning)
-    num_warmup = require_count("num_warmup", num_warmup, least=1 if isinstance(sampler, NUTS) else 0)
-    model_key, start_key, run_key = jax.random.split(rng_key, 3)
-    posterior = Posterior(model_key, model, params, args, kwargs, mutable_state)
-    positions = posterior.start(start_key, start, num_chains, "num_chains", init_strategy)
-    log_density = jax.vmap(lambda x: posterior.row_log_density(posterior.from_rows(x)))
-
-    def draw(key: Array, positions: Array) -> tuple[Array, Array]:
-        if isinstance(sampler, NUTS):
-            return sampler.draw(key, log_density, positions, num_warmup, num_samples, thinning)
-        return _run_sampler(key, sampler, log_density, positions, num_warmup, num_samples, thinning)
-
-    draws, status = jax.jit(draw)(run_key, positions)
-    latents = jax.jit(jax.vmap(jax.vmap(posterior.from_rows)))(draws)
-    for name, values in latents.items():
-        if not np.isfinite(values).all():
-            raise ValueError(
-                f"site '{name}': the draws are not finite, because chains ran away: take a smaller step_size, or MALA()."
-            )
-    if int(status):
-        warnings.warn(_explain(sampler, int(status), num_samples * len(positions) * thinning), stacklevel=3)
-    return posterior, latents
 
 
 def _run_sampler(

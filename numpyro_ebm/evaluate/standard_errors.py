@@ -23,13 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
-from numpyro.infer import init_to_sample
 
 from numpyro_ebm.distributions.energy import NormalizerError
-from numpyro_ebm.evaluate.posterior import Latents, Posterior, draw_posterior
+from numpyro_ebm.evaluate.posterior import Latents, Posterior
 from numpyro_ebm.program.run import total
 from numpyro_ebm.program.sites import Model
-from numpyro_ebm.samplers import NUTS, Sampler
 
 
 class StandardErrors(NamedTuple):
@@ -46,46 +44,31 @@ class StandardErrors(NamedTuple):
 
 
 def standard_errors(
-    rng_key: Array,
     model: Model,
     params: Mapping[str, Any],
+    samples: Mapping[str, Array],
     *args: Any,
-    num_samples: int = 500,
-    num_warmup: int = 200,
-    num_chains: int | None = None,
-    thinning: int = 1,
-    sampler: Sampler | NUTS | None = None,
-    start: Mapping[str, Array] | None = None,
     mutable_state: Mapping[str, Any] | None = None,
-    init_strategy: Callable[..., Any] = init_to_sample,
     **kwargs: Any,
 ) -> StandardErrors:
     """Standard errors of parameters learned by maximum marginal likelihood, by Louis' identity.
 
     They are those of large-sample theory, from the curvature of the log likelihood at ``params``, and hold for regular models
     at the maximum. The curvature is taken in unconstrained space and carried to constrained values by the delta method.
-    Latents are drawn by :func:`~numpyro_ebm.sample_posterior`, whose arguments these are.
 
-    :param rng_key: a key of :func:`jax.random.key`.
     :param model: a NumPyro model, under :class:`~numpyro_ebm.negative_phase` or not.
     :param dict params: values of all :func:`numpyro.param` sites, ``result.params``.
+    :param samples: of the latents at these ``params`` and the same data, as :func:`~numpyro_ebm.sample_posterior` returns them:
+        by site, of shape ``(num_chains, num_samples) + batch_shape + event_shape``. With many chains the Monte Carlo errors are
+        themselves better known. A bias of the sampler goes into the result.
     :param args: arguments of the model.
-    :param int num_samples: samples of every chain.
-    :param int num_warmup: transitions before the first sample.
-    :param int num_chains: independent chains; as many as ``start`` has if it is given, else 4. With many the Monte Carlo errors
-        are themselves better known.
-    :param int thinning: transitions per sample.
-    :param sampler: :class:`~numpyro_ebm.MALA` if not given, or :class:`~numpyro_ebm.samplers.NUTS`. A sampler with a bias puts
-        it into the result.
-    :param start: latents to start from, constrained, such as the particles of the fit.
     :param mutable_state: values of the model's own :func:`numpyro.primitives.mutable` sites.
-    :param init_strategy: a NumPyro ``init_to_...`` strategy to start from without ``start``.
     :param kwargs: keyword arguments of the model.
     :return: standard errors by param site, their Monte Carlo errors and the matrices behind them.
     :raises NormalizerError: if an energy or a random field has parameters to learn: the second derivative of its normalizer is
         not known.
-    :raises ValueError: if the information is not positive definite, naming the param site that it is worst for; for what
-        :func:`~numpyro_ebm.sample_posterior` refuses.
+    :raises ValueError: if ``samples`` are not those of the model's latents; if the information is not positive definite, naming
+        the param site that it is worst for; for a model or params that :func:`~numpyro_ebm.sample_posterior` refuses.
 
     **References**
 
@@ -95,35 +78,23 @@ def standard_errors(
 
         >>> import jax, jax.numpy as jnp, numpyro
         >>> import numpyro.distributions as dist
-        >>> from numpyro_ebm import standard_errors
+        >>> from numpyro_ebm import sample_posterior, standard_errors
         >>> def model(y):
         ...     loc = numpyro.param("loc", 0.0)
         ...     with numpyro.plate("data", len(y)):
         ...         x = numpyro.sample("x", dist.Normal(loc, 1))
         ...         numpyro.sample("y", dist.Normal(x, 1), obs=y)
         >>> y = jax.random.normal(jax.random.key(0), (50,))
-        >>> found = standard_errors(jax.random.key(1), model, {"loc": y.mean()}, y)
+        >>> samples = sample_posterior(jax.random.key(1), model, {"loc": y.mean()}, y, num_samples=500)
+        >>> found = standard_errors(model, {"loc": y.mean()}, samples, y)
         >>> print(f"{found.standard_errors['loc']:.2f}, exact {(2 / 50) ** 0.5:.2f}")
         0.20, exact 0.20
     """
-    posterior, draws = draw_posterior(
-        rng_key,
-        model,
-        params,
-        args,
-        kwargs,
-        num_samples=num_samples,
-        num_warmup=num_warmup,
-        num_chains=num_chains,
-        thinning=thinning,
-        sampler=sampler,
-        start=start,
-        mutable_state=mutable_state,
-        init_strategy=init_strategy,
-    )
+    posterior = Posterior(jax.random.key(0), model, params, args, kwargs, mutable_state)
     if not posterior.params:
         raise ValueError("the model has no param site, so that there is nothing to give standard errors of.")
     _require_known_normalizers(posterior)
+    draws = posterior.unconstrained("samples", samples, _num_chains_and_samples(samples))
     theta, unravel = ravel_pytree(posterior.theta())
     moments = jax.jit(lambda theta, draws: _moments(posterior, unravel, theta, draws))(theta, draws)
     information, of_chains = _information(jax.tree.map(lambda x: np.asarray(x, np.float64), moments))
@@ -143,6 +114,17 @@ def standard_errors(
         jnp.asarray(covariance, dtype),
         jnp.asarray(information, dtype),
     )
+
+
+def _num_chains_and_samples(samples: Mapping[str, Array]) -> tuple[int, ...]:
+    shapes = {name: jnp.shape(value) for name, value in samples.items()}
+    for name, shape in shapes.items():
+        if len(shape) < 2 or 0 in shape[:2]:
+            raise ValueError(
+                f"site '{name}': samples has shape {shape}, it must begin with (num_chains, num_samples), as what sample_posterior "
+                "returns does."
+            )
+    return next(iter(shapes.values()), ())[:2]
 
 
 def _require_known_normalizers(posterior: Posterior) -> None:
