@@ -430,6 +430,25 @@ def test_optimizers_make_as_many_steps_as_told(latent, of_encoder):
     assert int(state.num_steps) == 2
 
 
+def test_upper_level_and_encoder_see_the_same_visibles(monkeypatch):
+    """Generated once in the upper level and once in the lower. Catches visibles drawn again for the encoder's own step.
+
+    Drawn again, they are others as soon as a mutable site or a key has moved in between.
+    """
+    keys, generate = [], _Levels.generate
+
+    def counted(self, omega, rng_key, mutable, **settings):
+        keys.append(rng_key)
+        return generate(self, omega, rng_key, mutable, **settings)
+
+    monkeypatch.setattr(_Levels, "generate", counted)
+    engine = engine_of(lower=LowerLevel(latent="complete"))
+    state = engine.init(KEY, jnp.asarray(DATA))
+    keys.clear()
+    jax.eval_shape(lambda state: engine._step(state, (jnp.asarray(DATA),), {}), state)
+    assert len(keys) == 2
+
+
 def test_unrolled_gradient_is_that_of_finite_differences():
     """Of E(data) less what two steps of Adam on the lower level reach. Catches a wrong sign of the rest, and a theta held fixed."""
     adam = optax.adam(0.1, eps_root=1e-12)

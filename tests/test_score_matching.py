@@ -3,6 +3,8 @@
 
 """The score-matching engine against closed forms, and what every engine of scores refuses."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,13 +17,16 @@ from numpyro.primitives import mutable
 
 from numpyro_ebm import (
     BaseMeasure,
+    BiSM,
     DenoisingScoreMatching,
     EnergyDistribution,
     ExactScoreMatching,
     MultiscaleDenoisingScoreMatching,
     ScoreMatching,
     SlicedScoreMatching,
+    VaGES,
 )
+from numpyro_ebm.objectives import ScoreObjective
 
 KEY = jax.random.key(3)
 V = jax.random.normal(jax.random.key(0), (300, 2)) @ jnp.array([[1.0, 0.6], [0.0, 0.8]]) + jnp.array([0.5, -1.0])
@@ -95,6 +100,39 @@ def test_batches_are_rows_of_the_data_and_their_mean_gradient_is_that_of_all():
     error = found.std(0, ddof=1) / np.sqrt(2000)
     assert (error > 0).all()
     assert (jnp.abs(found.mean(0) - whole.update(state, V)[0].params["loc"]) < 5 * error).all()
+
+
+@dataclass(frozen=True)
+class Seen(ScoreObjective):
+    """The rows as they were perturbed, and a number of the loss's own: nothing of the score."""
+
+    def perturb(self, rng_key, v):
+        return v + jax.random.normal(rng_key, v.shape, v.dtype)
+
+    def loss(self, score_fn, rng_key, v, v_tilde):
+        return v_tilde + jax.random.normal(rng_key, v.shape, v.dtype)
+
+
+def test_engines_with_the_same_key_see_the_same_noise():
+    """Catches an engine that splits its key in another way: comparisons at the same noise would not be any."""
+
+    def pair(v):
+        with numpyro.plate("data", len(v)):
+            h = numpyro.sample("h", dist.Normal(numpyro.param("loc", 0.0), 1))
+            numpyro.sample("v", dist.Normal(h, 1), obs=v)
+
+    def guide(v):
+        with numpyro.plate("data", len(v)):
+            numpyro.sample("h", dist.Normal(numpyro.param("shift", 0.0), jnp.ones(len(v))))
+
+    def alone(v):
+        with numpyro.plate("data", len(v)):
+            numpyro.sample("v", dist.Normal(numpyro.param("loc", 0.0), jnp.ones(len(v))), obs=v)
+
+    v, move = V[:8, 0], optax.sgd(0.1)
+    engines = ScoreMatching(alone, move, Seen()), *(engine(pair, guide, move, move, Seen()) for engine in (BiSM, VaGES))
+    losses = [engine.evaluate(engine.init(KEY, v)._replace(rng_key=KEY), v) for engine in engines]
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
 
 
 def test_data_may_reach_their_site_by_a_linear_map():
