@@ -244,6 +244,17 @@ def test_model_that_no_score_can_teach_is_refused(name):
         ScoreMatching(model, SGD, ExactScoreMatching()).init(KEY, v)
 
 
+def test_plate_of_another_axis_is_not_that_of_the_rows():
+    """As many columns as rows, in the plate. Catches a density of every column taken for that of a row."""
+
+    def model(v):
+        with numpyro.plate("data", len(v)):
+            numpyro.sample("v", dist.Normal(numpyro.param("loc", 0.0), jnp.ones(v.shape)), obs=v)
+
+    with pytest.raises(ValueError, match=r"site 'v': its batch shape is \(2, 2\).*its leftmost dimension must be that of the rows"):
+        ScoreMatching(model, SGD, ExactScoreMatching()).init(KEY, V[:2])
+
+
 def test_batch_of_one_has_no_spread_of_noise_levels():
     objective = MultiscaleDenoisingScoreMatching(0.1, 0.1, 1.0)
     with pytest.raises(ValueError, match="a batch of 1: the spread of noise levels"):
