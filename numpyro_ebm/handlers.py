@@ -57,7 +57,7 @@ from numpyro_ebm.distributions.energy import (
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.random_field import RandomField, record_run
 from numpyro_ebm.program.run import run_model
-from numpyro_ebm.program.sites import FIELD, normalizer_name, require_finite
+from numpyro_ebm.program.sites import FIELD, normalizer_name, require_finite, stand_in
 from numpyro_ebm.samplers import Sampler
 from numpyro_ebm.samplers.base import require_sampler
 
@@ -447,7 +447,7 @@ def _feasible(msg: Message) -> Array | None:
         return None
     if energy_site(msg["fn"]) is None and not is_flat(msg["fn"]):
         return None
-    return msg["fn"].support.feasible_like(jnp.zeros(msg["fn"].shape()))
+    return stand_in(msg["fn"])
 
 
 def _fixed_support(name: str, energy: TiltedDistribution, dtype: Any) -> Array:

@@ -14,14 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import Array
-from numpyro.distributions import Unit
 from numpyro.infer import init_to_sample
 
-from numpyro_ebm._compat import layers
 from numpyro_ebm.chains import chains_of, positions
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.program.run import constrained, draw_latents, run_model, whole_plates
-from numpyro_ebm.program.sites import Site
+from numpyro_ebm.program.sites import Site, is_factor
 
 
 def to_inference_data(
@@ -160,7 +158,7 @@ def _look(state: Any, model: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         posterior = _by_chain(cloud(data, particles), 2 if _is_many_runs(state) else 1)
     named = {name: _site_dims(site) for name, site in sites.items() if site["type"] in ("sample", "deterministic")}
     data_sites = [name for name, site in sites.items() if site["type"] == "sample" and site["is_observed"]]
-    observed = {name: np.asarray(sites[name]["value"]) for name in data_sites if not _is_factor(sites[name])}
+    observed = {name: np.asarray(sites[name]["value"]) for name in data_sites if not is_factor(sites[name]["fn"])}
     return _Seen(posterior, observed, named)
 
 
@@ -181,10 +179,6 @@ def _site_dims(site: Site) -> tuple[str, ...]:
                 names[-event_dim:] = named_events
             break
     return tuple(names)
-
-
-def _is_factor(site: Site) -> bool:
-    return isinstance(list(layers(site["fn"]))[-1], Unit)
 
 
 def _state(state: Any) -> Any:

@@ -16,11 +16,11 @@ from jax import Array
 from numpyro.distributions import Delta
 from numpyro.handlers import substitute
 
-from numpyro_ebm._compat import calling_objective, layers
+from numpyro_ebm._compat import calling_objective
 from numpyro_ebm.program.pair import require_latent, require_no_auxiliary, require_no_more
 from numpyro_ebm.program.rows import dim_of, row_plate, shared_plates
 from numpyro_ebm.program.run import Run, log_density, run_model
-from numpyro_ebm.program.sites import Model, Site, is_latent, transform_of
+from numpyro_ebm.program.sites import Model, Site, core_of, is_latent, kind_of, transform_of
 
 Latents = dict[str, Array]
 
@@ -175,8 +175,7 @@ def _require_scores(drawn: Run) -> None:
     require_no_auxiliary(drawn)
     for name in drawn.latents:
         site = drawn.sites[name]
-        *_, core = layers(site["fn"])
-        kind = type(core).__name__
+        kind = kind_of(site["fn"])
         if site["fn"].support.is_discrete:
             raise ValueError(
                 f"site '{name}': {kind} is discrete, and the loss needs a gradient in its value. Draw it relaxed in the guide, "
@@ -187,7 +186,7 @@ def _require_scores(drawn: Run) -> None:
                 f"site '{name}': samples of {kind} have no gradient in its parameters. Give the guide a reparametrized "
                 "distribution such as Normal, or GumbelBernoulli for bits."
             )
-        if isinstance(core, Delta):
+        if isinstance(core_of(site["fn"]), Delta):
             raise ValueError(f"site '{name}': Delta has no density, and no score to compare with the posterior's. Use Normal.")
         _require_free(site)
 

@@ -36,13 +36,12 @@ from jax.custom_derivatives import SymbolicZero
 from jax.lax import stop_gradient
 from numpyro.primitives import Messenger
 
-from numpyro_ebm._compat import layers
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm.distributions.energy import with_core
 from numpyro_ebm.distributions.relaxed import GumbelBernoulli
 from numpyro_ebm.program.rows import per_row
 from numpyro_ebm.program.run import log_density_terms, run_model
-from numpyro_ebm.program.sites import Model, Site
+from numpyro_ebm.program.sites import Model, Site, core_of
 from numpyro_ebm.weights import normalized_weights
 
 #: values of latent sites by name, with samples along axis 0
@@ -181,8 +180,7 @@ class _hard_bits(Messenger):
     """Draws bits in place of relaxed ones, of the same floating type."""
 
     def process_message(self, msg: Site) -> None:
-        *_, core = layers(msg["fn"])
-        if msg["type"] == "sample" and isinstance(core, GumbelBernoulli):
+        if msg["type"] == "sample" and isinstance(core := core_of(msg["fn"]), GumbelBernoulli):
             msg["fn"] = with_core(msg["fn"], lambda fn: fn.hard())
             msg["infer"]["_bits_of"] = core.logits.dtype
 

@@ -9,14 +9,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from numpyro.distributions import ImproperUniform, Unit
+from numpyro.distributions import ImproperUniform
 from numpyro.handlers import block, seed, substitute
 
-from numpyro_ebm._compat import is_in_scan, layers, scan_index
+from numpyro_ebm._compat import is_in_scan, scan_index
 from numpyro_ebm.distributions.energy import BaseMeasure, NormalizerError, TiltedDistribution, energy_site
 from numpyro_ebm.program.provenance import mark, sources
-from numpyro_ebm.program.sites import FIELD, is_normalizer, normalizer_name
+from numpyro_ebm.program.sites import FIELD, core_of, is_factor, is_normalizer, normalizer_name, stand_in
 
 
 @dataclass(frozen=True)
@@ -180,12 +179,12 @@ class _look(substitute):
         super().__init__(substitute_fn=self._value)
 
     def _value(self, msg: dict[str, Any]) -> Any:
-        if msg["type"] != "sample" or _is_factor(msg["fn"]):
+        if msg["type"] != "sample" or is_factor(msg["fn"]):
             return None
         value, in_scan = msg["value"], scan_index(msg) is not None
         if value is None:
             shape = msg["kwargs"].get("sample_shape", ())
-            value = _feasible(msg["fn"], shape) if _is_undrawable(msg["fn"]) else msg["fn"].sample(jax.random.key(0), shape)
+            value = stand_in(msg["fn"], shape) if _is_undrawable(msg["fn"]) else msg["fn"].sample(jax.random.key(0), shape)
         elif in_scan:
             return None
         return mark(value, msg["name"])
@@ -200,7 +199,7 @@ class _look(substitute):
         if is_normalizer(name):  # what negative_phase adds
             self.has_pool |= name.endswith(normalizer_name(FIELD))
         else:
-            self.found[name] = _Found(_core(msg["fn"]), msg["is_observed"], is_in_scan(msg))
+            self.found[name] = _Found(core_of(msg["fn"]), msg["is_observed"], is_in_scan(msg))
             self.densities[name] = _density(msg)
 
 
@@ -225,25 +224,11 @@ def _density(msg: dict[str, Any]) -> Any:
     if energy is None:
         return msg["fn"].log_prob(msg["value"])
     bounds = [bound for bound in jax.tree.leaves(energy.support) if isinstance(bound, jax.Array)]
-    return energy._log_density(_feasible(energy)), bounds
-
-
-def _feasible(fn: Any, sample_shape: tuple[int, ...] = ()) -> Any:
-    return fn.support.feasible_like(jnp.zeros(fn.shape(sample_shape)))
+    return energy._log_density(stand_in(energy)), bounds
 
 
 def _is_undrawable(fn: Any) -> bool:
-    return isinstance(_core(fn), (ImproperUniform, TiltedDistribution))
-
-
-def _is_factor(fn: Any) -> bool:
-    return isinstance(_core(fn), Unit)
-
-
-def _core(fn: Any) -> Any:
-    """What a site's distribution is, under what plates, masks and users wrapped around it."""
-    parts = list(layers(fn))
-    return next((part for part in parts if isinstance(part, TiltedDistribution)), parts[-1])
+    return isinstance(core_of(fn), (ImproperUniform, TiltedDistribution))
 
 
 class _Report:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from numpyro.distributions import MaskedDistribution, Unit
+from numpyro.distributions import MaskedDistribution
 from numpyro.handlers import block
 from numpyro.primitives import Messenger
 
@@ -26,7 +26,7 @@ from numpyro_ebm._map_over import map_over
 from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.program.rows import dim_of, per_row, shared_plates
 from numpyro_ebm.program.run import Run, log_density_terms, run_model, total
-from numpyro_ebm.program.sites import FIELD, Model, transform_of
+from numpyro_ebm.program.sites import FIELD, Model, is_factor, transform_of
 from numpyro_ebm.samplers import MALA, Sampler, Target
 
 Values = dict[str, Array]  # by sample site
@@ -62,9 +62,8 @@ class record_run(Messenger):
             self._note(name, msg)
 
     def _note(self, name: str, msg: dict[str, Any]) -> None:
-        parts = list(layers(msg["fn"]))
-        self.masked = self.masked or (name if any(isinstance(part, MaskedDistribution) for part in parts) else None)
-        if not isinstance(parts[-1], Unit):
+        self.masked = self.masked or (name if any(isinstance(part, MaskedDistribution) for part in layers(msg["fn"])) else None)
+        if not is_factor(msg["fn"]):
             self.values[name] = lax.stop_gradient(jnp.asarray(msg["value"]))
 
 
@@ -72,7 +71,7 @@ class unobserved(Messenger):
     """Makes every sample site but factors a latent: data are forgotten."""
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] == "sample" and msg["is_observed"] and not isinstance(list(layers(msg["fn"]))[-1], Unit):
+        if msg["type"] == "sample" and msg["is_observed"] and not is_factor(msg["fn"]):
             msg["is_observed"], msg["value"] = False, None
 
 

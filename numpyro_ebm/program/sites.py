@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.distributions import Distribution, biject_to, constraints
+from jax import Array
+from numpyro.distributions import Distribution, Unit, biject_to, constraints
 from numpyro.infer.util import helpful_support_errors
 
 from numpyro_ebm._compat import layers, mask_of
@@ -44,8 +45,23 @@ def transform_of(site: Site) -> Any:
 
 def kind_of(fn: Distribution) -> str:
     """The name of a site's distribution, under what plates and masks wrap around it."""
+    return type(core_of(fn)).__name__
+
+
+def core_of(fn: Distribution) -> Any:
+    """A site's distribution, under what plates, masks and users wrapped around it."""
     *_, core = layers(fn)
-    return type(core).__name__
+    return core
+
+
+def is_factor(fn: Distribution) -> bool:
+    """Whether a site is a :func:`numpyro.factor`."""
+    return isinstance(core_of(fn), Unit)
+
+
+def stand_in(fn: Distribution, sample_shape: tuple[int, ...] = ()) -> Array:
+    """A value of a site where its draw is not wanted, or there is none: 0, or what of the support is near."""
+    return fn.support.feasible_like(jnp.zeros(fn.shape(sample_shape)))
 
 
 def is_unbounded(support: Any) -> bool:

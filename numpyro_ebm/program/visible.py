@@ -17,7 +17,7 @@ from numpyro.handlers import substitute
 from numpyro_ebm.program.provenance import mark, sources
 from numpyro_ebm.program.rows import leading_plate
 from numpyro_ebm.program.run import Run, run_model
-from numpyro_ebm.program.sites import Model, Site, is_latent, is_unbounded, kind_of
+from numpyro_ebm.program.sites import Model, Site, is_latent, is_unbounded, kind_of, stand_in
 
 
 class Visible(NamedTuple):
@@ -101,12 +101,10 @@ def _require_batch(args: tuple[Any, ...]) -> Array:
 
 
 def _run(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], rng_key: Array, data: dict[str, Any]) -> Run:
-    def stand_in(site: Site) -> Array | None:
-        if not is_latent(site) or site["name"] in data:
-            return None
-        return site["fn"].support.feasible_like(jnp.zeros(site["fn"].shape()))
+    def value(site: Site) -> Array | None:
+        return stand_in(site["fn"]) if is_latent(site) and site["name"] not in data else None
 
-    with substitute(substitute_fn=stand_in):
+    with substitute(substitute_fn=value):
         return run_model(model, args, kwargs, rng_key, data=data)
 
 
