@@ -46,7 +46,7 @@ html_static_path = ["_static"]
 
 
 def _public():
-    for module in (numpyro_ebm, numpyro_ebm.samplers):
+    for module in (numpyro_ebm, numpyro_ebm.infer, numpyro_ebm.samplers):
         yield from ((f"{module.__name__}.{name}", getattr(module, name)) for name in module.__all__)
 
 

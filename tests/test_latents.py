@@ -539,7 +539,7 @@ def test_bad_models_are_refused():
         sample_posterior(KEY, population, {"loc": 0.0}, Y, **call)
     with pytest.raises(ValueError, match=r"site 'y': 1 of 4 observed events are NaN"):
         sample_posterior(KEY, population, {"loc": 0.0, "scale": 1.0}, Y.at[0].set(jnp.nan), **call)
-    with pytest.raises(TypeError, match=r"sampler must be a sampler such as MALA\(\), or 'nuts', got 'hmc'"):
+    with pytest.raises(TypeError, match=r"sampler must be a sampler such as MALA\(\), or samplers.NUTS\(\), got 'hmc'"):
         sample_posterior(KEY, population, {"loc": 0.0, "scale": 1.0}, Y, sampler="hmc", **call)
 
 
