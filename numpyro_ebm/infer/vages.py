@@ -92,8 +92,9 @@ class Variational:
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_samples", require_count("num_samples", self.num_samples))
         object.__setattr__(self, "covariance", require_one_of("covariance", self.covariance, COVARIANCES))
-        for name in ("shared_samples", "variance_reduced", "relaxed"):
-            object.__setattr__(self, name, require_bool(name, getattr(self, name)))
+        object.__setattr__(self, "shared_samples", require_bool("shared_samples", self.shared_samples))
+        object.__setattr__(self, "variance_reduced", require_bool("variance_reduced", self.variance_reduced))
+        object.__setattr__(self, "relaxed", require_bool("relaxed", self.relaxed))
         if self.refine is not None:
             require_instance("refine", self.refine, ("__call__",), "a function refine(rng_key, log_prob, h)")
         if self.num_samples == 1 and self.covariance != "none":
