@@ -64,6 +64,11 @@ def in_subsampled_plate(batch_shape: tuple[int, ...]) -> str | None:
     return None
 
 
+def open_plate(name: str | None) -> plate | None:
+    """The plate of a name, if it is open now."""
+    return next((handler for handler in reversed(_PYRO_STACK) if isinstance(handler, plate) and handler.name == name), None)
+
+
 def open_handler(kind: type[Handler]) -> Handler | None:
     """The innermost handler of a kind, of those open now."""
     return next((handler for handler in reversed(_PYRO_STACK) if isinstance(handler, kind)), None)

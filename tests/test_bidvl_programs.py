@@ -266,8 +266,11 @@ REFUSED = {
     "energy without plate": ("energy", NO_PLATE, "site 'v': there is no plate of the 6 rows"),
     "generator without plate": ("generator", NO_PLATE, "site 'v': there is no plate of the 6 rows"),
     "encoder without plate": ("encoder", NO_PLATE, "site 'h': the encoder draws it outside the plate of the 6 rows"),
-    "subsampled energy": ("energy", {"plate": part}, "plate 'data' shows 6 of 100 rows: give the engine batch_size"),
-    "subsampled generator": ("generator", {"plate": part}, "plate 'data' shows 6 of 100 rows: give the engine batch_size"),
+    "subsampled generator": (
+        "generator",
+        {"plate": part},
+        "plate 'data' shows 6 of 100 rows in the generator, and all in the energy",
+    ),
     "shared by two": ("encoder", {"param": "of_energy"}, r"the energy and the encoder share \['of_energy'\], which"),
     "shared by the pair": ("generator", {"param": "of_encoder"}, r"the encoder and the generator share \['of_encoder'\]"),
     "energy at rest": ("energy", {"param": None}, "the energy has no param site"),

@@ -195,12 +195,6 @@ def latent_outside(v):
         numpyro.sample("v", dist.Normal(h, 1), obs=v)
 
 
-def subsampled(v):
-    loc = numpyro.param("loc", 0.0)
-    with numpyro.plate("data", len(v), subsample_size=2):
-        numpyro.sample("v", dist.Normal(loc, 1), obs=numpyro.subsample(v, event_dim=0))
-
-
 def with_mutable(v):
     count = mutable("count", {"n": jnp.zeros(())})
     count["n"] = count["n"] + 1
@@ -226,7 +220,6 @@ REFUSED = {
     "not in a plate": (observing("v", plate=False), ROW, r"site 'v': its batch shape is \(\), and the first argument has 300 rows"),
     "latents": (latent_in_plate, ROW, "site 'h': ScoreMatching has no latents"),
     "latent outside": (latent_outside, ROW, "site 'h': a latent outside plate 'data' belongs to all rows"),
-    "subsampled": (subsampled, ROW, "plate 'data' is subsampled.*batch_size"),
     "mutable": (with_mutable, ROW, "site 'count': mutable sites are not kept"),
     "no params": (no_params, ROW, "no param site"),
     "integers": (observing("v"), jnp.arange(4), "floating-point numbers, got int32"),

@@ -12,6 +12,7 @@ from jax import Array
 from numpyro_ebm._checks import require_bool, require_count
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.objectives.latent import draw, row_density, scores
+from numpyro_ebm.program.batch import whole_batch
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.pair import require_pair
 from numpyro_ebm.program.run import Run, run_model
@@ -90,6 +91,8 @@ def marginal_score(
     variance_reduced, relaxed = require_bool("variance_reduced", variance_reduced), require_bool("relaxed", relaxed)
     v, model = jnp.asarray(v), unnormalized(model)
     draw_key, run_key = jax.random.split(rng_key)
+    batch = whole_batch((model, guide), (v, *args), kwargs, run_key, data=params)
+    model, guide = batch.of(model), batch.of(guide)
     plate = _require_pair(model, guide, params, (v, *args), kwargs, run_key)
     check_run(model, (v, *args), kwargs, data=params, mark_visible=True).require_scores()
     h = draw(guide, (v, *args), kwargs, draw_key, num_samples, params=params, relaxed=relaxed)

@@ -36,8 +36,9 @@ from numpyro_ebm.infer.engine import Engine, compiled_method
 from numpyro_ebm.infer.score_engine import require_params, require_same_params
 from numpyro_ebm.infer.step import Health, health_of
 from numpyro_ebm.optim import apply_gradient, as_transformation
+from numpyro_ebm.program.batch import Batch, drawn_batch, first_batch, require_same_rows, whole_batch
 from numpyro_ebm.program.pair import require_apart, require_pair
-from numpyro_ebm.program.rows import first_batch, leading_plate, per_row, random_batch, row_plate
+from numpyro_ebm.program.rows import leading_plate, per_row, row_plate
 from numpyro_ebm.program.run import (
     Run,
     at_mean,
@@ -222,11 +223,11 @@ class BiDVL(Engine):
         :param args: arguments of the programs, the first a batch of the visible.
         :return: of its shape.
         """
+        levels = self._levels_on_all(state, args, kwargs)
         data = {**state.params, **state.mutable_state}
-        latents = run_model(at_mean(self.encoder), args, kwargs, state.rng_key, data=data).drawn
-        visible = _Levels(self, state, args, kwargs).visible
-        generator = at_mean(self.generator, sites={visible})
-        return run_model(generator, args, kwargs, state.rng_key, data={**data, **latents}).sites[visible]["value"]
+        latents = run_model(at_mean(levels.encoder), args, kwargs, state.rng_key, data=data).drawn
+        generator = at_mean(levels.generator, sites={levels.visible})
+        return run_model(generator, args, kwargs, state.rng_key, data={**data, **latents}).sites[levels.visible]["value"]
 
     @compiled_method
     def energies(self, state: BiDVLState, *args: Any, **kwargs: Any) -> Array:
@@ -235,7 +236,7 @@ class BiDVL(Engine):
         :param args: arguments of the programs, the first a batch of the visible.
         :return: of shape ``(batch,)``.
         """
-        return _Levels(self, state, args, kwargs).energies(state.theta, args[0], state.mutable_state)[0]
+        return self._levels_on_all(state, args, kwargs).energies(state.theta, args[0], state.mutable_state)[0]
 
     def refine(self, rng_key: Array, state: BiDVLState, sampler: Sampler, *args: Any, **kwargs: Any) -> Array:
         """Visibles moved with a sampler on the learned energy, each a chain of its own.
@@ -250,20 +251,31 @@ class BiDVL(Engine):
 
     @compiled_method
     def _generated(self, rng_key: Array, state: BiDVLState, noise: bool, *args: Any, **kwargs: Any) -> dict[str, Array]:
-        levels = _Levels(self, state, args, kwargs)
+        levels = self._levels_on_all(state, args, kwargs)
         return levels.generate(state.omega, rng_key, state.mutable_state, noise=noise).drawn
 
     @compiled_method
     def _moved(self, rng_key: Array, state: BiDVLState, sampler: Sampler, *args: Any, **kwargs: Any) -> Array:
-        levels = _Levels(self, state, args, kwargs)
+        levels = self._levels_on_all(state, args, kwargs)
         return levels.move(sampler, state.theta, args[0], state.mutable_state, rng_key)
 
     # What the loop needs.
 
+    @property
+    def _programs(self) -> tuple[Model, Model, Model]:
+        return self._energy, self.encoder, self.generator
+
+    def _levels_on_all(self, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Levels":
+        """The levels on all rows that are given, whatever their number."""
+        batch = whole_batch(self._programs, args, kwargs, state.rng_key, data=_data(state))
+        return _Levels(self, state, batch, kwargs)
+
     def _start(
         self, rng_key: Array, init_params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[BiDVLState, Array]:
-        programs = self._inspect(rng_key, init_params, first_batch(self.batch_size, args), kwargs)
+        _require_batch(args)
+        batch = first_batch(self._programs, args, kwargs, rng_key, data=init_params, batch_size=self.batch_size)
+        programs = self._inspect(rng_key, init_params, batch, kwargs)
         unconstrained = [unconstrain_params(program.params, program.param_transforms) for program in programs]
         params = {name: value for program in programs for name, value in program.params.items()}
         of_theta, of_phi, of_omega = (move.init(x) for move, x in zip(self._transformations, unconstrained, strict=True))
@@ -274,23 +286,24 @@ class BiDVL(Engine):
         state = BiDVLState(params, theta, phi, omega, of_theta, of_phi, of_omega, mutable, loss, rng_key, count, count)
         return strong_types(state), jnp.isfinite(args[0]).all()
 
-    def _inspect(self, rng_key: Array, given: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Run, Run, Run]:
+    def _inspect(self, rng_key: Array, given: Params, batch: Batch, kwargs: dict[str, Any]) -> tuple[Run, Run, Run]:
         """Runs of the three programs, which are refused where they do not belong together."""
-        _require_batch(args)
-        energy = run_model(self._energy, args, kwargs, rng_key, data=given)
+        args = batch.args
+        energy = run_model(batch.of(self._energy), args, kwargs, rng_key, data=given)
         if energy.latents:
             raise ValueError(
                 f"site '{next(iter(energy.latents))}': the energy has a latent, and must be the marginal energy of the visible. "
                 "Put latents into encoder and generator."
             )
         visible = _visible(energy, args[0])
-        encoder = self._run_encoder(rng_key, given, args, kwargs)
-        generator = run_model(self.generator, args, kwargs, rng_key, data=given)
+        encoder = self._run_encoder(rng_key, given, batch, kwargs)
+        generator = run_model(batch.of(self.generator), args, kwargs, rng_key, data=given)
+        runs = {"the energy": energy, "the encoder": encoder, "the generator": generator}
+        require_same_rows(runs)
         _require_same_visible(generator, visible, args[0])
         self._require_pair(encoder, generator)
         _require_rows_of_latents(encoder, "the encoder", len(args[0]))
         _require_rows_of_latents(generator, "the generator", len(args[0]))
-        runs = {"the energy": energy, "the encoder": encoder, "the generator": generator}
         for what, run in runs.items():
             require_params(run, {}, what)
         require_apart(runs)
@@ -303,11 +316,11 @@ class BiDVL(Engine):
         self._require_one_particle(encoder, generator)
         return energy, encoder, generator
 
-    def _run_encoder(self, rng_key: Array, given: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
+    def _run_encoder(self, rng_key: Array, given: Params, batch: Batch, kwargs: dict[str, Any]) -> Run:
         try:
-            return run_model(self.encoder, args, kwargs, rng_key, data=given)
+            return run_model(batch.of(self.encoder), batch.args, kwargs, rng_key, data=given)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"the encoder failed on a batch of visibles of shape {args[0].shape}: {error}") from error
+            raise ValueError(f"the encoder failed on a batch of visibles of shape {batch.args[0].shape}: {error}") from error
 
     def _require_pair(self, encoder: Run, generator: Run) -> None:
         """Refuses an encoder that is none of the generator's."""
@@ -350,17 +363,19 @@ class BiDVL(Engine):
             )
 
     def _refuse(self, rng_key: Array, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for site in run_model(self._energy, args, kwargs, rng_key, data=params).observed.values():
+        batch = whole_batch((self._energy,), args, kwargs, rng_key, data=params)
+        for site in run_model(batch.of(self._energy), args, kwargs, rng_key, data=params).observed.values():
             require_finite(site)
 
     def _step(self, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[BiDVLState, Array, Health]:
         rng_key, upper_key, lower_key = jax.random.split(state.rng_key, 3)
         upper_keys = jax.random.split(upper_key, self.upper.num_steps)
         lower_keys = jax.random.split(lower_key, self.lower.num_steps)
-        inspected = _Levels(self, state, first_batch(self.batch_size, args), kwargs)
+        settings: Any = {"data": _data(state), "batch_size": self.batch_size}
+        inspected = _Levels(self, state, first_batch(self._programs, args, kwargs, rng_key, **settings), kwargs)
 
         def levels_on(key: Array) -> _Levels:
-            return inspected.on(random_batch(key, self.batch_size, args))
+            return inspected.on(drawn_batch(self._programs, args, kwargs, key, **settings))
 
         def upper(state: BiDVLState, key: Array) -> tuple[BiDVLState, Array]:
             return self._upper_step(levels_on, state, key)
@@ -417,7 +432,7 @@ class BiDVL(Engine):
     def _loss(self, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
         unroll_key, draw_key = jax.random.split(state.rng_key)
         keys = upper_keys(draw_key)
-        return self._upper(_Levels(self, state, args, kwargs), state, state.theta, unroll_key, keys)[0]
+        return self._upper(self._levels_on_all(state, args, kwargs), state, state.theta, unroll_key, keys)[0]
 
     def _fix(self) -> str:
         return "Take smaller learning rates, upper=Hinge(), or spectral normalization of the energy's network."
@@ -439,14 +454,12 @@ def upper_keys(rng_key: Array) -> UpperKeys:
 class _Levels:
     """The three programs on one batch, as functions of unconstrained parameters: theta, phi and omega."""
 
-    def __init__(self, engine: BiDVL, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, engine: BiDVL, state: BiDVLState, batch: Batch, kwargs: dict[str, Any]) -> None:
         self.engine, self.kwargs = engine, kwargs
-        (self.v, *self.rest) = args
+        self._show(batch)
         self.rng_key = state.rng_key  # of runs whose every site has a value
-        data = {**state.params, **state.mutable_state}
-        energy = run_model(engine._energy, args, kwargs, self.rng_key, data=data)
-        encoder = run_model(engine.encoder, args, kwargs, self.rng_key, data=data)
-        generator = run_model(engine.generator, args, kwargs, self.rng_key, data=data)
+        programs = self.energy, self.encoder, self.generator
+        energy, encoder, generator = (run_model(each, batch.args, kwargs, self.rng_key, data=_data(state)) for each in programs)
         require_same_params(energy, state.theta, "the energy")
         require_same_params(encoder, state.phi, "the encoder")
         require_same_params(generator, state.omega, "the generator")
@@ -456,10 +469,14 @@ class _Levels:
         self.plate = _row_plate(energy, self.visible, len(self.v))
         self._row_dim = -len(generator.sites[self.visible]["fn"].batch_shape)  # the rows are outermost
 
-    def on(self, args: tuple[Any, ...]) -> "_Levels":
+    def _show(self, batch: Batch) -> None:
+        self.energy, self.encoder, self.generator = map(batch.of, self.engine._programs)
+        self.v, *self.rest = batch.args
+
+    def on(self, batch: Batch) -> "_Levels":
         """The same programs on another batch."""
         other = copy.copy(self)
-        other.v, *other.rest = args
+        other._show(batch)
         return other
 
     def constrained(self, theta: Params, phi: Params, omega: Params) -> Params:
@@ -473,20 +490,20 @@ class _Levels:
     def energies(self, theta: Params, v: Array, mutable: Mutable) -> tuple[Array, Mutable]:
         """The energy of every row, ``(batch,)``."""
         data = {**constrain_params(theta, self._of_theta), **mutable}
-        terms, run = log_density_terms(self.engine._energy, (v, *self.rest), self.kwargs, self.rng_key, data=data, latents={})
+        terms, run = log_density_terms(self.energy, (v, *self.rest), self.kwargs, self.rng_key, data=data, latents={})
         return -per_row(terms, run, self.plate), {**mutable, **run.mutable_state}
 
     def generate(self, omega: Params, rng_key: Array, mutable: Mutable, *, noise: bool | None = None) -> Run:
         """A run of the generator that draws the visible too, or takes its mean."""
         noise = self.engine.noise if noise is None else noise
-        generator = uncondition(self.engine.generator) if noise else at_mean(self.engine.generator, sites={self.visible})
+        generator = uncondition(self.generator) if noise else at_mean(self.generator, sites={self.visible})
         data = {**constrain_params(omega, self._of_omega), **mutable}
         return run_model(generator, (self.v, *self.rest), self.kwargs, rng_key, data=data)
 
     def encode(self, phi: Params, v: Array, rng_key: Array, mutable: Mutable, latents: Params) -> Run:
         """A run of the encoder at given latents, or that draws what is not given."""
         data = {**constrain_params(phi, self._of_phi), **mutable, **latents}
-        return run_model(self.engine.encoder, (v, *self.rest), self.kwargs, rng_key, data=data)
+        return run_model(self.encoder, (v, *self.rest), self.kwargs, rng_key, data=data)
 
     def upper(
         self, theta: Params, phi: Params, omega: Params, mutable: Mutable, keys: "UpperKeys"
@@ -556,7 +573,7 @@ class _Levels:
 
     def vae_loss(self, theta: Params, phi: Params, omega: Params, mutable: Mutable, rng_key: Array) -> tuple[Array, Mutable]:
         """NumPyro's ELBO loss of generator and encoder on data, a mean over rows that may be weighted by the energy."""
-        encoder, generator = self.engine.encoder, self.engine.generator
+        encoder, generator = self.encoder, self.generator
         if (bounds := self.engine.lower.weight_bounds) is not None:
             energies, _ = self.energies(theta, self.v, mutable)
             weights = energy_weights(energies, bounds).reshape(-1, *[1] * (-1 - self._row_dim))
@@ -570,9 +587,13 @@ class _Levels:
         """``latent_weight`` times KL(q(h | v) || p(h)) at the visibles that :meth:`upper` generated: a mean over rows."""
         encoder = self.encode(phi, stop_gradient(visible), rng_key, mutable, {})
         data = {**constrain_params(omega, self._of_omega), **mutable, **encoder.drawn}
-        prior = run_model(self.engine.generator, (self.v, *self.rest), self.kwargs, rng_key, data=data)
+        prior = run_model(self.generator, (self.v, *self.rest), self.kwargs, rng_key, data=data)
         terms = {name: _divergence(encoder.sites[name], prior.sites[name]["fn"]) for name in encoder.latents}
         return self.engine.lower.latent_weight * total(terms) / len(self.v)
+
+
+def _data(state: BiDVLState) -> dict[str, Any]:
+    return {**state.params, **state.mutable_state}
 
 
 def energy_weights(energies: Array, bounds: tuple[float, float]) -> Array:
@@ -654,11 +675,6 @@ def _require_rows_of_latents(program: Run, what: str, num_rows: int) -> None:
 
 def _row_plate(program: Run, site: str, num_rows: int) -> str:
     """The plate of the rows."""
-    for name, plate in program.subsampled.items():
-        raise ValueError(
-            f"plate '{name}' shows {len(plate.indices)} of {plate.size} rows: give the engine batch_size instead of the plate "
-            "subsample_size, or pass a batch to every update."
-        )
     rows = leading_plate(program, site, num_rows)
     if rows is None:
         raise ValueError(

@@ -26,6 +26,7 @@ from numpyro_ebm.infer.step import Health, health_of
 from numpyro_ebm.objectives.guide import PosteriorFisher
 from numpyro_ebm.objectives.score import ScoreObjective
 from numpyro_ebm.optim import apply_gradient, as_transformation
+from numpyro_ebm.program.batch import Batch, require_same_rows
 from numpyro_ebm.program.pair import require_apart, require_pair
 from numpyro_ebm.program.rows import dim_of, row_plate
 from numpyro_ebm.program.run import Run, constrain_params, run_model, strong_types, unconstrain_params
@@ -69,8 +70,12 @@ class BilevelEngine(ScoreEngine):
     def _first_state(self, **fields: Any) -> Any:
         """The state before the first step."""
 
+    @property
+    def _programs(self) -> tuple[Model, ...]:
+        return self._inner, self.guide
+
     @abstractmethod
-    def _levels(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Levels":
+    def _levels(self, state: Any, batch: Batch, kwargs: dict[str, Any]) -> "Levels":
         """The two levels on one batch."""
 
     @abstractmethod
@@ -96,8 +101,8 @@ class BilevelEngine(ScoreEngine):
     def _start(
         self, rng_key: Array, init_params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Array]:
-        batch = self._first_batch(args)
-        guide = run_model(self.guide, batch, kwargs, rng_key, data=init_params)
+        batch = self._first_batch(rng_key, init_params, args, kwargs)
+        guide = run_model(batch.of(self.guide), batch.args, kwargs, rng_key, data=init_params)
         visible, model = self._inspect(rng_key, init_params, batch, kwargs)
         self._require_pair(model, guide, visible, init_params)
         theta = unconstrain_params(model.params, model.param_transforms)
@@ -122,6 +127,7 @@ class BilevelEngine(ScoreEngine):
             require_params(guide, {}, "the guide")
         if not model.latents:
             raise ValueError("the model has no latent site: learn it by ScoreMatching, which needs no guide.")
+        require_same_rows({"the model": model, "the guide": guide})
         require_apart({"the model": model, "the guide": guide})
         require_pair(model, guide, auxiliary=True)
         for name in guide.latents:
@@ -129,7 +135,7 @@ class BilevelEngine(ScoreEngine):
 
     def _step(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Array, Health]:
         rng_key, batch_key, inner_key, upper_key = jax.random.split(state.rng_key, 4)
-        levels = self._levels(state, self._batch(batch_key, args), kwargs)
+        levels = self._levels(state, self._batch(batch_key, state.params, args, kwargs), kwargs)
         keys = jax.random.split(inner_key, self.num_inner_steps)
         phi, guide_optim_state = self._lower_steps(levels, state.theta, state.phi, state.guide_optim_state, keys)
         value, gradient, value_fn, others = self._upper(levels, state.theta, phi, guide_optim_state, upper_key)
@@ -177,10 +183,11 @@ class Upper(NamedTuple):
 class Levels:
     """A model and its guide on one batch, as functions of unconstrained parameters: theta of the model, phi of the guide."""
 
-    def __init__(self, engine: BilevelEngine, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.model, self.guide = engine._inner, engine.guide
+    def __init__(self, engine: BilevelEngine, state: Any, batch: Batch, kwargs: dict[str, Any]) -> None:
+        self.model, self.guide = batch.of(engine._inner), batch.of(engine.guide)
         self.objective, self.lower_loss = engine.objective, engine.lower_loss
-        (self.v, *self.rest), self.kwargs = args, kwargs
+        args, self.kwargs = batch.args, kwargs
+        self.v, *self.rest = args
         self.rng_key = state.rng_key  # of runs whose every site has a value
         guide = run_model(self.guide, args, kwargs, self.rng_key, data=state.params)
         with numpyro.validation_enabled(False):

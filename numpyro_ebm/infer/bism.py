@@ -31,6 +31,7 @@ from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, Upper
 from numpyro_ebm.infer.step import keep
 from numpyro_ebm.objectives.guide import PosteriorFisher
 from numpyro_ebm.objectives.score import ScoreObjective, objective_keys
+from numpyro_ebm.program.batch import Batch
 from numpyro_ebm.program.rows import per_row
 from numpyro_ebm.program.run import log_density, log_density_terms, run_model
 from numpyro_ebm.program.sites import Model, kind_of
@@ -200,8 +201,8 @@ class BiSM(BilevelEngine):
     def _first_state(self, **fields: Any) -> BiSMState:
         return BiSMState(**fields)
 
-    def _levels(self, state: BiSMState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Levels":
-        return _Levels(self, state, args, kwargs)
+    def _levels(self, state: BiSMState, batch: Batch, kwargs: dict[str, Any]) -> "_Levels":
+        return _Levels(self, state, batch, kwargs)
 
     def _require_draws(self, name: str, fn: Any) -> None:
         differentiated = self._unrolls or isinstance(self.hypergradient, Implicit)
@@ -224,7 +225,7 @@ class BiSM(BilevelEngine):
         return Upper(*jax.value_and_grad(upper)(theta), upper)
 
     def _loss(self, state: BiSMState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
-        return _Levels(self, state, args, kwargs).upper(state.theta, state.phi, state.rng_key)
+        return _Levels(self, state, self._all_rows(state, args, kwargs), kwargs).upper(state.theta, state.phi, state.rng_key)
 
     def _fix(self) -> str:
         if self._unrolls:

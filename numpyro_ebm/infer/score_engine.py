@@ -15,11 +15,11 @@ from numpyro_ebm._checks import require_count, require_instance
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.infer.engine import Engine
 from numpyro_ebm.objectives.score import ScoreObjective
+from numpyro_ebm.program.batch import Batch, drawn_batch, first_batch, whole_batch
 from numpyro_ebm.program.check import check_run
-from numpyro_ebm.program.rows import first_batch, random_batch
 from numpyro_ebm.program.run import Run
 from numpyro_ebm.program.sites import Model, require_finite
-from numpyro_ebm.program.visible import Visible, find_visible, require_rows
+from numpyro_ebm.program.visible import Visible, find_visible, require_batch, require_rows
 
 
 class ScoreEngine(Engine):
@@ -32,29 +32,41 @@ class ScoreEngine(Engine):
         self.batch_size = None if batch_size is None else require_count("batch_size", batch_size)
         self._inner = unnormalized(model)
 
-    def _batch(self, rng_key: Array, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments with a batch of rows for the visible, drawn with replacement."""
-        return random_batch(rng_key, self.batch_size, args)
+    @property
+    def _programs(self) -> tuple[Model, ...]:
+        """What runs on the rows of a batch, the model first."""
+        return (self._inner,)
 
-    def _first_batch(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments with the first rows of the visible: what there is to check of a model."""
-        return first_batch(self.batch_size, args)
+    def _batch(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+        """The rows of the visible that a step sees."""
+        return drawn_batch(self._programs, args, kwargs, rng_key, data=params, batch_size=self.batch_size)
 
-    def _inspect(self, rng_key: Array, data: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Visible, Run]:
+    def _first_batch(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+        """The first rows of the visible: what there is to check of a model."""
+        require_batch(args)
+        return first_batch(self._programs, args, kwargs, rng_key, data=params, batch_size=self.batch_size)
+
+    def _all_rows(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+        """All rows of the visible, which the loss at a state is of."""
+        return whole_batch(self._programs, args, kwargs, state.rng_key, data=state.params)
+
+    def _inspect(self, rng_key: Array, data: dict[str, Any], batch: Batch, kwargs: dict[str, Any]) -> tuple[Visible, Run]:
         """The visible and a run of the model, which is refused if no score could teach it."""
-        visible, program = find_visible(self._inner, args, kwargs, rng_key, data=data)
+        model = batch.of(self._inner)
+        visible, program = find_visible(model, batch.args, kwargs, rng_key, data=data)
         require_rows(program, visible)
-        self.objective.perturb(rng_key, args[0])  # which refuses a batch that is too small for it
+        self.objective.perturb(rng_key, batch.args[0])  # which refuses a batch that is too small for it
         if program.mutable_state:
             raise ValueError(
                 f"site '{next(iter(program.mutable_state))}': mutable sites are not kept by {type(self).__name__}: use a network "
                 "without running statistics."
             )
-        check_run(self._inner, args, kwargs, data=data, mark_visible=True).require_scores()
+        check_run(model, batch.args, kwargs, data=data, mark_visible=True).require_scores()
         return visible, program
 
     def _refuse(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _, program = find_visible(self._inner, args, kwargs, rng_key, data=params)
+        batch = whole_batch((self._inner,), args, kwargs, rng_key, data=params)
+        _, program = find_visible(batch.of(self._inner), args, kwargs, rng_key, data=params)
         for site in program.observed.values():
             require_finite(site)
 

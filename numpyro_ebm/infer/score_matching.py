@@ -18,6 +18,7 @@ from numpyro_ebm.infer.score_engine import ScoreEngine, require_params, require_
 from numpyro_ebm.infer.step import Health, health_of
 from numpyro_ebm.objectives.score import ScoreObjective, objective_keys
 from numpyro_ebm.optim import apply_gradient, as_transformation
+from numpyro_ebm.program.batch import Batch
 from numpyro_ebm.program.run import Run, constrain_params, log_density, run_model, strong_types, unconstrain_params
 from numpyro_ebm.program.sites import Model
 
@@ -86,7 +87,8 @@ class ScoreMatching(ScoreEngine):
     def _start(
         self, rng_key: Array, init_params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[ScoreMatchingState, Array]:
-        _, program = self._inspect(rng_key, init_params, self._first_batch(args), kwargs)
+        batch = self._first_batch(rng_key, init_params, args, kwargs)
+        _, program = self._inspect(rng_key, init_params, batch, kwargs)
         if program.latents:
             raise ValueError(
                 f"site '{next(iter(program.latents))}': ScoreMatching has no latents. Sum them out, or learn the model by an "
@@ -103,12 +105,11 @@ class ScoreMatching(ScoreEngine):
         self, state: ScoreMatchingState, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[ScoreMatchingState, Array, Health]:
         rng_key, batch_key, loss_key = jax.random.split(state.rng_key, 3)
-        args = self._batch(batch_key, args)
-        program = self._read(state, args, kwargs)
-        transforms = program.param_transforms
+        batch = self._batch(batch_key, state.params, args, kwargs)
+        transforms = self._read(state, batch, kwargs).param_transforms
 
         def loss(theta: Any) -> Array:
-            return self._mean_loss(loss_key, constrain_params(theta, transforms), args, kwargs)
+            return self._mean_loss(loss_key, constrain_params(theta, transforms), batch, kwargs)
 
         value, gradient = jax.value_and_grad(loss)(state.unconstrained)
         theta, optim_state = apply_gradient(
@@ -119,21 +120,22 @@ class ScoreMatching(ScoreEngine):
         return new, value, health_of("loss", value) | health_of("param", theta)
 
     def _loss(self, state: ScoreMatchingState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
-        self._read(state, self._first_batch(args), kwargs)
-        return self._mean_loss(state.rng_key, state.params, args, kwargs)
+        batch = self._all_rows(state, args, kwargs)
+        self._read(state, batch, kwargs)
+        return self._mean_loss(state.rng_key, state.params, batch, kwargs)
 
-    def _mean_loss(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
-        """The objective's mean over the rows of the visible."""
-        keys = objective_keys(rng_key)
-        v, *rest = args
+    def _mean_loss(self, rng_key: Array, params: dict[str, Any], batch: Batch, kwargs: dict[str, Any]) -> Array:
+        """The objective's mean over the rows of a batch."""
+        keys, model = objective_keys(rng_key), batch.of(self._inner)
+        v, *rest = batch.args
 
         def log_p(v: Array) -> Array:
-            return log_density(self._inner, (v, *rest), kwargs, rng_key, data=params)[0]
+            return log_density(model, (v, *rest), kwargs, rng_key, data=params)[0]
 
         v_tilde = self.objective.perturb(keys.noise, v)
         return self.objective.loss(jax.grad(log_p), keys.loss, v, v_tilde).mean()
 
-    def _read(self, state: ScoreMatchingState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
-        program = run_model(self._inner, args, kwargs, state.rng_key, data=state.params)
+    def _read(self, state: ScoreMatchingState, batch: Batch, kwargs: dict[str, Any]) -> Run:
+        program = run_model(batch.of(self._inner), batch.args, kwargs, state.rng_key, data=state.params)
         require_same_params(program, state.params)
         return program

@@ -26,6 +26,7 @@ from numpyro_ebm._checks import require_bool, require_count, require_instance, r
 from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, Upper
 from numpyro_ebm.objectives.latent import Draws, Latents, ScoreFn, draw, row_density, variational_score, weighted_score
 from numpyro_ebm.objectives.score import ScoreObjective, objective_keys
+from numpyro_ebm.program.batch import Batch
 from numpyro_ebm.program.sites import Model, is_unbounded, kind_of
 from numpyro_ebm.weights import effective_sample_size, normalized_weights
 
@@ -211,8 +212,8 @@ class VaGES(BilevelEngine):
     def _first_state(self, **fields: Any) -> VaGESState:
         return VaGESState(**fields, effective_sample_size=_unweighted_size(self.estimate))
 
-    def _levels(self, state: VaGESState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Levels":
-        return _Levels(self, state, args, kwargs)
+    def _levels(self, state: VaGESState, batch: Batch, kwargs: dict[str, Any]) -> "_Levels":
+        return _Levels(self, state, batch, kwargs)
 
     def _require_draws(self, name: str, fn: Any) -> None:
         if self.num_inner_steps and not fn.has_rsample and not isinstance(self.lower_loss, TraceGraph_ELBO):
@@ -246,7 +247,7 @@ class VaGES(BilevelEngine):
         return Upper(value, gradient, value_fn, {"effective_sample_size": size.astype(jnp.result_type(float))})
 
     def _loss(self, state: VaGESState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
-        return _Levels(self, state, args, kwargs).upper(state.theta, state.phi, state.rng_key)[0]
+        return _Levels(self, state, self._all_rows(state, args, kwargs), kwargs).upper(state.theta, state.phi, state.rng_key)[0]
 
     def _fix(self) -> str:
         if isinstance(self.estimate, ImportanceWeighted):
@@ -261,8 +262,8 @@ def _unweighted_size(estimate: Variational | ImportanceWeighted) -> Array:
 class _Levels(Levels):
     """The lower level, and the objective at an estimated score."""
 
-    def __init__(self, engine: VaGES, state: VaGESState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().__init__(engine, state, args, kwargs)
+    def __init__(self, engine: VaGES, state: VaGESState, batch: Batch, kwargs: dict[str, Any]) -> None:
+        super().__init__(engine, state, batch, kwargs)
         self.estimate = engine.estimate
         log_p = row_density(self.model, tuple(self.rest), kwargs, self.rng_key, self.plate)
         self.log_p = lambda theta, v, h: log_p(self.theta_of(theta), v, h)

@@ -52,25 +52,6 @@ def dim_of(site: Site, plate: str) -> int | None:
     return next((frame.dim for frame in site["cond_indep_stack"] if frame.name == plate), None)
 
 
-def random_batch(rng_key: Array, batch_size: int | None, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with ``batch_size`` rows of the first, drawn with replacement; as they are if that is None."""
-    if batch_size is None:
-        return args
-    return args[0][jax.random.randint(rng_key, (batch_size,), 0, len(args[0]))], *args[1:]
-
-
-def first_batch(batch_size: int | None, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with the first ``batch_size`` rows of the first.
-
-    :raises ValueError: if it has less.
-    """
-    if batch_size is None or not args or jnp.ndim(args[0]) == 0:
-        return args
-    if batch_size > len(args[0]):
-        raise ValueError(f"batch_size={batch_size} is more than the {len(args[0])} rows of the first argument.")
-    return args[0][:batch_size], *args[1:]
-
-
 def per_row(terms: dict[str, Array], program: Run, plate: str) -> Array:
     """The log density of every row of a plate, of shape ``(rows,)``; every term must lie in that plate.
 

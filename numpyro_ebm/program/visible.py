@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from numpyro.handlers import substitute
 
+from numpyro_ebm.program.batch import run_at_zero
 from numpyro_ebm.program.provenance import mark, sources
 from numpyro_ebm.program.rows import leading_plate
-from numpyro_ebm.program.run import Run, run_model
-from numpyro_ebm.program.sites import Model, Site, is_latent, is_unbounded, kind_of, stand_in
+from numpyro_ebm.program.run import Run
+from numpyro_ebm.program.sites import Model, Site, is_unbounded, kind_of
 
 
 class Visible(NamedTuple):
@@ -37,14 +37,13 @@ def find_visible(
     :param args: arguments of the model, the first a batch of the visible, ``(batch,) + event_shape``.
     :param data: values of sites by name. Latent sites that are missing are 0, or what of their support is near.
     :raises ValueError: if the first argument reaches no observed site or two, a discrete or bounded one, or one by a map that
-        is not linear; if its rows are not those of one plate, or that plate is subsampled; naming the site and the fix.
+        is not linear; if its rows are not those of one plate; naming the site and the fix.
     """
-    visible = _require_batch(args)
-    program = _run(model, args, kwargs, rng_key, data)
-    _require_all_rows(program)
+    visible = require_batch(args)
+    program = run_at_zero(model, args, kwargs, rng_key, data)
 
     def observe(v: Array) -> dict[str, Array]:
-        return _observations(_run(model, (v, *args[1:]), kwargs, rng_key, data))
+        return _observations(run_at_zero(model, (v, *args[1:]), kwargs, rng_key, data))
 
     values = _observations(program)
     reached = sources(lambda: observe(mark(visible, "v")))
@@ -88,7 +87,11 @@ def require_rows(program: Run, visible: Visible) -> None:
             )
 
 
-def _require_batch(args: tuple[Any, ...]) -> Array:
+def require_batch(args: tuple[Any, ...]) -> Array:
+    """The first argument, which must be an array of floating-point rows.
+
+    :raises ValueError: with what it is.
+    """
     what = "the first argument of the model must be the batch of the visible"
     if not args or not isinstance(args[0], (jax.Array, jax.core.Tracer)):
         raise ValueError(f"{what}, an array, got {type(args[0]).__name__ if args else 'no argument'}.")
@@ -98,14 +101,6 @@ def _require_batch(args: tuple[Any, ...]) -> Array:
     if not jnp.issubdtype(v.dtype, jnp.floating):
         raise ValueError(f"{what}, of floating-point numbers, got {v.dtype}: scores are derivatives in it. Convert it.")
     return v
-
-
-def _run(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], rng_key: Array, data: dict[str, Any]) -> Run:
-    def value(site: Site) -> Array | None:
-        return stand_in(site["fn"]) if is_latent(site) and site["name"] not in data else None
-
-    with substitute(substitute_fn=value):
-        return run_model(model, args, kwargs, rng_key, data=data)
 
 
 def _observations(program: Run) -> dict[str, Array]:
@@ -121,15 +116,6 @@ def _the_only(sites: list[str], values: dict[str, Array]) -> str:
         raise ValueError(f"{what} sites {', '.join(map(repr, sites))} all observe it: observe it once, as one event per row.")
     others = f": its observed sites are {', '.join(map(repr, sorted(values)))}" if values else ""
     raise ValueError(f"{what} no site observes it{others}. Write numpyro.sample(..., obs=the first argument).")
-
-
-def _require_all_rows(program: Run) -> None:
-    for name, plate in program.plates.items():
-        if plate.is_subsampled:
-            raise ValueError(
-                f"plate '{name}' is subsampled, and scores are matched on the rows that the first argument has: give the engine "
-                "batch_size instead of the plate subsample_size, or pass a batch to every update."
-            )
 
 
 def _row_plate(program: Run, site: Site, num_rows: int) -> str | None:

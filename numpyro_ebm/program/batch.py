@@ -1,0 +1,231 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The rows of the visible that one step sees: those of a subsampled plate, or ``batch_size`` of them.
+
+A score engine perturbs the rows of the first argument that its model sees, so that they cannot stay where the model takes them.
+Under ``numpyro.plate("data", N, subsample_size=B)`` the model is given all rows as it was written for, and gets the perturbed
+ones where it passes the argument through :func:`numpyro.subsample`. The plate then shows ``B`` of ``B`` rows: a mean over rows
+knows no scale. Other arguments are gathered by the plate's indices as in NumPyro.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from numpyro.handlers import substitute
+from numpyro.primitives import Messenger
+
+from numpyro_ebm._compat import open_plate
+from numpyro_ebm.program.provenance import mark, sources
+from numpyro_ebm.program.run import Run, run_model, terms_of
+from numpyro_ebm.program.sites import Model, Site, is_latent, stand_in
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+class Batch(NamedTuple):
+    """Rows of the visible, and how programs see them."""
+
+    #: arguments of the programs, the first with the rows of the batch
+    args: tuple[Any, ...]
+    #: the subsampled plate of the rows; None where the programs have none
+    plate: str | None = None
+    #: (rows,) indices of the rows in the plate
+    indices: Array | None = None
+    #: the first argument that programs are called with, where they take the rows out of it
+    whole: Array | None = None
+
+    def of(self, program: Model) -> Model:
+        """A program on these rows: a function of the arguments whose first is rows, as many as the batch has."""
+        if self.plate is None:
+            return program
+
+        def on_rows(v: Array, *args: Any, **kwargs: Any) -> Any:
+            with _Rows(self, v):
+                return program(v if self.whole is None else self.whole, *args, **kwargs)
+
+        return on_rows
+
+
+class _Rows(Messenger):
+    """Shows a program the rows of a batch in the place of those that its plate would take."""
+
+    def __init__(self, batch: Batch, v: Array) -> None:
+        super().__init__()
+        self.batch, self.v, self.scale = batch, v, 1.0
+
+    def process_message(self, msg: Site) -> None:
+        if msg["type"] == "plate" and msg["name"] == self.batch.plate:
+            num_rows = len(self.v)
+            self.scale = msg["args"][0] / num_rows
+            msg["args"], msg["value"] = (num_rows, num_rows), self.batch.indices
+        elif msg["type"] == "sample" and any(frame.name == self.batch.plate for frame in msg["cond_indep_stack"]):
+            if self.scale != 1:
+                msg["scale"] = msg["scale"] / self.scale
+        elif msg["type"] == "subsample" and (plate := open_plate(self.batch.plate)) is not None:
+            event_dim = msg["kwargs"]["event_dim"]
+            if msg["value"] is self.batch.whole:
+                msg["value"] = self.v
+            elif jnp.shape(msg["value"])[plate.dim - event_dim] != len(self.v):
+                return
+            msg["kwargs"] = {**msg["kwargs"], "event_dim": None}  # these are the rows: no plate takes any out of them
+
+
+Programs = Sequence[Model]  # of which the first has the plate of the rows, and the others may have
+
+
+class _AllRows(_Rows):
+    """Shows all rows of the first argument in every subsampled plate, and remembers the sizes that these say they have."""
+
+    def __init__(self, v: Array) -> None:
+        super().__init__(Batch((), None, jnp.arange(len(v))), v)
+        self.sizes: dict[str, int] = {}
+
+    def process_message(self, msg: Site) -> None:
+        if msg["type"] == "plate" and msg["args"][1] not in (None, msg["args"][0]):
+            self.sizes[msg["name"]] = msg["args"][0]
+            self.batch = self.batch._replace(plate=msg["name"])
+        super().process_message(msg)
+
+
+def drawn_batch(
+    programs: Programs, args: Args, kwargs: Kwargs, rng_key: Array, *, data: dict[str, Any], batch_size: int | None
+) -> Batch:
+    """The rows of one step: those that the subsampled plate draws, else ``batch_size`` rows with replacement, else all.
+
+    :param data: values of param and mutable sites by name.
+    :raises ValueError: as :func:`first_batch`.
+    """
+    if batch_size is not None:
+        return Batch((args[0][jax.random.randint(rng_key, (batch_size,), 0, len(args[0]))], *args[1:]))
+    plate = _subsampled(programs[0], args, kwargs, rng_key, data, batch_size)
+    if plate is None:
+        return Batch(args)
+    return _own(programs, _in_plate(plate, args, plate.indices), kwargs, rng_key, data)
+
+
+def first_batch(
+    programs: Programs, args: Args, kwargs: Kwargs, rng_key: Array, *, data: dict[str, Any], batch_size: int | None
+) -> Batch:
+    """The first rows, as many as a step has: what there is to check of a program.
+
+    :raises ValueError: if there are less; if more than one plate is subsampled, or one beside ``batch_size``; if a program takes
+        its rows out of the first argument otherwise than by :func:`numpyro.subsample`; naming the plate or the site, and the fix.
+    """
+    if batch_size is not None and batch_size > len(args[0]):
+        raise ValueError(f"batch_size={batch_size} is more than the {len(args[0])} rows of the first argument.")
+    plate = _subsampled(programs[0], args, kwargs, rng_key, data, batch_size)
+    if plate is None:
+        return Batch((args[0][:batch_size], *args[1:]))
+    return _own(programs, _in_plate(plate, args, jnp.arange(len(plate.indices))), kwargs, rng_key, data)
+
+
+def whole_batch(programs: Programs, args: Args, kwargs: Kwargs, rng_key: Array, *, data: dict[str, Any]) -> Batch:
+    """All rows of the first argument, whatever their number.
+
+    :raises ValueError: as :func:`first_batch`.
+    """
+    rows, shown = jnp.arange(len(args[0])), _AllRows(args[0])
+    with shown:  # as many as are given, which NumPyro's plate would refuse
+        run_at_zero(programs[0], args, kwargs, rng_key, data)
+    plate = _the_only({name: _Plate(name, size, rows) for name, size in shown.sizes.items()})
+    if plate is None:
+        return Batch(args)
+    batch = Batch(args, plate.name, rows)
+    return batch if plate.size == len(rows) else _own(programs, batch, kwargs, rng_key, data)
+
+
+def run_at_zero(program: Model, args: Args, kwargs: Kwargs, rng_key: Array, data: dict[str, Any]) -> Run:
+    """A run of a program whose latent sites are 0, or what of their support is near, but for those in ``data``."""
+
+    def value(site: Site) -> Array | None:
+        return stand_in(site["fn"]) if is_latent(site) and site["name"] not in data else None
+
+    with substitute(substitute_fn=value):
+        return run_model(program, args, kwargs, rng_key, data=data)
+
+
+class _Plate(NamedTuple):
+    name: str
+    size: int
+    indices: Array
+
+
+def _subsampled(
+    program: Model, args: Args, kwargs: Kwargs, rng_key: Array, data: dict[str, Any], batch_size: int | None
+) -> _Plate | None:
+    """The one subsampled plate of a program, if there is one."""
+    shown = run_at_zero(program, args, kwargs, rng_key, data).subsampled
+    plate = _the_only({name: _Plate(name, plate.size, plate.indices) for name, plate in shown.items()})
+    if plate is not None and batch_size is not None:
+        raise ValueError(
+            f"plate '{plate.name}' is subsampled, and batch_size={batch_size} would take a batch of that: leave batch_size out."
+        )
+    return plate
+
+
+def _the_only(plates: dict[str, _Plate]) -> _Plate | None:
+    if len(plates) > 1:
+        raise ValueError(
+            f"plates {', '.join(map(repr, sorted(plates)))} are subsampled, and scores are matched row by row: subsample the plate "
+            "of the rows of the first argument alone."
+        )
+    return next(iter(plates.values()), None)
+
+
+def _in_plate(plate: _Plate, args: Args, indices: Array) -> Batch:
+    """The rows at the indices of a plate; those given, where the first argument has as many as the plate shows."""
+    v, *rest = args
+    if len(v) == plate.size:
+        return Batch((v[indices], *rest), plate.name, indices, v)
+    if len(v) == len(indices):
+        return Batch(args, plate.name, indices)
+    raise ValueError(
+        f"plate '{plate.name}' shows {len(indices)} of {plate.size} rows, and the first argument has {len(v)}: it must have all "
+        "rows, or those that the plate shows."
+    )
+
+
+def _own(programs: Programs, batch: Batch, kwargs: Kwargs, rng_key: Array, data: dict[str, Any]) -> Batch:
+    """Refuses a program that takes its rows otherwise than a batch gives them: it would see other rows, in silence."""
+
+    def densities(program: Model) -> dict[str, Array]:
+        if batch.whole is None:
+            marked = batch._replace(indices=mark(batch.indices, "indices"))
+        else:  # the indices are those of the rows, and other arguments may be taken by them
+            marked = batch._replace(whole=mark(batch.whole, "whole"))
+        run = run_at_zero(marked.of(program), batch.args, kwargs, rng_key, data)
+        return {name: term.sum() for name, term in terms_of(run).items()}
+
+    for program in programs:
+        for name, marks in sources(partial(densities, program)).items():
+            if "whole" in marks:
+                raise ValueError(
+                    f"site '{name}': it depends on the first argument otherwise than by the rows of plate '{batch.plate}'. Write "
+                    "numpyro.subsample(v, event_dim=...) of the argument v as it is, and use nothing else of it but its shape."
+                )
+            if "indices" in marks:
+                raise ValueError(
+                    f"site '{name}': it depends on the indices of plate '{batch.plate}', and which of its rows the "
+                    f"{len(batch.args[0])} rows of the first argument are is not known. Pass all rows of the plate."
+                )
+    return batch
+
+
+def require_same_rows(runs: dict[str, Run]) -> None:
+    """Refuses programs of which some show a part of the rows that the first shows, by their names.
+
+    :raises ValueError: naming the plate.
+    """
+    first = next(iter(runs))
+    for what, run in runs.items():
+        for name, plate in run.subsampled.items():
+            raise ValueError(
+                f"plate '{name}' shows {len(plate.indices)} of {plate.size} rows in {what}, and all in {first}: subsample it in "
+                "each, or give the engine batch_size instead."
+            )
