@@ -46,8 +46,11 @@ html_static_path = ["_static"]
 
 
 def _public():
-    for module in (numpyro_ebm, numpyro_ebm.infer, numpyro_ebm.samplers):
-        yield from ((f"{module.__name__}.{name}", getattr(module, name)) for name in module.__all__)
+    yield from ((f"numpyro_ebm.{name}", getattr(numpyro_ebm, name)) for name in numpyro_ebm.__all__)
+    for module in (numpyro_ebm.infer, numpyro_ebm.samplers):  # where names stay that are not at the root
+        for name, symbol in vars(module).items():
+            if not name.startswith("_") and not inspect.ismodule(symbol):
+                yield f"{module.__name__}.{name}", symbol
 
 
 def _has_own_docstring(symbol):

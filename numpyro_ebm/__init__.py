@@ -3,139 +3,21 @@
 
 """Energy-based priors and energy-based latent variable models in NumPyro."""
 
-from numpyro_ebm.distributions import (
-    BaseMeasure,
-    BernoulliRBM,
-    EnergyDistribution,
-    GaussianBernoulliRBM,
-    GumbelBernoulli,
-    NormalizerError,
-    TiltedDistribution,
-    amortized_bernoulli,
-    amortized_normal,
-)
-from numpyro_ebm.evaluate import (
-    ConvergenceReport,
-    FisherDivergence,
-    LogNormalizer,
-    MapEstimate,
-    StandardErrors,
-    convergence,
-    find_map,
-    fisher_divergence,
-    log_normalizer,
-    marginal_score,
-    sample_posterior,
-    standard_errors,
-)
-from numpyro_ebm.handlers import negative_phase, unnormalized
-from numpyro_ebm.infer import (
-    BiDVL,
-    BiDVLState,
-    BiSM,
-    BiSMState,
-    Implicit,
-    ImportanceWeighted,
-    NonFiniteError,
-    ParticleMMLE,
-    ParticleState,
-    RunResult,
-    ScoreMatching,
-    ScoreMatchingState,
-    Unrolled,
-    VaGES,
-    VaGESState,
-    Variational,
-)
-from numpyro_ebm.inference_data import to_inference_data
-from numpyro_ebm.objectives import (
-    DenoisingScoreMatching,
-    ExactScoreMatching,
-    IMQKernel,
-    KernelSteinDiscrepancy,
-    KSDTest,
-    MultiscaleDenoisingScoreMatching,
-    PosteriorFisher,
-    RBFKernel,
-    SlicedScoreMatching,
-    ksd_test,
-)
-from numpyro_ebm.optim import kinetic_langevin, kinetic_langevin_splitting, langevin
-from numpyro_ebm.program import ModelReport, SiteReport, check_model
-from numpyro_ebm.samplers import (
-    MALA,
-    BlockGibbs,
-    UnadjustedLangevin,
-    annealed_langevin,
-    annealing_schedule,
-    block_gibbs,
-    denoise,
-)
+from numpyro_ebm import distributions, evaluate, handlers, infer, inference_data, objectives, optim, program, samplers
+from numpyro_ebm.distributions import *
+from numpyro_ebm.evaluate import *
+from numpyro_ebm.handlers import *
+from numpyro_ebm.infer import *
+from numpyro_ebm.inference_data import *
+from numpyro_ebm.objectives import *
+from numpyro_ebm.optim import *
+from numpyro_ebm.program import *
+from numpyro_ebm.samplers import *
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "MALA",
-    "BaseMeasure",
-    "BernoulliRBM",
-    "BiDVL",
-    "BiDVLState",
-    "BiSM",
-    "BiSMState",
-    "BlockGibbs",
-    "ConvergenceReport",
-    "DenoisingScoreMatching",
-    "EnergyDistribution",
-    "ExactScoreMatching",
-    "FisherDivergence",
-    "GaussianBernoulliRBM",
-    "GumbelBernoulli",
-    "IMQKernel",
-    "Implicit",
-    "ImportanceWeighted",
-    "KSDTest",
-    "KernelSteinDiscrepancy",
-    "LogNormalizer",
-    "MapEstimate",
-    "ModelReport",
-    "MultiscaleDenoisingScoreMatching",
-    "NonFiniteError",
-    "NormalizerError",
-    "ParticleMMLE",
-    "ParticleState",
-    "PosteriorFisher",
-    "RBFKernel",
-    "RunResult",
-    "ScoreMatching",
-    "ScoreMatchingState",
-    "SiteReport",
-    "SlicedScoreMatching",
-    "StandardErrors",
-    "TiltedDistribution",
-    "UnadjustedLangevin",
-    "Unrolled",
-    "VaGES",
-    "VaGESState",
-    "Variational",
-    "amortized_bernoulli",
-    "amortized_normal",
-    "annealed_langevin",
-    "annealing_schedule",
-    "block_gibbs",
-    "check_model",
-    "convergence",
-    "denoise",
-    "find_map",
-    "fisher_divergence",
-    "kinetic_langevin",
-    "kinetic_langevin_splitting",
-    "ksd_test",
-    "langevin",
-    "log_normalizer",
-    "marginal_score",
-    "negative_phase",
-    "sample_posterior",
-    "standard_errors",
-    "to_inference_data",
-    "unnormalized",
-]
+__all__ = sorted(
+    name
+    for part in (distributions, evaluate, handlers, infer, inference_data, objectives, optim, program, samplers)
+    for name in part.__all__
+)

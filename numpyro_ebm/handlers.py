@@ -63,6 +63,8 @@ from numpyro_ebm.samplers.base import require_sampler
 
 Message = dict[str, Any]
 
+__all__ = ["negative_phase", "unnormalized"]
+
 
 class unnormalized(Messenger):
     """Lifts the guard: energy sites give their unnormalized ``log_prob`` to every gradient, and nothing is added: a

@@ -21,6 +21,8 @@ from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.program.run import constrained, draw_latents, run_model, whole_plates
 from numpyro_ebm.program.sites import Site, is_factor
 
+__all__ = ["to_inference_data"]
+
 
 def to_inference_data(
     state: Any,

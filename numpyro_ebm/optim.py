@@ -23,6 +23,8 @@ from jax import Array
 
 from numpyro_ebm._checks import require_bool, require_positive
 
+__all__ = ["kinetic_langevin", "kinetic_langevin_splitting", "langevin"]
+
 Schedule = Callable[[Array], Array]
 
 

@@ -2,9 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from numpyro_ebm.distributions.energy import BaseMeasure, EnergyDistribution, NormalizerError, TiltedDistribution
-from numpyro_ebm.distributions.rbm import BernoulliRBM, GaussianBernoulliRBM, RestrictedBoltzmannMachine
+from numpyro_ebm.distributions.rbm import BernoulliRBM, GaussianBernoulliRBM
+from numpyro_ebm.distributions.rbm import RestrictedBoltzmannMachine as RestrictedBoltzmannMachine
 from numpyro_ebm.distributions.relaxed import GumbelBernoulli, amortized_bernoulli, amortized_normal
 
+# What has an "as" is public here and not at the root: parts of the rest, and names that NumPyro, optax or JAX have too.
 __all__ = [
     "BaseMeasure",
     "BernoulliRBM",
@@ -12,7 +14,6 @@ __all__ = [
     "GaussianBernoulliRBM",
     "GumbelBernoulli",
     "NormalizerError",
-    "RestrictedBoltzmannMachine",
     "TiltedDistribution",
     "amortized_bernoulli",
     "amortized_normal",

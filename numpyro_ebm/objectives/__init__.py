@@ -6,11 +6,15 @@ from numpyro_ebm.objectives.score import (
     DenoisingScoreMatching,
     ExactScoreMatching,
     MultiscaleDenoisingScoreMatching,
-    ScoreObjective,
     SlicedScoreMatching,
 )
-from numpyro_ebm.objectives.stein import IMQKernel, KernelSteinDiscrepancy, KSDTest, RadialKernel, RBFKernel, ksd_test
+from numpyro_ebm.objectives.score import (
+    ScoreObjective as ScoreObjective,
+)
+from numpyro_ebm.objectives.stein import IMQKernel, KernelSteinDiscrepancy, KSDTest, RBFKernel, ksd_test
+from numpyro_ebm.objectives.stein import RadialKernel as RadialKernel
 
+# What has an "as" is public here and not at the root: parts of the rest, and names that NumPyro, optax or JAX have too.
 __all__ = [
     "DenoisingScoreMatching",
     "ExactScoreMatching",
@@ -20,8 +24,6 @@ __all__ = [
     "MultiscaleDenoisingScoreMatching",
     "PosteriorFisher",
     "RBFKernel",
-    "RadialKernel",
-    "ScoreObjective",
     "SlicedScoreMatching",
     "ksd_test",
 ]
