@@ -86,7 +86,7 @@ class OneSided(ScoreObjective):
 
     min_batch_size = 2
 
-    def loss(self, score_fn: Any, rng_key: Array, v: Array, v_tilde: Array) -> Array:
+    def _loss(self, score_fn: Any, rng_key: Array, v: Array, v_tilde: Array) -> Array:
         (x, y), (s, of_y) = jnp.split(v_tilde, 2), jnp.split(score_fn(v_tilde), 2)
         kernel = jnp.exp(-((x - y) ** 2).sum(-1, keepdims=True) / (2 * KSD_WIDTH**2))
         z = jax.lax.stop_gradient(kernel * (s - (x - y) / KSD_WIDTH**2))

@@ -109,7 +109,7 @@ class Seen(ScoreObjective):
     def perturb(self, rng_key, v):
         return v + jax.random.normal(rng_key, v.shape, v.dtype)
 
-    def loss(self, score_fn, rng_key, v, v_tilde):
+    def _loss(self, score_fn, rng_key, v, v_tilde):
         return v_tilde + jax.random.normal(rng_key, v.shape, v.dtype)
 
 

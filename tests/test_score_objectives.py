@@ -338,10 +338,13 @@ def test_trace_needs_no_memory_that_grows_with_the_dimension():
 def test_an_objective_of_ones_own_gives_its_loss_alone():
     # Catches an abstract method too many: perturb and weight have defaults.
     class OnlyLoss(ScoreObjective):
-        def loss(self, score_fn, rng_key, v, v_tilde):
+        def _loss(self, score_fn, rng_key, v, v_tilde):
             return (score_fn(v_tilde) ** 2).sum(1)
 
     v = jnp.ones((2, 3))
+    np.testing.assert_array_equal(OnlyLoss().loss(lambda v: 2 * v, KEY, v, v), [12, 12])
+    with pytest.raises(ValueError, match=r"score_fn returned shape \(2,\) for visibles of shape \(2, 3\)"):
+        OnlyLoss().loss(lambda v: v.sum(1), KEY, v, v)  # what a base class checks, no author need
     assert OnlyLoss().perturb(KEY, v) is v
     np.testing.assert_array_equal(OnlyLoss().weight(2), np.ones(2))
     assert not OnlyLoss.differentiates_score

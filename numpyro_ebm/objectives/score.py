@@ -47,9 +47,25 @@ def objective_keys(rng_key: Array) -> ObjectiveKeys:
 
 
 class ScoreObjective(ABC):
-    """What the score-based engines minimize: a custom objective defines :meth:`loss`, and overrides more where it differs.
+    """What the score-based engines minimize: a custom objective defines ``_loss``, and overrides more where it differs.
 
     Objectives are frozen dataclasses: hashable, and compared by value.
+
+    .. doctest::
+
+        >>> from dataclasses import dataclass
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_ebm.objectives import ScoreObjective
+        >>> @dataclass(frozen=True)
+        ... class RobustDenoising(ScoreObjective):  # the absolute error in place of the squared one
+        ...     sigma: float
+        ...     def perturb(self, rng_key, v):
+        ...         return super().perturb(rng_key, v) + self.sigma * jax.random.normal(rng_key, v.shape)
+        ...     def _loss(self, score_fn, rng_key, v, v_tilde):
+        ...         return jnp.abs(score_fn(v_tilde) + (v_tilde - v) / self.sigma**2).sum(-1)
+        >>> v = jnp.zeros((1, 2))
+        >>> RobustDenoising(0.5).loss(lambda v: -v, jax.random.key(0), v, v + 1)
+        Array([6.], dtype=float32)
     """
 
     #: whether :meth:`loss` takes derivatives of the score in the visible
@@ -58,6 +74,9 @@ class ScoreObjective(ABC):
     min_batch_size: ClassVar[int] = 1
 
     @abstractmethod
+    def _loss(self, score_fn: ScoreFn, rng_key: Array, v: Array, v_tilde: Array) -> Array:
+        """The loss of every row, of arguments that :meth:`loss` has checked."""
+
     def loss(self, score_fn: ScoreFn, rng_key: Array, v: Array, v_tilde: Array) -> Array:
         """The loss of every row of a batch.
 
@@ -68,15 +87,24 @@ class ScoreObjective(ABC):
         :return: losses, of shape ``(batch,)``.
         :raises ValueError: if the shapes of ``v``, ``v_tilde`` and the scores differ, or the batch is too small.
         """
+        self._check_rows(v)
+        if v_tilde.shape != v.shape:
+            raise ValueError(f"v_tilde has shape {v_tilde.shape} and v {v.shape}: it must be v as perturb(rng_key, v) gave it.")
+        return self._loss(_checked(score_fn), rng_key, v, v_tilde)
 
     def perturb(self, rng_key: Array, v: Array) -> Array:
         """The visibles at which the score is taken, of the shape of ``v``; ``v`` itself where the objective adds no noise.
 
         :param rng_key: a key of :func:`jax.random.key`.
         :param v: visibles, of shape ``(batch,) + event_shape``.
+        :raises ValueError: if these are no rows of real numbers, or the batch is too small.
         """
-        _require_rows(v, self.min_batch_size)
+        self._check_rows(v)
         return v
+
+    def _check_rows(self, v: Array) -> None:
+        """Refuses what has no loss: no rows of real numbers, or too few of them."""
+        require_rows(v, self.min_batch_size)
 
     def weight(self, batch_size: int) -> Array:
         """By row, of shape ``(batch_size,)``, what a guide's loss is multiplied by when it is learned together with this
@@ -106,8 +134,8 @@ class ExactScoreMatching(ScoreObjective):
 
     differentiates_score: ClassVar[bool] = True
 
-    def loss(self, score_fn: ScoreFn, rng_key: Array, v: Array, v_tilde: Array) -> Array:
-        score, trace = _score_and_trace(_checked(score_fn), _require_pair(v, v_tilde))
+    def _loss(self, score_fn: ScoreFn, rng_key: Array, v: Array, v_tilde: Array) -> Array:
+        score, trace = _score_and_trace(score_fn, v_tilde)
         return _half_square(score) + trace
 
 
@@ -152,13 +180,12 @@ class SlicedScoreMatching(ScoreObjective):
         require_one_of("directions", self.directions, tuple(_DIRECTIONS))
         object.__setattr__(self, "variance_reduced", require_bool("variance_reduced", self.variance_reduced))
 
-    def loss(self, score_fn: ScoreFn, rng_key: Array, v: Array, v_tilde: Array) -> Array:
-        x, score_fn = _require_pair(v, v_tilde), _checked(score_fn)
-        u = _DIRECTIONS[self.directions](rng_key, (self.num_projections, *x.shape), x.dtype)
+    def _loss(self, score_fn: ScoreFn, rng_key: Array, v: Array, v_tilde: Array) -> Array:
+        u = _DIRECTIONS[self.directions](rng_key, (self.num_projections, *v.shape), v_tilde.dtype)
         # One direction after the other along a score that is linearized once. A vmap over them, of one alone too, sets a second
         # mapped axis beside that of the rows, and XLA on the CPU then copies and transposes every layer between its products:
         # 1.5 times the cost for one direction, about twice for several. XLA unrolls the loop over one.
-        score, push = jax.linearize(score_fn, x)
+        score, push = jax.linearize(score_fn, v_tilde)
         along, curvature = lax.map(lambda u: (_sum_event(u * score), _sum_event(u * push(u))), u)
         if self.variance_reduced:
             return _half_square(score) + curvature.mean(0)
@@ -194,12 +221,10 @@ class DenoisingScoreMatching(ScoreObjective):
         object.__setattr__(self, "sigma", require_positive("sigma", self.sigma, NOISE))
 
     def perturb(self, rng_key: Array, v: Array) -> Array:
-        _require_rows(v)
-        return v + self.sigma * jax.random.normal(rng_key, v.shape, v.dtype)
+        return super().perturb(rng_key, v) + self.sigma * jax.random.normal(rng_key, v.shape, v.dtype)
 
-    def loss(self, score_fn: ScoreFn, rng_key: Array, v: Array, v_tilde: Array) -> Array:
-        score = _checked(score_fn)(_require_pair(v, v_tilde))
-        return _half_square(score + (v_tilde - v) / self.sigma**2)
+    def _loss(self, score_fn: ScoreFn, rng_key: Array, v: Array, v_tilde: Array) -> Array:
+        return _half_square(score_fn(v_tilde) + (v_tilde - v) / self.sigma**2)
 
 
 @dataclass(frozen=True)
@@ -246,12 +271,10 @@ class MultiscaleDenoisingScoreMatching(ScoreObjective):
         require_one_of("spacing", self.spacing, tuple(_SPACINGS))
 
     def perturb(self, rng_key: Array, v: Array) -> Array:
-        _require_rows(v, self.min_batch_size)
-        return v + self._sigmas_like(v) * jax.random.normal(rng_key, v.shape, v.dtype)
+        return super().perturb(rng_key, v) + self._sigmas_like(v) * jax.random.normal(rng_key, v.shape, v.dtype)
 
-    def loss(self, score_fn: ScoreFn, rng_key: Array, v: Array, v_tilde: Array) -> Array:
-        score = _checked(score_fn)(_require_pair(v, v_tilde, self.min_batch_size))
-        return _half_square((score + (v_tilde - v) / self.sigma0**2) / self._sigmas_like(v))
+    def _loss(self, score_fn: ScoreFn, rng_key: Array, v: Array, v_tilde: Array) -> Array:
+        return _half_square((score_fn(v_tilde) + (v_tilde - v) / self.sigma0**2) / self._sigmas_like(v))
 
     def weight(self, batch_size: int) -> Array:
         return jnp.asarray(1 / self._sigmas(batch_size))
@@ -302,15 +325,11 @@ def _checked(score_fn: ScoreFn) -> ScoreFn:
     return score
 
 
-def _require_pair(v: Array, v_tilde: Array, min_batch_size: int = 1) -> Array:
-    """``v_tilde``, if it can be the perturbed ``v``."""
-    _require_rows(v, min_batch_size)
-    if v_tilde.shape != v.shape:
-        raise ValueError(f"v_tilde has shape {v_tilde.shape} and v {v.shape}: it must be v as perturb(rng_key, v) gave it.")
-    return v_tilde
+def require_rows(v: Array, min_batch_size: int = 1) -> None:
+    """Refuses what has no scores.
 
-
-def _require_rows(v: Array, min_batch_size: int = 1) -> None:
+    :raises ValueError: with the shape and dtype, or the number of rows.
+    """
     if v.ndim == 0 or not jnp.issubdtype(v.dtype, jnp.floating):
         raise ValueError(
             f"a visible must be a floating array of shape (batch,) + event_shape, got {v.dtype} of shape {v.shape}: a score "

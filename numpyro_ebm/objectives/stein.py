@@ -27,7 +27,7 @@ import numpy as np
 from jax import Array, lax
 
 from numpyro_ebm._checks import require_count, require_fraction, require_negative, require_one_of, require_positive
-from numpyro_ebm.objectives.score import ScoreFn, ScoreObjective, _checked, _require_pair, _require_rows
+from numpyro_ebm.objectives.score import ScoreFn, ScoreObjective, require_rows
 
 
 class RadialKernel(ABC):
@@ -189,21 +189,15 @@ class KernelSteinDiscrepancy(ScoreObjective):
                 "statistic='V' has every row paired with itself, which pairs='halves' never does: use pairs='all', or 'U'."
             )
 
-    def perturb(self, rng_key: Array, v: Array) -> Array:
-        self._require_batch(v)
-        return v
-
-    def loss(self, score_fn: ScoreFn, rng_key: Array, v: Array, v_tilde: Array) -> Array:
-        x = _require_pair(v, v_tilde)
-        self._require_batch(x)
-        x, score = _flat(x), _flat(_checked(score_fn)(x))
+    def _loss(self, score_fn: ScoreFn, rng_key: Array, v: Array, v_tilde: Array) -> Array:
+        x, score = _flat(v_tilde), _flat(score_fn(v_tilde))
         if self.pairs == "halves":
             return jnp.tile(_stein_halves(self.kernel, x, score), 2)
         u, _ = stein_matrix(self.kernel, x, score)
         return u.mean(1) if self.statistic == "V" else _without_diagonal(u).sum(1) / (len(u) - 1)
 
-    def _require_batch(self, v: Array) -> None:
-        _require_rows(v)
+    def _check_rows(self, v: Array) -> None:
+        require_rows(v)
         if len(v) < 2:
             raise ValueError(f"a batch of {len(v)} row: the discrepancy compares pairs of rows. Use a larger batch.")
         if self.pairs == "halves" and len(v) % 2:
@@ -279,7 +273,7 @@ def ksd_test(
     num_bootstrap = require_count("num_bootstrap", num_bootstrap, why="1000 resolve a p-value of .01")
     change_probability = _require_change(change_probability)
     v = jnp.asarray(v)
-    _require_rows(v)
+    require_rows(v)
     if len(v) < 2:
         raise ValueError(f"{len(v)} sample: the discrepancy compares pairs of samples. A test with power needs some tens of them.")
     scores = jnp.asarray(score(v) if callable(score) else score)
