@@ -80,6 +80,22 @@ def test_other_arguments_are_taken_by_the_same_indices(subsample_size):
     np.testing.assert_array_equal(losses, -1)
 
 
+def with_rows(v, x):
+    loc = numpyro.param("loc", 0.0)
+    with numpyro.plate("data", 12, subsample_size=4):
+        v, x = (numpyro.subsample(rows, event_dim=0) for rows in (v, x))
+        numpyro.sample("v", dist.Normal(loc + x, 1), obs=v)
+
+
+def test_other_arguments_are_rows_of_the_batch_where_the_first_is():
+    """Both have all rows, or both have those of the batch. Catches rows of one taken for those that were drawn of the other."""
+    engine, v = ScoreMatching(with_rows, STILL, ExactScoreMatching()), normal(0, SIZE)
+    for rows in (v, v[:BATCH]):
+        np.testing.assert_array_equal(engine.update(engine.init(KEY, rows, rows), rows, rows)[1], -1)
+    with pytest.raises(ValueError, match=r"plate\(data, 12, dim=-1\) invalid shape of numpyro.subsample.*\(4,\)"):
+        engine.init(KEY, v, v[:BATCH])
+
+
 @pytest.mark.parametrize("num_rows", [3, BATCH, SIZE, 20])
 @pytest.mark.parametrize("size", [SIZE, None])
 def test_evaluate_takes_any_number_of_rows(num_rows, size):

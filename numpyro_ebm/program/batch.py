@@ -67,29 +67,38 @@ class _Rows(Messenger):
         elif msg["type"] == "sample" and any(frame.name == self.batch.plate for frame in msg["cond_indep_stack"]):
             if self.scale != 1:
                 msg["scale"] = msg["scale"] / self.scale
-        elif msg["type"] == "subsample" and (plate := open_plate(self.batch.plate)) is not None:
-            event_dim = msg["kwargs"]["event_dim"]
-            if msg["value"] is self.batch.whole:
-                msg["value"] = self.v
-            elif jnp.shape(msg["value"])[plate.dim - event_dim] != len(self.v):
-                return
-            msg["kwargs"] = {**msg["kwargs"], "event_dim": None}  # these are the rows: no plate takes any out of them
+        elif msg["type"] == "subsample" and self._are_rows(msg["value"], msg["kwargs"]["event_dim"]):
+            msg["value"] = self.v if msg["value"] is self.batch.whole else msg["value"]
+            msg["kwargs"] = {**msg["kwargs"], "event_dim": None}  # no plate takes rows out of these
+
+    def _are_rows(self, value: Array, event_dim: int) -> bool:
+        """Whether a value stands for the rows of the batch: the first argument, or any where only these rows are given."""
+        if self.batch.whole is not None:
+            return value is self.batch.whole
+        plate, shape = open_plate(self.batch.plate), jnp.shape(value)
+        return plate is not None and len(shape) >= event_dim - plate.dim and shape[plate.dim - event_dim] == len(self.v)
 
 
 Programs = Sequence[Model]  # of which the first has the plate of the rows, and the others may have
 
 
-class _AllRows(_Rows):
-    """Shows all rows of the first argument in every subsampled plate, and remembers the sizes that these say they have."""
+class _Plan(_Rows):
+    """Finds the subsampled plates, and how many rows each says it has.
 
-    def __init__(self, v: Array) -> None:
+    A program is run as it is where the first argument has all rows. Where it has those that the plate shows, or are all to be
+    shown that it has, NumPyro's plate would refuse them.
+    """
+
+    def __init__(self, v: Array, all_rows: bool) -> None:
         super().__init__(Batch((), None, jnp.arange(len(v))), v)
-        self.sizes: dict[str, int] = {}
+        self.all_rows, self.sizes = all_rows, dict[str, int]()
 
     def process_message(self, msg: Site) -> None:
         if msg["type"] == "plate" and msg["args"][1] not in (None, msg["args"][0]):
-            self.sizes[msg["name"]] = msg["args"][0]
-            self.batch = self.batch._replace(plate=msg["name"])
+            size, subsample_size = msg["args"]
+            self.sizes[msg["name"]] = size
+            if self.all_rows or len(self.v) == subsample_size:
+                self.batch = self.batch._replace(plate=msg["name"])
         super().process_message(msg)
 
 
@@ -103,7 +112,7 @@ def drawn_batch(
     """
     if batch_size is not None:
         return Batch((args[0][jax.random.randint(rng_key, (batch_size,), 0, len(args[0]))], *args[1:]))
-    plate = _subsampled(programs[0], args, kwargs, rng_key, data, batch_size)
+    plate = _subsampled(programs[0], args, kwargs, rng_key, data)
     if plate is None:
         return Batch(args)
     return _own(programs, _in_plate(plate, args, plate.indices), kwargs, rng_key, data)
@@ -119,9 +128,13 @@ def first_batch(
     """
     if batch_size is not None and batch_size > len(args[0]):
         raise ValueError(f"batch_size={batch_size} is more than the {len(args[0])} rows of the first argument.")
-    plate = _subsampled(programs[0], args, kwargs, rng_key, data, batch_size)
+    plate = _subsampled(programs[0], args, kwargs, rng_key, data)
     if plate is None:
         return Batch((args[0][:batch_size], *args[1:]))
+    if batch_size is not None:
+        raise ValueError(
+            f"plate '{plate.name}' is subsampled, and batch_size={batch_size} would take a batch of that: leave batch_size out."
+        )
     return _own(programs, _in_plate(plate, args, jnp.arange(len(plate.indices))), kwargs, rng_key, data)
 
 
@@ -130,14 +143,11 @@ def whole_batch(programs: Programs, args: Args, kwargs: Kwargs, rng_key: Array, 
 
     :raises ValueError: as :func:`first_batch`.
     """
-    rows, shown = jnp.arange(len(args[0])), _AllRows(args[0])
-    with shown:  # as many as are given, which NumPyro's plate would refuse
-        run_at_zero(programs[0], args, kwargs, rng_key, data)
-    plate = _the_only({name: _Plate(name, size, rows) for name, size in shown.sizes.items()})
+    plate = _subsampled(programs[0], args, kwargs, rng_key, data, all_rows=True)
     if plate is None:
         return Batch(args)
-    batch = Batch(args, plate.name, rows)
-    return batch if plate.size == len(rows) else _own(programs, batch, kwargs, rng_key, data)
+    batch = Batch(args, plate.name, jnp.arange(len(args[0])))
+    return batch if plate.size == len(args[0]) else _own(programs, batch, kwargs, rng_key, data)
 
 
 def run_at_zero(program: Model, args: Args, kwargs: Kwargs, rng_key: Array, data: dict[str, Any]) -> Run:
@@ -157,25 +167,18 @@ class _Plate(NamedTuple):
 
 
 def _subsampled(
-    program: Model, args: Args, kwargs: Kwargs, rng_key: Array, data: dict[str, Any], batch_size: int | None
+    program: Model, args: Args, kwargs: Kwargs, rng_key: Array, data: dict[str, Any], *, all_rows: bool = False
 ) -> _Plate | None:
-    """The one subsampled plate of a program, if there is one."""
-    shown = run_at_zero(program, args, kwargs, rng_key, data).subsampled
-    plate = _the_only({name: _Plate(name, plate.size, plate.indices) for name, plate in shown.items()})
-    if plate is not None and batch_size is not None:
+    """The one subsampled plate of a program, with the rows that it shows in this run, if there is one."""
+    plan = _Plan(args[0], all_rows)
+    with plan:
+        run = run_at_zero(program, args, kwargs, rng_key, data)
+    if len(plan.sizes) > 1:
         raise ValueError(
-            f"plate '{plate.name}' is subsampled, and batch_size={batch_size} would take a batch of that: leave batch_size out."
+            f"plates {', '.join(map(repr, sorted(plan.sizes)))} are subsampled, and scores are matched row by row: subsample the "
+            "plate of the rows of the first argument alone."
         )
-    return plate
-
-
-def _the_only(plates: dict[str, _Plate]) -> _Plate | None:
-    if len(plates) > 1:
-        raise ValueError(
-            f"plates {', '.join(map(repr, sorted(plates)))} are subsampled, and scores are matched row by row: subsample the plate "
-            "of the rows of the first argument alone."
-        )
-    return next(iter(plates.values()), None)
+    return next((_Plate(name, size, run.plates[name].indices) for name, size in plan.sizes.items()), None)
 
 
 def _in_plate(plate: _Plate, args: Args, indices: Array) -> Batch:
