@@ -90,12 +90,14 @@ class BiDVLState(NamedTuple):
 class BiDVL(Engine):
     r"""Bi-level doubly variational learning of the energy of a visible, with an encoder and a generator (Kan et al. 2022).
 
-    Three NumPyro programs of the same arguments, the first the batch of the visible :math:`v`, in a plate of its rows:
+    Three NumPyro programs of the same arguments, the first the visible :math:`v`, in a plate of its rows:
 
     * ``energy`` observes it at one site, with :class:`~numpyro_ebm.EnergyDistribution` or any other distribution, and has no
       latents;
     * ``generator`` draws latents :math:`h` and observes the visible at a site *of the same name*;
     * ``encoder`` draws the latents of the generator: generator and encoder are model and guide of an autoencoder.
+
+    Where the plate is subsampled, in all three, they take the rows of a step as in :class:`~numpyro_ebm.ScoreMatching`.
 
     One step is ``upper.num_steps`` of the energy, then ``lower.num_steps`` of encoder and generator. The upper level is the
     energy of data minus that of generated visibles :math:`\hat v`, whose gradient is that of the likelihood where the generator
@@ -117,10 +119,11 @@ class BiDVL(Engine):
     :param bool noise: whether generated visibles are samples of :math:`p(v|h)`, or its means.
     :param Sampler sampler: moves generated visibles on the learned energy before the upper level sees them, such as
         :class:`~numpyro_ebm.MALA`: it then sees what has low energy but is not generated.
-    :param int batch_size: rows of the first argument in every step of either level, drawn with replacement; all if not given.
+    :param int batch_size: where no plate is subsampled, rows of the first argument in every step of either level, drawn with
+        replacement; all if not given.
     :raises ValueError: for settings out of range; from ``init``, naming the site, for an energy with latents, latents that only
-        encoder or generator has, a visible of another shape or name, rows that are in no plate, shared params, or data that are
-        not finite.
+        encoder or generator has, a visible of another shape or name, rows that are in no plate or not in the same one of all
+        three, shared params, or data that are not finite.
     :raises NonFiniteError: during a run, with the last good state.
 
     **References**

@@ -124,12 +124,14 @@ class BiSM(BilevelEngine):
 
     Every step of the guide sees fresh noise. ``guide_optim`` counts its own steps: ``num_inner_steps`` of them per step.
 
-    The first argument of model and guide is the batch of the visible, ``(batch,) + event_shape``. The latents lie in the plate
-    of its rows, and the guide draws them reparametrized: :class:`~numpyro_ebm.GumbelBernoulli` where the model's are binary.
-    The model is unnormalized: energies, or a random field of :class:`~numpyro_ebm.BaseMeasure` sites and a factor.
+    The first argument of model and guide is the visible, ``(rows,) + event_shape``. The latents lie in the plate of its rows, and
+    the guide draws them reparametrized: :class:`~numpyro_ebm.GumbelBernoulli` where the model's are binary. The model is
+    unnormalized: energies, or a random field of :class:`~numpyro_ebm.BaseMeasure` sites and a factor. Where the plate is
+    subsampled, in the model and in the guide, both take the rows of a step as in :class:`~numpyro_ebm.ScoreMatching`.
 
     :param model: a NumPyro model.
-    :param guide: a NumPyro guide with the latent sites of the model; an autoguide only makes sense without batches.
+    :param guide: a NumPyro guide with the latent sites of the model. An autoguide has params for every row of the data: it goes
+        with all rows or a subsampled plate, and not with ``batch_size``.
     :param optim: an optax transformation for the model, or an optimizer of :mod:`numpyro.optim`.
     :param guide_optim: the same for the guide. Through unrolled steps it is differentiated: give ``optax.adam`` a small
         ``eps_root`` where a gradient can be exactly 0.
@@ -138,7 +140,8 @@ class BiSM(BilevelEngine):
         :class:`~numpyro_ebm.PosteriorFisher`.
     :param int num_inner_steps: steps K of the guide per step.
     :param hypergradient: :class:`~numpyro_ebm.Unrolled` or :class:`~numpyro_ebm.Implicit`.
-    :param int batch_size: rows of the first argument in every step, drawn with replacement; all of them if not given.
+    :param int batch_size: where no plate is subsampled, rows of the first argument in every step, drawn with replacement; all of
+        them if not given.
     :raises ValueError: for settings out of range; from ``init``, naming the site and the fix, if the first argument does not
         reach exactly one continuous site, row by row, if a latent is missing from the guide, has another shape there, stands
         outside the plate of the rows or is drawn without reparametrization, or if model and guide share a param.

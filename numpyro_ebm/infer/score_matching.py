@@ -43,19 +43,24 @@ class ScoreMatchingState(NamedTuple):
 class ScoreMatching(ScoreEngine):
     """Score matching of a model without latents, used like NumPyro's ``SVI``.
 
-    The model's first argument is a batch of the visible, ``(batch,) + event_shape``, which it observes at one site, one row per
-    element of one plate. Its log density may leave out any normalizer, as that of
-    :class:`~numpyro_ebm.EnergyDistribution` does; where latents can be summed out by hand, as in a restricted Boltzmann
-    machine, their free energy is the energy.
+    The model's first argument is the visible, ``(rows,) + event_shape``, which it observes at one site, one row per element of
+    one plate. Its log density may leave out any normalizer, as that of :class:`~numpyro_ebm.EnergyDistribution` does; where
+    latents can be summed out by hand, as in a restricted Boltzmann machine, their free energy is the energy.
+
+    Where the plate is subsampled, a step is on the rows that it draws: the model takes them with
+    ``numpyro.subsample(v, event_dim=...)`` of the first argument as it is, and uses nothing else of it but its shape.
+    :meth:`evaluate` is on all rows that it is given.
 
     :param model: a NumPyro model without latent sites.
     :param optim: an optax transformation, or an optimizer of :mod:`numpyro.optim`. What searches along a line, such as
         ``optax.lbfgs()``, sees one batch and one noise in every step.
     :param objective: what is minimized: :class:`~numpyro_ebm.ExactScoreMatching`, :class:`~numpyro_ebm.SlicedScoreMatching`,
         :class:`~numpyro_ebm.DenoisingScoreMatching` or :class:`~numpyro_ebm.MultiscaleDenoisingScoreMatching`.
-    :param int batch_size: rows of the first argument in every step, drawn with replacement; all of them if not given.
+    :param int batch_size: where no plate is subsampled, rows of the first argument in every step, drawn with replacement; all of
+        them if not given.
     :raises ValueError: from ``init``, naming the site and the fix, if the first argument does not reach exactly one
-        continuous site, row by row; if the model has latents, mutable sites, or no params; if data are not finite.
+        continuous site, row by row; if the model has latents, mutable sites, or no params; if a subsampled plate takes its rows
+        otherwise; if data are not finite.
 
     **References**
 

@@ -151,7 +151,7 @@ class VaGES(BilevelEngine):
     Samples have no gradient: binary latents are sampled as bits in the upper level, though the guide relaxes them in the lower
     (:class:`~numpyro_ebm.GumbelBernoulli`), and memory does not grow with the number of inner steps.
 
-    Model, guide and their optimizers are as for :class:`~numpyro_ebm.BiSM`.
+    Model, guide, their plates and their optimizers are as for :class:`~numpyro_ebm.BiSM`.
 
     :param model: a NumPyro model.
     :param guide: a NumPyro guide with the latent sites of the model.
@@ -162,7 +162,8 @@ class VaGES(BilevelEngine):
     :param lower_loss: NumPyro's ``Trace_ELBO()``, or :class:`~numpyro_ebm.PosteriorFisher`.
     :param int num_inner_steps: steps K of the guide per step; 0 for a guide that is not learned.
     :param estimate: :class:`~numpyro_ebm.Variational` or :class:`~numpyro_ebm.ImportanceWeighted`.
-    :param int batch_size: rows of the first argument in every step, drawn with replacement; all of them if not given.
+    :param int batch_size: where no plate is subsampled, rows of the first argument in every step, drawn with replacement; all of
+        them if not given.
     :raises ValueError: for settings out of range; from ``init``, as for :class:`~numpyro_ebm.BiSM`.
 
     **References**
