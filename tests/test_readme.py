@@ -125,6 +125,8 @@ def test_score_matching_page_runs_and_learns_what_the_marginal_does(capsys):
     assert page["log_likelihoods"]["N = 0"] < -1.52
     assert page["fits"]["N = 0"].params["hidden_bias"] == 0  # no gradient at all
     assert page["state"].num_steps == 10
+    for found in page["precisions"].values():  # one program under both engines, by batches: .005 of noise, relative, over keys
+        assert found == pytest.approx(float(1 / (page["x"] ** 2).mean()), rel=0.03)
     ones, mean, square = numbers[-3:]
     assert ones == pytest.approx([0, 1], abs=0.1)
     assert mean == pytest.approx([float(page["v"].mean())] * 2, abs=0.2)  # five standard errors of 1000 draws, and rounding
