@@ -45,6 +45,8 @@ from numpyro_ebm import (
     SlicedScoreMatching,
     TiltedDistribution,
     UnadjustedLangevin,
+    Unrolled,
+    Variational,
     negative_phase,
 )
 
@@ -204,10 +206,11 @@ def particles():
     return in_run(engine, y), in_scan(update, (params, optax.adam(RATE).init(params), z, chains, jax.random.key(1)))
 
 
-def boltzmann_machine(benchmark, size, args):
+def boltzmann_machine(benchmark, setting, by_hand, args):
+    """With five steps of the guide to one of the model."""
     v = jax.random.uniform(jax.random.key(3), (100, args.num_visible))
-    state, update = benchmark.by_hand(v, args.num_hidden, *size)
-    return in_run(benchmark.make_engine(args.num_visible, args.num_hidden, *size), v), in_scan(update, state)
+    state, update = benchmark.by_hand(v, args.num_hidden, 5, by_hand)
+    return in_run(benchmark.make_engine(args.num_visible, args.num_hidden, 5, setting), v), in_scan(update, state)
 
 
 def divergence_triangle(args):
@@ -250,9 +253,9 @@ def main(args):
         "sliced": (sliced, small),
         "CD-20": (contrastive_divergence, medium),
         "particles": (particles, large),
-        "BiSM, N = 0": (partial(boltzmann_machine, bism, (5, 0), args), large),
-        "BiSM, N = 5": (partial(boltzmann_machine, bism, (5, 5), args), large),
-        "VaGES, L = 2": (partial(boltzmann_machine, vages, (5, 2), args), large),
+        "BiSM, N = 0": (partial(boltzmann_machine, bism, Unrolled(0), 0, args), large),
+        "BiSM, N = 5": (partial(boltzmann_machine, bism, Unrolled(5), 5, args), large),
+        "VaGES, L = 2": (partial(boltzmann_machine, vages, Variational(2), 2, args), large),
         "BiDVL": (partial(divergence_triangle, args), medium),
     }
     for title, (make, num_steps) in cases.items():

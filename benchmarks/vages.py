@@ -83,7 +83,7 @@ def by_hand(v, num_hidden, num_inner_steps, num_samples):
         updates, of_theta = adam().update(gradient, of_theta)
         return (optax.apply_updates(theta, updates), phi, of_theta, of_phi, key), value
 
-    state, _ = by_engine(v, num_hidden, num_inner_steps, num_samples)
+    state, _ = by_engine(v, num_hidden, num_inner_steps, Variational(num_samples))
     return (state.theta, state.phi, adam().init(state.theta), adam().init(state.phi), jax.random.key(1)), update
 
 
