@@ -795,3 +795,28 @@ def test_a_site_that_cannot_be_sampled_is_named(in_plate):
 
     with pytest.raises(NotImplementedError, match="site 'z'"):
         seed(model, 0)()
+
+
+class _Well(EnergyDistribution):
+    """Two wells at -sqrt(a) and sqrt(a), as a distribution of one's own is written."""
+
+    arg_constraints = {"a": constraints.positive}
+
+    def __init__(self, a, *, validate_args=None):
+        settings = {"batch_shape": jnp.shape(a), "params": {"a": a}, "validate_args": validate_args}
+        super().__init__(lambda params, x: (x**2 - params["a"]) ** 2, initial=dist.Normal(0, 2), **settings)
+
+    @property
+    def a(self):
+        return self.params["a"]
+
+
+def test_a_constrained_parameter_may_be_a_property():
+    # Catches NumPyro's rule that all names of arg_constraints are attributes to be set: no round trip, jit or vmap.
+    a = jnp.array([1.0, 2.0])
+    leaves, structure = jax.tree.flatten(_Well(a))
+    np.testing.assert_array_equal(jax.tree.unflatten(structure, leaves).a, a)
+    np.testing.assert_array_equal(jax.jit(lambda well: well.log_prob(0.0))(_Well(a)), -(a**2))
+    np.testing.assert_array_equal(jax.vmap(lambda a: _Well(a).log_prob(0.0))(a), -(a**2))
+    with pytest.raises(ValueError, match="invalid a parameter"):
+        _Well(-1.0, validate_args=True)

@@ -313,8 +313,8 @@ def test_objectives_are_values(objective):
     again = dataclasses.replace(objective)
     assert again == objective
     assert hash(again) == hash(objective)
-    assert objective.differentiates_score == (not hasattr(objective, "sigma") and not hasattr(objective, "sigma0"))
-    assert objective.min_batch_size == (2 if hasattr(objective, "sigma0") else 1)
+    assert objective.differentiates_score == isinstance(objective, ExactScoreMatching | SlicedScoreMatching)
+    assert objective.min_batch_size == (2 if isinstance(objective, MultiscaleDenoisingScoreMatching) else 1)
     with pytest.raises(dataclasses.FrozenInstanceError):
         objective.sigma = 1.0
     if not hasattr(objective, "sigma0"):

@@ -237,6 +237,17 @@ def test_the_bias_of_a_wrong_guide_does_not_fall_with_the_number_of_draws(name):
     assert np.abs(ravel_pytree(jax.tree.map(jnp.subtract, two, exact(OBJECTIVES[name], v, v_tilde)[1]))[0]).max() > 0.01
 
 
+def test_a_score_is_nan_where_its_samples_are_not():
+    """Catches an objective that takes differences of one estimate, which are 0: the samples of a guide are for given rows."""
+    v, draws = normal(3, 4, NUM_VISIBLE), {"h": jnp.ones((2, 4, NUM_HIDDEN))}
+    score = variational_score(log_joint, start(), v, Draws(draws, draws, draws))
+    assert jnp.isfinite(score(v)).all()
+    elsewhere, slope = jax.jvp(score, (v.at[1, 0].add(0.1),), (jnp.ones_like(v),))
+    np.testing.assert_array_equal(jnp.isnan(elsewhere).any(1), [False, True, False, False])
+    np.testing.assert_array_equal(elsewhere[0], score(v)[0])
+    assert jnp.isfinite(slope[0]).all()
+
+
 def test_the_bias_obeys_the_bound_by_the_divergence():
     # |E_q VaES - s| <= A sqrt(2 KL) by Pinsker's inequality, A the largest gradient. Fails for a score of the wrong scale.
     v = normal(3, 1, NUM_VISIBLE)

@@ -426,7 +426,9 @@ class TiltedDistribution(Distribution):
 
     @classmethod
     def gather_pytree_data_fields(cls) -> tuple[str, ...]:
-        return tuple(sorted(super().gather_pytree_data_fields()))
+        # NumPyro takes all names of arg_constraints for attributes that can be set; a property reads one of ours from params
+        fields = super().gather_pytree_data_fields()
+        return tuple(sorted(field for field in fields if not isinstance(getattr(cls, field, None), property)))
 
     @classmethod
     def gather_pytree_aux_fields(cls) -> tuple[str, ...]:

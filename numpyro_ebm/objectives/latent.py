@@ -105,7 +105,7 @@ def variational_score(
     """VaES, whose gradient in ``params`` is VaGES.
 
     :param log_p: log density of every row.
-    :param v: the visible that the samples are for, where alone the score may be taken.
+    :param v: the visible that the samples are for, where alone there is a score: it is nan elsewhere.
     :param covariance: ``"unbiased"``, ``"biased"`` (divided by L, not L - 1) or ``"none"``.
     :param log_ratio: log p - log q, for the value by its scores: they have the same mean over the guide, and none of the
         variance where the guide is the posterior.
@@ -143,18 +143,21 @@ def variational_score(
         # of E[moment] - s (s.u), by the product rule: s is from other samples than the mean
         return _with_gradient(value, expectation(params, moment) - s * _dot(mean, u) - mean * _dot(s, u))
 
+    def there(value: Array, x: Array) -> Array:
+        return jnp.where(x == v, value, jnp.nan)  # an objective that takes differences would take them of one estimate
+
     @jax.custom_jvp
     def score(params: Any, x: Array) -> Array:
-        return estimate(params)
+        return there(estimate(params), x)
 
     def rule(primals: tuple[Any, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
-        (params, _), (d_params, d_x) = primals, tangents
+        (params, x), (d_params, d_x) = primals, tangents
         if all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(d_params)):
             value = estimate(params)
             tangent = jnp.zeros_like(value)
         else:
             value, tangent = jax.jvp(estimate, (params,), (jax.tree.map(_instantiated, d_params),))
-        return value, tangent if isinstance(d_x, SymbolicZero) else tangent + slope(params, d_x)
+        return there(value, x), tangent if isinstance(d_x, SymbolicZero) else tangent + slope(params, d_x)
 
     score.defjvp(rule, symbolic_zeros=True)
     return lambda x: score(params, x)

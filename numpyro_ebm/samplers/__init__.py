@@ -6,6 +6,7 @@ from numpyro_ebm.samplers.base import ChainState as ChainState
 from numpyro_ebm.samplers.base import Reference as Reference
 from numpyro_ebm.samplers.base import Sampler as Sampler
 from numpyro_ebm.samplers.base import Target as Target
+from numpyro_ebm.samplers.base import over_events as over_events
 from numpyro_ebm.samplers.gibbs import BlockGibbs, block_gibbs
 from numpyro_ebm.samplers.gibbs import BlockGibbsState as BlockGibbsState
 from numpyro_ebm.samplers.gibbs import Layers as Layers

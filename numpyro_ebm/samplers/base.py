@@ -73,7 +73,7 @@ class Sampler:
         >>> import jax, jax.numpy as jnp
         >>> import numpyro.distributions as dist
         >>> from numpyro_ebm import EnergyDistribution
-        >>> from numpyro_ebm.samplers import Sampler
+        >>> from numpyro_ebm.samplers import Sampler, over_events
         >>> @dataclass(frozen=True)
         ... class RandomWalk(Sampler):
         ...     scale: float = 2.0
@@ -83,7 +83,8 @@ class Sampler:
         ...             key, accept_key = jax.random.split(key)
         ...             new = x + self.scale * jax.random.normal(key, x.shape)
         ...             ratio = target(new) - target(x)
-        ...             return jnp.where(jnp.log(jax.random.uniform(accept_key, ratio.shape)) < ratio, new, x), None
+        ...             accept = jnp.log(jax.random.uniform(accept_key, ratio.shape)) < ratio
+        ...             return jnp.where(over_events(accept, x.ndim), new, x), None
         ...         x, _ = jax.lax.scan(step, state.position, jax.random.split(rng_key, self.num_steps))
         ...         return state._replace(position=x)
         >>> normal = EnergyDistribution(lambda x: (x - 3) ** 2 / 2, initial=dist.Normal(0, 1), sampler=RandomWalk())
@@ -148,6 +149,16 @@ def real_positions(position: Any) -> Array:
     if position.ndim == 0 or len(position) == 0:
         raise ValueError(f"axis 0 of a position counts the chains, got shape {position.shape}: there is none.")
     return position if jnp.issubdtype(position.dtype, jnp.inexact) else position.astype(jnp.result_type(float))
+
+
+def over_events(x: Array, ndim: int) -> Array:
+    """What there is one of for each chain, such as an acceptance, as an array that goes with positions.
+
+    :param x: of shape ``(num_chains,) + batch_shape``.
+    :param int ndim: the number of axes of a position.
+    :return: the same with axes of size 1 for the event.
+    """
+    return x.reshape(x.shape + (1,) * (ndim - x.ndim))
 
 
 def langevin_move(rng_key: Array, x: Array, score: Array, h: Any, noise_scale: Any) -> Array:

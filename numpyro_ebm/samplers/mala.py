@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from numpyro_ebm._checks import require_bool, require_count, require_fraction, require_positive
-from numpyro_ebm.samplers.base import WHAT_A_STEP_IS, LogProb, Sampler, langevin_move, real_positions
+from numpyro_ebm.samplers.base import WHAT_A_STEP_IS, LogProb, Sampler, langevin_move, over_events, real_positions
 
 
 class MALAState(NamedTuple):
@@ -133,11 +133,11 @@ class MALA(Sampler):
             key, shrink = keys
             noise_key, accept_key = jax.random.split(key)
             h = jnp.exp(log_step) * 10.0 ** -shrink.astype(dtype)
-            over_events = _over_events(h, start.ndim - 1)
-            new = chains_at(langevin_move(noise_key, old.position, old.score, over_events, jnp.sqrt(2 * over_events)))
+            step = over_events(h, start.ndim - 1)
+            new = chains_at(langevin_move(noise_key, old.position, old.score, step, jnp.sqrt(2 * step)))
             probability = _acceptance(old, new, h)
             accept = jax.random.bernoulli(accept_key, probability)
-            chains = jax.tree.map(lambda new, old: jnp.where(_over_events(accept, new.ndim), new, old), new, old)
+            chains = jax.tree.map(lambda new, old: jnp.where(over_events(accept, new.ndim), new, old), new, old)
             gain, mean = jnp.where(shrink == 0, ADAPTATION_GAIN, 0.0).astype(dtype), probability.mean(0)
             if self.adapt:
                 log_step = log_step + gain * (mean - self.target_acceptance)
@@ -166,16 +166,11 @@ def _acceptance(old: _Chains, new: _Chains, h: Array) -> Array:
 
     def log_proposal(to: _Chains, start: _Chains) -> Array:
         x, y = start.position.astype(h.dtype), to.position.astype(h.dtype)
-        distance = y - x - _over_events(h, x.ndim - 1) * start.score
+        distance = y - x - over_events(h, x.ndim - 1) * start.score
         return -(distance**2).reshape((*old.log_density.shape, -1)).sum(-1) / (4 * h)
 
     log_ratio = new.log_density - old.log_density + log_proposal(old, new) - log_proposal(new, old)
     return jnp.where(jnp.isnan(log_ratio), 0.0, jnp.exp(jnp.minimum(log_ratio, 0.0)))
-
-
-def _over_events(x: Array, ndim: int) -> Array:
-    """``x`` with axes of size 1 for the event, of ``ndim`` axes in all."""
-    return x.reshape(x.shape + (1,) * (ndim - x.ndim))
 
 
 def _batch_shape(position: Array, log_density: Any) -> tuple[int, ...]:
