@@ -35,6 +35,7 @@ from numpyro_ebm._compat import (
     name_inside,
     open_handler,
 )
+from numpyro_ebm._fit import fit_of
 from numpyro_ebm.chains import (
     MIXED_FIELDS,
     NOT_FINITE,
@@ -341,7 +342,8 @@ class negative_phase(Messenger):
         state = fresh._replace(position=position, **{field: chains[field] for field in kept})
         state = sampler.run(run_key, target, state)
         x = lax.stop_gradient(energy.from_chain(state.position, sampler))
-        chains.update({"x": x, "num_updates": chains["num_updates"] + 1, **{field: getattr(state, field) for field in kept}})
+        moved = state._asdict()
+        chains.update({"x": x, "num_updates": chains["num_updates"] + 1, **{field: moved[field] for field in kept}})
         log_density: Array = energy._log_density(x)
         finite = jnp.all(jnp.stack([jnp.isfinite(array).all() for array in jax.tree.leaves((x, log_density))]))
         trouble = jnp.where(finite, 0, NOT_FINITE)
@@ -428,8 +430,9 @@ def _chain_key(name: str) -> Array:
 
 def _of_fit(params: Any, mutable_state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Values of params and of mutable sites, given as they are or as a result or state of a fit."""
-    mutable_state = getattr(getattr(mutable_state, "state", mutable_state), "mutable_state", mutable_state)
-    return getattr(params, "params", params), mutable_state
+    known: Any = params if isinstance(params, Mapping) else fit_of(params).params
+    kept: Any = fit_of(mutable_state).mutable_state
+    return known, kept
 
 
 def _shapes(x: Any) -> Any:
@@ -486,9 +489,10 @@ def explain_chains(
     :param data: values of param and mutable sites.
     """
     inside: Any = phase
-    while (inside := getattr(inside, "fn", None)) is not None:
+    while isinstance(inside, Messenger):
         if isinstance(inside, negative_phase):  # the innermost has the chains
             phase = inside
+        inside = inside.fn
     found: list[Sampler] = []
 
     def run() -> None:

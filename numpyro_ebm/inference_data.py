@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 from numpyro.infer import init_to_sample
 
+from numpyro_ebm._fit import Fit, fit_of
 from numpyro_ebm.chains import chains_of, positions
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.program.run import constrained, draw_latents, run_model, whole_plates
@@ -111,20 +112,21 @@ def to_inference_data(
         raise ValueError(f"batch_ndims must be 1, for draws, or 2, for chains of draws, got {batch_ndims!r}.")
     if chains is not None and not isinstance(chains, Mapping):
         raise TypeError("chains must map sites to draws: sample_chains returns (draws, mutable_state), pass the first.")
-    kept = _negative_chains(state)
+    fit = fit_of(state)
+    kept = _negative_chains(fit)
     where_they_stand = {site: x[:, None] for site, x in positions(kept).items()}
     _require_known("chains", chains or {}, where_they_stand)
-    seen = _Seen() if model is None else _look(state, model, model_args, dict(model_kwargs or {}))
+    seen = _Seen() if model is None else _look(fit, model, model_args, dict(model_kwargs or {}))
     groups: dict[str, dict[str, np.ndarray]] = {
         "posterior": seen.posterior if posterior is None else _by_chain(posterior, batch_ndims),
         "posterior_predictive": _by_chain(posterior_predictive, batch_ndims),
         "prior": {**_as_numpy({**where_they_stand, **(chains or {})}), **_by_chain(prior, batch_ndims)},
         "prior_predictive": _by_chain(prior_predictive, batch_ndims),
         "observed_data": seen.observed_data if observed_data is None else _as_numpy(observed_data),
-        "fit": _fit(state, losses, trace),
+        "fit": _by_step(fit, losses, trace),
     }
-    _require_something(state, groups)
-    leading = {group: _leading(group, state) for group in groups}
+    _require_something(fit, groups)
+    leading = {group: _leading(group, fit) for group in groups}
     _require_known("dims", dims or {}, {name for group in groups.values() for name in group} - {"loss"})
     names = _dim_names(groups, leading, seen.dims, dims or {})
     dim_names = {dim for of_group in leading.values() for dim in of_group} | {dim for named in names.values() for dim in named}
@@ -143,21 +145,19 @@ class _Seen(NamedTuple):
     dims: dict[str, tuple[str, ...]] = {}
 
 
-def _look(state: Any, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
-    """One run of the model on all its data, at the parameters of the state."""
+def _look(fit: Fit, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
+    """One run of the model on all its data, at the parameters of the fit."""
     model = unnormalized(model)  # whose chains are in the state
-    key, inner = jax.random.key(0), _state(state)
-    params = getattr(inner, "params", None) or getattr(state, "params", None) or {}
-    data = {**params, **(getattr(inner, "mutable_state", None) or {})}
-    of_one = jax.tree.map(lambda x: x[0], data) if _is_many_runs(state) else data
+    key, data = jax.random.key(0), fit.data
+    of_one = jax.tree.map(lambda x: x[0], data) if fit.is_many_runs else data
     with whole_plates():
         latents = draw_latents(model, args, kwargs, key, data=of_one, init_strategy=init_to_sample)
         sites = run_model(model, args, kwargs, key, data=of_one, latents=latents).sites
     posterior = {}
-    if (particles := getattr(inner, "particles", None)) is not None:
+    if fit.particles is not None:
         cloud = jax.vmap(lambda data, x: constrained(model, args, kwargs, key, data=data, latents=x), (None, 0))
-        cloud = jax.jit(jax.vmap(cloud) if _is_many_runs(state) else cloud)
-        posterior = _by_chain(cloud(data, particles), 2 if _is_many_runs(state) else 1)
+        cloud = jax.jit(jax.vmap(cloud) if fit.is_many_runs else cloud)
+        posterior = _by_chain(cloud(data, fit.particles), 2 if fit.is_many_runs else 1)
     named = {name: _site_dims(site) for name, site in sites.items() if site["type"] in ("sample", "deterministic")}
     data_sites = [name for name, site in sites.items() if site["type"] == "sample" and site["is_observed"]]
     observed = {name: np.asarray(sites[name]["value"]) for name in data_sites if not is_factor(sites[name]["fn"])}
@@ -183,40 +183,28 @@ def _site_dims(site: Site) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _state(state: Any) -> Any:
-    return getattr(state, "state", state)
-
-
-def _is_many_runs(state: Any) -> bool:
-    """Whether a state is that of several runs of an engine, stacked."""
-    return np.ndim(getattr(_state(state), "num_steps", 0)) == 1
-
-
-def _negative_chains(state: Any) -> dict[str, dict[str, Any]]:
+def _negative_chains(fit: Fit) -> dict[str, dict[str, Any]]:
     """What mutable sites keep of negative chains, by site; chains of several runs side by side."""
-    mutable_state = getattr(_state(state), "mutable_state", _state(state))
-    found = chains_of(mutable_state) if isinstance(mutable_state, Mapping) else {}
-    kept = {site: dict(jax.device_get(chains)) for site, chains in found.items()}
-    if _is_many_runs(state):
+    kept = {site: dict(jax.device_get(chains)) for site, chains in chains_of(fit.mutable_state or {}).items()}
+    if fit.is_many_runs:
         for values in kept.values():
             values["x"] = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), values["x"])
     return kept
 
 
-def _fit(state: Any, losses: Array | None, trace: Mapping[str, Array] | None) -> dict[str, np.ndarray]:
+def _by_step(fit: Fit, losses: Array | None, trace: Mapping[str, Array] | None) -> dict[str, np.ndarray]:
     """The loss and param sites at every step."""
-    losses = getattr(state, "losses", None) if losses is None else losses
+    losses = fit.losses if losses is None else losses
     if trace is None:
-        collected, params = getattr(state, "collected", None), getattr(state, "params", {})
-        trace = collected if isinstance(collected, Mapping) and set(collected) <= set(params) else {}
+        trace = fit.collected if isinstance(fit.collected, Mapping) and set(fit.collected) <= set(fit.params or {}) else {}
         trace = {name: value for name, value in trace.items() if isinstance(value, (np.ndarray, Array))}
     if losses is not None and "loss" in trace:
         raise ValueError("param 'loss' has the name that the losses have in the group 'fit': pass trace= without it, or rename it.")
     return _as_numpy({**({} if losses is None else {"loss": losses}), **trace})
 
 
-def _require_something(state: Any, groups: dict[str, dict[str, np.ndarray]]) -> None:
-    if hasattr(_state(state), "particles") and not groups["posterior"]:
+def _require_something(fit: Fit, groups: dict[str, dict[str, np.ndarray]]) -> None:
+    if fit.particles is not None and not groups["posterior"]:
         raise ValueError(
             "the particles in the state are unconstrained: pass model=engine.model and model_args=(its arguments), or "
             "posterior=engine.get_particles(state, ...)."
@@ -242,9 +230,9 @@ def _by_chain(variables: Mapping[str, Array] | None, batch_ndims: int) -> dict[s
     return {name: value[None] if batch_ndims == 1 else value for name, value in _as_numpy(variables).items()}
 
 
-def _leading(group: str, state: Any) -> tuple[str, ...]:
+def _leading(group: str, fit: Fit) -> tuple[str, ...]:
     if group == "fit":
-        return ("chain", "step") if _is_many_runs(state) else ("step",)
+        return ("chain", "step") if fit.is_many_runs else ("step",)
     return () if group == "observed_data" else ("chain", "draw")
 
 

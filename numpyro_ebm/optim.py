@@ -21,7 +21,7 @@ import numpyro
 import optax
 from jax import Array
 
-from numpyro_ebm._checks import require_bool, require_positive
+from numpyro_ebm._checks import require_bool, require_instance, require_positive
 
 __all__ = ["kinetic_langevin", "kinetic_langevin_splitting", "langevin"]
 
@@ -105,8 +105,7 @@ def _functions(optim: Any, name: str) -> tuple[Callable[..., Any], Callable[...,
             f"{name} is numpyro.optim.Minimize, which moves params only where it evaluates the loss itself, in SVI: take an "
             "optimizer with a step, such as optax.adam(1e-3)."
         )
-    if not all(hasattr(optim, method) for method in ("init", "update", "get_params")):
-        raise TypeError(f"{name} must be an optax transformation such as optax.adam(1e-3), got {optim!r}.")
+    require_instance(name, optim, ("init", "update", "get_params"), "an optax transformation such as optax.adam(1e-3)")
 
     def update(grads: Any, state: Any, params: Any = None, *, value: Any = None, **extra: Any) -> tuple[Any, Any]:
         if getattr(optim, "update_with_value", False):

@@ -18,6 +18,7 @@ PACKAGE = Path(numpyro_ebm.__file__).parent
 FLOORS = {
     "_checks": 0,
     "_compat": 0,
+    "_fit": 0,
     "_map_over": 0,
     "_pytree": 0,
     "weights": 0,

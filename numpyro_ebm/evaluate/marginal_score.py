@@ -96,10 +96,10 @@ def marginal_score(
     plate = _require_pair(model, guide, params, (v, *args), kwargs, run_key)
     check_run(model, (v, *args), kwargs, data=params, mark_visible=True).require_scores()
     h = draw(guide, (v, *args), kwargs, draw_key, num_samples, params=params, relaxed=relaxed)
-    log_p, score = scores(row_density(model, args, kwargs, run_key, plate), params, v, h)
+    log_p, score = scores(row_density(model, args, kwargs, run_key, plate), v, params, h)
     if not importance_weighted and not variance_reduced:
         return score.mean(0)
-    log_q, score_of_guide = scores(row_density(guide, args, kwargs, run_key, plate), params, v, h)
+    log_q, score_of_guide = scores(row_density(guide, args, kwargs, run_key, plate), v, params, h)
     weights = normalized_weights(log_p - log_q) if importance_weighted else jnp.full_like(log_p, 1 / num_samples)
     mean = jnp.einsum("lb,lb...->b...", weights, score)
     return mean - score_of_guide.mean(0) if variance_reduced else mean

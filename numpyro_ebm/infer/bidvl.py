@@ -19,6 +19,7 @@ samples of the energy, which the data replace, since the energy is learned from 
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -359,7 +360,7 @@ class BiDVL(Engine):
 
     def _require_one_particle(self, encoder: Run, generator: Run) -> None:
         mutable = sorted({*encoder.mutable_state, *generator.mutable_state})
-        if mutable and getattr(self._elbo, "num_particles", 1) > 1:
+        if mutable and self._elbo.num_particles > 1:
             raise ValueError(
                 f"site '{mutable[0]}': NumPyro's ELBOs drop mutable sites with num_particles={self._elbo.num_particles}: take one "
                 "particle, or a network without running statistics."
@@ -380,13 +381,10 @@ class BiDVL(Engine):
         def levels_on(key: Array) -> _Levels:
             return inspected.on(drawn_batch(self._programs, args, kwargs, key, **settings))
 
-        def upper(state: BiDVLState, key: Array) -> tuple[BiDVLState, Array]:
-            return self._upper_step(levels_on, state, key)
-
         def lower(state: BiDVLState, key: Array) -> tuple[BiDVLState, Array]:
             return self._lower_step(levels_on, state, state.theta, key)
 
-        new, losses = lax.scan(upper, state, upper_keys)
+        new, losses = lax.scan(partial(self._upper_step, levels_on), state, upper_keys)
         new, lower_losses = lax.scan(lower, new, lower_keys)
         params = inspected.constrained(new.theta, new.phi, new.omega)
         new = new._replace(params=params, lower_loss=lower_losses[-1], rng_key=rng_key)

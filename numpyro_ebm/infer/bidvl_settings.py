@@ -148,5 +148,4 @@ def _require_bounds(bounds: Any) -> tuple[float, float]:
 
 
 def _keeps_mutable_state(elbo: Any) -> bool:
-    method = getattr(type(elbo), "loss_with_mutable_state", None)
-    return method is not None and method is not ELBO.loss_with_mutable_state
+    return isinstance(elbo, ELBO) and type(elbo).loss_with_mutable_state is not ELBO.loss_with_mutable_state

@@ -17,6 +17,7 @@ is in :math:`d \phi^* / d \theta`. That is found through steps of the lower leve
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +34,7 @@ from numpyro_ebm.objectives.guide import PosteriorFisher
 from numpyro_ebm.objectives.score import ScoreObjective, objective_keys
 from numpyro_ebm.program.batch import Batch
 from numpyro_ebm.program.rows import per_row
-from numpyro_ebm.program.run import log_density, log_density_terms, run_model
+from numpyro_ebm.program.run import log_density_terms, run_model, total
 from numpyro_ebm.program.sites import Model, kind_of
 
 
@@ -244,13 +245,14 @@ def _implicit(settings: Implicit, levels: "_Levels", theta: Any, phi: Any, lower
     value, (direct, of_phi) = jax.value_and_grad(levels.upper, (0, 1))(theta, phi, upper_key)
     keys = jax.random.split(lower_key, settings.num_draws)
 
-    def lower_gradient(theta: Any, phi: Any) -> Any:
-        return jax.grad(lambda phi: map_over(lambda key: levels.lower(theta, phi, key), keys).mean())(phi)
+    def lower(theta: Any, phi: Any) -> Array:
+        return map_over(partial(levels.lower, theta, phi), keys).mean()
 
+    lower_gradient = jax.grad(lower, 1)
     if settings.curvature == "fisher":
         product = levels.fisher_product(phi, keys)
     else:
-        _, product = jax.linearize(lambda phi: lower_gradient(theta, phi), phi)
+        _, product = jax.linearize(partial(lower_gradient, theta), phi)
 
     def damped(x: Any) -> Any:
         return jax.tree.map(lambda a, b: a + settings.damping * b, product(x), x)
@@ -303,7 +305,7 @@ class _Levels(Levels):
             args = v, *self.rest
             h = run_model(self.guide, args, self.kwargs, draw_key, data=self.phi_of(phi)).drawn
             data = {**self.phi_of(phi), **lax.stop_gradient(h)}
-            terms, program = log_density_terms(self.guide, args, self.kwargs, draw_key, data=data, latents={})
+            terms, program = log_density_terms(self.guide, args, self.kwargs, draw_key, data=data)
             return per_row(terms, program, self.plate)
 
         rows, slopes = jax.linearize(lambda phi: map_over(lambda key: log_q(phi, key), keys), phi)
@@ -319,8 +321,8 @@ class _Levels(Levels):
 
         def log_ratio(v: Array) -> Array:
             with numpyro.validation_enabled(False):
-                log_p, _ = log_density(self.model, (v, *self.rest), self.kwargs, self.rng_key, data={**model, **h})
-                log_q, _ = log_density(self.guide, (v, *self.rest), self.kwargs, self.rng_key, data={**guide, **h})
-            return log_p - log_q
+                log_p, _ = log_density_terms(self.model, (v, *self.rest), self.kwargs, self.rng_key, data={**model, **h})
+                log_q, _ = log_density_terms(self.guide, (v, *self.rest), self.kwargs, self.rng_key, data={**guide, **h})
+            return total(log_p) - total(log_q)
 
         return self.objective.loss(jax.grad(log_ratio), keys.loss, self.v, v_tilde).mean()

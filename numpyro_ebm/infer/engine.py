@@ -26,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
 from numpyro_ebm._checks import require_bool, require_count
+from numpyro_ebm._fit import fit_of
 from numpyro_ebm._pytree import Rest, arrays_and_rest, join, require_hashable
 from numpyro_ebm.infer.step import Health, Part, is_bad, keep, named
 
@@ -162,11 +163,13 @@ class Engine(ABC):
 
         :return: the new state and the loss before the step.
         """
-        return self._update(state, args, kwargs, stable=False)
+        made = self._one(state, np.False_, np.False_, *_split(args, kwargs))
+        return made.state, made.loss
 
     def stable_update(self, state: State, *args: Any, **kwargs: Any) -> tuple[State, Array]:
         """One step as by :meth:`update`, where a step that is not made is counted in ``state.num_skipped``."""
-        return self._update(state, args, kwargs, stable=True)
+        made = self._one(state, np.False_, np.True_, *_split(args, kwargs))
+        return made.state, made.loss
 
     @compiled_method
     def evaluate(self, state: State, *args: Any, **kwargs: Any) -> Array:
@@ -243,21 +246,16 @@ class Engine(ABC):
 
     # One step.
 
-    def _update(self, state: State, args: tuple[Any, ...], kwargs: dict[str, Any], stable: bool) -> tuple[State, Array]:
-        dynamic, static = _split(args, kwargs)
-        seen = self._one(state, np.False_, np.bool_(stable), dynamic, static=static)
-        return seen.state, seen.loss
-
-    def _make_one(self, state: State, stopped: Array, stable: Array, dynamic: Any, *, static: Rest) -> "_Made":
+    def _make_one(self, state: State, stopped: Array, stable: Array, dynamic: Any, static: Rest) -> "_Made":
         """One step by itself, compiled as the loop of its device compiles it."""
-        shapes = self._shapes(state, dynamic, static=static, collect=None)
+        plain = partial(self._proposed, static=static)
+        _, loss, health = jax.eval_shape(plain, state, dynamic)
 
         def in_open_loop(state: State, dynamic: Any) -> tuple[State, Array, Health]:
             once = (state.num_steps >= 0).astype(jnp.int32)  # one step, which XLA cannot know and so takes out of no loop
-            seen = self._advance(state, once, 1, shapes, dynamic, static=static, collect=None)
+            seen = self._advance(state, once, 1, health, _Record(loss, None), dynamic, static=static, collect=None)
             return seen.state, seen.record.loss[0], seen.health
 
-        plain = partial(self._proposed, static=static)
         apart = jax.custom_jvp(in_open_loop)  # a while loop has no gradient, a step has
         apart.defjvp(partial(jax.jvp, plain))
         proposal = lax.platform_dependent(state, dynamic, cpu=apart, default=plain)
@@ -267,8 +265,9 @@ class Engine(ABC):
         """The step that was proposed if it is healthy, else the state as it was; none where a run has ``stopped`` before."""
         proposed, loss, health = proposal
         bad = is_bad(health)
-        chosen = set(state._fields) - self.kept_by_step
-        new = proposed._replace(**{field: keep(~bad, getattr(proposed, field), getattr(state, field)) for field in chosen})
+        new, old = proposed._asdict(), state._asdict()
+        chosen = [field for field in old if field not in self.kept_by_step]
+        new = proposed._replace(**{field: keep(~bad, new[field], old[field]) for field in chosen})
         new = new._replace(
             rng_key=proposed.rng_key, num_steps=state.num_steps + ~bad, num_skipped=state.num_skipped + (bad & stable)
         )
@@ -298,11 +297,11 @@ class Engine(ABC):
             done += count
             if stopped:
                 before = self._looped(start, count, call)[0] if count else start
-                made = self._one(before, np.False_, call.stable, call.dynamic, static=call.static)
+                made = self._one(before, np.False_, call.stable, call.dynamic, call.static)
                 if made.stopped:
                     return made.state, _joined(records), _codes(jax.device_get(made.health))
                 state = made.state
-                records.append(jax.tree.map(lambda x: np.asarray(x)[None], _Record(made.loss, _collected(call.collect, state))))
+                records.append(jax.tree.map(lambda x: np.asarray(x)[None], _recorded(call.collect, made.loss, state)))
                 done += 1
         return state, _joined(records), {}
 
@@ -313,15 +312,28 @@ class Engine(ABC):
         return seen.state, jax.tree.map(lambda x: np.asarray(x)[:count].copy(), seen.record), int(count), bool(stopped)
 
     def _make_open(self, state: State, num_steps: Array, dynamic: Any, *, static: Rest, collect: Any) -> "_Advanced":
-        health, record = self._shapes(state, dynamic, static=static, collect=collect)
+        _, loss, health = jax.eval_shape(partial(self._proposed, static=static), state, dynamic)
+        record = jax.eval_shape(partial(_recorded, collect), loss, state)
         size = min(MAX_STEPS_PER_CALL, _fitting(record))
-        return self._advance(state, num_steps, size, (health, record), dynamic, static=static, collect=collect)
+        return self._advance(state, num_steps, size, health, record, dynamic, static=static, collect=collect)
 
     def _advance(
-        self, state: State, num_steps: Array, size: int, shapes: Any, dynamic: Any, *, static: Rest, collect: Any
+        self,
+        state: State,
+        num_steps: Array,
+        size: int,
+        health: Health,
+        record: "_Record",
+        dynamic: Any,
+        *,
+        static: Rest,
+        collect: Any,
     ) -> "_Advanced":
-        """Up to ``num_steps`` steps, as many as there is room for, or up to the first bad one, whose state is left as it is."""
-        health, record = shapes
+        """Up to ``num_steps`` steps, as many as there is room for, or up to the first bad one, whose state is left as it is.
+
+        :param health: of a step, its shapes.
+        :param record: what is kept of a step, its shapes.
+        """
 
         def going(carry: Any) -> Array:
             done, _, _, health = carry
@@ -331,19 +343,14 @@ class Engine(ABC):
             done, state, buffer, _ = carry
             new, loss, health = self._proposed(state, dynamic, static=static)
             new = new._replace(num_steps=state.num_steps + 1)
-            record = _Record(loss, _collected(collect, new))
-            buffer = jax.tree.map(lambda kept, x: lax.dynamic_update_index_in_dim(kept, x, done, 0), buffer, record)
+            row = _recorded(collect, loss, new)
+            buffer = jax.tree.map(lambda kept, x: lax.dynamic_update_index_in_dim(kept, x, done, 0), buffer, row)
             return done + 1, new, buffer, health
 
         buffer, health = jax.tree.map(partial(_buffer, size), record), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), health)
         # A while loop, not a scan: its body is compiled alike whatever the number of steps.
         done, state, buffer, health = lax.while_loop(going, body, (jnp.zeros((), jnp.int32), state, buffer, health))
         return _Advanced(state, buffer, done - is_bad(health), is_bad(health), health)
-
-    def _shapes(self, state: State, dynamic: Any, *, static: Rest, collect: Any) -> tuple[Any, "_Record"]:
-        """Of the health of a step, and of what is kept of it."""
-        _, loss, health = jax.eval_shape(partial(self._proposed, static=static), state, dynamic)
-        return health, _Record(loss, jax.eval_shape(partial(_collected, collect), state))
 
     def _fixed_chunk(self, state: State, num_steps: int, call: "_Call", length: int) -> tuple[State, "_Record", dict[Part, int]]:
         """By loops of a fixed length and then by single steps, all of them queued before the host looks at any."""
@@ -355,9 +362,9 @@ class Engine(ABC):
                     state, stopped, call.stable, call.dynamic, static=call.static, collect=call.collect, length=length
                 )
             else:
-                before, made = stopped, self._one(state, stopped, call.stable, call.dynamic, static=call.static)
+                before, made = stopped, self._one(state, stopped, call.stable, call.dynamic, call.static)
                 state, stopped = made.state, made.stopped
-                steps = _Seen(before, _Record(made.loss, _collected(call.collect, state)), made.health)
+                steps = _Seen(before, _recorded(call.collect, made.loss, state), made.health)
                 steps = jax.tree.map(lambda x: jnp.asarray(x)[None], steps)
             seen.append(steps)
             num_steps -= length if num_steps >= length else 1
@@ -373,7 +380,7 @@ class Engine(ABC):
         def body(carry: tuple[State, Array], _: None) -> tuple[tuple[State, Array], _Seen]:
             state, stopped = carry
             made = self._kept(self._proposed(state, dynamic, static=static), state, stopped, stable)
-            seen = _Seen(stopped, _Record(made.loss, _collected(collect, made.state)), made.health)
+            seen = _Seen(stopped, _recorded(collect, made.loss, made.state), made.health)
             return (made.state, made.stopped), seen
 
         (state, stopped), seen = lax.scan(body, (state, stopped), None, length=length)
@@ -381,16 +388,16 @@ class Engine(ABC):
 
     def _length(self, state: State, call: "_Call", chunk_size: int | None) -> int:
         """Of the loop of fixed length in this run."""
-        _, record = self._shapes(state, call.dynamic, static=call.static, collect=call.collect)
+        _, loss, _ = jax.eval_shape(partial(self._proposed, static=call.static), state, call.dynamic)
+        record = jax.eval_shape(partial(_recorded, call.collect), loss, state)
         return min(FIXED_LENGTH, chunk_size or FIXED_LENGTH, _fitting(record))
 
     def _error(
         self, state: State, bad: dict[Part, int], step: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> NonFiniteError:
-        given = {**state.params, **getattr(state, "mutable_state", {})}
         try:
             with numpyro.validation_enabled(False):  # parameters may be out of range by now: that is told below
-                self._refuse(state.rng_key, given, args, kwargs)
+                self._refuse(state.rng_key, fit_of(state).data, args, kwargs)
         except ValueError as error:  # a run that goes on from a state may be given other data
             what, fix = str(error), ""
         else:
@@ -533,14 +540,14 @@ def _joined(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *xs: np.concatenate(xs), *trees)
 
 
-def _collected(collect: Callable[[State], Any] | None, state: State) -> Any:
-    """What ``collect`` returns, and of a random key its numbers."""
+def _recorded(collect: Callable[[State], Any] | None, loss: Array, state: State) -> _Record:
+    """What is kept of a step: its loss and what ``collect`` returns, of a random key its numbers."""
 
     def as_array(x: Any) -> Array:
         x = jnp.asarray(x)
         return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
-    return jax.tree.map(as_array, collect(state)) if collect else None
+    return _Record(loss, jax.tree.map(as_array, collect(state)) if collect else None)
 
 
 def _codes(health: Any) -> dict[Part, int]:

@@ -307,7 +307,7 @@ class ParticleMMLE(Engine):
         :raises ValueError: if it is not a multiple.
         """
         num_particles = self.num_particles if num_particles is None else require_count("num_particles", num_particles)
-        old = _num_particles(state)
+        old = _num_particles(state.particles)
         if num_particles % old:
             raise ValueError(f"num_particles={num_particles} is no multiple of the state's {old}: copies would weigh unequally.")
 
@@ -468,10 +468,9 @@ class ParticleMMLE(Engine):
         return lax.scan(fill, full, (keys, batches))[0]
 
     def _step(self, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ParticleState, Array, Health]:
-        if _num_particles(state) != self.num_particles:
+        if (given := _num_particles(state.particles)) != self.num_particles:
             raise ValueError(
-                f"the state has {_num_particles(state)} particles and the engine num_particles={self.num_particles}: take "
-                "engine.replicate(state)."
+                f"the state has {given} particles and the engine num_particles={self.num_particles}: take engine.replicate(state)."
             )
         rng_key, model_key, move_key, rest_key, optim_key = jax.random.split(state.rng_key, 5)
         batch = _Batch(self._inner, state, model_key, args, kwargs)
@@ -480,8 +479,11 @@ class ParticleMMLE(Engine):
         new_x, new_kept, seen, (loss, gradient, scores) = self._move(batch, theta, x, kept, step_size, move_key)
         mutable_state = batch.program.mutable_state
         if has_chains(state.mutable_state):
-            # the terms do not depend on the particles: the handler sees one run of the model, with the first
-            terms = partial(batch.terms, x=_first(x))
+
+            def terms(model: Model, theta: Any) -> tuple[dict[str, Array], Run]:
+                # they do not depend on the particles: the handler sees one run of the model, with the first
+                return batch.terms(model, data=batch.data(theta), latents=_first(x))
+
             of_normalizer, mutable_state = self._phase.gradient(terms, theta)
             gradient = jax.tree.map(jnp.subtract, gradient, of_normalizer)
         new_theta, optim_state = self._move_params(batch, theta, seen, gradient, state.optim_state, optim_key)
@@ -619,12 +621,13 @@ class _Batch:
     """One run of a model on some rows of the data: what a step needs to know, and its log joint density."""
 
     def __init__(self, model: Model, state: ParticleState, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.model, self.rng_key, self.args, self.kwargs = model, rng_key, args, kwargs
+        self.model = model
+        self.terms = partial(log_density_terms, args=args, kwargs=kwargs, rng_key=rng_key)
         data = {**state.params, **state.mutable_state}
         self.program = run_model(model, args, kwargs, rng_key, data=data, latents=_first(state.particles))
         _require_same_sites(self.program, state)
         self.indices = subsampled_indices(self.program)
-        self.data = {**state.mutable_state, **self.indices}  # what another run on the same rows is given
+        self._given = {**state.mutable_state, **self.indices}  # to another run on the same rows
 
     def gather(self, stores: Any) -> Any:
         """The batch's rows of particles, or of what is kept with them."""
@@ -634,27 +637,27 @@ class _Batch:
         """All rows, with the batch's replaced."""
         return by_site(lambda name, *x: scatter(self.program, self.indices, name, *x), self.program.latents, stores, rows)
 
-    def terms(self, model: Model, theta: Any, x: Particles) -> tuple[dict[str, Array], Run]:
-        data = {**constrain_params(theta, self.program.param_transforms), **self.data}
-        return log_density_terms(model, self.args, self.kwargs, self.rng_key, data=data, latents=x)
+    def data(self, theta: Any) -> dict[str, Any]:
+        """What :attr:`terms` needs beside latents: values of param and mutable sites, and which rows."""
+        return {**constrain_params(theta, self.program.param_transforms), **self._given}
 
     def log_joint(self, theta: Any, x: Particles) -> Array:
-        """The log joint density of every particle, of shape (num_particles,)."""
-        return map_over(lambda x: total(self.terms(self.model, theta, x)[0]), x)
+        """The log joint density, summed over particles."""
+        data = self.data(theta)
+        return map_over(lambda x: total(self.terms(self.model, data=data, latents=x)[0]), x).sum()
 
     def loss(self, theta: Any, x: Particles) -> Array:
-        return -self.log_joint(theta, x).mean()
+        return -self.log_joint(theta, x) / _num_particles(x)
 
     def gradients(self, theta: Any, x: Particles) -> _Gradients:
         """One backward pass for parameters and particles together."""
-        num_particles = len(jax.tree.leaves(x)[0])
-        value, (of_params, of_x) = jax.value_and_grad(lambda theta, x: self.log_joint(theta, x).sum(), (0, 1))(theta, x)
-        of_params = jax.tree.map(lambda g: -g / num_particles, of_params)
-        return _Gradients(-value / num_particles, of_params, self._unscaled(of_x))
+        value, (of_params, of_x) = jax.value_and_grad(self.log_joint, (0, 1))(theta, x)
+        of_params = jax.tree.map(lambda g: -g / _num_particles(x), of_params)
+        return _Gradients(-value / _num_particles(x), of_params, self._unscaled(of_x))
 
     def scores(self, theta: Any, x: Particles) -> Particles:
         """Scores of the particles alone."""
-        return self._unscaled(jax.grad(lambda x: self.log_joint(theta, x).sum())(x))
+        return self._unscaled(jax.grad(self.log_joint, 1)(theta, x))
 
     def _unscaled(self, scores: Particles) -> Particles:
         # A plate's scale makes a batch stand for all data, which is meant for parameters: a row's own posterior has none.
@@ -665,8 +668,8 @@ def _first(particles: Particles) -> Particles:
     return {name: x[0] for name, x in particles.items()}
 
 
-def _num_particles(state: ParticleState) -> int:
-    return len(next(iter(state.particles.values())))
+def _num_particles(particles: Particles) -> int:
+    return len(next(iter(particles.values())))
 
 
 def _require_same_sites(program: Run, state: ParticleState) -> None:

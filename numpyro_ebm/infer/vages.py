@@ -15,6 +15,7 @@ guide's optimum, here it is estimated directly: nothing is differentiated throug
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -239,9 +240,7 @@ class VaGES(BilevelEngine):
         ]
 
     def _upper(self, levels: "_Levels", theta: Any, phi: Any, guide_optim_state: Any, rng_key: Array) -> Upper:
-        def upper(theta: Any) -> tuple[Array, Array]:
-            return levels.upper(theta, phi, rng_key)
-
+        upper = partial(levels.upper, phi=phi, rng_key=rng_key)
         (value, size), gradient = jax.value_and_grad(upper, has_aux=True)(theta)
         # The estimate of the gradient is no derivative of that of the loss but where both are of the same weighted samples.
         value_fn = (lambda theta: upper(theta)[0]) if isinstance(self.estimate, ImportanceWeighted) else None
@@ -269,8 +268,7 @@ class _Levels(Levels):
     def __init__(self, engine: VaGES, state: VaGESState, batch: Batch, kwargs: dict[str, Any]) -> None:
         super().__init__(engine, state, batch, kwargs)
         self.estimate = engine.estimate
-        log_p = row_density(self.model, tuple(self.rest), kwargs, self.rng_key, self.plate)
-        self.log_p = lambda theta, v, h: log_p(self.theta_of(theta), v, h)
+        self.log_p = row_density(self.model, tuple(self.rest), kwargs, self.rng_key, self.plate, self._of_theta)
         self.log_q = row_density(self.guide, tuple(self.rest), kwargs, self.rng_key, self.plate)
 
     def upper(self, theta: Any, phi: Any, rng_key: Array) -> tuple[Array, Array]:

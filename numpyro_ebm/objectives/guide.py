@@ -19,7 +19,7 @@ from numpyro.handlers import substitute
 from numpyro_ebm._compat import calling_objective
 from numpyro_ebm.program.pair import require_latent, require_no_auxiliary, require_no_more
 from numpyro_ebm.program.rows import dim_of, row_plate, shared_plates
-from numpyro_ebm.program.run import Run, log_density, run_model
+from numpyro_ebm.program.run import Run, log_density_terms, run_model, total
 from numpyro_ebm.program.sites import Model, Site, core_of, is_latent, kind_of, transform_of
 
 Latents = dict[str, Array]
@@ -122,12 +122,12 @@ class PosteriorFisher:
         def log_ratio(h: Latents) -> tuple[Array, dict[str, Any]]:
             data = {**params, **indices}
             with numpyro.validation_enabled(False):  # it would make bits with a soft value impossible, and cut their gradient
-                log_p, seen = log_density(_at(h, model, drawn, rows), args, kwargs, model_key, data=data)
+                log_p, seen = log_density_terms(_at(h, model, drawn, rows), args, kwargs, model_key, data=data)
             require_no_more(seen, drawn)
             if calling_objective() is self:  # SVI moves the params of both
                 _require_fixed_model(seen, drawn)
-            log_q, _ = log_density(guide, args, kwargs, guide_key, data={**data, **h})
-            return log_p - log_q, seen.mutable_state
+            log_q, _ = log_density_terms(guide, args, kwargs, guide_key, data={**data, **h})
+            return total(log_p) - total(log_q), seen.mutable_state
 
         # params are closed over by h and by log_ratio: the guide's reach the loss on both ways
         scores, mutable_state = jax.grad(log_ratio, has_aux=True)(drawn.drawn)

@@ -26,6 +26,7 @@ those estimates by plain automatic differentiation, so that an objective needs t
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +41,7 @@ from numpyro_ebm._map_over import map_over
 from numpyro_ebm.distributions.energy import with_core
 from numpyro_ebm.distributions.relaxed import GumbelBernoulli
 from numpyro_ebm.program.rows import per_row
-from numpyro_ebm.program.run import log_density_terms, run_model
+from numpyro_ebm.program.run import constrain_params, log_density_terms, run_model
 from numpyro_ebm.program.sites import Model, Site, core_of
 from numpyro_ebm.weights import normalized_weights
 
@@ -63,29 +64,38 @@ def draw(
     return stop_gradient(map_over(one, jax.random.split(rng_key, num_samples)))
 
 
-def row_density(program: Model, args: tuple[Any, ...], kwargs: dict[str, Any], rng_key: Array, plate: str) -> RowDensity:
-    """The log density of every row of a model or a guide at given params and latents; ``args`` are those after the visible."""
+def row_density(
+    program: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rng_key: Array,
+    plate: str,
+    transforms: dict[str, Any] | None = None,
+) -> RowDensity:
+    """The log density of every row of a model or a guide at given params and latents.
+
+    :param args: the arguments after the visible.
+    :param transforms: of params that are given unconstrained.
+    """
 
     def log_density(params: Any, v: Array, h: Latents) -> Array:
+        data = {**constrain_params(params, transforms or {}), **h}
         with numpyro.validation_enabled(False):  # a relaxed bit is not a bit, and would have the log density -inf
-            terms, run = log_density_terms(program, (v, *args), kwargs, rng_key, data={**params, **h}, latents={})
+            terms, run = log_density_terms(program, (v, *args), kwargs, rng_key, data=data)
             return per_row(terms, run, plate)
 
     return log_density
 
 
-def scores(log_density: RowDensity, params: Any, v: Array, h: Latents) -> tuple[Array, Array]:
+def scores(log_density: RowDensity, v: Array, params: Any, h: Latents) -> tuple[Array, Array]:
     """Log densities, ``(num_samples, batch)``, and scores, ``(num_samples,) + v.shape``, of every sample."""
 
-    def of_one(h: Latents) -> tuple[Array, Array]:
-        def total(v: Array) -> tuple[Array, Array]:
-            rows = log_density(params, v, h)
-            return rows.sum(), rows
+    def total(v: Array, h: Latents) -> tuple[Array, Array]:
+        rows = log_density(params, v, h)
+        return rows.sum(), rows
 
-        score, rows = jax.grad(total, has_aux=True)(v)
-        return rows, score
-
-    return map_over(of_one, h)
+    score, rows = map_over(partial(jax.grad(total, has_aux=True), v), h)
+    return rows, score
 
 
 class Draws(NamedTuple):
@@ -122,24 +132,21 @@ def variational_score(
         divisor = len(g) - 1 if covariance == "unbiased" else len(g)
         return mean + (centered * _along(rows - stop_gradient(rows), g)).sum(0) / divisor
 
-    def of_score(params: Any, h: Latents) -> tuple[Array, Array]:
-        return scores(log_p, params, v, h)
-
     def estimate(params: Any) -> Array:
-        value = scores(of_value, params, v, draws.value)[1].mean(0)
-        return _with_gradient(value, expectation(params, of_score))
+        value = scores(of_value, v, params, draws.value)[1].mean(0)
+        return _with_gradient(value, expectation(params, partial(scores, log_p, v)))
 
     def slope(params: Any, u: Array) -> Array:
         """The derivative of the score along ``u``, linear in ``u``."""
 
         def moment(params: Any, h: Latents) -> tuple[Array, Array]:
-            (rows, g), (_, curvature) = jax.jvp(lambda v: scores(log_p, params, v, h), (v,), (u,))
+            (rows, g), (_, curvature) = jax.jvp(lambda v: scores(log_p, v, params, h), (v,), (u,))
             return rows, curvature + g * _dot(g, u)
 
-        (_, g), (_, curvature) = jax.jvp(lambda v: scores(of_value, params, v, draws.value), (v,), (u,))
+        (_, g), (_, curvature) = jax.jvp(lambda v: scores(of_value, v, params, draws.value), (v,), (u,))
         s, num_samples = stop_gradient(g.mean(0)), len(g)
         value = curvature.mean(0) + ((g - s) * _dot(g - s, u)).sum(0) / (num_samples - 1)
-        mean = expectation(params, of_score)
+        mean = expectation(params, partial(scores, log_p, v))
         # of E[moment] - s (s.u), by the product rule: s is from other samples than the mean
         return _with_gradient(value, expectation(params, moment) - s * _dot(mean, u) - mean * _dot(s, u))
 
@@ -160,7 +167,7 @@ def variational_score(
         return there(value, x), tangent if isinstance(d_x, SymbolicZero) else tangent + slope(params, d_x)
 
     score.defjvp(rule, symbolic_zeros=True)
-    return lambda x: score(params, x)
+    return partial(score, params)
 
 
 def weighted_score(log_p: RowDensity, params: Any, log_q: Array, h: Latents, keep: Array | None = None) -> ScoreFn:
@@ -173,7 +180,7 @@ def weighted_score(log_p: RowDensity, params: Any, log_q: Array, h: Latents, kee
     """
 
     def score(x: Array) -> Array:
-        rows, g = scores(log_p, params, x, h)
+        rows, g = scores(log_p, x, params, h)
         return (_along(normalized_weights(rows - log_q, keep), g) * g).sum(0)
 
     return score

@@ -266,8 +266,9 @@ class MultiscaleDenoisingScoreMatching(ScoreObjective):
     min_batch_size: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        for name in ("sigma0", "sigma_begin", "sigma_end"):
-            object.__setattr__(self, name, require_positive(name, getattr(self, name), NOISE))
+        object.__setattr__(self, "sigma0", require_positive("sigma0", self.sigma0, NOISE))
+        object.__setattr__(self, "sigma_begin", require_positive("sigma_begin", self.sigma_begin, NOISE))
+        object.__setattr__(self, "sigma_end", require_positive("sigma_end", self.sigma_end, NOISE))
         require_one_of("spacing", self.spacing, tuple(_SPACINGS))
 
     def perturb(self, rng_key: Array, v: Array) -> Array:

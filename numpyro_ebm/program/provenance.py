@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.extend.core.primitives import cond_p, name_p, scan_p, stop_gradient_p
 
 Sources = frozenset[str]
@@ -40,7 +40,7 @@ def sources(fn: Callable[[], Any]) -> Any:
 
 
 def _of_outputs(jaxpr: Any, inputs: Sequence[Sources]) -> list[Sources]:
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # of a closed one
+    jaxpr = _opened(jaxpr)
     known: dict[Any, Sources] = dict(zip(jaxpr.invars, inputs, strict=False))
 
     def read(x: Any) -> Sources:
@@ -62,14 +62,14 @@ def _of_equation(equation: Any, inputs: list[Sources]) -> list[Sources]:
     if equation.primitive is cond_p:
         branches = [_of_outputs(branch, inputs[1:]) for branch in params["branches"]]
         return [inputs[0].union(*outputs) for outputs in zip(*branches, strict=True)]
-    inner = params.get("jaxpr", params.get("call_jaxpr"))  # jit, remat, functions with derivatives of their own
-    if inner is not None and _has_shape(inner, len(inputs), num_outputs):
+    inner = _opened(params.get("jaxpr", params.get("call_jaxpr")))  # jit, remat, functions with derivatives of their own
+    if isinstance(inner, Jaxpr) and (len(inner.invars), len(inner.outvars)) == (len(inputs), num_outputs):
         return _of_outputs(inner, inputs)
     return [frozenset().union(*inputs)] * num_outputs
 
 
 def _of_scan(equation: Any, inputs: list[Sources]) -> list[Sources]:
-    body = getattr(equation.params["jaxpr"], "jaxpr", equation.params["jaxpr"])
+    body = _opened(equation.params["jaxpr"])
     # what is stacked has an axis less inside; the params that count the rest have other names in every version of JAX
     num_xs = sum(outer.aval.ndim > inner.aval.ndim for outer, inner in zip(equation.invars, body.invars, strict=True))
     num_carry = sum(outer.aval.ndim == inner.aval.ndim for outer, inner in zip(equation.outvars, body.outvars, strict=True))
@@ -83,6 +83,6 @@ def _of_scan(equation: Any, inputs: list[Sources]) -> list[Sources]:
         carry = grown
 
 
-def _has_shape(jaxpr: Any, num_inputs: int, num_outputs: int) -> bool:
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    return len(getattr(jaxpr, "invars", ())) == num_inputs and len(getattr(jaxpr, "outvars", ())) == num_outputs
+def _opened(jaxpr: Any) -> Any:
+    """A jaxpr without the constants that it is closed over."""
+    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr

@@ -151,15 +151,17 @@ def log_density_terms(
     rng_key: Array,
     *,
     data: dict[str, Any],
-    latents: dict[str, Array],
+    latents: dict[str, Array] | None = None,
     jacobian: bool = True,
 ) -> tuple[dict[str, Array], Run]:
     """The log density of every site, not summed and scaled by its plates, and the run that gave it.
 
+    :param data: values of sites by name, latents among them that are constrained, as the model has them: without Jacobians.
+    :param latents: unconstrained latents by name.
     :param jacobian: whether there is a term for the log Jacobian of each latent's transform, which makes it a density of the
         unconstrained value.
     """
-    place = _place(latents, substitute(seed(model, rng_key), data=_copied(data)), jacobian=jacobian)
+    place = _place(latents or {}, substitute(seed(model, rng_key), data=_copied(data)), jacobian=jacobian)
     terms, sites = compute_log_probs(place, args, kwargs, {}, sum_log_prob=False)
     return terms, _read(sites)
 
@@ -168,17 +170,6 @@ def terms_of(program: Run) -> dict[str, Array]:
     """The log density of every site of a run as it stands, not summed and scaled by its plates."""
     sites = [site for site in program.sites.values() if site["type"] == "sample"]
     return {site["name"]: scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"]) for site in sites}
-
-
-def log_density(
-    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], rng_key: Array, *, data: dict[str, Any]
-) -> tuple[Array, Run]:
-    """The log density of all sites together, a scalar, and the run that gave it.
-
-    :param data: values of sites by name, latents among them as the model has them: constrained, without Jacobians.
-    """
-    terms, program = log_density_terms(model, args, kwargs, rng_key, data=data, latents={})
-    return total(terms), program
 
 
 def total(terms: dict[str, Array]) -> Array:
