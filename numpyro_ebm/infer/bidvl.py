@@ -26,20 +26,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.lax import stop_gradient
-from numpyro.distributions import Distribution, constraints, kl_divergence
+from numpyro.distributions import Distribution, kl_divergence
 from numpyro.handlers import scale, uncondition
 from numpyro.infer import TraceMeanField_ELBO
 
 from numpyro_ebm._checks import require_bool, require_count, require_setting
 from numpyro_ebm.handlers import unnormalized
+from numpyro_ebm.infer.bidvl_programs import plate_of, require_real, require_together, visible_of
 from numpyro_ebm.infer.bidvl_settings import Difference, Hinge, LowerLevel, Softplus
 from numpyro_ebm.infer.engine import Engine, compiled_method
-from numpyro_ebm.infer.score_engine import require_params, require_same_params
+from numpyro_ebm.infer.score_engine import require_same_params
 from numpyro_ebm.infer.step import Health, health_of
 from numpyro_ebm.optim import apply_gradient, as_transformation
-from numpyro_ebm.program.batch import Batch, drawn_batch, first_batch, require_same_rows, whole_batch
-from numpyro_ebm.program.pair import require_apart, require_pair
-from numpyro_ebm.program.rows import leading_plate, per_row, row_plate
+from numpyro_ebm.program.batch import Batch, drawn_batch, first_batch, whole_batch
+from numpyro_ebm.program.rows import per_row
 from numpyro_ebm.program.run import (
     Run,
     at_mean,
@@ -51,7 +51,8 @@ from numpyro_ebm.program.run import (
     total,
     unconstrain_params,
 )
-from numpyro_ebm.program.sites import Model, is_unbounded, kind_of, require_finite
+from numpyro_ebm.program.sites import Model, require_finite
+from numpyro_ebm.program.visible import require_batch
 from numpyro_ebm.samplers import Sampler
 from numpyro_ebm.samplers.base import real_positions, require_sampler
 
@@ -277,7 +278,7 @@ class BiDVL(Engine):
     def _start(
         self, rng_key: Array, init_params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[BiDVLState, Array]:
-        _require_batch(args)
+        require_batch(args, "the programs", "energies are differentiated in it")
         batch = first_batch(self._programs, args, kwargs, rng_key, data=init_params, batch_size=self.batch_size)
         programs = self._inspect(rng_key, init_params, batch, kwargs)
         unconstrained = [unconstrain_params(program.params, program.param_transforms) for program in programs]
@@ -294,77 +295,25 @@ class BiDVL(Engine):
         """Runs of the three programs, which are refused where they do not belong together."""
         args = batch.args
         energy = run_model(batch.of(self._energy), args, kwargs, rng_key, data=given)
-        if energy.latents:
-            raise ValueError(
-                f"site '{next(iter(energy.latents))}': the energy has a latent, and must be the marginal energy of the visible. "
-                "Put latents into encoder and generator."
-            )
-        visible = _visible(energy, args[0])
-        encoder = self._run_encoder(rng_key, given, batch, kwargs)
+        visible = visible_of(energy, args[0])
+        try:
+            encoder = run_model(batch.of(self.encoder), args, kwargs, rng_key, data=given)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the encoder failed on a batch of visibles of shape {args[0].shape}: {error}") from error
         generator = run_model(batch.of(self.generator), args, kwargs, rng_key, data=given)
-        runs = {"the energy": energy, "the encoder": encoder, "the generator": generator}
-        require_same_rows(runs)
-        _require_same_visible(generator, visible, args[0])
-        self._require_pair(encoder, generator)
-        _require_rows_of_latents(encoder, "the encoder", len(args[0]))
-        _require_rows_of_latents(generator, "the generator", len(args[0]))
-        for what, run in runs.items():
-            require_params(run, {}, what)
-        require_apart(runs)
-        known = sorted(name for run in runs.values() for name in run.params)
+        require_together(energy, encoder, generator, visible, args[0], noise=self.noise)
+        known = sorted({**energy.params, **encoder.params, **generator.params})
         if unknown := sorted(set(given) - set(known)):
             raise ValueError(f"init_params names {unknown}, which is no param site: the programs have {known}.")
-        self._require_reparametrized(generator, visible)
         if self.sampler is not None:
-            _require_real(visible, energy.sites[visible]["fn"].support)
-        self._require_one_particle(encoder, generator)
-        return energy, encoder, generator
-
-    def _run_encoder(self, rng_key: Array, given: Params, batch: Batch, kwargs: dict[str, Any]) -> Run:
-        try:
-            return run_model(batch.of(self.encoder), batch.args, kwargs, rng_key, data=given)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"the encoder failed on a batch of visibles of shape {batch.args[0].shape}: {error}") from error
-
-    def _require_pair(self, encoder: Run, generator: Run) -> None:
-        """Refuses an encoder that is none of the generator's."""
-        if not generator.latents:
-            raise ValueError("the generator has no latent site: it needs one to draw visibles from.")
-        require_pair(generator, encoder, ("generator", "encoder"))
-        for name in generator.latents:
-            fn = encoder.sites[name]["fn"]
-            if not fn.has_rsample:
-                raise ValueError(
-                    f"site '{name}': the encoder draws it from {kind_of(fn)}, which is not reparametrized: the lower level "
-                    "differentiates through the draw. Use a continuous distribution such as Normal."
-                )
-            if generator.sites[name]["fn"].support.is_discrete:
-                raise ValueError(
-                    f"site '{name}': the generator draws it from {kind_of(generator.sites[name]['fn'])}, which is discrete: an "
-                    "encoder learns by its gradient. Make it continuous."
-                )
-
-    def _require_reparametrized(self, generator: Run, visible: str) -> None:
-        for name in generator.latents:
-            if not generator.sites[name]["fn"].has_rsample:
-                raise ValueError(
-                    f"site '{name}': the generator draws it from {kind_of(generator.sites[name]['fn'])}, which is not "
-                    "reparametrized: what it depends on would learn nothing from its samples. Use a distribution such as Normal."
-                )
-        fn = generator.sites[visible]["fn"]
-        if self.noise and not fn.has_rsample:
-            raise ValueError(
-                f"site '{visible}': the generator draws it from {kind_of(fn)}, which is not reparametrized: the generator could "
-                "not learn from the energy of its samples. Pass noise=False, for means, or use a distribution such as Normal."
-            )
-
-    def _require_one_particle(self, encoder: Run, generator: Run) -> None:
+            require_real(energy, visible)
         mutable = sorted({*encoder.mutable_state, *generator.mutable_state})
         if mutable and self._elbo.num_particles > 1:
             raise ValueError(
                 f"site '{mutable[0]}': NumPyro's ELBOs drop mutable sites with num_particles={self._elbo.num_particles}: take one "
                 "particle, or a network without running statistics."
             )
+        return energy, encoder, generator
 
     def _refuse(self, rng_key: Array, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         batch = whole_batch((self._energy,), args, kwargs, rng_key, data=params)
@@ -465,9 +414,8 @@ class _Levels:
         require_same_params(encoder, state.phi, "the encoder")
         require_same_params(generator, state.omega, "the generator")
         self._of_theta, self._of_phi, self._of_omega = (each.param_transforms for each in (energy, encoder, generator))
-        self.visible = _visible(energy, self.v)
-        self.support = energy.sites[self.visible]["fn"].support
-        self.plate = _row_plate(energy, self.visible, len(self.v))
+        self._of_energy, self.visible = energy, visible_of(energy, self.v)
+        self.plate = plate_of(energy, self.visible, len(self.v))
         self._row_dim = -len(generator.sites[self.visible]["fn"].batch_shape)  # the rows are outermost
 
     def _show(self, batch: Batch) -> None:
@@ -531,7 +479,7 @@ class _Levels:
 
     def move(self, sampler: Sampler, theta: Params, v: Array, mutable: Mutable, rng_key: Array) -> Array:
         """Visibles after a run of a sampler on the energy, each a chain of its own; without gradient."""
-        _require_real(self.visible, self.support)
+        require_real(self._of_energy, self.visible)
         theta, v = stop_gradient((theta, real_positions(v)))
 
         def log_prob(v: Array) -> Array:
@@ -609,77 +557,3 @@ def _divergence(site: dict[str, Any], prior: Distribution) -> Array:
         return jnp.asarray(kl_divergence(site["fn"], prior))
     except NotImplementedError:
         return site["fn"].log_prob(site["value"]) - prior.log_prob(site["value"])
-
-
-def _require_real(site: str, support: constraints.Constraint) -> None:
-    """Refuses a bounded visible, which chains would leave."""
-    if not is_unbounded(support):
-        raise ValueError(
-            f"site '{site}': its support is {support}, which moved visibles would leave. Write the energy of a real visible, "
-            "transformed in the program."
-        )
-
-
-def _require_batch(args: tuple[Any, ...]) -> None:
-    what = "the first argument of the programs must be the batch of the visible, an array of floating-point numbers"
-    if not args or not isinstance(args[0], Array):
-        raise ValueError(f"{what}, got {type(args[0]).__name__ if args else 'no argument'}.")
-    if args[0].ndim == 0 or len(args[0]) == 0:
-        raise ValueError(f"{what}, got shape {args[0].shape}: it has no rows.")
-    if not jnp.issubdtype(args[0].dtype, jnp.floating):
-        raise ValueError(f"{what}, got {args[0].dtype}: energies are differentiated in it. Convert it.")
-
-
-def _visible(energy: Run, v: Array) -> str:
-    """The name of the one site that the energy observes, which must have the rows of the visible."""
-    sites = [name for name, site in energy.observed.items() if jnp.size(site["value"])]
-    if len(sites) != 1:
-        found = f"it observes {', '.join(map(repr, sites))}" if sites else "it observes none"
-        raise ValueError(f"the energy must observe the visible at one site, and {found}.")
-    (name,) = sites
-    if energy.sites[name]["fn"].support.is_discrete:
-        raise ValueError(
-            f"site '{name}': a visible with {kind_of(energy.sites[name]['fn'])} is discrete, and a generator learns from the "
-            "gradient of its energy. Give the data noise and a continuous distribution."
-        )
-    _require_shape(name, "the energy", energy, v)
-    _row_plate(energy, name, len(v))
-    return name
-
-
-def _require_same_visible(generator: Run, visible: str, v: Array) -> None:
-    """Refuses a generator of another visible."""
-    observed = [name for name, site in generator.observed.items() if jnp.size(site["value"])]
-    if observed != [visible]:
-        raise ValueError(f"site '{visible}': the generator must observe it, and no other site; it observes {observed}.")
-    _require_shape(visible, "the generator", generator, v)
-    _row_plate(generator, visible, len(v))
-
-
-def _require_shape(name: str, what: str, program: Run, v: Array) -> None:
-    fn, value = program.sites[name]["fn"], jnp.shape(program.sites[name]["value"])
-    if fn.shape() != v.shape or value != v.shape:
-        raise ValueError(
-            f"site '{name}': {what} has visibles of shape {fn.shape()} there, observed with shape {value}, and the first argument "
-            f"has {v.shape}: the three programs must share one visible."
-        )
-
-
-def _require_rows_of_latents(program: Run, what: str, num_rows: int) -> None:
-    """Refuses latents that rows share: the levels are means over rows, and their weights go to one row each."""
-    for name in program.latents:
-        if row_plate(program, [name], num_rows) is None:
-            raise ValueError(
-                f"site '{name}': {what} draws it outside the plate of the {num_rows} rows, and each needs latents of its own."
-            )
-
-
-def _row_plate(program: Run, site: str, num_rows: int) -> str:
-    """The plate of the rows."""
-    rows = leading_plate(program, site, num_rows)
-    if rows is None:
-        raise ValueError(
-            f"site '{site}': there is no plate of the {num_rows} rows of the first argument around it: write "
-            f"`with numpyro.plate('data', {num_rows})`, outermost."
-        )
-    return rows

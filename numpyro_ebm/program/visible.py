@@ -87,19 +87,19 @@ def require_rows(program: Run, visible: Visible) -> None:
             )
 
 
-def require_batch(args: tuple[Any, ...]) -> Array:
+def require_batch(args: tuple[Any, ...], of: str = "the model", why: str = "scores are derivatives in it") -> Array:
     """The first argument, which must be an array of floating-point rows.
 
     :raises ValueError: with what it is.
     """
-    what = "the first argument of the model must be the batch of the visible"
+    what = f"the first argument of {of} must be the batch of the visible, an array of floating-point numbers"
     if not args or not isinstance(args[0], (jax.Array, jax.core.Tracer)):
-        raise ValueError(f"{what}, an array, got {type(args[0]).__name__ if args else 'no argument'}.")
+        raise ValueError(f"{what}, got {type(args[0]).__name__ if args else 'no argument'}.")
     v = args[0]
     if v.ndim == 0 or len(v) == 0:
-        raise ValueError(f"{what}, got an array of shape {v.shape}: it has no rows.")
+        raise ValueError(f"{what}, got shape {v.shape}: it has no rows.")
     if not jnp.issubdtype(v.dtype, jnp.floating):
-        raise ValueError(f"{what}, of floating-point numbers, got {v.dtype}: scores are derivatives in it. Convert it.")
+        raise ValueError(f"{what}, got {v.dtype}: {why}. Convert it.")
     return v
 
 
