@@ -26,6 +26,7 @@ from numpyro_ebm import MALA, BiDVL, EnergyDistribution
 from numpyro_ebm.infer import Difference, Hinge, LowerLevel, Softplus
 from numpyro_ebm.infer.bidvl import _Levels, energy_weights, upper_keys
 from numpyro_ebm.infer.bidvl_settings import LATENT_TERMS
+from numpyro_ebm.program.batch import Batch
 from numpyro_ebm.samplers import Sampler
 
 KEY = jax.random.key(11)
@@ -94,7 +95,7 @@ def engine_of(distribution=AtNodes, marginal=energy, optims=(STEP, STEP, STEP), 
 def start(engine, v=DATA, **init_params):
     v = jnp.asarray(v)
     state = engine.init(KEY, v, init_params={name: jnp.asarray(value) for name, value in init_params.items()})
-    return state, _Levels(engine, state, (v,), {})
+    return state, _Levels(engine, state, Batch((v,)), {})
 
 
 def blocks(state):

@@ -37,6 +37,7 @@ from numpyro_ebm import (
     annealed_langevin,
 )
 from numpyro_ebm.objectives.latent import Draws, draw, variational_score, weighted_score
+from numpyro_ebm.program.batch import Batch
 from numpyro_ebm.weights import effective_sample_size, normalized_weights
 
 KEY = jax.random.key(5)
@@ -448,7 +449,7 @@ def test_the_jackknife_leaves_out_one_draw_at_a_time(v):
     # With three draws, against the losses of the three pairs. Catches masks that keep one draw in place of leaving it out.
     engine = make(estimate=ImportanceWeighted(3, jackknife=True))
     state = engine.init(KEY, v)
-    levels = engine._levels(state, (v,), {})
+    levels = engine._levels(state, Batch((v,)), {})
     phi, (noise_key, loss_key, draw_key) = levels.phi_of(state.phi), jax.random.split(KEY, 3)
     v_tilde = engine.objective.perturb(noise_key, v)
     h = levels._draw(phi, v_tilde, draw_key, 3)["h"]
@@ -503,7 +504,7 @@ def test_factors_that_are_multiplied_have_draws_of_their_own(v):
     for shared in (False, True):
         engine = make(model=pair, guide=far_guide, estimate=Variational(5, shared_samples=shared))
         state = engine.init(KEY, v)
-        levels = engine._levels(state, (v,), {})
+        levels = engine._levels(state, Batch((v,)), {})
         value, mean, covariance = (h["h"] for h in levels._draws(engine.estimate, state.theta, levels.phi_of(state.phi), v, KEY))
         assert value.shape == mean.shape == covariance.shape == (5, NUM_ROWS)
         assert not np.isin(value, mean).any()

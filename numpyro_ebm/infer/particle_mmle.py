@@ -32,6 +32,7 @@ from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.handlers import negative_phase
 from numpyro_ebm.infer.engine import Engine, compiled_method
 from numpyro_ebm.infer.particle_settings import Averaged, Maximize, Newton, Summed
+from numpyro_ebm.infer.particle_start import are_good_rows, draw_particles, require_good_rows, require_learnable
 from numpyro_ebm.infer.phase import Phase, has_chains, health_of_chains
 from numpyro_ebm.infer.stability import Particles, fix_of, largest_curvature, running_stiffness, warnings_of
 from numpyro_ebm.infer.step import Health, Part, health_of, is_bad, keep
@@ -44,20 +45,19 @@ from numpyro_ebm.optim import (
     require_step,
 )
 from numpyro_ebm.program.check import ModelReport
-from numpyro_ebm.program.rows import all_batches, by_site, full_shape, gather, scatter, shared_plates, subsampled_indices
+from numpyro_ebm.program.rows import by_site, gather, scatter, shared_plates, subsampled_indices
 from numpyro_ebm.program.run import (
     Run,
     constrain_params,
     constrained,
     draw_latents,
     log_density_terms,
-    require_continuous,
     run_model,
     strong_types,
     total,
     unconstrain_params,
 )
-from numpyro_ebm.program.sites import Model, finite_events, require_finite
+from numpyro_ebm.program.sites import Model
 from numpyro_ebm.samplers import UnadjustedLangevin
 
 
@@ -337,36 +337,7 @@ class ParticleMMLE(Engine):
 
     def _refuse(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         latents = draw_latents(self._inner, args, kwargs, rng_key, data=params, init_strategy=self.init_strategy)
-        program = run_model(self._inner, args, kwargs, rng_key, data=params, latents=latents)
-        for name, plate in program.plates.items():
-            if not plate.is_row.all():
-                bad = int(plate.indices[~plate.is_row][0])
-                wrong = "is out of range" if plate.is_subsampled else "is not at its place, where no row is left out,"
-                raise ValueError(f"plate '{name}': index {bad} {wrong} for {plate.size} rows of data.")
-        finite = jax.jit(lambda data, latents: self._finite_batches(program, rng_key, data, latents, args, kwargs))
-        worst = jnp.argmin(finite(params, latents))
-        rows = {plate: index[worst] for plate, index in all_batches(program).items()}
-        program = run_model(self._inner, args, kwargs, rng_key, data={**params, **rows}, latents=latents)
-        for site in program.observed.values():
-            require_finite(site)
-
-    def _finite_batches(
-        self,
-        program: Run,
-        rng_key: Array,
-        data: dict[str, Any],
-        latents: dict[str, Array],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Array:
-        """Whether the observed data of each batch are finite, of shape (num_batches,)."""
-
-        def finite(rows: dict[str, Array]) -> Array:
-            seen = run_model(self._inner, args, kwargs, rng_key, data={**data, **rows}, latents=latents)
-            return jnp.asarray([finite_events(site).all() for site in seen.observed.values()]).all()
-
-        batches = all_batches(program)
-        return lax.map(finite, batches) if batches else finite({})[None]
+        require_good_rows(self._inner, args, kwargs, rng_key, data=params, latents=latents)
 
     def _inspect(self, given: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelReport:
         """What is to be known of the normalizers; refuses what negative chains cannot make right."""
@@ -379,25 +350,6 @@ class ParticleMMLE(Engine):
                 "the gradient: pgd, ipla, ebipla or soul in the place of pqn and pmgd."
             )
         return report
-
-    def _require_learnable(self, program: Run, given: dict[str, Any]) -> None:
-        require_continuous(program)
-        if not program.latents:
-            raise ValueError("the model has no latent site, so that there are no particles: learn its parameters by SVI.")
-        if not program.params:
-            raise ValueError("the model has no param site, so that there is nothing to learn: draw its latents by MCMC.")
-        if unknown := sorted(set(given) - set(program.params)):
-            raise ValueError(f"init_params names {unknown}, which is no param site: the model has {sorted(program.params)}.")
-        for name, site in program.latents.items():
-            outside = set(program.subsampled) - {plate for plate, _ in site.plates}
-            if outside:
-                around = min(outside)
-                raise ValueError(
-                    f"site '{name}' stands outside the subsampled plate '{around}': its posterior depends on all rows of the data, "
-                    "and a batch would give its particles noise that is not Langevin's. Make it a numpyro.param, or do not "
-                    f"subsample '{around}'."
-                )
-        self._num_data(program)
 
     def _num_data(self, program: Run) -> int:
         """What the gradient is divided by."""
@@ -418,11 +370,14 @@ class ParticleMMLE(Engine):
     ) -> tuple[ParticleState, Array]:
         positions = draw_latents(self._inner, args, kwargs, rng_key, data=init_params, init_strategy=self.init_strategy)
         program = run_model(self._inner, args, kwargs, rng_key, data=init_params, latents=positions)
-        self._require_learnable(program, init_params)
+        require_learnable(program, init_params)
+        self._num_data(program)  # which a drift may need to be given
         params = unconstrain_params(program.params, program.param_transforms)
         rng_key, run_key, draw_key = jax.random.split(rng_key, 3)
         data = constrain_params(params, program.param_transforms)
-        particles = self._draw_particles(draw_key, program, data, args, kwargs)
+        particles = draw_particles(
+            self._inner, args, kwargs, draw_key, program, self.num_particles, data=data, init_strategy=self.init_strategy
+        )
         report = self._inspect(init_params, args, kwargs)
         mutable_state = self._phase.start(report, run_key, args, kwargs, data=data, latents=_first(particles))
         stiffness = {name: jnp.zeros(x.shape[x.ndim - program.latents[name].event_dim :], x.dtype) for name, x in particles.items()}
@@ -439,33 +394,7 @@ class ParticleMMLE(Engine):
             num_steps=count,
             num_skipped=count,
         )
-        good = self._finite_batches(program, rng_key, data, positions, args, kwargs).all()
-        return strong_types(state), good & jnp.asarray([plate.is_row.all() for plate in program.plates.values()]).all()
-
-    def _draw_particles(
-        self, rng_key: Array, program: Run, data: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Particles:
-        """Particles for all rows of the data, drawn batch by batch where plates are subsampled."""
-        batches = all_batches(program)
-        num_batches = max([len(rows) for rows in batches.values()], default=1)
-
-        def draw(key: Array, rows: dict[str, Array]) -> Particles:
-            keys = jax.random.split(key, self.num_particles)
-            return jax.vmap(
-                lambda key: draw_latents(self._inner, args, kwargs, key, data={**data, **rows}, init_strategy=self.init_strategy)
-            )(keys)
-
-        keys = jax.random.split(rng_key, num_batches)
-        if not batches:
-            return draw(keys[0], {})
-        shapes = jax.eval_shape(draw, keys[0], {plate: rows[0] for plate, rows in batches.items()})
-        full = {name: jnp.zeros(full_shape(x.shape, program, name), x.dtype) for name, x in shapes.items()}
-
-        def fill(store: Particles, batch: tuple[Array, dict[str, Array]]) -> tuple[Particles, None]:
-            key, rows = batch
-            return {name: scatter(program, rows, name, store[name], x) for name, x in draw(key, rows).items()}, None
-
-        return lax.scan(fill, full, (keys, batches))[0]
+        return strong_types(state), are_good_rows(self._inner, args, kwargs, rng_key, program, data=data, latents=positions)
 
     def _step(self, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ParticleState, Array, Health]:
         if (given := _num_particles(state.particles)) != self.num_particles:

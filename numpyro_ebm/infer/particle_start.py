@@ -1,0 +1,129 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Before particles move: what they cannot learn from, and where they start.
+
+Both are questions about all rows of the data. A run of the model shows those of one batch, so they go through the data batch by
+batch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from numpyro_ebm.infer.stability import Particles
+from numpyro_ebm.program.rows import all_batches, full_shape, scatter
+from numpyro_ebm.program.run import Run, draw_latents, require_continuous, run_model
+from numpyro_ebm.program.sites import Model, finite_events, require_finite
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+def require_learnable(program: Run, given: dict[str, Any]) -> None:
+    """Refuses a model that particles cannot learn, whatever the data.
+
+    :param given: values of param sites to start from.
+    :raises ValueError: naming the site.
+    """
+    require_continuous(program)
+    if not program.latents:
+        raise ValueError("the model has no latent site, so that there are no particles: learn its parameters by SVI.")
+    if not program.params:
+        raise ValueError("the model has no param site, so that there is nothing to learn: draw its latents by MCMC.")
+    if unknown := sorted(set(given) - set(program.params)):
+        raise ValueError(f"init_params names {unknown}, which is no param site: the model has {sorted(program.params)}.")
+    for name, site in program.latents.items():
+        outside = set(program.subsampled) - {plate for plate, _ in site.plates}
+        if outside:
+            around = min(outside)
+            raise ValueError(
+                f"site '{name}' stands outside the subsampled plate '{around}': its posterior depends on all rows of the data, "
+                "and a batch would give its particles noise that is not Langevin's. Make it a numpyro.param, or do not "
+                f"subsample '{around}'."
+            )
+
+
+def are_good_rows(
+    model: Model, args: Args, kwargs: Kwargs, rng_key: Array, program: Run, *, data: dict[str, Any], latents: dict[str, Array]
+) -> Array:
+    """Whether all observed data are finite, and every index of a plate is that of a row; traced.
+
+    :param program: a run of the model at ``data`` and ``latents``.
+    """
+    finite = _finite_batches(model, args, kwargs, rng_key, program, data, latents).all()
+    return finite & jnp.asarray([plate.is_row.all() for plate in program.plates.values()]).all()
+
+
+def require_good_rows(
+    model: Model, args: Args, kwargs: Kwargs, rng_key: Array, *, data: dict[str, Any], latents: dict[str, Array]
+) -> None:
+    """Refuses rows that are none of :func:`are_good_rows`; not traced.
+
+    :raises ValueError: naming the site or plate.
+    """
+    program = run_model(model, args, kwargs, rng_key, data=data, latents=latents)
+    for name, plate in program.plates.items():
+        if not plate.is_row.all():
+            bad = int(plate.indices[~plate.is_row][0])
+            wrong = "is out of range" if plate.is_subsampled else "is not at its place, where no row is left out,"
+            raise ValueError(f"plate '{name}': index {bad} {wrong} for {plate.size} rows of data.")
+    finite = jax.jit(lambda data, latents: _finite_batches(model, args, kwargs, rng_key, program, data, latents))
+    worst = jnp.argmin(finite(data, latents))
+    rows = {plate: index[worst] for plate, index in all_batches(program).items()}
+    program = run_model(model, args, kwargs, rng_key, data={**data, **rows}, latents=latents)
+    for site in program.observed.values():
+        require_finite(site)
+
+
+def draw_particles(
+    model: Model,
+    args: Args,
+    kwargs: Kwargs,
+    rng_key: Array,
+    program: Run,
+    num_particles: int,
+    *,
+    data: dict[str, Any],
+    init_strategy: Callable[..., Any],
+) -> Particles:
+    """Particles for all rows of the data.
+
+    :param program: a run of the model.
+    """
+    batches = all_batches(program)
+    num_batches = max([len(rows) for rows in batches.values()], default=1)
+
+    def draw(key: Array, rows: dict[str, Array]) -> Particles:
+        def one(key: Array) -> dict[str, Array]:
+            return draw_latents(model, args, kwargs, key, data={**data, **rows}, init_strategy=init_strategy)
+
+        return jax.vmap(one)(jax.random.split(key, num_particles))
+
+    keys = jax.random.split(rng_key, num_batches)
+    if not batches:
+        return draw(keys[0], {})
+    shapes = jax.eval_shape(draw, keys[0], {plate: rows[0] for plate, rows in batches.items()})
+    full = {name: jnp.zeros(full_shape(x.shape, program, name), x.dtype) for name, x in shapes.items()}
+
+    def fill(store: Particles, batch: tuple[Array, dict[str, Array]]) -> tuple[Particles, None]:
+        key, rows = batch
+        return {name: scatter(program, rows, name, store[name], x) for name, x in draw(key, rows).items()}, None
+
+    return lax.scan(fill, full, (keys, batches))[0]
+
+
+def _finite_batches(
+    model: Model, args: Args, kwargs: Kwargs, rng_key: Array, program: Run, data: dict[str, Any], latents: dict[str, Array]
+) -> Array:
+    """Whether the observed data of each batch are finite, of shape (num_batches,)."""
+
+    def finite(rows: dict[str, Array]) -> Array:
+        seen = run_model(model, args, kwargs, rng_key, data={**data, **rows}, latents=latents)
+        return jnp.asarray([finite_events(site).all() for site in seen.observed.values()]).all()
+
+    batches = all_batches(program)
+    return lax.map(finite, batches) if batches else finite({})[None]
