@@ -126,7 +126,8 @@ def to_inference_data(
         "fit": _by_step(fit, losses, trace),
     }
     _require_something(fit, groups)
-    leading = {group: _leading(group, fit) for group in groups}
+    leading: dict[str, tuple[str, ...]] = dict.fromkeys(groups, ("chain", "draw"))
+    leading |= {"observed_data": (), "fit": ("chain", "step") if fit.is_many_runs else ("step",)}
     _require_known("dims", dims or {}, {name for group in groups.values() for name in group} - {"loss"})
     names = _dim_names(groups, leading, seen.dims, dims or {})
     dim_names = {dim for of_group in leading.values() for dim in of_group} | {dim for named in names.values() for dim in named}
@@ -228,12 +229,6 @@ def _as_numpy(variables: Mapping[str, Array] | None) -> dict[str, np.ndarray]:
 
 def _by_chain(variables: Mapping[str, Array] | None, batch_ndims: int) -> dict[str, np.ndarray]:
     return {name: value[None] if batch_ndims == 1 else value for name, value in _as_numpy(variables).items()}
-
-
-def _leading(group: str, fit: Fit) -> tuple[str, ...]:
-    if group == "fit":
-        return ("chain", "step") if fit.is_many_runs else ("step",)
-    return () if group == "observed_data" else ("chain", "draw")
 
 
 def _dim_names(

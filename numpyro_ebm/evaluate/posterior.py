@@ -162,7 +162,9 @@ class Posterior:
         self._require_drawable(params)
         self.params = self.program.params
         self._shapes = {name: latents[name] for name in sorted(latents)}
-        self.plate = self._common_plate(latents)
+        # the largest plate with all latents in it whose rows are independent
+        plates = sorted(shared_plates(self.program, self.program.latents), key=lambda plate: -self.program.plates[plate].size)
+        self.plate = next((plate for plate in plates if self._factorizes(plate, latents)), None)
 
     def draw(self, rng_key: Array, init_strategy: Callable[..., Any]) -> Latents:
         """Unconstrained latents to start from."""
@@ -256,14 +258,6 @@ class Posterior:
                     f"site '{found.name}': its unknown normalizer depends on a latent, whose posterior would need its value "
                     "(doubly intractable). Hold what the energy depends on fixed, or make it a numpyro.param."
                 )
-
-    def _common_plate(self, latents: Latents) -> str | None:
-        """The largest plate with all latents in it whose rows are independent."""
-        shared = shared_plates(self.program, self.program.latents)
-        for plate in sorted(shared, key=lambda plate: -self.program.plates[plate].size):
-            if self._factorizes(plate, latents):
-                return plate
-        return None
 
     def _factorizes(self, plate: str, latents: Latents) -> bool:
         """Whether the density is a product over rows.

@@ -463,7 +463,8 @@ class _Levels:
             phi, omega = stop_gradient((phi, omega))
         generated = self.generate(omega, keys.generate, mutable)
         visible, mutable = generated.sites[self.visible]["value"], {**mutable, **generated.mutable_state}
-        refined = self._refined(theta, visible, mutable, keys.refine)
+        sampler = self.engine.sampler
+        refined = visible if sampler is None else self.move(sampler, theta, visible, mutable, keys.refine)
         of_data, mutable = self.energies(theta, self.v, mutable)
         of_generated, mutable = self.energies(theta, refined, mutable)
         value = self.engine.upper.contrast(of_data, of_generated)
@@ -471,11 +472,6 @@ class _Levels:
             rest, mutable = self._rest(theta, phi, omega, generated, mutable, keys.rest)
             value = value - rest
         return value, (visible, mutable)
-
-    def _refined(self, theta: Params, visible: Array, mutable: Mutable, rng_key: Array) -> Array:
-        if self.engine.sampler is None:
-            return visible
-        return self.move(self.engine.sampler, theta, visible, mutable, rng_key)
 
     def move(self, sampler: Sampler, theta: Params, v: Array, mutable: Mutable, rng_key: Array) -> Array:
         """Visibles after a run of a sampler on the energy, each a chain of its own; without gradient."""

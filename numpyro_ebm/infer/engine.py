@@ -226,11 +226,12 @@ class Engine(ABC):
         call = _Call(dynamic, static, np.bool_(stable_update), collect)
         chunk_size = chunk_size or (max(1, num_steps // 20) if callbacks else None)
         length = self._length(state, call, chunk_size) if _asks_the_host(state, dynamic) else None
+        chunk = self._open_chunk if length is None else partial(self._fixed_chunk, length=length)
         pace = _Pace(chunk_size, length, SECONDS_PER_CHUNK if progress_bar else SECONDS_WITHOUT_BAR)
         log, warned = _Log(num_steps), set[str]()
         with tqdm(total=num_steps, disable=not progress_bar) as bar:
             while log.done < num_steps:
-                state, record, bad = self._chunk(state, min(pace.next(), num_steps - log.done), call, length)
+                state, record, bad = chunk(state, min(pace.next(), num_steps - log.done), call)
                 log.add(record)
                 pace.tell(len(record.loss))
                 if bad:
@@ -280,14 +281,11 @@ class Engine(ABC):
 
     # Chunks of steps.
 
-    def _chunk(self, state: State, num_steps: int, call: "_Call", length: int | None) -> tuple[State, "_Record", dict[Part, int]]:
-        """``num_steps`` steps, or those before the first bad one and what is bad about it."""
-        return self._open_chunk(state, num_steps, call) if length is None else self._fixed_chunk(state, num_steps, call, length)
-
     def _open_chunk(self, state: State, num_steps: int, call: "_Call") -> tuple[State, "_Record", dict[Part, int]]:
-        """By a loop that ends where it likes, whose condition costs a CPU nothing.
+        """``num_steps`` steps, or those before the first bad one and what is bad about it.
 
-        It keeps no old state, which costs more than many a step. Where a step is bad it is run again, to the state before.
+        By a loop that ends where it likes, whose condition costs a CPU nothing. It keeps no old state, which costs more than many
+        a step. Where a step is bad it is run again, to the state before.
         """
         records, done = [], 0
         while done < num_steps:
@@ -353,7 +351,7 @@ class Engine(ABC):
         return _Advanced(state, buffer, done - is_bad(health), is_bad(health), health)
 
     def _fixed_chunk(self, state: State, num_steps: int, call: "_Call", length: int) -> tuple[State, "_Record", dict[Part, int]]:
-        """By loops of a fixed length and then by single steps, all of them queued before the host looks at any."""
+        """The same by loops of a fixed length and then by single steps, all of them queued before the host looks at any."""
         stopped: Any = np.False_
         seen: list[_Seen] = []
         while num_steps:

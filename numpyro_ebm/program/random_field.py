@@ -107,7 +107,9 @@ class RandomField:
         self._given = seen.given
         with block():
             self._program = run_model(*self._call, data={**seen.given, **seen.values})
-        self._plate = _shared_plate(self._program)
+        # the plate with most rows of those around every sample site, factors too
+        shared = shared_plates(self._program, [name for name, site in self._program.sites.items() if site["type"] == "sample"])
+        self._plate = max(shared, key=lambda name: len(self._program.plates[name].indices), default=None)
         _require_pool(self._program, self._plate, seen.masked)
         self._rows = 1 if self._plate is None else len(self._program.plates[self._plate].indices)
         self.num_replicates = max(1, math.ceil(num_chains / self._rows))
@@ -231,12 +233,6 @@ class RandomField:
 
 # How much a row's log density may change with its place by rounding, relative to 1 + its size.
 ROUNDING = 1e-3
-
-
-def _shared_plate(program: Run) -> str | None:
-    """The plate with most rows of those around every sample site, factors too; None if there is none."""
-    shared = shared_plates(program, [name for name, site in program.sites.items() if site["type"] == "sample"])
-    return max(shared, key=lambda name: len(program.plates[name].indices), default=None)
 
 
 def _require_pool(program: Run, plate: str | None, masked: str | None) -> None:

@@ -7,8 +7,7 @@ The engines speak this language and hold no handlers of their own. Latents are i
 support ``S`` is the image of a real array under ``biject_to(S)``, and its log Jacobian is part of the log density.
 """
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -177,13 +176,6 @@ def total(terms: dict[str, Array]) -> Array:
     return sum((jnp.sum(term) for term in terms.values()), jnp.zeros(()))
 
 
-@contextmanager
-def whole_plates() -> Iterator[None]:
-    """Runs programs on all rows of the data: subsampled plates give every row once, in order."""
-    with _whole_plates():
-        yield
-
-
 def constrained(
     model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], rng_key: Array, *, data: dict[str, Any], latents: dict[str, Array]
 ) -> dict[str, Array]:
@@ -296,7 +288,9 @@ class at_mean(Messenger):
         msg["is_observed"] = False
 
 
-class _whole_plates(Messenger):
+class whole_plates(Messenger):
+    """Runs programs on all rows of the data: subsampled plates give every row once, in order."""
+
     def process_message(self, msg: Site) -> None:
         if msg["type"] == "plate":
             size = msg["args"][0]
