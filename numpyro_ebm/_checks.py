@@ -101,6 +101,24 @@ def require_one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
     return value
 
 
+def require_key(name: str, value: Any, why: str = "") -> Any:
+    """One random key, typed or, as of :func:`jax.random.PRNGKey`, raw.
+
+    :param str why: what the key is for: ends the message.
+    :raises ValueError: naming the argument and what it was.
+    """
+    if isinstance(value, (Array, np.ndarray)):
+        is_raw = value.dtype == np.uint32
+        num_dims = value.ndim - is_raw
+        if is_raw or jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            if num_dims == 0:
+                return value
+            if num_dims > 0:
+                why = f"it is a batch of keys of shape {value.shape[:num_dims]}, pass one of them or map over them by jax.vmap"
+                value = type(value)
+    raise ValueError(_message(name, "one random key, such as jax.random.key(0)", value, why))
+
+
 def require_instance(name: str, value: Any, members: tuple[str, ...], wanted: str) -> Any:
     """An object that has some members, and no class of such objects.
 

@@ -25,7 +25,7 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import ELBO
 from numpyro.primitives import Messenger, mutable
 
-from numpyro_ebm._checks import require_bool, require_count
+from numpyro_ebm._checks import require_bool, require_count, require_key
 from numpyro_ebm._compat import (
     called_by_mcmc,
     calling_objective,
@@ -281,7 +281,7 @@ class negative_phase(Messenger):
             after the last. Every site of a random field has draws, of shape ``(num_replicates, num_samples)`` + its own.
         :raises RuntimeError: as :meth:`check_chains`, before and after.
         """
-        num_samples = require_count("num_samples", num_samples)
+        rng_key, num_samples = require_key("rng_key", rng_key), require_count("num_samples", num_samples)
         params, mutable_state = _of_fit(params, mutable_state)
         self.check_chains(params, mutable_state, *args, **kwargs)
         held = copy.copy(self)

@@ -25,6 +25,7 @@ from numpyro.distributions import Distribution, ExpandedDistribution, ImproperUn
 from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.distributions.util import sum_rightmost, validate_sample
 
+from numpyro_ebm._checks import require_key
 from numpyro_ebm._compat import calling_distribution, calling_site, layers
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm._pytree import arrays_and_rest, join
@@ -268,7 +269,7 @@ class TiltedDistribution(Distribution):
         num_chains = math.prod(sample_shape)
         if num_chains == 0:
             return jnp.zeros(self.shape(tuple(sample_shape)))
-        start_key, run_key = jax.random.split(key)
+        start_key, run_key = jax.random.split(require_key("key", key, "in a model, numpyro.handlers.seed gives it"))
         sampler = self._default_sampler if self.sampler is None else self.sampler
         target = self.chain_log_prob(sampler)
         state = sampler.init(self.to_chain(self.initial_chains(start_key, num_chains), sampler), target)

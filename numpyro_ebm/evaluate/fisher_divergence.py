@@ -28,7 +28,7 @@ import numpy as np
 from jax import Array, lax
 from tqdm.auto import tqdm
 
-from numpyro_ebm._checks import require_count
+from numpyro_ebm._checks import require_count, require_key
 from numpyro_ebm._pytree import Rest, arrays_and_rest, join, require_hashable
 from numpyro_ebm.optim import apply_gradient, as_transformation
 
@@ -125,7 +125,7 @@ def fisher_divergence(
         >>> bool(abs(found.estimate - 1) < 4 * found.standard_error)
         True
     """
-    splits = _by_name(splits)
+    rng_key, splits = require_key("rng_key", rng_key), _by_name(splits)
     num_steps, batch_size = require_count("num_steps", num_steps), require_count("batch_size", batch_size)
     num_probes = require_count("num_probes", num_probes)
     num_test_probes = None if num_test_probes is None else require_count("num_test_probes", num_test_probes)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from numpyro_ebm._checks import require_bool, require_count
+from numpyro_ebm._checks import require_bool, require_count, require_key
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.objectives.latent import draw, row_density, scores
 from numpyro_ebm.program.batch import whole_batch
@@ -90,7 +90,7 @@ def marginal_score(
     importance_weighted = require_bool("importance_weighted", importance_weighted)
     variance_reduced, relaxed = require_bool("variance_reduced", variance_reduced), require_bool("relaxed", relaxed)
     v, model = jnp.asarray(v), unnormalized(model)
-    draw_key, run_key = jax.random.split(rng_key)
+    draw_key, run_key = jax.random.split(require_key("rng_key", rng_key))
     batch = whole_batch((model, guide), (v, *args), kwargs, run_key, data=params)
     model, guide = batch.of(model), batch.of(guide)
     plate = _require_pair(model, guide, params, (v, *args), kwargs, run_key)

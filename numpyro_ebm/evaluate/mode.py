@@ -14,7 +14,7 @@ import optax
 from jax import Array, lax
 from numpyro.infer import init_to_sample
 
-from numpyro_ebm._checks import require_count
+from numpyro_ebm._checks import require_count, require_key
 from numpyro_ebm.evaluate.posterior import Latents, Posterior
 from numpyro_ebm.optim import apply_gradient, as_transformation
 from numpyro_ebm.program.sites import Model
@@ -81,7 +81,7 @@ def find_map(
     """
     num_steps = require_count("num_steps", num_steps)
     optim = as_transformation(optax.adam(optax.cosine_decay_schedule(0.1, num_steps)) if optim is None else optim)
-    model_key, start_key = jax.random.split(rng_key)
+    model_key, start_key = jax.random.split(require_key("rng_key", rng_key))
     posterior = Posterior(model_key, model, params, args, kwargs, mutable_state)
     positions = posterior.start(start_key, start, num_starts, "num_starts", init_strategy)
 

@@ -21,7 +21,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 from numpyro.infer import init_to_sample
 
-from numpyro_ebm._checks import require_count
+from numpyro_ebm._checks import require_count, require_key
 from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.program.check import check_run
@@ -114,7 +114,7 @@ def sample_posterior(
         require_sampler("sampler", sampler, ", or samplers.NUTS()")
     num_samples, thinning = require_count("num_samples", num_samples), require_count("thinning", thinning)
     num_warmup = require_count("num_warmup", num_warmup, least=1 if isinstance(sampler, NUTS) else 0)
-    model_key, start_key, run_key = jax.random.split(rng_key, 3)
+    model_key, start_key, run_key = jax.random.split(require_key("rng_key", rng_key), 3)
     posterior = Posterior(model_key, model, params, args, kwargs, mutable_state)
     positions = posterior.start(start_key, start, num_chains, "num_chains", init_strategy)
     log_density = jax.vmap(lambda x: posterior.row_log_density(posterior.from_rows(x)))

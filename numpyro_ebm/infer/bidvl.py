@@ -30,7 +30,7 @@ from numpyro.distributions import Distribution, kl_divergence
 from numpyro.handlers import scale, uncondition
 from numpyro.infer import TraceMeanField_ELBO
 
-from numpyro_ebm._checks import require_bool, require_count, require_setting
+from numpyro_ebm._checks import require_bool, require_count, require_key, require_setting
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.infer.bidvl_programs import plate_of, require_real, require_together, visible_of
 from numpyro_ebm.infer.bidvl_settings import Difference, Hinge, LowerLevel, Softplus
@@ -216,7 +216,7 @@ class BiDVL(Engine):
         :param bool noise: whether the visible is drawn, or at its mean given the latents; as for the fit if not given.
         :return: by site, of shape ``(num_samples,) + event_shape``.
         """
-        num_samples = require_count("num_samples", num_samples)
+        rng_key, num_samples = require_key("rng_key", rng_key), require_count("num_samples", num_samples)
         rows = jnp.zeros((num_samples, *jnp.shape(v)[1:]), jnp.result_type(v))
         noise = self.noise if noise is None else require_bool("noise", noise)
         return self._generated(rng_key, state, noise, rows, *args, **kwargs)
@@ -252,7 +252,7 @@ class BiDVL(Engine):
         :return: of the shape of the first argument.
         :raises ValueError: naming the site, if the visible is bounded, where chains would leave its support.
         """
-        return self._moved(rng_key, state, require_sampler("sampler", sampler), *args, **kwargs)
+        return self._moved(require_key("rng_key", rng_key), state, require_sampler("sampler", sampler), *args, **kwargs)
 
     @compiled_method
     def _generated(self, rng_key: Array, state: BiDVLState, noise: bool, *args: Any, **kwargs: Any) -> dict[str, Array]:

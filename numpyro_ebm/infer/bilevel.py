@@ -86,17 +86,9 @@ class BilevelEngine(ScoreEngine):
     def _require_draws(self, name: str, fn: Any) -> None:
         """Refuses a distribution of the guide that this engine cannot learn with."""
 
-    def init(self, rng_key: Array, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        """The state to start from.
-
-        :param rng_key: a key of :func:`jax.random.key`.
-        :param args: arguments of the model; arrays are traced, everything else is static.
-        :param dict init_params: values of :func:`numpyro.param` sites to start from, instead of the model's and guide's own.
-        :raises ValueError: for whatever model, guide or data cannot be learned with, naming the site and the fix.
-        """
+    def _meet(self, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if isinstance(self.guide, AutoGuide) and not has_seen_model(self.guide):
             run_model(self.guide, args, kwargs, rng_key)  # it keeps what it sees first, which must not be traced values
-        return super().init(rng_key, *args, init_params=init_params, **kwargs)
 
     def _start(
         self, rng_key: Array, init_params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -25,7 +25,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
-from numpyro_ebm._checks import require_bool, require_count
+from numpyro_ebm._checks import require_bool, require_count, require_key
 from numpyro_ebm._fit import fit_of
 from numpyro_ebm._pytree import Rest, arrays_and_rest, join, require_hashable
 from numpyro_ebm.infer.step import Health, Part, is_bad, keep, named
@@ -126,6 +126,9 @@ class Engine(ABC):
     def _loss(self, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
         """The loss at a state; traced."""
 
+    def _meet(self, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: B027
+        """What there is to do before anything is traced."""
+
     def _explain(self, state: State, bad: dict[Part, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, str]:
         """What is wrong with the step from a state, where its data are not to blame; and the fix."""
         return f"{named(bad)} would no longer be finite.", self._fix()
@@ -145,11 +148,13 @@ class Engine(ABC):
 
         :param rng_key: a key of :func:`jax.random.key`.
         :param args: arguments of the model; arrays are traced, everything else is static.
-        :param dict init_params: values of :func:`numpyro.param` sites to start from, instead of the model's own.
-        :raises ValueError: for whatever the model or data cannot be learned with, naming the site and the fix.
+        :param dict init_params: values of :func:`numpyro.param` sites to start from, instead of the programs' own.
+        :raises ValueError: for whatever the programs or data cannot be learned with, naming the site and the fix.
         """
+        rng_key = require_key("rng_key", rng_key)
         init_params = dict(init_params or {})
         dynamic, static = _split(args, kwargs)
+        self._meet(rng_key, args, kwargs)
         state, good = self._begin(rng_key, init_params, dynamic, static)
         if not isinstance(good, jax.core.Tracer) and not good:
             self._refuse(rng_key, init_params, args, kwargs)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from numpyro_ebm._checks import require_count, require_fraction, require_negative, require_one_of, require_positive
+from numpyro_ebm._checks import require_count, require_fraction, require_key, require_negative, require_one_of, require_positive
 from numpyro_ebm.objectives.score import ScoreFn, ScoreObjective, require_rows
 
 
@@ -280,7 +280,7 @@ def ksd_test(
     if scores.shape != v.shape:
         raise ValueError(f"score has shape {scores.shape} and v {v.shape}: it must be d log p / d v, one number per coordinate.")
     _require_finite(v=v, score=scores)
-    result = _ksd_test(rng_key, _flat(v), _flat(scores), change_probability, kernel, num_bootstrap)
+    result = _ksd_test(require_key("rng_key", rng_key), _flat(v), _flat(scores), change_probability, kernel, num_bootstrap)
     if not isinstance(result.length, jax.core.Tracer) and result.length == 0:
         raise ValueError(
             "half or more of the pairs of samples are equal, so that their median distance, the kernel's length, is 0: remove "

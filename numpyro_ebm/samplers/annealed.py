@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from numpyro_ebm._checks import require_count, require_positive
+from numpyro_ebm._checks import require_count, require_key, require_positive
 from numpyro_ebm.samplers.base import WHAT_A_STEP_IS, LogProb, langevin_move
 
 Position = TypeVar("Position")  # an array, or a pytree of arrays
@@ -82,7 +82,7 @@ def annealed_langevin(
 
         return jax.tree.map(move, x, score(x), keys), None
 
-    keys = jax.random.split(rng_key, len(schedule))
+    keys = jax.random.split(require_key("rng_key", rng_key), len(schedule))
     x, _ = lax.scan(step, lax.stop_gradient(start), (keys, schedule))
     return lax.stop_gradient(x)
 

@@ -16,7 +16,7 @@ import jax
 from jax import Array, lax
 from numpyro.distributions import Distribution
 
-from numpyro_ebm._checks import require_count
+from numpyro_ebm._checks import require_count, require_key
 from numpyro_ebm.samplers.base import LogProb, Sampler
 
 
@@ -60,7 +60,7 @@ def block_gibbs(rng_key: Array, layers: Layers, v: Array, num_steps: int = 1) ->
         h = layers.hidden_given_visible(v).sample(hidden_key)
         return layers.visible_given_hidden(h).sample(visible_key).astype(v.dtype), None
 
-    return lax.scan(sweep, v, jax.random.split(rng_key, num_steps))[0]
+    return lax.scan(sweep, v, jax.random.split(require_key("rng_key", rng_key), num_steps))[0]
 
 
 class BlockGibbsState(NamedTuple):
