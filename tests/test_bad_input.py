@@ -142,3 +142,90 @@ def test_a_sampler_wants_one_key_before_anything_is_traced(name, key, got):
 @pytest.mark.parametrize("key", [KEY, jax.random.PRNGKey(0), np.asarray(jax.random.PRNGKey(0))], ids=["typed", "raw", "of NumPy"])
 def test_one_key_is_one_in_every_form(key):
     assert jax.eval_shape(lambda: ENGINES["ScoreMatching"]().init(key, Y)).num_steps.shape == ()
+
+
+INIT_PARAMS = {
+    "a string": ("loc", TypeError, "init_params must map names of param sites to values, as {'loc': 0.5}, got 'loc'."),
+    "a list": ([1.0], TypeError, "init_params must map names of param sites to values, as {'loc': 0.5}, got [1.0]."),
+    "a value that is a string": (
+        {"loc": "a"},
+        TypeError,
+        "init_params['loc'] must be an array of numbers, or a pytree of these, got 'a'.",
+    ),
+    "a bool": ({"loc": True}, TypeError, "init_params['loc'] must be an array of numbers"),
+    "a key": ({"loc": KEY}, TypeError, "init_params['loc'] must be an array of numbers"),
+    "NaN": ({"loc": jnp.nan}, ValueError, "init_params['loc']: it is nan."),
+    "infinity": ({"loc": -jnp.inf}, ValueError, "init_params['loc']: it is -inf."),
+    "NaN in an array": ({"loc": jnp.array([1.0, jnp.nan])}, ValueError, "init_params['loc']: 1 of 2 values are NaN or infinite."),
+    "NaN in a pytree": ({"net": {"w": np.array([np.nan] * 3)}}, ValueError, "init_params['net']: 3 of 3 values are NaN"),
+}
+
+
+@engines
+@pytest.mark.parametrize(("given", "kind", "message"), INIT_PARAMS.values(), ids=INIT_PARAMS)
+def test_init_params_are_refused_before_anything_is_traced(name, given, kind, message):
+    engine = ENGINES[name](untraced)
+    refused(message, engine.init, KEY, Y, init_params=given, kind=kind)
+    refused(message, engine.run, KEY, 2, Y, init_params=given, kind=kind)
+
+
+WHILE_TRACED = {
+    "unknown": ({"lco": 1.0}, "init_params names ['lco'], which is no param site: the "),
+    "a sample site": ({"x": jnp.zeros(6)}, "init_params names ['x'], which is no param site"),
+    "a plate": ({"data": jnp.arange(6)}, "init_params names ['data'], which is no param site but a plate site."),
+    "a row of a scalar": ({"loc": jnp.zeros(6)}, "init_params['loc'] is of shape (6,), and the param of shape ()."),
+    "another shape": ({"loc": jnp.zeros((2, 3))}, "init_params['loc'] is of shape (2, 3), and the param of shape ()."),
+    "another structure": ({"loc": {"a": 1.0}}, "init_params['loc'] is of shape {'a': ()}, and the param of shape ()."),
+    "a list of numbers": ({"loc": [1, 2.0]}, "init_params['loc'] is of shape (2,), and the param of shape ()."),
+}
+
+
+@engines
+@pytest.mark.filterwarnings("ignore:init_to_median")
+@pytest.mark.parametrize(("given", "message"), WHILE_TRACED.values(), ids=WHILE_TRACED)
+def test_init_params_are_refused_before_anything_is_compiled(name, given, message):
+    engine = ENGINES[name]()
+    refused(message, jax.eval_shape, lambda: engine.init(KEY, Y, init_params=given))
+
+
+def test_the_shape_of_a_param_that_is_drawn_is_known():
+    def model(y):
+        loc = numpyro.param("loc", lambda key: jax.random.normal(key, (2,)))
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(loc.sum(), 1), obs=y)
+
+    engine = ENGINES["ScoreMatching"](model)
+    refused(
+        "init_params['loc'] is of shape (3,), and the param of shape (2,).", engine.init, KEY, Y, init_params={"loc": jnp.ones(3)}
+    )
+
+
+@engines
+def test_init_params_stay_inside_their_constraint(name):
+    engine = ENGINES[name]()
+    for value in (1.0, -1.0, 0.0):  # the first compiles, and the others are other numbers
+        if value > 0:
+            assert engine.init(KEY, Y, init_params={"spread": value}).params["spread"] == value
+        else:
+            message = f"init_params['spread'] must be inside the param's constraint, Positive(lower_bound=0.0): got {value}."
+            refused(message, engine.init, KEY, Y, init_params={"spread": value})
+
+
+def test_a_boundary_is_not_inside():
+    def model(y):
+        fraction = numpyro.param("fraction", 0.5, constraint=constraints.greater_than_eq(0.25))
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(fraction, 1), obs=y)
+
+    refused("init_params['fraction'] must be inside", ENGINES["ScoreMatching"](model).init, KEY, Y, init_params={"fraction": 0.25})
+
+
+def test_init_params_may_be_traced():
+    engine = ENGINES["ScoreMatching"]()
+    states = jax.vmap(lambda loc: engine.init(KEY, Y, init_params={"loc": loc}))(jnp.arange(3.0))
+    assert states.params["loc"].tolist() == [0, 1, 2]
+
+
+def test_integers_are_numbers_to_start_from():
+    state = ENGINES["ScoreMatching"]().init(KEY, Y, init_params={"loc": 2, "spread": np.array(3)})
+    assert {name: (value.item(), value.dtype.kind) for name, value in state.params.items()} == {"loc": (2, "f"), "spread": (3, "f")}

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from numpyro_ebm._checks import require_bool, require_count, require_key
 from numpyro_ebm._fit import fit_of
 from numpyro_ebm._pytree import Rest, arrays_and_rest, join, require_hashable
+from numpyro_ebm.infer.init_params import InitParams, read_init_params
 from numpyro_ebm.infer.step import Health, Part, is_bad, keep, named
 
 State = Any
@@ -152,12 +153,17 @@ class Engine(ABC):
         :raises ValueError: for whatever the programs or data cannot be learned with, naming the site and the fix.
         """
         rng_key = require_key("rng_key", rng_key)
-        init_params = dict(init_params or {})
+        given = read_init_params(init_params)
         dynamic, static = _split(args, kwargs)
         self._meet(rng_key, args, kwargs)
-        state, good = self._begin(rng_key, init_params, dynamic, static)
-        if not isinstance(good, jax.core.Tracer) and not good:
-            self._refuse(rng_key, init_params, args, kwargs)
+        state, good, inside = self._begin(rng_key, given, dynamic, static)
+        if outside := [name for name, is_inside in inside.items() if _is_false(is_inside)]:
+            params = InitParams(given)
+            with params:
+                jax.eval_shape(partial(self._start_arrays, static=static), rng_key, given, dynamic)  # for the constraint
+            raise ValueError(params.outside(outside[0]))
+        if _is_false(good):
+            self._refuse(rng_key, given, args, kwargs)
         return state
 
     def update(self, state: State, *args: Any, **kwargs: Any) -> tuple[State, Array]:
@@ -407,10 +413,14 @@ class Engine(ABC):
             what, fix = self._explain(state, bad, args, kwargs)
         return NonFiniteError(f"step {step}: {what} The state before is in .state. {fix}".rstrip(), state, step, bad)
 
-    def _start_arrays(self, rng_key: Array, init_params: Any, dynamic: Any, static: Rest) -> tuple[State, Array]:
+    def _start_arrays(
+        self, rng_key: Array, init_params: dict[str, Any], dynamic: Any, static: Rest
+    ) -> tuple[State, Array, dict[str, Array]]:
         args, kwargs = join(dynamic, static)
-        with _meshes_explained():
-            return self._start(rng_key, init_params, args, kwargs)
+        params = InitParams(init_params)
+        with _meshes_explained(), params:
+            state, good = self._start(rng_key, init_params, args, kwargs)
+        return state, good, params.are_inside()
 
 
 class _Call(NamedTuple):
@@ -505,6 +515,11 @@ def _require_outermost(given: Any) -> None:
             "run looks at numbers between its chunks, and so cannot be inside jit, vmap or grad: make the steps there by update, "
             "in a lax.scan."
         )
+
+
+def _is_false(x: Array) -> bool:
+    """Whether it is known to be, which of what is traced it is not."""
+    return not isinstance(x, jax.core.Tracer) and not x
 
 
 def _asks_the_host(*trees: Any) -> bool:
