@@ -17,6 +17,7 @@ import optax
 import pytest
 from numpyro.distributions import constraints
 from numpyro.infer.autoguide import AutoNormal
+from numpyro.infer.svi import SVIState
 
 from numpyro_ebm import (
     BernoulliRBM,
@@ -38,6 +39,7 @@ from numpyro_ebm import (
     negative_phase,
     sample_posterior,
 )
+from numpyro_ebm.infer.engine import RunResult
 
 KEY = jax.random.key(0)
 Y = jnp.array([0.4, 2.9, 1.1, 3.2, -0.6, 1.4])
@@ -229,3 +231,57 @@ def test_init_params_may_be_traced():
 def test_integers_are_numbers_to_start_from():
     state = ENGINES["ScoreMatching"]().init(KEY, Y, init_params={"loc": 2, "spread": np.array(3)})
     assert {name: (value.item(), value.dtype.kind) for name, value in state.params.items()} == {"loc": (2, "f"), "spread": (3, "f")}
+
+
+def state_of(name):
+    """A state with the shapes of one, which is all that there is to check of it before it is traced."""
+    return jax.eval_shape(lambda: ENGINES[name]().init(KEY, Y))
+
+
+NO_STATES = {
+    "a result": (lambda state: RunResult({}, state, jnp.zeros(1)), "got a RunResult: it is what run returned: pass result.state."),
+    "what update returns": (lambda state: (state, 0.1), "a state and a loss: pass the first of the two."),
+    "params": (lambda state: state.params, "got a dict: pass what init or update of this engine gave, or .state of the result"),
+    "of SVI": (lambda _: SVIState((), {}, None), "got a SVIState: pass what init"),
+    "nothing": (lambda _: None, "got a NoneType: pass what init"),
+}
+VERBS = {
+    **dict.fromkeys(ENGINES, ("update", "stable_update", "evaluate")),
+    "ParticleMMLE": ("update", "stable_update", "evaluate", "get_particles", "stability_limit"),
+    "BiDVL": ("update", "stable_update", "evaluate", "reconstruct", "energies"),
+}
+
+
+def require_refused(name, engine, state, message):
+    for verb in VERBS[name]:
+        refused(message, getattr(engine, verb), state, Y, kind=TypeError)
+    refused(message, engine.get_params, state, kind=TypeError)
+    if state is not None:
+        refused(message, engine.run, KEY, 2, Y, init_state=state, kind=TypeError)
+
+
+@engines
+@pytest.mark.parametrize(("make", "message"), NO_STATES.values(), ids=NO_STATES)
+def test_what_is_no_state_is_refused_before_anything_is_traced(name, make, message):
+    engine = ENGINES[name](untraced)
+    require_refused(name, engine, make(state_of(name)), message)
+
+
+@engines
+@pytest.mark.parametrize("other", ENGINES)
+def test_a_state_of_another_engine_is_refused_by_name(name, other):
+    engine, state = ENGINES[name](untraced), state_of(other)
+    if other != name:
+        message = f"must be a {engine.state_class.__name__}, a state of {name}, got a {type(state).__name__}: pass what init"
+        require_refused(name, engine, state, message)
+
+
+def test_what_is_no_state_is_not_replicated_refined_or_sampled_from():
+    result = RunResult({}, None, jnp.zeros(1))
+    particles, bidvl = ENGINES["ParticleMMLE"](untraced), ENGINES["BiDVL"](untraced)
+    for call in (
+        lambda: particles.replicate(result),
+        lambda: bidvl.sample(KEY, result, 3, Y),
+        lambda: bidvl.refine(KEY, result, UnadjustedLangevin(0.1, 2), Y),
+    ):
+        refused("got a RunResult: it is what run returned: pass result.state.", call, kind=TypeError)

@@ -159,6 +159,8 @@ class BiDVL(Engine):
         (500,)
     """
 
+    state_class = BiDVLState
+
     def __init__(
         self,
         energy: Model,
@@ -219,7 +221,7 @@ class BiDVL(Engine):
         rng_key, num_samples = require_key("rng_key", rng_key), require_count("num_samples", num_samples)
         rows = jnp.zeros((num_samples, *jnp.shape(v)[1:]), jnp.result_type(v))
         noise = self.noise if noise is None else require_bool("noise", noise)
-        return self._generated(rng_key, state, noise, rows, *args, **kwargs)
+        return self._generated(state, rng_key, noise, rows, *args, **kwargs)
 
     @compiled_method
     def reconstruct(self, state: BiDVLState, *args: Any, **kwargs: Any) -> Array:
@@ -252,15 +254,15 @@ class BiDVL(Engine):
         :return: of the shape of the first argument.
         :raises ValueError: naming the site, if the visible is bounded, where chains would leave its support.
         """
-        return self._moved(require_key("rng_key", rng_key), state, require_sampler("sampler", sampler), *args, **kwargs)
+        return self._moved(state, require_key("rng_key", rng_key), require_sampler("sampler", sampler), *args, **kwargs)
 
     @compiled_method
-    def _generated(self, rng_key: Array, state: BiDVLState, noise: bool, *args: Any, **kwargs: Any) -> dict[str, Array]:
+    def _generated(self, state: BiDVLState, rng_key: Array, noise: bool, *args: Any, **kwargs: Any) -> dict[str, Array]:
         levels = self._levels_on_all(state, args, kwargs)
         return levels.generate(state.omega, rng_key, state.mutable_state, noise=noise).drawn
 
     @compiled_method
-    def _moved(self, rng_key: Array, state: BiDVLState, sampler: Sampler, *args: Any, **kwargs: Any) -> Array:
+    def _moved(self, state: BiDVLState, rng_key: Array, sampler: Sampler, *args: Any, **kwargs: Any) -> Array:
         levels = self._levels_on_all(state, args, kwargs)
         return levels.move(sampler, state.theta, args[0], state.mutable_state, rng_key)
 

@@ -175,6 +175,8 @@ class BiSM(BilevelEngine):
         learned 2.9, exact 2.9
     """
 
+    state_class = BiSMState
+
     def __init__(
         self,
         model: Model,

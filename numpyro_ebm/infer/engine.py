@@ -68,10 +68,11 @@ class NonFiniteError(RuntimeError):
 
 
 def compiled_method(method: Method) -> Method:
-    """A method of an engine, compiled once for all arguments that have the same shapes: arrays are traced, the rest compiled in."""
+    """A method of a state, compiled once for all arguments that have the same shapes: arrays are traced, the rest compiled in."""
 
     @wraps(method)
-    def call(self: "Engine", *args: Any, **kwargs: Any) -> Any:
+    def call(self: "Engine", state: State, *args: Any, **kwargs: Any) -> Any:
+        self._require_state(state)
         if method not in self._compiled:
 
             @partial(jax.jit, static_argnames="static")
@@ -80,7 +81,7 @@ def compiled_method(method: Method) -> Method:
                 return method(self, *args, **kwargs)
 
             self._compiled[method] = on_arrays
-        return self._compiled[method](*_split(args, kwargs))
+        return self._compiled[method](*_split((state, *args), kwargs))
 
     return cast(Method, call)
 
@@ -95,6 +96,8 @@ class Engine(ABC):
     #: Fields of the state that :meth:`_step` itself leaves as they were where its health is bad. They have a row for all data,
     #: of which a step changes those of its batch, in place: to choose between new and old in the loop would copy all rows.
     kept_by_step: ClassVar[frozenset[str]] = frozenset()
+    #: the class of the states
+    state_class: ClassVar[type[Any]] = tuple
 
     def __init__(self) -> None:
         self._begin = jax.jit(self._start_arrays, static_argnames="static")
@@ -174,11 +177,13 @@ class Engine(ABC):
 
         :return: the new state and the loss before the step.
         """
+        self._require_state(state)
         made = self._one(state, np.False_, np.False_, *_split(args, kwargs))
         return made.state, made.loss
 
     def stable_update(self, state: State, *args: Any, **kwargs: Any) -> tuple[State, Array]:
         """One step as by :meth:`update`, where a step that is not made is counted in ``state.num_skipped``."""
+        self._require_state(state)
         made = self._one(state, np.False_, np.True_, *_split(args, kwargs))
         return made.state, made.loss
 
@@ -189,6 +194,7 @@ class Engine(ABC):
 
     def get_params(self, state: State) -> dict[str, Any]:
         """Values of the :func:`numpyro.param` sites, constrained, as ``Predictive`` takes them."""
+        self._require_state(state)
         return state.params
 
     def run(
@@ -231,7 +237,10 @@ class Engine(ABC):
         chunk_size = None if chunk_size is None else require_count("chunk_size", chunk_size)
         stable_update, progress_bar = require_bool("stable_update", stable_update), require_bool("progress_bar", progress_bar)
         _require_outermost((rng_key, args, kwargs, init_state, init_params))
-        state = self.init(rng_key, *args, init_params=init_params, **kwargs) if init_state is None else init_state
+        if init_state is None:
+            state = self.init(rng_key, *args, init_params=init_params, **kwargs)
+        else:
+            state = self._require_state(init_state, "init_state")
         dynamic, static = _split(args, kwargs)
         state = _copy(state)  # the loop overwrites what it is given
         call = _Call(dynamic, static, np.bool_(stable_update), collect)
@@ -255,6 +264,21 @@ class Engine(ABC):
                 for callback in callbacks:
                     callback(log.done, _copy(state), log.losses[: log.done])
         return RunResult(self.get_params(state), state, jnp.asarray(log.losses), log.collected)
+
+    def _require_state(self, state: Any, name: str = "state") -> State:
+        """Refuses what is no state of this engine.
+
+        :raises TypeError: saying what it is instead, and what to pass.
+        """
+        if isinstance(state, self.state_class) and not isinstance(state, RunResult):
+            return state
+        fix = "pass what init or update of this engine gave, or .state of the result of its run"
+        if isinstance(state, RunResult):
+            fix = "it is what run returned: pass result.state"
+        elif isinstance(state, tuple) and state and isinstance(state[0], self.state_class):
+            fix = "it is what update returned, a state and a loss: pass the first of the two"
+        wanted, given = self.state_class.__name__, type(state).__name__
+        raise TypeError(f"{name} must be a {wanted}, a state of {type(self).__name__}, got a {given}: {fix}.")
 
     # One step.
 

@@ -154,6 +154,7 @@ class ParticleMMLE(Engine):
         (20, 100)
     """
 
+    state_class = ParticleState
     kept_by_step = frozenset({"particles", "dynamics_state"})
 
     def __init__(
@@ -306,6 +307,7 @@ class ParticleMMLE(Engine):
         :param int num_particles: particles in the new state, a multiple of those in the old; this engine's if not given.
         :raises ValueError: if it is not a multiple.
         """
+        self._require_state(state)
         num_particles = self.num_particles if num_particles is None else require_count("num_particles", num_particles)
         old = _num_particles(state.particles)
         if num_particles % old:

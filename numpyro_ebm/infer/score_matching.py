@@ -84,6 +84,8 @@ class ScoreMatching(ScoreEngine):
         learned 4.2, exact 4.2
     """
 
+    state_class = ScoreMatchingState
+
     def __init__(self, model: Model, optim: Any, objective: ScoreObjective, *, batch_size: int | None = None) -> None:
         super().__init__(model, objective, batch_size)
         self.optim = optim

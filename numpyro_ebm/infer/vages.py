@@ -193,6 +193,8 @@ class VaGES(BilevelEngine):
         learned 2.9, exact 2.9
     """
 
+    state_class = VaGESState
+
     def __init__(
         self,
         model: Model,
