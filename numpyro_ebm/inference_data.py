@@ -87,7 +87,7 @@ def to_inference_data(
     :param dims: names of the dims of a site, plates first, without ``chain`` and ``draw``.
     :return: an ``arviz.InferenceData`` (ArviZ 0) or an ``xarray.DataTree`` (ArviZ 1).
     :raises ValueError: if there is nothing to show; if ``chains`` or ``dims`` names an unknown site, or ``coords``
-        an unknown dim; if ``dims`` gives a site the wrong number of names.
+        an unknown dim; if ``dims`` gives a site the wrong number of names; if the particles are of other rows than the data.
 
     .. doctest::
 
@@ -116,7 +116,11 @@ def to_inference_data(
     kept = _negative_chains(fit)
     where_they_stand = {site: x[:, None] for site, x in positions(kept).items()}
     _require_known("chains", chains or {}, where_they_stand)
-    seen = _Seen() if model is None else _look(fit, model, model_args, dict(model_kwargs or {}))
+    seen = (
+        _Seen()
+        if model is None
+        else _look(fit if posterior is None else fit._replace(particles=None), model, model_args, dict(model_kwargs or {}))
+    )
     groups: dict[str, dict[str, np.ndarray]] = {
         "posterior": seen.posterior if posterior is None else _by_chain(posterior, batch_ndims),
         "posterior_predictive": _by_chain(posterior_predictive, batch_ndims),

@@ -38,6 +38,7 @@ from numpyro_ebm import (
     marginal_score,
     negative_phase,
     sample_posterior,
+    to_inference_data,
 )
 from numpyro_ebm.infer.engine import RunResult
 
@@ -285,3 +286,49 @@ def test_what_is_no_state_is_not_replicated_refined_or_sampled_from():
         lambda: bidvl.refine(KEY, result, UnadjustedLangevin(0.1, 2), Y),
     ):
         refused("got a RunResult: it is what run returned: pass result.state.", call, kind=TypeError)
+
+
+def batches(y):
+    loc = numpyro.param("loc", 0.5)
+    with numpyro.plate("data", len(y), subsample_size=3) as index:
+        x = numpyro.sample("x", dist.Normal(loc, 1))
+        numpyro.sample("y", dist.Normal(x, 1), obs=y[index])
+
+
+def vectors(y):
+    x = numpyro.sample("x", dist.Normal(numpyro.param("loc", 0.5), 1).expand([len(y)]).to_event(1))
+    numpyro.sample("y", dist.Normal(x, 1).to_event(1), obs=y)
+
+
+def halves(y):
+    with numpyro.plate("two", 2, dim=-2), numpyro.plate("data", len(y), dim=-1):
+        x = numpyro.sample("x", dist.Normal(numpyro.param("loc", 0.5), 1))
+        numpyro.sample("y", dist.Normal(x, 1), obs=jnp.stack([y, y]))
+
+
+OF_PLATE = "site 'x': the state has 6 rows of plate 'data', and the data {}."
+ROWS = {
+    "a plate": (model, OF_PLATE),
+    "a subsampled plate": (batches, OF_PLATE),
+    "the inner of two plates": (halves, OF_PLATE),
+    "no plate": (vectors, "site 'x': the state has values of shape (6,), and the model on these data of ({},)."),
+}
+
+
+@pytest.mark.parametrize("rows", [3, 4, 8])
+@pytest.mark.parametrize(("model", "message"), ROWS.values(), ids=ROWS)
+def test_particles_of_other_rows_than_the_data_are_refused(model, message, rows):
+    engine = ENGINES["ParticleMMLE"](model)
+    state = jax.eval_shape(lambda: engine.init(KEY, Y))._replace(rng_key=())
+    state = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), state)._replace(rng_key=KEY)
+    y, message = jnp.linspace(0, 1, rows), message.format(rows)
+    for verb in ("update", "stable_update", "evaluate", "get_particles", "stability_limit"):
+        refused(message, getattr(engine, verb), state, y)
+    refused(message, engine.run, KEY, 2, y, init_state=state)
+    refused(message, to_inference_data, state, model=model, model_args=(y,))
+
+
+def test_other_rows_may_have_a_posterior_of_their_own():
+    state = ENGINES["ParticleMMLE"]().init(KEY, Y)
+    data = to_inference_data(state, model=model, model_args=(Y[:4],), posterior={"x": jnp.zeros((5, 4))})
+    assert dict(data["posterior"]["x"].sizes) == {"chain": 1, "draw": 5, "data": 4}

@@ -52,6 +52,7 @@ from numpyro_ebm.program.run import (
     constrained,
     draw_latents,
     log_density_terms,
+    require_all_rows,
     run_model,
     strong_types,
     total,
@@ -557,6 +558,7 @@ class _Batch:
         data = {**state.params, **state.mutable_state}
         self.program = run_model(model, args, kwargs, rng_key, data=data, latents=_first(state.particles))
         _require_same_sites(self.program, state)
+        require_all_rows(self.program, state.particles)
         self.indices = subsampled_indices(self.program)
         self._given = {**state.mutable_state, **self.indices}  # to another run on the same rows
 

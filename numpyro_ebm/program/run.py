@@ -179,9 +179,13 @@ def total(terms: dict[str, Array]) -> Array:
 def constrained(
     model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], rng_key: Array, *, data: dict[str, Any], latents: dict[str, Array]
 ) -> dict[str, Array]:
-    """The values of latent sites that stand at unconstrained ``latents``, for all rows of the data."""
+    """The values of latent sites that stand at unconstrained ``latents``, for all rows of the data.
+
+    :raises ValueError: as :func:`require_all_rows`.
+    """
     with whole_plates():
         program = run_model(model, args, kwargs, rng_key, data=data, latents=latents)
+    require_all_rows(program, latents)
     return {name: program.sites[name]["value"] for name in latents}
 
 
@@ -220,7 +224,26 @@ def require_continuous(program: Run) -> None:
             )
 
 
-def _require_all_rows(site: Site) -> None:
+def require_all_rows(program: Run, latents: dict[str, Array]) -> None:
+    """Refuses latents of other rows than those of the data.
+
+    :param latents: unconstrained, with a row for all data.
+    :raises ValueError: naming the site and the plate, with both numbers of rows.
+    """
+    for name in latents:
+        for plate, axis in program.latents[name].plates:
+            given, size = latents[name].shape[axis], program.plates[plate].size
+            if given != size:
+                raise ValueError(
+                    f"site '{name}': the state has {given} rows of plate '{plate}', and the data {size}. Give the data that the "
+                    "state is of, or start anew on these by init."
+                )
+        shape, own = jnp.shape(program.sites[name]["value"]), program.sites[name]["fn"].shape()
+        if shape != own:
+            raise ValueError(f"site '{name}': the state has values of shape {shape}, and the model on these data of {own}.")
+
+
+def _require_no_batch(site: Site) -> None:
     plate = in_subsampled_plate(site["fn"].batch_shape)
     if plate is not None:
         raise ValueError(
@@ -242,7 +265,7 @@ class _place(substitute):
             return None
         transform, position = transform_of(site), self.latents[site["name"]]
         if (step := scan_index(site)) is not None:
-            _require_all_rows(site)
+            _require_no_batch(site)
             position = position[step]
         for frame, (plate, axis) in zip(site["cond_indep_stack"], _axes(site, transform), strict=True):
             if position.shape[axis] != frame.size:
