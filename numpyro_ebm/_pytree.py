@@ -3,10 +3,11 @@
 
 """A pytree taken apart into what is traced, its arrays, and what is compiled in, the rest."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -20,12 +21,12 @@ class Rest(NamedTuple):
 
 
 def arrays_and_rest(tree: Any) -> tuple[list[Any], Rest]:
-    """The arrays of a pytree, NumPy's or JAX's, and the rest.
+    """The arrays of a pytree, and the rest: NumPy's, JAX's, and what NumPy can read, as a table of pandas or a tensor of PyTorch.
 
     NumPy's scalars are in the rest, as Python's numbers are: either may be the size of a plate.
     """
     leaves, structure = jax.tree.flatten(tree)
-    is_array = [isinstance(leaf, (Array, np.ndarray)) for leaf in leaves]
+    is_array = [_is_array(leaf) for leaf in leaves]
     rest = tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
     arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
     return arrays, Rest(structure, rest, tuple(type(leaf) for leaf in rest))
@@ -35,6 +36,40 @@ def join(arrays: Sequence[Any], rest: Rest) -> Any:
     """The pytree of some arrays and the rest: the inverse of :func:`arrays_and_rest`."""
     given = iter(arrays)
     return jax.tree.unflatten(rest.structure, [next(given) if leaf is None else leaf for leaf in rest.leaves])
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (Array, np.ndarray)) or (hasattr(type(leaf), "__array__") and not isinstance(leaf, np.generic))
+
+
+def as_array(what: str, array: Any) -> Array:
+    """An array as JAX's.
+
+    :param str what: what it is, for the message: ``"an argument of the model"``.
+    :raises TypeError: if it holds what are no numbers.
+    """
+    if isinstance(array, Array):
+        return array
+    read = np.asarray(array)
+    if not (read.dtype == bool or jnp.issubdtype(read.dtype, jnp.number)):
+        raise TypeError(f"{what}, a {type(array).__name__} of dtype {read.dtype}, does not hold numbers alone: convert it.")
+    return jnp.asarray(read)
+
+
+def require_no_lists(what: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuses lists of numbers, which may be meant for data, to be traced, or for settings, to be compiled in.
+
+    :param str what: what the arguments are, for the message: ``"an argument of the model"``.
+    :raises TypeError: with what to pass.
+    """
+    for name, value in (*enumerate(args), *kwargs.items()):
+        for part in value.values() if isinstance(value, dict) else (value,):
+            if isinstance(part, list) and part and all(isinstance(x, int | float | np.generic) for x in jax.tree.leaves(part)):
+                named = f", {name}," if isinstance(name, str) else ""
+                raise TypeError(
+                    f"{what}{named} is a list of {len(part)}: pass jnp.asarray(...) of data, and a tuple of settings, which are "
+                    "compiled in."
+                )
 
 
 def require_hashable(what: str, rest: Rest) -> Rest:

@@ -40,7 +40,7 @@ from numpyro_ebm import (
     sample_posterior,
     to_inference_data,
 )
-from numpyro_ebm.infer.engine import RunResult
+from numpyro_ebm.infer.engine import RunResult, _split
 
 KEY = jax.random.key(0)
 Y = jnp.array([0.4, 2.9, 1.1, 3.2, -0.6, 1.4])
@@ -332,3 +332,76 @@ def test_other_rows_may_have_a_posterior_of_their_own():
     state = ENGINES["ParticleMMLE"]().init(KEY, Y)
     data = to_inference_data(state, model=model, model_args=(Y[:4],), posterior={"x": jnp.zeros((5, 4))})
     assert dict(data["posterior"]["x"].sizes) == {"chain": 1, "draw": 5, "data": 4}
+
+
+class Tensor:
+    """What NumPy can read, and JAX cannot, such as a tensor of PyTorch."""
+
+    def __init__(self, values):
+        self.values = np.asarray(values)
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values.astype(dtype or self.values.dtype)
+
+
+def series(values):
+    return pytest.importorskip("pandas").Series(np.asarray(values))
+
+
+def frame(values):
+    return pytest.importorskip("pandas").DataFrame({"a": np.asarray(values), "b": "word"})
+
+
+@engines
+@pytest.mark.parametrize("kind", [np.asarray, Tensor, series], ids=["NumPy", "a tensor", "pandas"])
+def test_data_of_any_kind_are_the_same_to_every_engine(name, kind):
+    engine = ENGINES[name]()
+    wanted, given = (jax.eval_shape(lambda y=y: engine.init(KEY, y)) for y in (Y, kind(Y)))
+    assert given == wanted
+    arrays, rest = _split((kind(Y),), {})
+    assert rest == _split((Y,), {})[1]  # a tensor would be compiled in by its class
+    np.testing.assert_array_equal(arrays[0], Y)
+
+
+LIST = "an argument of the model{} is a list of {}: pass jnp.asarray(...) of data, and a tuple of settings"
+NO_ARRAYS = {
+    "a list": (lambda y: y.tolist(), LIST.format("", 6)),
+    "a list of integers": (lambda _: [1, 2, 3], LIST.format("", 3)),
+    "a list of lists": (lambda y: [y.tolist(), y.tolist()], LIST.format("", 2)),
+    "a list in a dict": (lambda y: {"y": y.tolist()}, LIST.format("", 6)),
+    "an array of words": (
+        lambda _: np.array(["a", "b"]),
+        "an argument of the model, a ndarray of dtype <U1, does not hold numbers alone",
+    ),
+    "an array of objects": (
+        lambda _: np.array([None]),
+        "an argument of the model, a ndarray of dtype object, does not hold numbers",
+    ),
+    "a table with words": (
+        frame,
+        "an argument of the model, a DataFrame of dtype object, does not hold numbers alone: convert it.",
+    ),
+    "a set": (lambda y: set(y.tolist()), "an argument of the model, a set, is neither an array nor hashable"),
+}
+
+
+@engines
+@pytest.mark.parametrize(("make", "message"), NO_ARRAYS.values(), ids=NO_ARRAYS)
+def test_what_is_no_array_is_refused_before_anything_is_traced(name, make, message):
+    engine, data, state = ENGINES[name](untraced), make(Y), state_of(name)
+    refused(message, engine.init, KEY, data, kind=TypeError)
+    refused(message, engine.run, KEY, 2, data, init_state=state, kind=TypeError)
+    for verb in VERBS[name]:
+        refused(message, getattr(engine, verb), state, data, kind=TypeError)
+
+
+def test_a_list_is_named_by_its_keyword():
+    refused(LIST.format(", y,", 6), ENGINES["BiSM"](untraced).init, KEY, y=Y.tolist(), kind=TypeError)
+
+
+def test_lists_of_arrays_and_tuples_of_settings_are_arguments():
+    def stacked(parts, settings):
+        model(jnp.concatenate(parts) * settings[0])
+
+    state = ENGINES["ParticleMMLE"](stacked).init(KEY, [Y, Y], (1, 2))
+    assert state.particles["x"].shape == (2, 12)

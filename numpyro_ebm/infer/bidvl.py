@@ -31,6 +31,7 @@ from numpyro.handlers import scale, uncondition
 from numpyro.infer import TraceMeanField_ELBO
 
 from numpyro_ebm._checks import require_bool, require_count, require_key, require_setting
+from numpyro_ebm._pytree import as_array
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.infer.bidvl_programs import plate_of, require_real, require_together, visible_of
 from numpyro_ebm.infer.bidvl_settings import Difference, Hinge, LowerLevel, Softplus
@@ -219,6 +220,7 @@ class BiDVL(Engine):
         :return: by site, of shape ``(num_samples,) + event_shape``.
         """
         rng_key, num_samples = require_key("rng_key", rng_key), require_count("num_samples", num_samples)
+        v = as_array("v", v)
         rows = jnp.zeros((num_samples, *jnp.shape(v)[1:]), jnp.result_type(v))
         noise = self.noise if noise is None else require_bool("noise", noise)
         return self._generated(state, rng_key, noise, rows, *args, **kwargs)

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from numpyro_ebm._checks import require_bool, require_count, require_key
 from numpyro_ebm._fit import fit_of
-from numpyro_ebm._pytree import Rest, arrays_and_rest, join, require_hashable
+from numpyro_ebm._pytree import Rest, arrays_and_rest, as_array, join, require_hashable, require_no_lists
 from numpyro_ebm.infer.init_params import InitParams, read_init_params
 from numpyro_ebm.infer.step import Health, Part, is_bad, keep, named
 
@@ -158,6 +158,7 @@ class Engine(ABC):
         rng_key = require_key("rng_key", rng_key)
         given = read_init_params(init_params)
         dynamic, static = _split(args, kwargs)
+        args, kwargs = join(dynamic, static)
         self._meet(rng_key, args, kwargs)
         state, good, inside = self._begin(rng_key, given, dynamic, static)
         if outside := [name for name, is_inside in inside.items() if _is_false(is_inside)]:
@@ -237,11 +238,12 @@ class Engine(ABC):
         chunk_size = None if chunk_size is None else require_count("chunk_size", chunk_size)
         stable_update, progress_bar = require_bool("stable_update", stable_update), require_bool("progress_bar", progress_bar)
         _require_outermost((rng_key, args, kwargs, init_state, init_params))
+        dynamic, static = _split(args, kwargs)
+        args, kwargs = join(dynamic, static)
         if init_state is None:
             state = self.init(rng_key, *args, init_params=init_params, **kwargs)
         else:
             state = self._require_state(init_state, "init_state")
-        dynamic, static = _split(args, kwargs)
         state = _copy(state)  # the loop overwrites what it is given
         call = _Call(dynamic, static, np.bool_(stable_update), collect)
         chunk_size = chunk_size or (max(1, num_steps // 20) if callbacks else None)
@@ -603,5 +605,7 @@ def _copy(state: State) -> State:
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Array], Rest]:
     """The arrays of a call's arguments, and what is compiled in."""
+    what = "an argument of the model"
+    require_no_lists(what, args, kwargs)
     arrays, rest = arrays_and_rest((args, kwargs))
-    return [jnp.asarray(array) for array in arrays], require_hashable("an argument of the model", rest)
+    return [as_array(what, array) for array in arrays], require_hashable(what, rest)

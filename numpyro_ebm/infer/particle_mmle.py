@@ -328,11 +328,11 @@ class ParticleMMLE(Engine):
         :param args: arguments of the model.
         :return: an estimate for the particles that move in the next step, from above; inf where no direction is curved.
         """
-        curvature = float(self._largest_curvature(state, args, kwargs))
+        curvature = float(self._largest_curvature(state, *args, **kwargs))
         return 2 / curvature if curvature > 0 else float("inf")
 
     @compiled_method
-    def _largest_curvature(self, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
+    def _largest_curvature(self, state: ParticleState, *args: Any, **kwargs: Any) -> Array:
         batch = _Batch(self._inner, state, state.rng_key, args, kwargs)
         return largest_curvature(partial(batch.scores, state.unconstrained), batch.gather(state.particles), state.rng_key)
 
