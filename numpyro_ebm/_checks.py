@@ -107,16 +107,16 @@ def require_key(name: str, value: Any, why: str = "") -> Any:
     :param str why: what the key is for: ends the message.
     :raises ValueError: naming the argument and what it was.
     """
+    wanted = "one random key, such as jax.random.key(0)"
     if isinstance(value, (Array, np.ndarray)):
         is_raw = value.dtype == np.uint32
         num_dims = value.ndim - is_raw
-        if is_raw or jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        if num_dims >= 0 and (is_raw or jnp.issubdtype(value.dtype, jax.dtypes.prng_key)):
             if num_dims == 0:
                 return value
-            if num_dims > 0:
-                why = f"it is a batch of keys of shape {value.shape[:num_dims]}, pass one of them or map over them by jax.vmap"
-                value = type(value)
-    raise ValueError(_message(name, "one random key, such as jax.random.key(0)", value, why))
+            shape = value.shape[:num_dims]
+            raise ValueError(f"{name} must be {wanted}, got keys of shape {shape}: pass one of them, or map over them by jax.vmap.")
+    raise ValueError(_message(name, wanted, value, why))
 
 
 def require_instance(name: str, value: Any, members: tuple[str, ...], wanted: str) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
+import pandas as pd
 import pytest
 from numpyro.distributions import constraints
 from numpyro.infer.autoguide import AutoNormal
@@ -97,8 +98,8 @@ KEYS = {
     "an int": (0, "got 0."),
     "a float": (jnp.ones(2), "got "),
     "an array of an int": (jnp.asarray(3), "got "),
-    "typed keys": (jax.random.split(KEY, 3), "it is a batch of keys of shape (3,), pass one"),
-    "raw keys": (jax.random.split(jax.random.PRNGKey(0), 3), "it is a batch of keys of shape (3,), pass one"),
+    "typed keys": (jax.random.split(KEY, 3), "got keys of shape (3,): pass one of them"),
+    "raw keys": (jax.random.split(jax.random.PRNGKey(0), 3), "got keys of shape (3,): pass one of them"),
 }
 keys = pytest.mark.parametrize(("key", "got"), KEYS.values(), ids=KEYS)
 
@@ -345,11 +346,11 @@ class Tensor:
 
 
 def series(values):
-    return pytest.importorskip("pandas").Series(np.asarray(values))
+    return pd.Series(np.asarray(values))
 
 
 def frame(values):
-    return pytest.importorskip("pandas").DataFrame({"a": np.asarray(values), "b": "word"})
+    return pd.DataFrame({"a": np.asarray(values), "b": "word"})
 
 
 @engines

@@ -154,6 +154,7 @@ class Engine(ABC):
         :param args: arguments of the model; arrays are traced, everything else is static.
         :param dict init_params: values of :func:`numpyro.param` sites to start from, instead of the programs' own.
         :raises ValueError: for whatever the programs or data cannot be learned with, naming the site and the fix.
+        :raises TypeError: for values that are no numbers, and arguments that can neither be traced nor compiled in.
         """
         rng_key = require_key("rng_key", rng_key)
         given = read_init_params(init_params)
