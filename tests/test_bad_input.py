@@ -17,6 +17,7 @@ import optax
 import pandas as pd
 import pytest
 from numpyro.distributions import constraints
+from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.svi import SVIState
 
@@ -202,6 +203,20 @@ def test_the_shape_of_a_param_that_is_drawn_is_known():
     refused(
         "init_params['loc'] is of shape (3,), and the param of shape (2,).", engine.init, KEY, Y, init_params={"loc": jnp.ones(3)}
     )
+
+
+def test_looking_at_a_param_draws_nothing():
+    """Other params are drawn as they are where the value is substituted."""
+
+    def model(y):
+        loc, scale = numpyro.param("loc", jax.random.normal), numpyro.param("scale", jax.random.uniform)
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(loc, scale), obs=y)
+
+    state = ENGINES["ScoreMatching"](model).init(KEY, Y, init_params={"loc": 0.5})
+    with trace() as sites, substitute(data={"loc": 0.5}), seed(rng_seed=KEY):
+        model(Y)
+    assert state.params["scale"] == sites["scale"]["value"]
 
 
 @engines

@@ -273,7 +273,7 @@ class Engine(ABC):
 
         :raises TypeError: saying what it is instead, and what to pass.
         """
-        if isinstance(state, self.state_class) and not isinstance(state, RunResult):
+        if isinstance(state, self.state_class):
             return state
         fix = "pass what init or update of this engine gave, or .state of the result of its run"
         if isinstance(state, RunResult):
