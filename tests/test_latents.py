@@ -260,6 +260,13 @@ def test_map_is_the_mode_of_the_constrained_distribution():
     np.testing.assert_allclose(found.log_density, exact, rtol=1e-4)
 
 
+def test_map_under_scope_is_that_of_the_model():
+    # catches a Jacobian that is told by its name, which scope changes
+    y = jnp.array([0.0, 2.0, 7.0])
+    found = find_map(KEY, numpyro.handlers.scope(counts, prefix="m"), {"m/rate": 2.0}, y)
+    np.testing.assert_allclose(found.latents["m/x"], (2 + y) / 3, rtol=1e-3)
+
+
 def test_best_start_is_kept_row_by_row():
     # catches one best start for all rows: 8 starts have no one with all 12 rows in their better well
     sign = jnp.where(jnp.arange(12) % 3 == 0, 1.0, -1.0)

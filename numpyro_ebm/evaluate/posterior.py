@@ -174,10 +174,9 @@ class Posterior:
     def terms(self, latents: Latents, params: Mapping[str, Any] | None = None, *, jacobian: bool = True) -> dict[str, Array]:
         """The log density of every site at unconstrained latents, at these parameters or at others."""
         data = {**self.data, **(params or {})}
+        call = self.model, self.args, self.kwargs, self.rng_key
         with whole_plates():
-            terms = log_density_terms(self.model, self.args, self.kwargs, self.rng_key, data=data, latents=latents)[0]
-        jacobians = {f"_{name}_log_det" for name in latents}
-        return {name: term for name, term in terms.items() if jacobian or name not in jacobians}
+            return log_density_terms(*call, data=data, latents=latents, jacobian=jacobian)[0]
 
     def row_log_density(self, latents: Latents, params: Mapping[str, Any] | None = None, *, jacobian: bool = True) -> Array:
         """The log density that depends on latents, ``(rows,)``, or ``()`` where rows are not independent."""
