@@ -116,7 +116,8 @@ class ParticleMMLE(Engine):
         particles moved.
     :param str noise: with subsampling, ``"batch"``: the particles of the batch move with noise of variance 2h and the others rest
         (Kuntz et al.); ``"all"``: the batch drifts, and all particles get noise of variance 2h / L, L the number of batches
-        in the data (Marks et al.). Without subsampling they are the same.
+        in the data (Marks et al.); of several moves of a batch, that is the noise of the last. Without subsampling they are
+        the same.
     :param int num_moves: moves of the particles per step of the parameters.
     :param bool average_moves: whether the parameters see the mean gradient over all those moves, instead of the last.
     :param dynamics: how particles move instead of :func:`~numpyro_ebm.langevin`, such as
@@ -442,51 +443,55 @@ class ParticleMMLE(Engine):
     ) -> tuple[Particles, Any, Particles, "_Gradients"]:
         """Particles after their moves, what the dynamics keep, the cloud that parameters see, and the gradients there."""
         keys = jax.random.split(rng_key, self.num_moves)
+        noise = np.ones(self.num_moves)
+        if self.noise == "all" and batch.indices:
+            noise[-1] = 0  # it comes with that on all particles, from this visit of the batch to the next
         jacobi = self.order == "jacobi"
         if self.num_moves == 1 and jacobi:
             gradients = batch.gradients(theta, x)
-            return *self._push(batch, keys[0], x, kept, gradients.scores, step_size), x, gradients
+            return *self._push(keys[0], x, kept, gradients.scores, step_size, noise[0]), x, gradients
         if self.average_moves:
-            return self._move_and_average(batch, theta, x, kept, step_size, keys)
+            return self._move_and_average(batch, theta, x, kept, step_size, (keys, jnp.asarray(noise)))
 
-        def move(carry: tuple[Particles, Any], key: Array) -> tuple[tuple[Particles, Any], None]:
-            x, kept = carry
-            return self._push(batch, key, x, kept, batch.scores(theta, x), step_size), None
+        def move(carry: tuple[Particles, Any], how: tuple[Array, Array]) -> tuple[tuple[Particles, Any], None]:
+            (x, kept), (key, noise) = carry, how
+            return self._push(key, x, kept, batch.scores(theta, x), step_size, noise), None
 
-        (new_x, new_kept), _ = lax.scan(move, (x, kept), keys)
+        (new_x, new_kept), _ = lax.scan(move, (x, kept), (keys, jnp.asarray(noise)))
         seen = x if jacobi else new_x
         return new_x, new_kept, seen, batch.gradients(theta, seen)
 
     def _move_and_average(
-        self, batch: "_Batch", theta: Any, x: Particles, kept: Any, step_size: Any, keys: Array
+        self, batch: "_Batch", theta: Any, x: Particles, kept: Any, step_size: Any, moves: tuple[Array, Array]
     ) -> tuple[Particles, Any, Particles, "_Gradients"]:
         """The same with the mean gradient over the points before the moves (Jacobi) or after them (Gauss-Seidel)."""
         start = batch.gradients(theta, x)
 
-        def move(carry: tuple[Particles, Any, _Gradients, Any], key: Array) -> tuple[Any, None]:
-            x, kept, before, (loss, gradient) = carry
-            x, kept = self._push(batch, key, x, kept, before.scores, step_size)
+        def move(carry: tuple[Particles, Any, _Gradients, Any], how: tuple[Array, Array]) -> tuple[Any, None]:
+            (x, kept, before, (loss, gradient)), (key, noise) = carry, how
+            x, kept = self._push(key, x, kept, before.scores, step_size, noise)
             after = batch.gradients(theta, x)
             counted = before if self.order == "jacobi" else after
-            mean = jax.tree.map(lambda sum, new: sum + new / len(keys), (loss, gradient), (counted.loss, counted.of_params))
+            mean = jax.tree.map(lambda sum, new: sum + new / self.num_moves, (loss, gradient), (counted.loss, counted.of_params))
             return (x, kept, after, mean), None
 
         nothing = jax.tree.map(jnp.zeros_like, (start.loss, start.of_params))
-        (new_x, new_kept, last, (loss, gradient)), _ = lax.scan(move, (x, kept, start, nothing), keys)
+        (new_x, new_kept, last, (loss, gradient)), _ = lax.scan(move, (x, kept, start, nothing), moves)
         return new_x, new_kept, x if self.order == "jacobi" else new_x, _Gradients(loss, gradient, last.scores)
 
     def _push(
-        self, batch: "_Batch", rng_key: Array, x: Particles, kept: Any, scores: Particles, step_size: Any
+        self, rng_key: Array, x: Particles, kept: Any, scores: Particles, step_size: Any, noise: Any
     ) -> tuple[Particles, Any]:
-        """One move of the particles of a batch."""
+        """One move of the particles of a batch, with noise (1) or without (0)."""
         if self.dynamics is not None:
             minus = jax.tree.map(jnp.negative, scores)
             moves, kept = self.dynamics.update(minus, kept, x, temperature=1.0, rng_key=rng_key)
             return optax.apply_updates(x, moves), kept
         h = jnp.asarray(step_size)
         x = jax.tree.map(lambda x, s: x + h.astype(x.dtype) * s, x, scores)
-        if self.noise == "batch" or not batch.indices:
-            x = jax.tree.map(lambda x, xi: x + jnp.sqrt(2 * h).astype(x.dtype) * xi, x, optim_module.normal_like(rng_key, x))
+        if isinstance(noise, Array) or noise:
+            sd = noise * jnp.sqrt(2 * h)
+            x = jax.tree.map(lambda x, xi: x + sd.astype(x.dtype) * xi, x, optim_module.normal_like(rng_key, x))
         return x, kept
 
     def _shake(self, rng_key: Array, batch: "_Batch", particles: Particles, step_size: Array) -> Particles:
