@@ -128,6 +128,33 @@ def test_rows_that_a_sum_couples_are_found_out():
     assert_moments(draws, cov @ np.asarray(Y), cov)
 
 
+@pytest.mark.parametrize("sd", [1.0, 1e-2, 1e-3])
+@pytest.mark.parametrize("size", [4, 300])
+def test_rows_that_are_coupled_are_found_out_beside_rows_of_large_score(size, sd):
+    # catches a tolerance from the largest score of any row: that of row 0 is 1 / sd^2, and the last two share their sum
+    def model(y, sd, share):
+        with numpyro.plate("data", len(y)):
+            x = numpyro.sample("x", dist.Normal(0, 1))
+            numpyro.sample("y", dist.Normal(x + share * (share * x).sum(), sd), obs=y)
+
+    y = jnp.linspace(-1, 3, size)
+    noise, share = jnp.ones(size).at[0].set(sd), (jnp.arange(size) >= size - 2).astype(float)
+    assert Posterior(KEY, model, {}, (y, noise, share), {}, None).plate is None
+    assert Posterior(KEY, model, {}, (y, noise, 0 * share), {}, None).plate == "data"
+
+
+def test_rows_without_a_score_are_independent():
+    # catches a tolerance that is 0, or below the rounding of what cancels: the score is that of a sum of two large terms
+    def model(y):
+        with numpyro.plate("data", len(y)):
+            x = numpyro.sample("x", dist.Normal(y, 1e-3))
+            numpyro.factor("apart", 1e6 * (x - y) ** 2 / 2 + jnp.tanh(x[:, None] @ jnp.ones((1, 7))).sum(1))
+
+    y = jnp.linspace(-1, 1, 1000)
+    assert Posterior(KEY, model, {}, (y,), {}, None).plate == "data"
+    assert Posterior(KEY, population, {"loc": 0.0, "scale": 1e3}, (0 * y, 1e3), {}, None).plate == "data"
+
+
 def test_a_term_outside_the_plate_does_not_couple_rows():
     # catches a penalty on parameters that makes all rows move jointly
     def penalized(y):

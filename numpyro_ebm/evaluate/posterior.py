@@ -262,26 +262,30 @@ class Posterior:
         """Whether the density is a product over rows.
 
         NumPyro takes the user's word for it, which a sum over a plate's rows breaks. Where it is true, weighing the rows'
-        log densities weighs the rows' scores by the same numbers, and what stands outside the plate has no score.
+        log densities weighs the rows' scores by the same numbers, and what stands outside the plate has no score. With powers
+        of two nothing is rounded by that, so that a row is judged by its own score, however large those of the others are.
         """
-        weights = 1 + jax.random.uniform(self.rng_key, (self.program.plates[plate].size,))
+        size = self.program.plates[plate].size
 
         @jax.jit
-        def scores(latents: Latents) -> tuple[Latents, Latents, Latents]:
-            def weighed(latents: Latents, weights: Array) -> Array:
-                return (self._rows_and_rest(self.terms(latents), plate)[0] * weights).sum()
+        def scores(latents: Latents, weights: Array) -> Latents:
+            return jax.grad(lambda latents: (self._rows_and_rest(self.terms(latents), plate)[0] * weights).sum())(latents)
 
-            of_rest = jax.grad(lambda latents: self._rows_and_rest(self.terms(latents), plate)[1])(latents)
-            return jax.grad(weighed)(latents, weights), jax.grad(weighed)(latents, jnp.ones_like(weights)), of_rest
+        @jax.jit
+        def scores_of_rest(latents: Latents) -> Latents:
+            return jax.grad(lambda latents: self._rows_and_rest(self.terms(latents), plate)[1])(latents)
 
-        all_scores = scores(latents)
-        for name, site in self.program.latents.items():
-            axis = dict(site.plates)[plate]
-            found, plain, of_rest = (np.moveaxis(np.asarray(score[name]), axis, 0) for score in all_scores)
-            wanted = plain * np.asarray(weights).reshape(-1, *(1,) * (plain.ndim - 1))
-            tolerance = float(jnp.finfo(plain.dtype).eps) ** 0.5 * np.abs(wanted).max()
-            if not (np.abs(found - wanted) <= tolerance).all() or of_rest.any():
-                return False
+        if any(np.any(score) for score in scores_of_rest(latents).values()):
+            return False
+        plain = scores(latents, jnp.ones(size))
+        for weights in _powers_of_two(size):
+            weighed = scores(latents, jnp.asarray(weights))
+            for name, site in self.program.latents.items():
+                axis = dict(site.plates)[plate]
+                found, own = (np.moveaxis(np.asarray(score[name]), axis, 0).reshape(size, -1) for score in (weighed, plain))
+                tolerance = float(jnp.finfo(own.dtype).eps) ** 0.5 * np.abs(own).max(1, keepdims=True)
+                if not (np.abs(found / weights[:, None] - own) <= tolerance).all():
+                    return False
         return True
 
     def _rows_and_rest(self, terms: dict[str, Array], plate: str) -> tuple[Array, Array]:
@@ -328,6 +332,16 @@ class Posterior:
     def params_at(self, theta: Any) -> dict[str, Any]:
         """The parameters at unconstrained values."""
         return constrain_params(theta, self.program.param_transforms)
+
+
+def _powers_of_two(size: int) -> list[np.ndarray]:
+    """Weights of ``size`` rows, no two of which have the same in all lists: 2 to the power of a digit of their number."""
+    rows, base = np.arange(size), 16
+    weights: list[np.ndarray] = []
+    while not weights or rows.any():
+        weights.append(2.0 ** (rows % base))
+        rows = rows // base
+    return weights
 
 
 def _run_sampler(
