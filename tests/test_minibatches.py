@@ -21,7 +21,9 @@ from numpyro_ebm import (
     EnergyDistribution,
     ExactScoreMatching,
     GumbelBernoulli,
+    KernelSteinDiscrepancy,
     ParticleMMLE,
+    RBFKernel,
     ScoreMatching,
     TiltedDistribution,
     UnadjustedLangevin,
@@ -275,6 +277,35 @@ def of_other_size(v):
     loc = numpyro.param("loc", 0.0)
     with numpyro.plate("data", 1000, subsample_size=2):
         numpyro.sample("v", dist.Normal(loc, 1), obs=v[:2])
+
+
+@pytest.mark.parametrize("batch_size", [1, BATCH, SIZE])
+@pytest.mark.parametrize("as_keyword", [False, True])
+def test_covariates_are_refused_where_rows_are_drawn_without_them(batch_size, as_keyword):
+    """As many rows as there are is what no shape can tell: every row was paired with the covariates of another."""
+    covariates = {"x": normal(1, SIZE)}
+    name, args, kwargs = ("'x'", (), covariates) if as_keyword else ("1", tuple(covariates.values()), {})
+    message = rf"argument {name} has 12 rows, as the first argument, of which alone batch_size={batch_size} draws rows"
+    engine = ScoreMatching(at_rest, SGD, ExactScoreMatching(), batch_size=batch_size)
+    with pytest.raises(ValueError, match=message):
+        engine.init(KEY, ROWS, *args, subsample_size=None, **kwargs)
+    state = engine.init(KEY, ROWS, subsample_size=None)
+    with pytest.raises(ValueError, match=message):
+        engine.update(state, ROWS, *args, subsample_size=None, **kwargs)
+    whole = ScoreMatching(at_rest, SGD, ExactScoreMatching())  # all of them, in order
+    whole.update(whole.init(KEY, ROWS, *args, subsample_size=None, **kwargs), ROWS, *args, subsample_size=None, **kwargs)
+
+
+@pytest.mark.parametrize("pairs", ["all", "halves"])
+def test_no_row_is_twice_in_a_batch_whose_rows_are_compared(pairs):
+    """The only two distinct rows are compared, at every step. With replacement a row met itself in half of them."""
+    objective = KernelSteinDiscrepancy(RBFKernel(1.0), pairs=pairs)
+    engine = ScoreMatching(at_rest, STILL, objective, batch_size=2)
+    v = jnp.array([0.0, 2.0])
+    state = engine.init(KEY, v, subsample_size=None)
+    losses = engine.run(KEY, 40, v, init_state=state, subsample_size=None, progress_bar=False).losses
+    k = np.exp(-2.0)  # of r^2 = 4 and scores 0 and -2: u = k (s s' + (s - s') r + 1 - r^2)
+    np.testing.assert_allclose(losses, k * (0 - 2 * 2 + 1 - 4), rtol=1e-5)
 
 
 ROWS = normal(0, SIZE)

@@ -39,7 +39,8 @@ class ScoreEngine(Engine):
 
     def _batch(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
         """The rows of the visible that a step sees."""
-        return drawn_batch(self._programs, args, kwargs, rng_key, data=params, batch_size=self.batch_size)
+        distinct = getattr(self.objective, "compares_rows", False)
+        return drawn_batch(self._programs, args, kwargs, rng_key, data=params, batch_size=self.batch_size, distinct=distinct)
 
     def _first_batch(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
         """The first rows of the visible: what there is to check of a model."""

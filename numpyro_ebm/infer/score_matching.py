@@ -56,8 +56,8 @@ class ScoreMatching(ScoreEngine):
         ``optax.lbfgs()``, sees one batch and one noise in every step.
     :param objective: what is minimized: :class:`~numpyro_ebm.ExactScoreMatching`, :class:`~numpyro_ebm.SlicedScoreMatching`,
         :class:`~numpyro_ebm.DenoisingScoreMatching` or :class:`~numpyro_ebm.MultiscaleDenoisingScoreMatching`.
-    :param int batch_size: where no plate is subsampled, rows of the first argument in every step, drawn with replacement; all of
-        them if not given.
+    :param int batch_size: where no plate is subsampled, rows of the first argument in every step, drawn with replacement,
+        or without where the objective compares rows; all of them if not given. Arguments with a row for each are refused then.
     :raises ValueError: from ``init``, naming the site and the fix, if the first argument does not reach exactly one
         continuous site, row by row; if the model has latents, mutable sites, or no params; if a subsampled plate takes its rows
         otherwise; if data are not finite.

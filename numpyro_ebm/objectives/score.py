@@ -70,6 +70,8 @@ class ScoreObjective(ABC):
 
     #: whether :meth:`loss` takes derivatives of the score in the visible
     differentiates_score: ClassVar[bool] = False
+    #: whether the loss of a row is of pairs with others, so that a batch must not have a row twice
+    compares_rows: ClassVar[bool] = False
     #: the smallest batch that has a loss
     min_batch_size: ClassVar[int] = 1
 

@@ -134,7 +134,8 @@ class KernelSteinDiscrepancy(ScoreObjective):
     zero and larger, by a fraction of the mean of :math:`u(v, v)`.
 
     ``pairs="halves"``: row :math:`i` of the first half is paired with row :math:`i` of the second, and both have the loss of the
-    pair. Unbiased too, with the cost of a pair per row, and much noisier.
+    pair. Unbiased too, with the cost of a pair per row, and much noisier. Of batches they are unbiased where no row is twice in
+    one: ``batch_size`` of the engines draws rows without replacement for this objective.
 
     Where the score is an estimate with independent noise in every row, as that of latents drawn for it, pairs of two rows keep
     value and gradient unbiased: a product of independent estimates. On the diagonal an estimate is multiplied by itself. The
@@ -178,6 +179,7 @@ class KernelSteinDiscrepancy(ScoreObjective):
     kernel: RadialKernel = RBFKernel()
     statistic: str = "U"
     pairs: str = "all"
+    compares_rows: ClassVar[bool] = True
     min_batch_size: ClassVar[int] = 2
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from numpyro.handlers import substitute
 from numpyro.primitives import Messenger
@@ -103,15 +104,30 @@ class _Plan(_Rows):
 
 
 def drawn_batch(
-    programs: Programs, args: Args, kwargs: Kwargs, rng_key: Array, *, data: dict[str, Any], batch_size: int | None
+    programs: Programs,
+    args: Args,
+    kwargs: Kwargs,
+    rng_key: Array,
+    *,
+    data: dict[str, Any],
+    batch_size: int | None,
+    distinct: bool = False,
 ) -> Batch:
-    """The rows of one step: those that the subsampled plate draws, else ``batch_size`` rows with replacement, else all.
+    """The rows of one step: those that the subsampled plate draws, else ``batch_size`` rows, else all.
 
     :param data: values of param and mutable sites by name.
+    :param distinct: whether the ``batch_size`` rows are drawn without replacement, which costs an ordering of all rows; those of
+        a plate always are.
     :raises ValueError: as :func:`first_batch`.
     """
     if batch_size is not None:
-        return Batch((args[0][jax.random.randint(rng_key, (batch_size,), 0, len(args[0]))], *args[1:]))
+        _require_drawable(args, kwargs, batch_size)
+        num_rows = len(args[0])
+        if distinct:
+            index = jax.random.choice(rng_key, num_rows, (batch_size,), replace=False)
+        else:
+            index = jax.random.randint(rng_key, (batch_size,), 0, num_rows)
+        return Batch((args[0][index], *args[1:]))
     plate = _subsampled(programs[0], args, kwargs, rng_key, data)
     if plate is None:
         return Batch(args)
@@ -123,11 +139,12 @@ def first_batch(
 ) -> Batch:
     """The first rows, as many as a step has: what there is to check of a program.
 
-    :raises ValueError: if there are less; if more than one plate is subsampled, or one beside ``batch_size``; if a program takes
-        its rows out of the first argument otherwise than by :func:`numpyro.subsample`; naming the plate or the site, and the fix.
+    :raises ValueError: if there are less; if another argument has rows beside ``batch_size``; if more than one plate is
+        subsampled, or one beside ``batch_size``; if a program takes its rows out of the first argument otherwise than by
+        :func:`numpyro.subsample`; naming the argument, the plate or the site, and the fix.
     """
-    if batch_size is not None and batch_size > len(args[0]):
-        raise ValueError(f"batch_size={batch_size} is more than the {len(args[0])} rows of the first argument.")
+    if batch_size is not None:
+        _require_drawable(args, kwargs, batch_size)
     plate = _subsampled(programs[0], args, kwargs, rng_key, data)
     if plate is None:
         return Batch((args[0][:batch_size], *args[1:]))
@@ -158,6 +175,23 @@ def run_at_zero(program: Model, args: Args, kwargs: Kwargs, rng_key: Array, data
 
     with substitute(substitute_fn=value):
         return run_model(program, args, kwargs, rng_key, data=data)
+
+
+def _require_drawable(args: Args, kwargs: Kwargs, batch_size: int) -> None:
+    """Refuses rows that are too few, or would be drawn without what belongs to them in other arguments."""
+    num_rows = len(args[0])
+    if batch_size > num_rows:
+        raise ValueError(f"batch_size={batch_size} is more than the {num_rows} rows of the first argument.")
+    others = {f"argument {i}": arg for i, arg in enumerate(args) if i} | {f"argument '{name}'": arg for name, arg in kwargs.items()}
+    for what, arg in others.items():
+        # not of a network: how wide its layers are says nothing of rows
+        arrays = jax.tree.leaves(arg, is_leaf=lambda x: not isinstance(x, (dict, list, tuple)))
+        if any(x.shape[:1] == (num_rows,) for x in arrays if isinstance(x, (Array, np.ndarray))):
+            raise ValueError(
+                f"{what} has {num_rows} rows, as the first argument, of which alone batch_size={batch_size} draws rows: they would "
+                "meet those of others. Leave batch_size out and subsample the plate, numpyro.plate(name, "
+                f"{num_rows}, subsample_size={batch_size}), with numpyro.subsample(x, event_dim=...) of each of these arguments."
+            )
 
 
 class _Plate(NamedTuple):
