@@ -266,7 +266,7 @@ TABLE = {
             "relaxed": BOOL,
         },
     ),
-    "ImportanceWeighted": (ImportanceWeighted, {"num_samples": COUNT, "jackknife": BOOL, "relaxed": BOOL}),
+    "ImportanceWeighted": (ImportanceWeighted, {"num_samples": COUNT, "jackknife": BOOL}),
     "BiDVL": (
         _levels,
         {

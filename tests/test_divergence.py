@@ -201,6 +201,7 @@ def without_latents(v):
         ({"model": without_latents, "guide": guide_without_latent}, "the model has no latent site"),
         ({"params": {name: make_params()[name] for name in "Aa"}}, r"params lacks \['W', 'b', 'c', 'scale'\], which the model has"),
         ({"v": jnp.zeros((4, 3), int)}, "of floating-point numbers"),
+        ({"importance_weighted": True, "relaxed": True}, "relaxed=True does not go with importance_weighted=True"),
     ],
 )
 def test_marginal_score_refuses(change, message):

@@ -51,7 +51,7 @@ SETTINGS = {
     "Averaged(num_data=6)": lambda: Averaged(np.int64(6)),
     "Maximize(max_steps=9)": lambda: Maximize(jnp.array(9)),
     "NUTS(target_accept_prob=0.9, max_tree_depth=5, dense_mass=True)": lambda: NUTS(np.float64(0.9), jnp.array(5), np.True_),
-    "ImportanceWeighted(num_samples=3, jackknife=True, relaxed=False)": lambda: ImportanceWeighted(jnp.array(3), jackknife=True),
+    "ImportanceWeighted(num_samples=3, jackknife=True)": lambda: ImportanceWeighted(jnp.array(3), jackknife=True),
 }
 
 

@@ -58,10 +58,12 @@ def marginal_score(
     :param bool importance_weighted: whether samples are weighted.
     :param bool variance_reduced: whether the guide's own score is subtracted.
     :param bool relaxed: whether relaxed bits (:class:`~numpyro_ebm.GumbelBernoulli`) are left so; else they are drawn as bits.
+        Not with ``importance_weighted``.
     :param kwargs: further arguments of model and guide.
     :return: scores, of the shape of ``v``.
     :raises ValueError: naming the site, if the visible has no score (see :class:`~numpyro_ebm.ScoreMatching`), if model and
-        guide do not have the same latents in the plate of the rows, or if ``params`` lacks one of their param sites.
+        guide do not have the same latents in the plate of the rows, or if ``params`` lacks one of their param sites;
+        for weights of relaxed bits.
     :raises NormalizerError: naming the site, if an unknown normalizer depends on a latent or on the visible.
 
     **References**
@@ -89,6 +91,11 @@ def marginal_score(
     num_samples = require_count("num_samples", num_samples)
     importance_weighted = require_bool("importance_weighted", importance_weighted)
     variance_reduced, relaxed = require_bool("variance_reduced", variance_reduced), require_bool("relaxed", relaxed)
+    if importance_weighted and relaxed:
+        raise ValueError(
+            "relaxed=True does not go with importance_weighted=True: the guide's density of a relaxed bit is that of a bit, and "
+            "not of what was drawn, so that no number of samples would give the score."
+        )
     v, model = jnp.asarray(v), unnormalized(model)
     draw_key, run_key = jax.random.split(require_key("rng_key", rng_key))
     batch = whole_batch((model, guide), (v, *args), kwargs, run_key, data=params)

@@ -116,23 +116,20 @@ class ImportanceWeighted:
 
     The weights of L samples are normalized by their sum, which makes value and gradient those of
     :math:`\log \tfrac1L \sum_i \tilde p(v, h_i) / q(h_i)` with the samples fixed. The bias is of order 1/L for *any* guide that
-    covers the posterior.
+    covers the posterior. Bits are never relaxed here: the weights are of the distribution that samples are from.
 
     :param int num_samples: samples L, for all factors together.
     :param bool jackknife: whether the leading term of the bias is removed, by :math:`L J_L - (L - 1) \bar J_{L - 1}` over the
         means that leave out one sample, at the price of a higher variance.
-    :param bool relaxed: whether bits stay relaxed in the upper level; their covariance is too small then.
     :raises ValueError: for settings out of range, or one sample.
     """
 
     num_samples: int = 2
     jackknife: bool = False
-    relaxed: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_samples", require_count("num_samples", self.num_samples))
         object.__setattr__(self, "jackknife", require_bool("jackknife", self.jackknife))
-        object.__setattr__(self, "relaxed", require_bool("relaxed", self.relaxed))
         if self.num_samples == 1:
             raise ValueError(f"num_samples=1: one sample has the weight 1 whatever it is, and {LACKS}")
 
@@ -296,7 +293,7 @@ class _Levels(Levels):
         draw_key, refine_key = jax.random.split(rng_key)
         num_sets = 2 if estimate.shared_samples or estimate.covariance == "none" else 3
         size = estimate.num_samples
-        h = self._draw(phi, v, draw_key, num_sets * size)
+        h = self._draw(phi, v, draw_key, num_sets * size, relaxed=estimate.relaxed)
         if estimate.refine is not None:
             theta = jax.lax.stop_gradient(theta)
             h = estimate.refine(refine_key, lambda h: jax.vmap(lambda h: self.log_p(theta, v, h).sum())(h), h)
@@ -321,6 +318,5 @@ class _Levels(Levels):
         log_p = jax.lax.stop_gradient(jax.vmap(lambda h: self.log_p(theta, v, h))(h))
         return value, effective_sample_size(normalized_weights(log_p - log_q)).mean()
 
-    def _draw(self, phi: Any, v: Array, rng_key: Array, num_samples: int) -> Latents:
-        args = (v, *self.rest)
-        return draw(self.guide, args, self.kwargs, rng_key, num_samples, params=phi, relaxed=self.estimate.relaxed)
+    def _draw(self, phi: Any, v: Array, rng_key: Array, num_samples: int, *, relaxed: bool = False) -> Latents:
+        return draw(self.guide, (v, *self.rest), self.kwargs, rng_key, num_samples, params=phi, relaxed=relaxed)
