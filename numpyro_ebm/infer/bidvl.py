@@ -46,6 +46,7 @@ from numpyro_ebm.program.run import (
     at_mean,
     constrain_params,
     log_density_terms,
+    own_key,
     run_model,
     strong_types,
     terms_of,
@@ -276,7 +277,7 @@ class BiDVL(Engine):
 
     def _levels_on_all(self, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Levels":
         """The levels on all rows that are given, whatever their number."""
-        batch = whole_batch(self._programs, args, kwargs, state.rng_key, data=_data(state))
+        batch = whole_batch(self._programs, args, kwargs, own_key(state.rng_key), data=_data(state))
         return _Levels(self, state, batch, kwargs)
 
     def _start(
@@ -411,9 +412,10 @@ class _Levels:
     def __init__(self, engine: BiDVL, state: BiDVLState, batch: Batch, kwargs: dict[str, Any]) -> None:
         self.engine, self.kwargs = engine, kwargs
         self._show(batch)
-        self.rng_key = state.rng_key  # of runs whose every site has a value
-        programs = self.energy, self.encoder, self.generator
-        energy, encoder, generator = (run_model(each, batch.args, kwargs, self.rng_key, data=_data(state)) for each in programs)
+        keys = jax.random.split(own_key(state.rng_key), 3)
+        self.energy_key = keys[0]  # every site of it has a value
+        programs = zip((self.energy, self.encoder, self.generator), keys, strict=True)
+        energy, encoder, generator = (run_model(each, batch.args, kwargs, key, data=_data(state)) for each, key in programs)
         require_same_params(energy, state.theta, "the energy")
         require_same_params(encoder, state.phi, "the encoder")
         require_same_params(generator, state.omega, "the generator")
@@ -443,7 +445,7 @@ class _Levels:
     def energies(self, theta: Params, v: Array, mutable: Mutable) -> tuple[Array, Mutable]:
         """The energy of every row, ``(batch,)``."""
         data = {**constrain_params(theta, self._of_theta), **mutable}
-        terms, run = log_density_terms(self.energy, (v, *self.rest), self.kwargs, self.rng_key, data=data, latents={})
+        terms, run = log_density_terms(self.energy, (v, *self.rest), self.kwargs, self.energy_key, data=data, latents={})
         return -per_row(terms, run, self.plate), {**mutable, **run.mutable_state}
 
     def generate(self, omega: Params, rng_key: Array, mutable: Mutable, *, noise: bool | None = None) -> Run:

@@ -29,7 +29,7 @@ from numpyro_ebm.optim import apply_gradient, as_transformation
 from numpyro_ebm.program.batch import Batch, require_same_rows
 from numpyro_ebm.program.pair import require_apart, require_pair
 from numpyro_ebm.program.rows import dim_of, row_plate
-from numpyro_ebm.program.run import Run, constrain_params, run_model, strong_types, unconstrain_params
+from numpyro_ebm.program.run import Run, constrain_params, own_key, run_model, strong_types, unconstrain_params
 from numpyro_ebm.program.sites import Model
 from numpyro_ebm.program.visible import Visible
 
@@ -180,10 +180,11 @@ class Levels:
         self.objective, self.lower_loss = engine.objective, engine.lower_loss
         args, self.kwargs = batch.args, kwargs
         self.v, *self.rest = args
-        self.rng_key = state.rng_key  # of runs whose every site has a value
-        guide = run_model(self.guide, args, kwargs, self.rng_key, data=state.params)
+        # of runs whose every site has a value: for what networks draw, such as dropout
+        self.model_key, self.guide_key = jax.random.split(own_key(state.rng_key))
+        guide = run_model(self.guide, args, kwargs, self.guide_key, data=state.params)
         with numpyro.validation_enabled(False):
-            model = run_model(self.model, args, kwargs, self.rng_key, data={**state.params, **guide.drawn})
+            model = run_model(self.model, args, kwargs, self.model_key, data={**state.params, **guide.drawn})
         require_same_params(model, state.theta)
         require_same_params(guide, state.phi, "the guide")
         self._of_theta, self._of_phi = model.param_transforms, guide.param_transforms

@@ -323,8 +323,8 @@ class _Levels(Levels):
 
         def log_ratio(v: Array) -> Array:
             with numpyro.validation_enabled(False):
-                log_p, _ = log_density_terms(self.model, (v, *self.rest), self.kwargs, self.rng_key, data={**model, **h})
-                log_q, _ = log_density_terms(self.guide, (v, *self.rest), self.kwargs, self.rng_key, data={**guide, **h})
+                log_p, _ = log_density_terms(self.model, (v, *self.rest), self.kwargs, self.model_key, data={**model, **h})
+                log_q, _ = log_density_terms(self.guide, (v, *self.rest), self.kwargs, self.guide_key, data={**guide, **h})
             return total(log_p) - total(log_q)
 
         return self.objective.loss(jax.grad(log_ratio), keys.loss, self.v, v_tilde).mean()

@@ -17,7 +17,7 @@ from numpyro_ebm.infer.engine import Engine
 from numpyro_ebm.objectives.score import ScoreObjective
 from numpyro_ebm.program.batch import Batch, drawn_batch, first_batch, whole_batch
 from numpyro_ebm.program.check import check_run
-from numpyro_ebm.program.run import Run
+from numpyro_ebm.program.run import Run, own_key
 from numpyro_ebm.program.sites import Model, require_finite
 from numpyro_ebm.program.visible import Visible, find_visible, require_batch, require_rows
 
@@ -49,7 +49,7 @@ class ScoreEngine(Engine):
 
     def _all_rows(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
         """All rows of the visible, which the loss at a state is of."""
-        return whole_batch(self._programs, args, kwargs, state.rng_key, data=state.params)
+        return whole_batch(self._programs, args, kwargs, own_key(state.rng_key), data=state.params)
 
     def _inspect(self, rng_key: Array, data: dict[str, Any], batch: Batch, kwargs: dict[str, Any]) -> tuple[Visible, Run]:
         """The visible and a run of the model, which is refused if no score could teach it."""

@@ -19,7 +19,16 @@ from numpyro_ebm.infer.step import Health, health_of
 from numpyro_ebm.objectives.score import ScoreObjective, objective_keys
 from numpyro_ebm.optim import apply_gradient, as_transformation
 from numpyro_ebm.program.batch import Batch
-from numpyro_ebm.program.run import Run, constrain_params, log_density_terms, run_model, strong_types, total, unconstrain_params
+from numpyro_ebm.program.run import (
+    Run,
+    constrain_params,
+    log_density_terms,
+    own_key,
+    run_model,
+    strong_types,
+    total,
+    unconstrain_params,
+)
 from numpyro_ebm.program.sites import Model
 
 
@@ -137,12 +146,12 @@ class ScoreMatching(ScoreEngine):
         v, *rest = batch.args
 
         def log_p(v: Array) -> Array:
-            return total(log_density_terms(model, (v, *rest), kwargs, rng_key, data=params)[0])
+            return total(log_density_terms(model, (v, *rest), kwargs, own_key(rng_key), data=params)[0])
 
         v_tilde = self.objective.perturb(keys.noise, v)
         return self.objective.loss(jax.grad(log_p), keys.loss, v, v_tilde).mean()
 
     def _read(self, state: ScoreMatchingState, batch: Batch, kwargs: dict[str, Any]) -> Run:
-        program = run_model(batch.of(self._inner), batch.args, kwargs, state.rng_key, data=state.params)
+        program = run_model(batch.of(self._inner), batch.args, kwargs, own_key(state.rng_key), data=state.params)
         require_same_params(program, state.params)
         return program

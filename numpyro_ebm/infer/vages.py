@@ -267,8 +267,8 @@ class _Levels(Levels):
     def __init__(self, engine: VaGES, state: VaGESState, batch: Batch, kwargs: dict[str, Any]) -> None:
         super().__init__(engine, state, batch, kwargs)
         self.estimate = engine.estimate
-        self.log_p = row_density(self.model, tuple(self.rest), kwargs, self.rng_key, self.plate, self._of_theta)
-        self.log_q = row_density(self.guide, tuple(self.rest), kwargs, self.rng_key, self.plate)
+        self.log_p = row_density(self.model, tuple(self.rest), kwargs, self.model_key, self.plate, self._of_theta)
+        self.log_q = row_density(self.guide, tuple(self.rest), kwargs, self.guide_key, self.plate)
 
     def upper(self, theta: Any, phi: Any, rng_key: Array) -> tuple[Array, Array]:
         """The objective, a mean over rows, and the effective sample size of the weights."""

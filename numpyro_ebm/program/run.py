@@ -210,6 +210,14 @@ def strong_types(tree: Any) -> Any:
     return jax.tree.map(strong, tree)
 
 
+def own_key(rng_key: Array) -> Array:
+    """The key of what programs draw by themselves, such as dropout, apart from those that a key is split into.
+
+    ``seed(rng_seed=rng_key)`` gives a program what ``jax.random.split(rng_key)`` gives, which would be the key of something else.
+    """
+    return jax.random.fold_in(rng_key, jnp.iinfo(jnp.int32).max)
+
+
 def require_continuous(program: Run) -> None:
     """Refuses models with a discrete latent.
 
