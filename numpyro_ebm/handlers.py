@@ -126,7 +126,8 @@ class negative_phase(Messenger):
         where none is given, by the ``sampler`` of the site's distribution, and if it has none by 10 steps of
         :class:`~numpyro_ebm.MALA`, of :class:`~numpyro_ebm.BlockGibbs` at the site of an RBM.
     :param bool persistent: whether chains continue from where the last step left them (persistent contrastive divergence) or
-        restart from ``initial`` or the base every time (short-run).
+        restart from ``initial`` or the base every time (short-run). Persistent chains of energies by row go on from where they
+        stand also where a data loader gives other rows as arguments: they must then reach the new energies in one step's moves.
     :param init_chains: a mapping from site names to where chains start, of shape ``(num_chains,) + batch_shape +
         event_shape``; samples of the site's ``initial`` or base if not given. For a random field
         ``{"random_field": {site: values, ...}}``, with values as in ``x`` above.
