@@ -313,7 +313,7 @@ def test_encoder_that_fails_on_the_visible_is_named():
 
 ARGUMENTS = {
     "none": ((), "got no argument"),
-    "a list": (([1.0, 2.0],), "an array of floating-point numbers, got list"),
+    "a tuple": (((1.0, 2.0),), "an array of floating-point numbers, got tuple"),
     "a number": ((np.array(2.0),), r"got shape \(\): it has no rows"),
     "no rows": ((np.zeros(0),), r"got shape \(0,\): it has no rows"),
     "integers": ((np.arange(3),), "got int64: energies are differentiated in it. Convert it"),

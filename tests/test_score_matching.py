@@ -225,7 +225,7 @@ REFUSED = {
     "integers": (observing("v"), jnp.arange(4), "floating-point numbers, got int32"),
     "no rows": (observing("v"), jnp.zeros((0,)), "has no rows"),
     "a scalar": (observing("v"), jnp.zeros(()), "has no rows"),
-    "not an array": (observing("v"), [1.0, 2.0], "an array of floating-point numbers, got list"),
+    "not an array": (observing("v"), (1.0, 2.0), "an array of floating-point numbers, got tuple"),
     "nan": (observing("v"), ROW.at[3].set(jnp.nan), "site 'v': 1 of 300 observed events are NaN or infinite"),
 }
 
