@@ -309,8 +309,8 @@ class ParticleMMLE(Engine):
         :param int num_particles: particles in the new state, a multiple of those in the old; this engine's if not given.
         :raises ValueError: if it is not a multiple.
         """
-        self._require_state(state)
         num_particles = self.num_particles if num_particles is None else require_count("num_particles", num_particles)
+        self._require_state(state)
         old = _num_particles(state.particles)
         if num_particles % old:
             raise ValueError(f"num_particles={num_particles} is no multiple of the state's {old}: copies would weigh unequally.")
