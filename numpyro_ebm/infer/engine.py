@@ -588,11 +588,11 @@ def _joined(trees: Sequence[Any]) -> Any:
 def _recorded(collect: Callable[[State], Any] | None, loss: Array, state: State) -> _Record:
     """What is kept of a step: its loss and what ``collect`` returns, of a random key its numbers."""
 
-    def as_array(x: Any) -> Array:
+    def numbers(x: Any) -> Array:
         x = jnp.asarray(x)
         return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
-    return _Record(loss, jax.tree.map(as_array, collect(state)) if collect else None)
+    return _Record(loss, jax.tree.map(numbers, collect(state)) if collect else None)
 
 
 def _codes(health: Any) -> dict[Part, int]:
