@@ -491,6 +491,22 @@ def test_chains_are_kept_where_an_energy_is_learned_and_nowhere_else():
     assert state.mutable_state["z/chains"]["x"].shape == (5,)
 
 
+def test_ebipla_as_it_comes_learns_a_linear_tilt():
+    # catches short-run chains that keep their start: with (1 - h)^J = .55 there was no fixed point, and the tilt ran away
+    def model(y):
+        tilt = numpyro.param("tilt", 0.5)
+        with numpyro.plate("data", len(y)):
+            z = numpyro.sample("z", TiltedDistribution(dist.Normal(0, 1), lambda z: -tilt * z))
+            numpyro.sample("y", dist.Normal(z, 1), obs=y)
+
+    engine = ParticleMMLE.ebipla(model, num_particles=20, step_size=0.1)
+    tilts = np.asarray(_run(engine, 2000, jnp.ones(100), collect=lambda state: state.params["tilt"]).collected[400:])
+    kept = (1 - 0.1) ** 60  # the mean of the chains is tilt (1 - kept), of the particles (tilt + 1) / 2
+    blocks = tilts.reshape(8, -1).mean(1)  # of 200 steps: the tilt forgets in 20
+    assert abs(blocks.mean() - 1 / (1 - 2 * kept)) < 5 * blocks.std(ddof=1) / np.sqrt(8)
+    assert blocks.std(ddof=1) < 0.1
+
+
 def test_fixed_energy_gives_the_answer_of_its_normalized_form():
     """A tilt of 0.5 is the prior N(0.5, 1), so loc = mean(y) - 0.5. Parameters fluctuate: five standard errors."""
     engine = _engine(_tilted, optax.sgd(0.02))

@@ -216,7 +216,7 @@ class ParticleMMLE(Engine):
         num_particles: int,
         step_size: float | Schedule,
         num_chains: int = 256,
-        prior_step_size: float = 0.01,
+        prior_step_size: float = 0.1,
         num_prior_steps: int = 60,
         **settings: Any,
     ) -> Self:
@@ -229,8 +229,9 @@ class ParticleMMLE(Engine):
         :param optim: Langevin of step ``step_size`` with the theory's noise :math:`\sqrt{2h / (MN)}` if not given; the paper's
             experiments use Adam.
         :param int num_chains: negative chains at every energy site, independent of the size of the batch.
-        :param float prior_step_size: their step h.
-        :param int num_prior_steps: their number of steps.
+        :param float prior_step_size: their step h. Of where they start chains keep :math:`(1 - hc)^J` in a direction of curvature
+            c: .002 with the defaults for the base's own where that is a standard normal.
+        :param int num_prior_steps: their number of steps J.
         """
         if not isinstance(model, negative_phase):
             sampler = UnadjustedLangevin(prior_step_size, num_prior_steps)
