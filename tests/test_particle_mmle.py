@@ -507,6 +507,19 @@ def test_ebipla_as_it_comes_learns_a_linear_tilt():
     assert blocks.std(ddof=1) < 0.1
 
 
+def test_short_runs_that_keep_their_start_are_said():
+    # (1 - h)^J = .55 of a standard normal: a tilt has no fixed point there. With h = .1 it is .002, and nothing is said
+    def model(y):
+        tilt = numpyro.param("tilt", 0.5)
+        with numpyro.plate("data", len(y)):
+            z = numpyro.sample("z", TiltedDistribution(dist.Normal(0, 1), lambda z: -tilt * z))
+            numpyro.sample("y", dist.Normal(z, 1), obs=y)
+
+    _run(ParticleMMLE.ebipla(model, num_particles=2, step_size=0.1), 2, Y)
+    with pytest.warns(UserWarning, match=r"site 'z': 60 steps of h = 0.01 leave more than a tenth of where the chains start"):
+        _run(ParticleMMLE.ebipla(model, num_particles=2, step_size=0.1, prior_step_size=0.01), 2, Y)
+
+
 def test_fixed_energy_gives_the_answer_of_its_normalized_form():
     """A tilt of 0.5 is the prior N(0.5, 1), so loc = mean(y) - 0.5. Parameters fluctuate: five standard errors."""
     engine = _engine(_tilted, optax.sgd(0.02))
