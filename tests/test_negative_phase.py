@@ -3,6 +3,7 @@
 
 """negative_phase: the gradient it adds, exactly where chains are fixed and within Monte Carlo error where they move."""
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import equinox as eqx
@@ -331,6 +332,11 @@ def _fit(model, guide, name, num_steps, y, learning_rate=0.02, loss=None):
     return jax.jit(lambda state: jax.lax.scan(step, state, length=num_steps)[1])(state)[-num_steps // 4 :].mean(0)
 
 
+def _warned_of_short_runs():
+    # catches short runs that cannot have the right fixed point and say nothing under NumPyro's own SVI
+    return pytest.warns(UserWarning, match=r"site 'z', update \d+: the chains restart at every step and keep more than a tenth")
+
+
 MEAN_ONE = 1.0 + jnp.sqrt(2) * jnp.linspace(-1.7, 1.7, 64)
 
 
@@ -341,13 +347,15 @@ def test_short_run_fixed_point_of_the_linear_tilt_is_predicted(num_steps, fixed_
     sampler = UnadjustedLangevin(0.1, num_steps)
     model = negative_phase(_in_plate, num_chains=1000, sampler=sampler, persistent=False)
     # The chains' mean has a standard error of .032 a step; over 250 steps, correlated over about 20, .01
-    np.testing.assert_allclose(_fit(model, _linear_gaussian_guide, "tilt", 1000, MEAN_ONE), fixed_point, atol=0.05)
+    with _warned_of_short_runs() if num_steps == 20 else nullcontext():  # of .9^20 = .12
+        np.testing.assert_allclose(_fit(model, _linear_gaussian_guide, "tilt", 1000, MEAN_ONE), fixed_point, atol=0.05)
 
 
 def test_short_run_linear_tilt_diverges_where_no_fixed_point_exists():
     # F3: (1 - gamma)^J = .9^5 = .59 >= 1/2: the bias outgrows the gradient and the tilt grows for ever
     model = negative_phase(_in_plate, num_chains=1000, sampler=UnadjustedLangevin(0.1, 5), persistent=False)
-    assert _fit(model, _linear_gaussian_guide, "tilt", 1000, MEAN_ONE) > 4  # 1 is right
+    with _warned_of_short_runs():
+        assert _fit(model, _linear_gaussian_guide, "tilt", 1000, MEAN_ONE) > 4  # 1 is right
 
 
 @pytest.mark.parametrize("loss", [Trace_ELBO(), TraceMeanField_ELBO()], ids=["Trace_ELBO", "TraceMeanField_ELBO"])
@@ -404,13 +412,15 @@ def test_quadratic_energy_reaches_the_fixed_point_its_sampler_implies(sampler, p
     np.testing.assert_allclose(_bias_of_ula(fixed_point, variance_of_chain), 0, atol=2e-4)
     model = negative_phase(_precision_model, num_chains=2000, sampler=sampler, persistent=persistent)
     # relative standard error of a variance of 2000 chains is .03 a step, .01 over the average
-    np.testing.assert_allclose(_fit(model, _linear_gaussian_guide, "tau", 1500, VARIANCE_THREE), fixed_point, atol=0.025)
+    with nullcontext() if persistent else _warned_of_short_runs():
+        np.testing.assert_allclose(_fit(model, _linear_gaussian_guide, "tau", 1500, VARIANCE_THREE), fixed_point, atol=0.025)
 
 
 def test_five_short_steps_have_no_fixed_point_and_the_precision_collapses():
     # F4: with J = 5 no precision balances the equation and tau falls towards 0 (at .15 and below here; exact .5)
     model = negative_phase(_precision_model, num_chains=2000, sampler=UnadjustedLangevin(0.1, 5), persistent=False)
-    assert _fit(model, _linear_gaussian_guide, "tau", 1500, VARIANCE_THREE) < 0.15
+    with _warned_of_short_runs():
+        assert _fit(model, _linear_gaussian_guide, "tau", 1500, VARIANCE_THREE) < 0.15
 
 
 def test_observed_energy_site_is_learned_by_maximum_likelihood_on_a_constrained_support():

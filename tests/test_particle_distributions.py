@@ -722,7 +722,7 @@ def test_the_biased_fixed_point_is_where_training_ends():
     engine = ParticleMMLE.ebipla(
         precise, optax.sgd(0.5), num_particles=10, step_size=0.1, num_chains=200, prior_step_size=0.1, num_prior_steps=20
     )
-    with jax.enable_x64(False), pytest.warns(UserWarning, match="more than a tenth of where the chains start"):
+    with jax.enable_x64(False), pytest.warns(UserWarning, match="the chains restart at every step and keep more than a tenth"):
         taus = engine.run(KEY, 2000, y, progress_bar=False, collect=lambda state: state.params["tau"]).collected
     parts = np.asarray(taus)[400:].reshape(16, 100).mean(1)  # 100 steps apart they are independent
     assert abs(parts.mean() - 0.3567) < 5 * parts.std() / np.sqrt(len(parts)) + 0.003  # the curvature's share, about 1 / 200

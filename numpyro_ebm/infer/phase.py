@@ -7,23 +7,19 @@ An engine differentiates a model without its normalizers, as often as it likes: 
 normalizers is that of all of them, and comes once a step, with the chains moved.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from numpyro_ebm.chains import chains_of, status_of
+from numpyro_ebm.chains import chains_of, is_warning, status_of
 from numpyro_ebm.handlers import explain_chains, negative_phase, unnormalized
 from numpyro_ebm.infer.step import Health, Part
 from numpyro_ebm.program.check import ModelReport, check_run
 from numpyro_ebm.program.run import Run, run_model, total
 from numpyro_ebm.program.sites import Model, is_normalizer
-from numpyro_ebm.samplers import UnadjustedLangevin
-
-#: with a fraction q of their start kept, a linear tilt is learned 1 / (1 - 2q) times too large: Conventions in the documentation
-KEPT_OF_START = 0.1
 
 Data = dict[str, Any]  # values of param and mutable sites and indices of plates, by name
 
@@ -81,24 +77,9 @@ class Phase:
 
     def warnings(self, mutable_state: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, data: Data) -> list[str]:
         """A warning for every site whose chains give one."""
-        warned = [site for site, status in status_of(mutable_state).items() if int(status) == 1]
-        return [self.explain(site, 1, args, kwargs, data=data) for site in warned] + self._short_runs(mutable_state)
-
-    def _short_runs(self, mutable_state: dict[str, Any]) -> list[str]:
-        """A warning for every site whose unadjusted chains restart and do not come away from where they do."""
-        found = []
-        for site, kept in chains_of(mutable_state).items():
-            given = self._handler.sampler
-            sampler = given.get(site) if isinstance(given, Mapping) else given
-            if self._handler.persistent or not isinstance(sampler, UnadjustedLangevin) or not int(kept["num_updates"]):
-                continue
-            if float(sampler.kept_of_start(kept["stiffness"])) > KEPT_OF_START:
-                found.append(
-                    f"site '{site}': {sampler.num_steps} steps of h = {sampler.step_size:g} leave more than a tenth of where the "
-                    "chains start, in every direction that they feel. What is learned is biased by it, a linear tilt by a quarter "
-                    "or more, and by a half nothing would settle. Take more steps, a larger step_size, or persistent chains."
-                )
-        return found
+        found = {site: int(status) for site, status in status_of(mutable_state).items()}
+        warned = {site: status for site, status in found.items() if is_warning(status)}
+        return [self.explain(site, status, args, kwargs, data=data) for site, status in warned.items()]
 
 
 def has_chains(mutable_state: dict[str, Any]) -> bool:

@@ -116,6 +116,10 @@ class Sampler:
         """The same sampler without adaptation, which goes on from the same states: what draws after a fit moves by it."""
         return self
 
+    def kept_of_start(self, state: Any) -> Any:
+        """The fraction that the mean of chains keeps, after a run, of where they started, of shape (); 0 where it is not known."""
+        return 0.0
+
     def check(self, state: Any) -> Array:
         """Whether the chains are well, an int32 of shape (): 0 if they are, 1 to warn, 2 or more to stop the run."""
         return jnp.zeros((), jnp.int32)

@@ -117,13 +117,11 @@ class UnadjustedLangevin(Sampler):
         unstable = jnp.where(stiffness > UNSTABLE_STIFFNESS, state.runs_unstable + 1, 0)
         return lax.stop_gradient(UnadjustedLangevinState(x, stiffness, near, unstable))
 
-    def kept_of_start(self, stiffness: Array) -> Array:
+    def kept_of_start(self, state: UnadjustedLangevinState) -> Array:
         r"""What the mean of chains keeps of where they started, :math:`(1 - hc)^J`, along the steepest direction that they felt:
         along others it is more.
-
-        :param stiffness: :math:`hc`, of a state.
         """
-        return jnp.abs(1 - stiffness) ** self.num_steps
+        return jnp.abs(1 - state.stiffness) ** self.num_steps
 
     def check(self, state: UnadjustedLangevinState) -> Array:
         """Whether the step suits the energy: 0 if it does, 1 near the variance floor, 2 when the chains diverge.
