@@ -350,9 +350,7 @@ class negative_phase(Messenger):
         trouble = jnp.where(finite, 0, NOT_FINITE)
         if isinstance(energy, RandomField) and self.persistent:
             trouble = jnp.maximum(trouble, jnp.where(energy.mixes_fields(x), MIXED_FIELDS, 0))
-        chains["status"] = watch(
-            name, sampler, state, trouble, chains, persistent=self.persistent, reports=self._reports
-        )
+        chains["status"] = watch(name, sampler, state, trouble, chains, persistent=self.persistent, reports=self._reports)
         return log_density * jnp.where(chains["status"] > 1, jnp.nan, 1)  # so that no fit goes on with such chains, whoever runs it
 
     def _start(self, site: Message, energy: TiltedDistribution, key: Array) -> Array:

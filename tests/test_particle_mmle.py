@@ -501,9 +501,9 @@ def test_ebipla_as_it_comes_learns_a_linear_tilt():
 
     engine = ParticleMMLE.ebipla(model, num_particles=20, step_size=0.1)
     kept = (1 - 0.1) ** 60  # the mean of the chains is tilt (1 - kept), of the particles (tilt + 1) / 2
-    for seed in range(3):
+    for number in range(3):
         result = engine.run(
-            jax.random.key(seed), 2000, jnp.ones(100), collect=lambda state: state.params["tilt"], progress_bar=False
+            jax.random.key(number), 2000, jnp.ones(100), collect=lambda state: state.params["tilt"], progress_bar=False
         )
         blocks = np.asarray(result.collected)[400:].reshape(8, -1).mean(1)  # of 200 steps: the tilt forgets in 20
         assert abs(blocks.mean() - 1 / (1 - 2 * kept)) < 5 * blocks.std(ddof=1) / np.sqrt(8)
