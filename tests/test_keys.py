@@ -15,7 +15,20 @@ import optax
 import pytest
 from helpers import normal
 
-from numpyro_ebm import BiDVL, BiSM, EnergyDistribution, Implicit, ImportanceWeighted, ScoreMatching, SlicedScoreMatching, VaGES
+from numpyro_ebm import (
+    BiDVL,
+    BiSM,
+    EnergyDistribution,
+    ExactScoreMatching,
+    Implicit,
+    ImportanceWeighted,
+    ScoreMatching,
+    SlicedScoreMatching,
+    Unrolled,
+    VaGES,
+    Variational,
+    marginal_score,
+)
 
 KEY = jax.random.key(5)
 ROWS = normal(0, 6)
@@ -123,3 +136,63 @@ def test_sliced_loss_of_a_model_with_dropout_is_the_exact_one():
     state = engine.init(KEY, v)
     losses = jax.vmap(lambda key: engine.evaluate(state._replace(rng_key=key), v))(jax.random.split(KEY, 4000))
     assert abs(losses.mean() + 12) < 5 * losses.std() / np.sqrt(4000)
+
+
+# A guide that draws something beside its latents, such as dropout: its density at a draw is that of the same mask.
+
+
+def _two_ways(v):
+    numpyro.param("unused", 0.0)
+    with numpyro.plate("data", len(v)):
+        h = numpyro.sample("h", dist.Normal(0, 1))
+        numpyro.sample("v", dist.Normal(h, 1), obs=v)
+
+
+def _guide_of_a_sign(sd):
+    """N(v, sd^2) or N(-v, sd^2), by what the guide draws itself."""
+
+    def guide(v):
+        slope = numpyro.param("slope", 1.0)
+        sign = jax.random.rademacher(numpyro.prng_key(), (), float)
+        with numpyro.plate("data", len(v)):
+            numpyro.sample("h", dist.Normal(slope * sign * v, sd))
+
+    return guide
+
+
+@pytest.mark.parametrize(
+    ("settings", "sd", "exact"), [({"variance_reduced": True}, 0.1, -1.0), ({"importance_weighted": True}, 1.0, -0.5)]
+)
+def test_scores_of_a_guide_with_dropout_are_by_the_mask_of_each_draw(settings, sd, exact):
+    # the mean of d/dv log p(v, h) = h - v over h is -v (its own density takes nothing away), and over the posterior -v / 2
+    v, params = jnp.array([1.0, -2.0]), {"slope": 1.0, "unused": 0.0}
+    score = marginal_score(
+        _two_ways, _guide_of_a_sign(sd), params, v, rng_key=KEY, num_samples=100_000 if sd == 1 else 400_000, **settings
+    )
+    np.testing.assert_allclose(score, exact * v, atol=0.07)  # with the mask of another draw: 99 v, or -.9 v
+
+
+ESTIMATES = {
+    "BiSM": lambda *pair: BiSM(*pair, num_inner_steps=0, hypergradient=Unrolled(0)),
+    "VaGES, reduced": lambda *pair: VaGES(*pair, num_inner_steps=0, estimate=Variational(1, "none", variance_reduced=True)),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATES)
+def test_engines_take_the_density_of_a_draw_with_its_mask(name):
+    """Of h = sign v + e / 10 the score is -2 v or 0, and -9.9 e or 10.1 e; with another mask it is 200 v beside."""
+
+    @dataclass(frozen=True)
+    class Square(ExactScoreMatching):
+        differentiates_score = False
+
+        def _loss(self, score_fn, rng_key, v, v_tilde):
+            return score_fn(v_tilde) ** 2
+
+    engine = ESTIMATES[name](_two_ways, _guide_of_a_sign(0.1), optax.sgd(0.0), optax.sgd(0.0), Square())
+    v = jnp.full(50, 2.0)
+    state = engine.init(KEY, v)
+    losses = jax.vmap(lambda key: engine.evaluate(state._replace(rng_key=key), v))(jax.random.split(KEY, 40))
+    assert (losses < 300).all()
+    exact = (9.9**2 + 10.1**2 + 4 * 2.0**2) / 2
+    assert abs(losses.mean() - exact) < 5 * losses.std() / np.sqrt(40)

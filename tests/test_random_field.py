@@ -30,8 +30,10 @@ from numpyro_ebm import (
     negative_phase,
     to_inference_data,
 )
+from numpyro_ebm.program.random_field import RandomField, record_run
 from numpyro_ebm.samplers import Sampler
 
+KEY = jax.random.key(11)
 STILL = MALA(num_steps=0)  # a pool that stays where init_chains puts it makes the added gradient a plain number
 REAL = constraints.real
 
@@ -585,3 +587,24 @@ def test_field_that_is_not_integrable_stops_the_run():
     model = negative_phase(model, sampler=UnadjustedLangevin(0.1, 50))
     with pytest.raises(Exception, match=r"site 'random_field', update 1: the negative chains.*no longer finite"):
         jax.block_until_ready(_chains(model, jnp.array(1.0), latents={"h": jnp.array(0.0)}))
+
+
+def test_the_jacobians_of_a_field_are_not_tempered_whatever_its_sites_are_called():
+    """Where the path starts the density is that of the supports alone, d exp(u) = exp(u) du: scope renames the log Jacobian."""
+
+    def model(x):
+        rate = numpyro.param("rate", 2.0)
+        with numpyro.plate("rows", 3):
+            x = numpyro.sample("x", BaseMeasure(constraints.positive), obs=x)
+        numpyro.factor("f", -rate * x.sum())
+
+    def field(model):
+        seen = record_run()
+        with seed(rng_seed=KEY), seen:
+            model(jnp.ones(3))
+        return RandomField(model, (jnp.ones(3),), {}, KEY, seen, 5).chain_log_prob()
+
+    u = jax.random.normal(KEY, (5, 3))
+    for scoped in (model, scope(model, prefix="m")):
+        for beta in (0.0, 0.3, 1.0):
+            np.testing.assert_allclose(field(scoped).at(beta)(u), (u - beta * 2 * jnp.exp(u)).sum(-1), rtol=1e-4, atol=1e-5)

@@ -418,7 +418,7 @@ def test_bits_are_hard_in_the_upper_level_unless_asked_otherwise(v):
     # Catches a guide whose relaxed draws shrink the covariance.
     args = (guide, (v,), {}, KEY, 7)
     params = {"A": start()["W"], "a": start()["c"]}
-    hard, relaxed = (draw(*args, params=params, relaxed=value)["h"] for value in (False, True))
+    hard, relaxed = (draw(*args, params=params, relaxed=value).latents["h"] for value in (False, True))
     assert hard.shape == relaxed.shape == (7, NUM_ROWS, NUM_HIDDEN)
     assert hard.dtype == relaxed.dtype == v.dtype
     assert np.all((hard == 0) | (hard == 1))
@@ -452,12 +452,12 @@ def test_the_jackknife_leaves_out_one_draw_at_a_time(v):
     levels = engine._levels(state, Batch((v,)), {})
     phi, (noise_key, loss_key, draw_key) = levels.phi_of(state.phi), jax.random.split(KEY, 3)
     v_tilde = engine.objective.perturb(noise_key, v)
-    h = levels._draw(phi, v_tilde, draw_key, 3)["h"]
+    drawn = levels._draw(phi, v_tilde, draw_key, 3)
 
     def loss(of):
-        h_of = {"h": h[jnp.array(of)]}
-        log_q = jax.vmap(lambda one: levels.log_q(phi, v_tilde, {"h": one}))(h_of["h"])
-        score = weighted_score(levels.log_p, state.theta, log_q, h_of)
+        part = jax.tree.map(lambda x: x[jnp.array(of)], drawn)
+        log_q = jax.vmap(lambda one: levels.log_q(phi, v_tilde, one))(part)
+        score = weighted_score(levels.log_p, state.theta, log_q, part.latents)
         return engine.objective.loss(score, loss_key, v, v_tilde).mean()
 
     pairs = np.mean([loss(of) for of in ([0, 1], [0, 2], [1, 2])])

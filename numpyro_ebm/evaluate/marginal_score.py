@@ -11,7 +11,7 @@ from jax import Array
 
 from numpyro_ebm._checks import require_bool, require_count, require_key
 from numpyro_ebm.handlers import unnormalized
-from numpyro_ebm.objectives.latent import draw, row_density, scores
+from numpyro_ebm.objectives.latent import draw, drawn_density, row_density, scores
 from numpyro_ebm.program.batch import whole_batch
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.pair import require_pair
@@ -102,11 +102,11 @@ def marginal_score(
     model, guide = batch.of(model), batch.of(guide)
     plate = _require_pair(model, guide, params, (v, *args), kwargs, run_key)
     check_run(model, (v, *args), kwargs, data=params, mark_visible=True).require_scores()
-    h = draw(guide, (v, *args), kwargs, draw_key, num_samples, params=params, relaxed=relaxed)
-    log_p, score = scores(row_density(model, args, kwargs, run_key, plate), v, params, h)
+    drawn = draw(guide, (v, *args), kwargs, draw_key, num_samples, params=params, relaxed=relaxed)
+    log_p, score = scores(row_density(model, args, kwargs, run_key, plate), v, params, drawn.latents)
     if not importance_weighted and not variance_reduced:
         return score.mean(0)
-    log_q, score_of_guide = scores(row_density(guide, args, kwargs, run_key, plate), v, params, h)
+    log_q, score_of_guide = scores(drawn_density(guide, args, kwargs, plate), v, params, drawn)
     weights = normalized_weights(log_p - log_q) if importance_weighted else jnp.full_like(log_p, 1 / num_samples)
     mean = jnp.einsum("lb,lb...->b...", weights, score)
     return mean - score_of_guide.mean(0) if variance_reduced else mean

@@ -538,7 +538,7 @@ class _Levels:
         """``latent_weight`` times KL(q(h | v) || p(h)) at the visibles that :meth:`upper` generated: a mean over rows."""
         encoder = self.encode(phi, stop_gradient(visible), rng_key, mutable, {})
         data = {**constrain_params(omega, self._of_omega), **mutable, **encoder.drawn}
-        prior = run_model(self.generator, (self.v, *self.rest), self.kwargs, rng_key, data=data)
+        prior = run_model(self.generator, (self.v, *self.rest), self.kwargs, own_key(rng_key), data=data)
         terms = {name: _divergence(encoder.sites[name], prior.sites[name]["fn"]) for name in encoder.latents}
         return self.engine.lower.latent_weight * total(terms) / len(self.v)
 

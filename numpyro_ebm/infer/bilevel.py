@@ -180,9 +180,9 @@ class Levels:
         self.objective, self.lower_loss = engine.objective, engine.lower_loss
         args, self.kwargs = batch.args, kwargs
         self.v, *self.rest = args
-        # of runs whose every site has a value: for what networks draw, such as dropout
-        self.model_key, self.guide_key = jax.random.split(own_key(state.rng_key))
-        guide = run_model(self.guide, args, kwargs, self.guide_key, data=state.params)
+        # of the model, whose every site has a value: for what networks draw, such as dropout
+        self.model_key, guide_key = jax.random.split(own_key(state.rng_key))
+        guide = run_model(self.guide, args, kwargs, guide_key, data=state.params)
         with numpyro.validation_enabled(False):
             model = run_model(self.model, args, kwargs, self.model_key, data={**state.params, **guide.drawn})
         require_same_params(model, state.theta)

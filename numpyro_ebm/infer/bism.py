@@ -324,7 +324,8 @@ class _Levels(Levels):
         def log_ratio(v: Array) -> Array:
             with numpyro.validation_enabled(False):
                 log_p, _ = log_density_terms(self.model, (v, *self.rest), self.kwargs, self.model_key, data={**model, **h})
-                log_q, _ = log_density_terms(self.guide, (v, *self.rest), self.kwargs, self.guide_key, data={**guide, **h})
+                # at the key of the draw: the density is then that of what the guide drew by itself, such as dropout
+                log_q, _ = log_density_terms(self.guide, (v, *self.rest), self.kwargs, keys.draw, data={**guide, **h})
             return total(log_p) - total(log_q)
 
         return self.objective.loss(jax.grad(log_ratio), keys.loss, self.v, v_tilde).mean()

@@ -25,7 +25,17 @@ from numpyro.infer import TraceGraph_ELBO
 
 from numpyro_ebm._checks import require_bool, require_count, require_instance, require_one_of, require_setting
 from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, Upper
-from numpyro_ebm.objectives.latent import Draws, Latents, ScoreFn, draw, row_density, variational_score, weighted_score
+from numpyro_ebm.objectives.latent import (
+    Drawn,
+    Draws,
+    Latents,
+    ScoreFn,
+    draw,
+    drawn_density,
+    row_density,
+    variational_score,
+    weighted_score,
+)
 from numpyro_ebm.objectives.score import ScoreObjective, objective_keys
 from numpyro_ebm.program.batch import Batch
 from numpyro_ebm.program.sites import Model, is_unbounded, kind_of
@@ -268,7 +278,7 @@ class _Levels(Levels):
         super().__init__(engine, state, batch, kwargs)
         self.estimate = engine.estimate
         self.log_p = row_density(self.model, tuple(self.rest), kwargs, self.model_key, self.plate, self._of_theta)
-        self.log_q = row_density(self.guide, tuple(self.rest), kwargs, self.guide_key, self.plate)
+        self.log_q = drawn_density(self.guide, tuple(self.rest), kwargs, self.plate)
 
     def upper(self, theta: Any, phi: Any, rng_key: Array) -> tuple[Array, Array]:
         """The objective, a mean over rows, and the effective sample size of the weights."""
@@ -284,7 +294,7 @@ class _Levels(Levels):
         settings: dict[str, Any] = {"covariance": estimate.covariance}
         if estimate.variance_reduced:
             q = self.phi_of(phi)
-            settings["log_ratio"] = lambda theta, v, h: self.log_p(theta, v, h) - self.log_q(q, v, h)
+            settings["log_ratio"] = lambda theta, v, h: self.log_p(theta, v, h.latents) - self.log_q(q, v, h)
         draws = self._draws(estimate, theta, self.phi_of(phi), v_tilde, keys.draw)
         return loss(variational_score(self.log_p, theta, v_tilde, draws, **settings)), _unweighted_size(estimate)
 
@@ -293,20 +303,21 @@ class _Levels(Levels):
         draw_key, refine_key = jax.random.split(rng_key)
         num_sets = 2 if estimate.shared_samples or estimate.covariance == "none" else 3
         size = estimate.num_samples
-        h = self._draw(phi, v, draw_key, num_sets * size, relaxed=estimate.relaxed)
+        drawn = self._draw(phi, v, draw_key, num_sets * size, relaxed=estimate.relaxed)
+        h = drawn.latents
         if estimate.refine is not None:
             theta = jax.lax.stop_gradient(theta)
             h = estimate.refine(refine_key, lambda h: jax.vmap(lambda h: self.log_p(theta, v, h).sum())(h), h)
             h = jax.lax.stop_gradient(h)
         value, mean, covariance = (jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], h) for i in (0, 1, num_sets - 1))
-        return Draws(value, mean, covariance)
+        return Draws(Drawn(value, drawn.keys[:size]) if estimate.variance_reduced else value, mean, covariance)
 
     def _weighted(
         self, estimate: ImportanceWeighted, loss: Callable[[ScoreFn], Array], theta: Any, phi: Any, v: Array, rng_key: Array
     ) -> tuple[Array, Array]:
         num_samples = estimate.num_samples
-        h = self._draw(phi, v, rng_key, num_samples)
-        log_q = jax.lax.stop_gradient(jax.vmap(lambda h: self.log_q(phi, v, h))(h))
+        drawn = self._draw(phi, v, rng_key, num_samples)
+        h, log_q = drawn.latents, jax.lax.stop_gradient(jax.vmap(lambda h: self.log_q(phi, v, h))(drawn))
 
         def of(keep: Array | None) -> Array:
             return loss(weighted_score(self.log_p, theta, log_q, h, keep))
@@ -318,5 +329,5 @@ class _Levels(Levels):
         log_p = jax.lax.stop_gradient(jax.vmap(lambda h: self.log_p(theta, v, h))(h))
         return value, effective_sample_size(normalized_weights(log_p - log_q)).mean()
 
-    def _draw(self, phi: Any, v: Array, rng_key: Array, num_samples: int, *, relaxed: bool = False) -> Latents:
+    def _draw(self, phi: Any, v: Array, rng_key: Array, num_samples: int, *, relaxed: bool = False) -> Drawn:
         return draw(self.guide, (v, *self.rest), self.kwargs, rng_key, num_samples, params=phi, relaxed=relaxed)

@@ -48,20 +48,29 @@ from numpyro_ebm.weights import normalized_weights
 #: values of latent sites by name, with samples along axis 0
 Latents = dict[str, Array]
 #: (parameters, visible, latents of one sample) -> log density of every row
-RowDensity = Callable[[Any, Array, Latents], Array]
+RowDensity = Callable[[Any, Array, Any], Array]
 ScoreFn = Callable[[Array], Array]
+
+
+class Drawn(NamedTuple):
+    """Samples of a guide, each with the key that it was drawn with: its density has what the guide drew beside it."""
+
+    latents: Latents
+    #: (num_samples,)
+    keys: Array
 
 
 def draw(
     guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], rng_key: Array, num_samples: int, *, params: Any, relaxed: bool
-) -> Latents:
+) -> Drawn:
     """Independent samples of a guide, ``(num_samples,) + shape``; bits are 0 or 1 unless ``relaxed``. They have no gradient."""
 
     def one(key: Array) -> Latents:
         with nullcontext() if relaxed else _hard_bits():
             return run_model(guide, args, kwargs, key, data=params).drawn
 
-    return stop_gradient(map_over(one, jax.random.split(rng_key, num_samples)))
+    keys = jax.random.split(rng_key, num_samples)
+    return Drawn(stop_gradient(map_over(one, keys)), keys)
 
 
 def row_density(
@@ -87,10 +96,19 @@ def row_density(
     return log_density
 
 
-def scores(log_density: RowDensity, v: Array, params: Any, h: Latents) -> tuple[Array, Array]:
+def drawn_density(guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], plate: str) -> Callable[[Any, Array, Drawn], Array]:
+    """The log density of every row of a guide at one of its own samples, with the dropout that this was drawn with."""
+
+    def log_density(params: Any, v: Array, h: Drawn) -> Array:
+        return row_density(guide, args, kwargs, h.keys, plate)(params, v, h.latents)
+
+    return log_density
+
+
+def scores(log_density: RowDensity, v: Array, params: Any, h: Any) -> tuple[Array, Array]:
     """Log densities, ``(num_samples, batch)``, and scores, ``(num_samples,) + v.shape``, of every sample."""
 
-    def total(v: Array, h: Latents) -> tuple[Array, Array]:
+    def total(v: Array, h: Any) -> tuple[Array, Array]:
         rows = log_density(params, v, h)
         return rows.sum(), rows
 
@@ -101,8 +119,8 @@ def scores(log_density: RowDensity, v: Array, params: Any, h: Latents) -> tuple[
 class Draws(NamedTuple):
     """Independent samples for each factor of the estimates: a product of one set with itself would be biased."""
 
-    #: of the score's value
-    value: Latents
+    #: of the score's value: latents, or what else ``log_ratio`` takes
+    value: Any
     #: of the expectation in its gradient
     mean: Latents
     #: of the covariance there

@@ -25,7 +25,7 @@ from numpyro_ebm._compat import layers
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.program.rows import dim_of, per_row, shared_plates
-from numpyro_ebm.program.run import Run, log_density_terms, run_model, total
+from numpyro_ebm.program.run import Run, jacobians_of, log_density_terms, run_model, total
 from numpyro_ebm.program.sites import FIELD, Model, is_factor, transform_of
 from numpyro_ebm.samplers import MALA, Sampler, Target
 
@@ -173,10 +173,10 @@ class RandomField:
 
         :param beta: what the log terms of the model are multiplied by; not so the Jacobians of the transforms.
         """
-        jacobians = {f"_{name}_log_det" for name in position}
 
         def rows(x: Values) -> Array:
             terms, program = self._terms(x, given)
+            jacobians = jacobians_of(program)
             terms = {name: term if name in jacobians else beta * term for name, term in terms.items()}
             return total(terms)[None] if self._plate is None else per_row(terms, program, self._plate)
 

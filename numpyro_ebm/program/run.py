@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 from jax import Array
-from numpyro.distributions import Distribution, biject_to, constraints
+from numpyro.distributions import Distribution, Unit, biject_to, constraints
 from numpyro.distributions.util import scale_and_mask, sum_rightmost
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.util import compute_log_probs, helpful_support_errors
@@ -165,6 +165,14 @@ def log_density_terms(
     return terms, _read(sites)
 
 
+_JACOBIAN = "numpyro_ebm.log_jacobian"  # how the factor of a latent's log Jacobian is known: scope changes its name
+
+
+def jacobians_of(program: Run) -> set[str]:
+    """The names of the factors that :func:`log_density_terms` has added for the log Jacobians of latents."""
+    return {name for name, site in program.observed.items() if _JACOBIAN in site["infer"]}
+
+
 def terms_of(program: Run) -> dict[str, Array]:
     """The log density of every site of a run as it stands, not summed and scaled by its plates."""
     sites = [site for site in program.sites.values() if site["type"] == "sample"]
@@ -282,7 +290,9 @@ class _place(substitute):
         if self.jacobian:
             log_det = transform.log_abs_det_jacobian(position, value)
             log_det = sum_rightmost(log_det, jnp.ndim(log_det) - jnp.ndim(value) + site["fn"].event_dim)
-            numpyro.factor(f"_{site['name']}_log_det", log_det)
+            log_jacobian = Unit(log_det)
+            name = f"_{site['name']}_log_det"
+            numpyro.sample(name, log_jacobian, obs=log_jacobian.sample(None), infer={"is_auxiliary": True, _JACOBIAN: True})
         return value
 
     def postprocess_message(self, msg: Site) -> None:
