@@ -20,6 +20,7 @@ from numpyro.distributions import constraints
 
 from numpyro_ebm import BaseMeasure, GaussianBernoulliRBM, GumbelBernoulli, fisher_divergence, marginal_score
 from numpyro_ebm.evaluate.fisher_divergence import critic_bound
+from numpyro_ebm.objectives.latent import Drawn
 
 KEY = jax.random.key(3)
 ADAM = optax.adam(0.03)  # the same object, so that tests share what is compiled
@@ -71,7 +72,8 @@ def find_score(params, v, num_samples, rng_key=KEY, **settings):
 
 def draws_are(monkeypatch, h):
     """The guide draws these latents, ``(num_samples, rows, num_hidden)``."""
-    monkeypatch.setattr(inspect.getmodule(marginal_score), "draw", lambda *args, **kwargs: {"h": jnp.asarray(h, float)})
+    drawn = Drawn({"h": jnp.asarray(h, float)}, jax.random.split(jax.random.key(0), len(h)))
+    monkeypatch.setattr(inspect.getmodule(marginal_score), "draw", lambda *args, **kwargs: drawn)
 
 
 def mean_over_draws(monkeypatch, params, v, states, num_samples, **settings):
