@@ -6,6 +6,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +14,10 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from helpers import hierarchical
+from numpyro.contrib.module import random_eqx_module
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 from numpyro.distributions import constraints
+from numpyro.handlers import substitute
 from numpyro.infer import Predictive, init_to_sample
 from numpyro.infer.util import log_density
 
@@ -427,8 +430,8 @@ def _unidentified(y):
         numpyro.sample("y", dist.Normal(numpyro.sample("x", dist.Normal(a + b, 1)), 1), obs=y)
 
 
-def _unused(y):
-    numpyro.param("idle", 0.0)
+def _straight(y):
+    numpyro.factor("line", numpyro.param("slope", 0.0))
     population(y)
 
 
@@ -445,14 +448,85 @@ def _field(y):
     [
         (_unidentified, {"a": 1.0, "b": 0.5}, ValueError, r"param '[ab]': the observed information is not positive definite"),
         (population, {"loc": 1.0, "scale": 0.05}, ValueError, r"param 'scale': .* not at a maximum"),
-        (_unused, {"loc": 1.0, "scale": 1.0, "idle": 0.0}, ValueError, r"param 'idle': the log density does not bend in it"),
+        (_straight, {"loc": 1.0, "scale": 1.0, "slope": 0.0}, ValueError, r"param 'slope': the log density does not bend in it"),
         (_field, {"w": 1.0}, NormalizerError, r"site 'coupling': it makes the model a random field"),
     ],
-    ids=["unidentified", "far_from_a_maximum", "unused", "random_field"],
+    ids=["unidentified", "far_from_a_maximum", "straight", "random_field"],
 )
 def test_information_that_is_none_is_refused(model, params, error, message):
     with pytest.raises(error, match=message):
         errors_of(KEY, model, params, Y, num_samples=40, num_chains=4)
+
+
+def test_standard_errors_of_a_random_module_leave_out_the_weights_that_it_samples():
+    # catches weights that sample sites replace taken for params in which the density must bend; y ~ N(0, tau^2 F F' + I / 4)
+    x = jnp.linspace(-1, 1, 12)
+    features, y = jnp.stack([x, jnp.ones(12)], 1), jnp.sin(5 * x) + 0.4
+    network = eqx.nn.Linear(1, 1, key=KEY)
+
+    def model(y):
+        numpyro.param("idle", jnp.zeros(2))
+        tau = numpyro.param("tau", 1.0, constraint=constraints.positive)
+        net = random_eqx_module("net", network, prior=dist.Normal(0, tau))
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(jax.vmap(net)(x[:, None])[:, 0], 0.5), obs=y)
+
+    def log_likelihood(log_tau):
+        cov = jnp.exp(2 * log_tau) * features @ features.T + jnp.eye(12) / 4
+        return dist.MultivariateNormal(jnp.zeros(12), cov).log_prob(y)
+
+    weights = eqx.filter(network, eqx.is_array)
+    tau = float(jnp.exp(max(jnp.linspace(-3, 1, 401), key=log_likelihood)))
+    params = {"idle": jnp.zeros(2), "tau": tau, "net$params": weights}
+    found = errors_of(KEY, model, params, y, num_samples=500, num_chains=16)
+    assert_information(found, -jax.hessian(log_likelihood)(jnp.log(tau)).reshape(1, 1), {"tau": tau}, most_noise=0.05)
+    assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves([found.standard_errors[name] for name in ("idle", "net$params")]))
+    assert found.covariance.shape == (1, 1)
+
+
+def of_batch(batch, rows, num_data):
+    """A model as a data loader calls it: it is given its rows, and which they are."""
+    loc = numpyro.param("loc", 0.0)
+    with substitute(data={"data": rows}):
+        data = numpyro.plate("data", num_data, subsample_size=len(rows))
+    with data:
+        x = numpyro.sample("x", dist.Normal(loc, 1))
+        numpyro.sample("y", dist.Normal(x, 1), obs=batch)
+
+
+def test_a_batch_of_a_loader_has_the_posterior_of_its_rows():
+    # catches a plate that shows all its rows though it is given some, and their scale of 2 in the density
+    rows = jnp.array([3, 1])
+    draws = sample_posterior(KEY, of_batch, {"loc": 1.0}, Y[rows], rows, 4, num_samples=2000)["x"]
+    assert_moments(draws, (Y[rows] + 1) / 2, np.eye(2) / 2)
+    np.testing.assert_allclose(find_map(KEY, of_batch, {"loc": 1.0}, Y[rows], rows, 4).latents["x"], (Y[rows] + 1) / 2, atol=1e-3)
+    assert_moments(
+        sample_posterior(KEY, of_batch, {"loc": 1.0}, Y, jnp.arange(4), 4, num_samples=2000)["x"], (Y + 1) / 2, np.eye(4) / 2
+    )
+
+
+def test_a_batch_of_a_loader_is_refused_where_it_is_not_the_whole_posterior():
+    def shared(batch, rows, num_data):
+        numpyro.sample("top", dist.Normal(0, 1))
+        of_batch(batch, rows, num_data)
+
+    rows = jnp.array([3, 1])
+    with pytest.raises(ValueError, match=r"plate 'data': the model is given 2 of its 4 rows.* not a product over them"):
+        sample_posterior(KEY, shared, {"loc": 1.0}, Y[rows], rows, 4, num_samples=2)
+    with pytest.raises(ValueError, match=r"plate 'data': the model is given 2 of its 4 rows.* information is that of all data"):
+        standard_errors(of_batch, {"loc": 1.0}, {"x": np.zeros((2, 3, 2))}, Y[rows], rows, 4)
+
+
+def narrow(y):
+    numpyro.param("unused", 0.0)
+    x, z = numpyro.sample("x", dist.Normal(0, 1)), numpyro.sample("z", dist.Normal(jnp.zeros(2), 1).to_event(1))
+    numpyro.sample("y", dist.Normal(x + z.sum(), 0.001), obs=y)
+
+
+def test_chains_that_do_not_mix_are_said():
+    # catches means of chains that stand far apart on a ridge, 1000 times longer than it is wide, returned in silence
+    with pytest.warns(UserWarning, match=r"site '[xz]'.*: R-hat is \d+.*the 800 draws of 4 chains count as \d+: .*not mixed"):
+        sample_posterior(KEY, narrow, {"unused": 0.0}, 1.0, num_samples=200)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import optax
 import pytest
 from numpyro.contrib.control_flow import scan
 from numpyro.distributions import biject_to, constraints
@@ -15,7 +16,7 @@ from numpyro.handlers import mask, scale, scope, seed, substitute, trace
 from numpyro.infer import init_to_median, init_to_sample, init_to_uniform, init_to_value
 from numpyro.infer.util import log_density, potential_energy
 
-from numpyro_ebm import EnergyDistribution, TiltedDistribution
+from numpyro_ebm import EnergyDistribution, ParticleMMLE, TiltedDistribution
 from numpyro_ebm.program.rows import all_batches, by_site, full_shape, gather, per_row, scatter, subsampled_indices
 from numpyro_ebm.program.run import (
     constrain_params,
@@ -370,3 +371,18 @@ def test_plate_subsampled_inside_a_scan_is_refused():
 
     with pytest.raises(ValueError, match="site 'gain': plate 'sensors' is subsampled inside"):
         run_model(model, (), {}, KEY, latents=_start(model))
+
+
+@pytest.mark.parametrize("first", ["param", "plate"])
+def test_a_param_and_a_plate_of_one_name_are_told_apart_or_refused(first):
+    # catches a param that a plate of its name hides, which is then not learned
+    def model(y):
+        if first == "param":
+            numpyro.param("g", 0.0)
+        with numpyro.plate("g", len(y)):
+            loc = numpyro.param("g" if first == "plate" else "loc", 0.0)
+            x = numpyro.sample("x", dist.Normal(loc, 1))
+            numpyro.sample("y", dist.Normal(x, 1), obs=y)
+
+    with pytest.raises(ValueError, match=r"site 'g': the model has a \w+ and a \w+ of this name.*Name them apart"):
+        ParticleMMLE(model, optax.sgd(0.1), num_particles=2, step_size=0.1).init(jax.random.key(0), jnp.ones(3))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
+from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 from numpyro.infer import init_to_sample
 
 from numpyro_ebm._checks import require_count, require_key
@@ -29,7 +30,6 @@ from numpyro_ebm.program.rows import dim_of, per_row, shared_plates
 from numpyro_ebm.program.run import (
     Run,
     constrain_params,
-    constrained,
     draw_latents,
     log_density_terms,
     require_continuous,
@@ -62,7 +62,8 @@ def sample_posterior(
 ) -> Latents:
     """Samples the latents from their posterior at fixed parameters, for the data of a fit or for new data.
 
-    Subsampled plates show all their rows. Energy sites need no normalizer here and are taken as they are.
+    Subsampled plates show all their rows; one that the model itself gives some of its rows, as a model for a data loader does,
+    shows these, and the samples are of their latents. Energy sites need no normalizer here and are taken as they are.
 
     :param rng_key: a key of :func:`jax.random.key`.
     :param model: a NumPyro model, under :class:`~numpyro_ebm.negative_phase` or not.
@@ -82,7 +83,7 @@ def sample_posterior(
     :param init_strategy: a NumPyro ``init_to_...`` strategy to start from without ``start``.
     :param kwargs: keyword arguments of the model.
     :return: by latent site, constrained, of shape ``(num_chains, num_samples) + batch_shape + event_shape``. ``Predictive``
-        takes them with ``batch_ndims=2``.
+        takes them with ``batch_ndims=2``. It warns where several chains of 100 samples or more have an R-hat above 1.1.
     :raises ValueError: for counts out of range, missing parameters, discrete latents, a ``start`` of another shape, a density
         that is not finite where chains start, or samples that are not finite, naming the site.
     :raises NormalizerError: if an energy's normalizer depends on another latent.
@@ -133,7 +134,35 @@ def sample_posterior(
             )
     if int(status):
         warnings.warn(_explain(sampler, int(status), num_samples * len(positions) * thinning), stacklevel=2)
+    if not_mixed := _not_mixed(latents):
+        warnings.warn(not_mixed, stacklevel=2)
     return jax.jit(jax.vmap(jax.vmap(posterior.constrained)))(latents)
+
+
+# Of independent chains of 100 draws R-hat is above 1.1 once in ten million times.
+R_HAT_TO_WARN, SAMPLES_TO_JUDGE = 1.1, 100
+
+
+def _not_mixed(latents: Latents) -> str:
+    """What to say of the worst element of unconstrained draws, if chains disagree in it."""
+    worst, where = R_HAT_TO_WARN, ("", ())
+    for name, draws in latents.items():
+        if len(draws) < 2 or draws.shape[1] < SAMPLES_TO_JUDGE:
+            return ""
+        with np.errstate(invalid="ignore", divide="ignore"):  # what does not move has no R-hat
+            r_hat = np.nan_to_num(split_gelman_rubin(np.asarray(draws)), nan=0.0)
+        if r_hat.size and r_hat.max() > worst:
+            worst, where = float(r_hat.max()), (name, np.unravel_index(r_hat.argmax(), r_hat.shape))
+    if not where[0]:
+        return ""
+    name, index = where
+    chains = np.asarray(latents[name])[(..., *index)]
+    element = f", element {[int(i) for i in index]}" if index else ""
+    return (
+        f"site '{name}'{element}: R-hat is {worst:.2f}, and the {chains.size} draws of {len(chains)} chains count as "
+        f"{float(effective_sample_size(chains)):.0f}: the chains have not mixed, and their means may be far off. Take more "
+        "num_warmup and num_samples, thinning, or sampler=samplers.NUTS() where latents are narrow jointly."
+    )
 
 
 class Posterior:
@@ -156,26 +185,33 @@ class Posterior:
         self.model = unnormalized(model)
         self.data = {**params, **(mutable_state or {})}
         latents = self.draw(rng_key, init_to_sample)
-        with whole_plates():
+        with whole_plates(but_given=True):
             self.program: Run = run_model(self.model, args, kwargs, rng_key, data=self.data, latents=latents)
         self.report = check_run(self.model, args, kwargs, data=self.data)
         self._require_drawable(params)
         self.params = self.program.params
         self._shapes = {name: latents[name] for name in sorted(latents)}
         # the largest plate with all latents in it whose rows are independent
-        plates = sorted(shared_plates(self.program, self.program.latents), key=lambda plate: -self.program.plates[plate].size)
+        plates = shared_plates(self.program, self.program.latents)
+        plates = sorted(plates, key=lambda plate: -len(self.program.plates[plate].indices))
         self.plate = next((plate for plate in plates if self._factorizes(plate, latents)), None)
+        for name, plate in self.program.subsampled.items():
+            if name != self.plate:
+                raise ValueError(
+                    f"plate '{name}': the model is given {len(plate.indices)} of its {plate.size} rows, as a data loader does, and "
+                    "the posterior is not a product over them: pass all rows."
+                )
 
     def draw(self, rng_key: Array, init_strategy: Callable[..., Any]) -> Latents:
         """Unconstrained latents to start from."""
-        with whole_plates():
+        with whole_plates(but_given=True):
             return draw_latents(self.model, self.args, self.kwargs, rng_key, data=self.data, init_strategy=init_strategy)
 
     def terms(self, latents: Latents, params: Mapping[str, Any] | None = None, *, jacobian: bool = True) -> dict[str, Array]:
         """The log density of every site at unconstrained latents, at these parameters or at others."""
         data = {**self.data, **(params or {})}
         call = self.model, self.args, self.kwargs, self.rng_key
-        with whole_plates():
+        with whole_plates(but_given=True):
             return log_density_terms(*call, data=data, latents=latents, jacobian=jacobian)[0]
 
     def row_log_density(self, latents: Latents, params: Mapping[str, Any] | None = None, *, jacobian: bool = True) -> Array:
@@ -185,7 +221,9 @@ class Posterior:
 
     def constrained(self, latents: Latents) -> Latents:
         """The values of the latent sites."""
-        return constrained(self.model, self.args, self.kwargs, self.rng_key, data=self.data, latents=latents)
+        with whole_plates(but_given=True):
+            program = run_model(self.model, self.args, self.kwargs, self.rng_key, data=self.data, latents=latents)
+        return {name: program.sites[name]["value"] for name in latents}
 
     def to_rows(self, latents: Latents) -> Array:
         """Unconstrained latents as one array of shape ``(rows, dim)`` or ``(dim,)``."""
@@ -265,7 +303,7 @@ class Posterior:
         log densities weighs the rows' scores by the same numbers, and what stands outside the plate has no score. With powers
         of two nothing is rounded by that, so that a row is judged by its own score, however large those of the others are.
         """
-        size = self.program.plates[plate].size
+        size = len(self.program.plates[plate].indices)
 
         @jax.jit
         def scores(latents: Latents, weights: Array) -> Latents:

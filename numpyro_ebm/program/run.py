@@ -116,9 +116,22 @@ def run_model(
     :param latents: unconstrained latents by name. A latent in a subsampled plate may have a row for all data: the rows of
         this run are gathered. Sites that are missing are drawn.
     """
-    with trace() as sites, _place(latents or {}), substitute(data=_copied(data or {})), seed(rng_seed=rng_key):
+    with _trace() as sites, _place(latents or {}), substitute(data=_copied(data or {})), seed(rng_seed=rng_key):
         model(*args, **kwargs)
     return _read(sites)
+
+
+class _trace(trace):
+    """NumPyro's trace, in which of a param and a plate of one name the later would hide the other."""
+
+    def postprocess_message(self, msg: Site) -> None:
+        earlier = self.trace.get(msg.get("name"))
+        if earlier is not None and earlier["type"] != msg["type"]:
+            raise ValueError(
+                f"site '{msg['name']}': the model has a {earlier['type']} and a {msg['type']} of this name, of which one would "
+                "hide the other. Name them apart."
+            )
+        super().postprocess_message(msg)
 
 
 def draw_latents(
@@ -330,10 +343,17 @@ class at_mean(Messenger):
 
 
 class whole_plates(Messenger):
-    """Runs programs on all rows of the data: subsampled plates give every row once, in order."""
+    """Runs programs on all rows of the data: subsampled plates give every row once, in order.
+
+    :param but_given: leave the plates alone to which the program itself gives their rows, as one for a data loader does.
+    """
+
+    def __init__(self, fn: Model | None = None, *, but_given: bool = False) -> None:
+        super().__init__(fn)
+        self.but_given = but_given
 
     def process_message(self, msg: Site) -> None:
-        if msg["type"] == "plate":
+        if msg["type"] == "plate" and not (self.but_given and msg["value"] is not None):
             size = msg["args"][0]
             msg["args"], msg["value"] = (size, size), jnp.arange(size)
 
