@@ -34,7 +34,7 @@ from numpyro_ebm.objectives.guide import PosteriorFisher
 from numpyro_ebm.objectives.score import ScoreObjective, objective_keys
 from numpyro_ebm.program.batch import Batch
 from numpyro_ebm.program.rows import per_row
-from numpyro_ebm.program.run import log_density_terms, run_model, total
+from numpyro_ebm.program.run import log_density_terms, own_key, run_model, total
 from numpyro_ebm.program.sites import Model, kind_of
 
 
@@ -306,7 +306,7 @@ class _Levels(Levels):
 
         def log_q(phi: Any, key: Array) -> Array:
             v, draw_key = self.noisy(key)
-            args = v, *self.rest
+            args, draw_key = (v, *self.rest), own_key(draw_key)  # the lower loss splits its key: these are other draws
             h = run_model(self.guide, args, self.kwargs, draw_key, data=self.phi_of(phi)).drawn
             data = {**self.phi_of(phi), **lax.stop_gradient(h)}
             terms, program = log_density_terms(self.guide, args, self.kwargs, draw_key, data=data)

@@ -52,6 +52,7 @@ from numpyro_ebm.program.run import (
     constrained,
     draw_latents,
     log_density_terms,
+    own_key,
     require_all_rows,
     run_model,
     strong_types,
@@ -341,8 +342,9 @@ class ParticleMMLE(Engine):
     # What the loop needs.
 
     def _refuse(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        latents = draw_latents(self._inner, args, kwargs, rng_key, data=params, init_strategy=self.init_strategy)
-        require_good_rows(self._inner, args, kwargs, rng_key, data=params, latents=latents)
+        look_key = own_key(rng_key)  # as _start does
+        latents = draw_latents(self._inner, args, kwargs, look_key, data=params, init_strategy=self.init_strategy)
+        require_good_rows(self._inner, args, kwargs, look_key, data=params, latents=latents)
 
     def _inspect(self, given: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelReport:
         """What is to be known of the normalizers; refuses what negative chains cannot make right."""
@@ -373,8 +375,9 @@ class ParticleMMLE(Engine):
     def _start(
         self, rng_key: Array, init_params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[ParticleState, Array]:
-        positions = draw_latents(self._inner, args, kwargs, rng_key, data=init_params, init_strategy=self.init_strategy)
-        program = run_model(self._inner, args, kwargs, rng_key, data=init_params, latents=positions)
+        look_key = own_key(rng_key)  # of runs from which nothing is kept
+        positions = draw_latents(self._inner, args, kwargs, look_key, data=init_params, init_strategy=self.init_strategy)
+        program = run_model(self._inner, args, kwargs, look_key, data=init_params, latents=positions)
         require_learnable(program, init_params)
         self._num_data(program)  # which a drift may need to be given
         params = unconstrain_params(program.params, program.param_transforms)
@@ -399,7 +402,7 @@ class ParticleMMLE(Engine):
             num_steps=count,
             num_skipped=count,
         )
-        return strong_types(state), are_good_rows(self._inner, args, kwargs, rng_key, program, data=data, latents=positions)
+        return strong_types(state), are_good_rows(self._inner, args, kwargs, look_key, program, data=data, latents=positions)
 
     def _step(self, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ParticleState, Array, Health]:
         if (given := _num_particles(state.particles)) != self.num_particles:

@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpyro
 from jax import Array
 
 from numpyro_ebm.chains import chains_of, is_warning, status_of
+from numpyro_ebm.distributions.energy import energy_site
 from numpyro_ebm.handlers import explain_chains, negative_phase, unnormalized
 from numpyro_ebm.infer.step import Health, Part
 from numpyro_ebm.program.check import ModelReport, check_run
@@ -24,6 +26,16 @@ from numpyro_ebm.program.sites import Model, is_normalizer
 Data = dict[str, Any]  # values of param and mutable sites and indices of plates, by name
 
 
+class _without_normalizers(unnormalized):
+    """Lifts the guard, and leaves out of the model's random keys those that chains take: what the model draws by itself after an
+    energy site, such as dropout, is then the same with and without chains.
+    """
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "sample" and energy_site(msg["fn"]) is not None:
+            numpyro.prng_key()
+
+
 class Phase:
     """A model without its normalizers, ``inner``, and their gradient from negative chains.
 
@@ -31,7 +43,7 @@ class Phase:
     """
 
     def __init__(self, model: Model) -> None:
-        self.inner = unnormalized(model)
+        self.inner = _without_normalizers(model)
         self._is_given = isinstance(model, negative_phase)
         handler = model if isinstance(model, negative_phase) else negative_phase(model)  # which adds nothing to one inside
         self._handler = handler.without_reports()
