@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+import numpyro
 import numpyro.distributions as dist
 from numpyro.handlers import scope
 from numpyro.infer import MCMC, SVI
@@ -105,6 +106,12 @@ def has_seen_model(guide: AutoGuide) -> bool:
 def is_auxiliary(site: dict[str, Any]) -> bool:
     """Whether a guide draws all latents at once at this site, which the model does not have."""
     return bool(site["infer"].get("is_auxiliary"))
+
+
+def marked_factor(name: str, log_factor: Any, mark: str) -> None:
+    """A :func:`numpyro.factor` whose site is known by a mark in its ``infer``, whatever handlers make of its name."""
+    unit = dist.Unit(log_factor)
+    numpyro.sample(name, unit, obs=unit.sample(None), infer={"is_auxiliary": True, mark: True})
 
 
 def layers(fn: Any) -> Iterator[Any]:

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 from jax import Array
-from numpyro.distributions import Distribution, Unit, biject_to, constraints
+from numpyro.distributions import Distribution, biject_to, constraints
 from numpyro.distributions.util import scale_and_mask, sum_rightmost
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.util import compute_log_probs, helpful_support_errors
 from numpyro.primitives import Messenger
 
-from numpyro_ebm._compat import in_subsampled_plate, scan_index
+from numpyro_ebm._compat import in_subsampled_plate, marked_factor, scan_index
 from numpyro_ebm.distributions.energy import TiltedDistribution, energy_site, with_core
 from numpyro_ebm.program.sites import Model, Site, is_latent, kind_of, transform_of
 
@@ -303,9 +303,7 @@ class _place(substitute):
         if self.jacobian:
             log_det = transform.log_abs_det_jacobian(position, value)
             log_det = sum_rightmost(log_det, jnp.ndim(log_det) - jnp.ndim(value) + site["fn"].event_dim)
-            log_jacobian = Unit(log_det)
-            name = f"_{site['name']}_log_det"
-            numpyro.sample(name, log_jacobian, obs=log_jacobian.sample(None), infer={"is_auxiliary": True, _JACOBIAN: True})
+            marked_factor(f"_{site['name']}_log_det", log_det, _JACOBIAN)
         return value
 
     def postprocess_message(self, msg: Site) -> None:
