@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
 from jax import Array
 from numpyro.distributions import Distribution, biject_to, constraints
 from numpyro.distributions.util import scale_and_mask, sum_rightmost
