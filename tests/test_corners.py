@@ -98,7 +98,7 @@ def test_a_stack_of_energies_in_an_inner_plate_is_scaled_by_the_outer_one():
     # two energies, one for each column; 2 of 6 rows, a mask and a scale of .5: d/dt = .5 * 6/2 * (-E'(rows) + rows * E'(chains))
     x = normal(1, 6, 2)
     chains = jnp.array([[1.0, 2.0], [0.0, 4.0], [2.0, 0.0]])
-    rows, mask = jnp.array([4, 1]), jnp.array([[True], [False]])
+    rows, mask = jnp.array([4, 1]), jnp.array([[True, False], [True, True]])
 
     def model(x):
         t = numpyro.param("t", jnp.ones(2))
@@ -110,7 +110,7 @@ def test_a_stack_of_energies_in_an_inner_plate_is_scaled_by_the_outer_one():
 
     phase = negative_phase(substitute(model, data={"rows": rows}), num_chains=3, sampler=STILL, init_chains={"x": chains})
     found = gradient_of(phase, {"t": jnp.array([1.0, 2.0])}, x)["t"]
-    exact = 0.5 * 3 * (-(x[4] ** 2) / 2 + (chains**2).mean(0) / 2)  # the row 1 is masked
+    exact = 0.5 * 3 * (mask * ((chains**2).mean(0) - x[rows] ** 2) / 2).sum(0)
     np.testing.assert_allclose(found, exact, rtol=1e-5)
 
 
