@@ -529,6 +529,20 @@ def test_chains_that_do_not_mix_are_said():
         sample_posterior(KEY, narrow, {"unused": 0.0}, 1.0, num_samples=200)
 
 
+def test_masked_latents_which_wander_are_not_said_to_mix_badly():
+    # catches a warning of elements that have no density: what obs_mask calls unobserved is masked where there are data
+    def model(y, is_seen):
+        numpyro.param("unused", 0.0)
+        with numpyro.plate("data", 4):
+            x = numpyro.sample("x", dist.Normal(0, 1))
+            numpyro.sample("y", dist.Normal(x, 1), obs=y, obs_mask=is_seen)
+
+    draws = sample_posterior(KEY, model, {"unused": 0.0}, Y, jnp.array([True, True, False, True]), num_samples=400)
+    far = split_gelman_rubin(np.asarray(draws["y_unobserved"]))
+    assert far[0] > 1.2
+    assert far[2] < 1.1
+
+
 @pytest.mark.parametrize(
     ("samples", "message"),
     [

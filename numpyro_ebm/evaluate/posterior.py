@@ -134,7 +134,7 @@ def sample_posterior(
             )
     if int(status):
         warnings.warn(_explain(sampler, int(status), num_samples * len(positions) * thinning), stacklevel=2)
-    if not_mixed := _not_mixed(latents):
+    if not_mixed := _not_mixed(posterior, latents):
         warnings.warn(not_mixed, stacklevel=2)
     return jax.jit(jax.vmap(jax.vmap(posterior.constrained)))(latents)
 
@@ -143,23 +143,27 @@ def sample_posterior(
 R_HAT_TO_WARN, SAMPLES_TO_JUDGE = 1.1, 100
 
 
-def _not_mixed(latents: Latents) -> str:
+def _not_mixed(posterior: "Posterior", latents: Latents) -> str:
     """What to say of the worst element of unconstrained draws, if chains disagree in it."""
-    worst, where = R_HAT_TO_WARN, ("", ())
-    for name, draws in latents.items():
-        if len(draws) < 2 or draws.shape[1] < SAMPLES_TO_JUDGE:
-            return ""
-        with np.errstate(invalid="ignore", divide="ignore"):  # what does not move has no R-hat
-            r_hat = np.nan_to_num(split_gelman_rubin(np.asarray(draws)), nan=0.0)
-        if r_hat.size and r_hat.max() > worst:
-            worst, where = float(r_hat.max()), (name, np.unravel_index(r_hat.argmax(), r_hat.shape))
-    if not where[0]:
+    num_chains, num_samples = next(iter(latents.values())).shape[:2]
+    if num_chains < 2 or num_samples < SAMPLES_TO_JUDGE:
         return ""
-    name, index = where
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r_hat = {name: split_gelman_rubin(np.asarray(draws)) for name, draws in latents.items()}
+    if not any((values > R_HAT_TO_WARN).any() for values in r_hat.values()):  # nan where nothing moves
+        return ""
+    score = jax.grad(lambda x: posterior.row_log_density(x).sum())
+    scores = jax.jit(jax.vmap(score))({name: draws[:, -1] for name, draws in latents.items()})
+    # masked elements have no density, and wander
+    r_hat = {name: np.where(np.any(scores[name], 0) & (values > R_HAT_TO_WARN), values, 0.0) for name, values in r_hat.items()}
+    name = max(r_hat, key=lambda name: r_hat[name].max(initial=0))
+    if not r_hat[name].any():
+        return ""
+    index = np.unravel_index(r_hat[name].argmax(), r_hat[name].shape)
     chains = np.asarray(latents[name])[(..., *index)]
     element = f", element {[int(i) for i in index]}" if index else ""
     return (
-        f"site '{name}'{element}: R-hat is {worst:.2f}, and the {chains.size} draws of {len(chains)} chains count as "
+        f"site '{name}'{element}: R-hat is {r_hat[name][index]:.2f}, and the {chains.size} draws of {num_chains} chains count as "
         f"{float(effective_sample_size(chains)):.0f}: the chains have not mixed, and their means may be far off. Take more "
         "num_warmup and num_samples, thinning, or sampler=samplers.NUTS() where latents are narrow jointly."
     )
