@@ -263,7 +263,8 @@ class TiltedDistribution(Distribution):
         ``sampler=MALA(step_size, 200, adapt=False)``.
 
         :param key: a key of :func:`jax.random.key`.
-        :return: of shape ``sample_shape + batch_shape + event_shape``, with gradients stopped.
+        :return: of shape ``sample_shape + batch_shape + event_shape``, without a gradient in what the energy depends on: one that
+            needs it raises :class:`NormalizerError`.
         :raises NotImplementedError: if there is nothing to start from, or the support is discrete and no sampler is given.
         """
         num_chains = math.prod(sample_shape)
@@ -274,7 +275,20 @@ class TiltedDistribution(Distribution):
         target = self.chain_log_prob(sampler)
         state = sampler.init(self.to_chain(self.initial_chains(start_key, num_chains), sampler), target)
         state = sampler.run(run_key, target, state)
-        return lax.stop_gradient(self.from_chain(state.position, sampler)).reshape(self.shape(tuple(sample_shape)))
+        samples = lax.stop_gradient(self.from_chain(state.position, sampler)).reshape(self.shape(tuple(sample_shape)))
+        return self._without_gradient(samples)
+
+    def _without_gradient(self, samples: Array) -> Array:
+        """The same samples, with a guard where an energy's parameters would be learned from what they do to its samples."""
+        if self.is_normalized or not jnp.issubdtype(samples.dtype, jnp.floating):
+            return samples
+        _, params = jax.closure_convert(lambda x: self._log_density(x), samples)
+        return samples + refuse_gradient(
+            f"{_place(calling_site(self))}: samples of an energy have no gradient in what it depends on, and what is computed of "
+            "them would be learned without it. Sample the site in the guide too, give it a value, or hold its energy fixed.",
+            samples.dtype,
+            params,
+        )
 
     def initial_chains(self, key: Array, num_chains: int) -> Array:
         """Where chains start: samples of ``initial``, of shape ``(num_chains,) + batch_shape + event_shape``.
