@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpyro.distributions as dist
 from numpyro.handlers import block, scope
-from numpyro.infer import MCMC, SVI
+from numpyro.infer import AIES, ESS, MCMC, SA, SVI, DiscreteHMCGibbs, MixedHMC
 from numpyro.infer.autoguide import AutoGuide, AutoSemiDAIS
 from numpyro.infer.elbo import ELBO
 from numpyro.infer.mcmc import MCMCKernel
@@ -23,6 +23,8 @@ from numpyro.primitives import _PYRO_STACK, Messenger, plate
 
 Handler = TypeVar("Handler", bound=Messenger)
 
+# They move latents, or some of them, by ratios of densities alone
+_COMPARING = (SA, AIES, ESS, DiscreteHMCGibbs, MixedHMC)
 WRAPPERS = (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution, dist.TransformedDistribution)
 
 
@@ -45,6 +47,12 @@ def calling_objective() -> ELBO | None:
 def called_by_mcmc() -> bool:
     """Whether a NumPyro kernel is tracing the model right now."""
     return any(isinstance(self, (MCMC, MCMCKernel)) for self in _locals_called("self"))
+
+
+def comparing_kernel() -> str | None:
+    """The kind of the NumPyro kernel that is tracing the model right now, if it compares densities without their gradient."""
+    kernels = (self.sampler if isinstance(self, MCMC) else self for self in _locals_called("self"))
+    return next((type(kernel).__name__ for kernel in kernels if isinstance(kernel, _COMPARING)), None)
 
 
 def calling_local_model() -> Any:

@@ -24,7 +24,7 @@ from numpyro.handlers import seed
 from numpyro.infer import HMC, MCMC, NUTS, Predictive, init_to_median, init_to_sample
 from numpyro.infer.util import log_density
 
-from numpyro_ebm import BaseMeasure, EnergyDistribution, TiltedDistribution, UnadjustedLangevin
+from numpyro_ebm import BaseMeasure, EnergyDistribution, NormalizerError, TiltedDistribution, UnadjustedLangevin
 
 KEY = jax.random.key(10)
 NORMAL = dist.Normal(0, 1)

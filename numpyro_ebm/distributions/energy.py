@@ -26,7 +26,7 @@ from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.distributions.util import sum_rightmost, validate_sample
 
 from numpyro_ebm._checks import require_key
-from numpyro_ebm._compat import calling_distribution, calling_site, layers
+from numpyro_ebm._compat import calling_distribution, calling_site, comparing_kernel, layers
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm._pytree import arrays_and_rest, join
 from numpyro_ebm.samplers import MALA, Reference, Sampler, Target
@@ -234,12 +234,24 @@ class TiltedDistribution(Distribution):
                 f"{_place(calling_site(whole))}: {type(whole).__name__} mixes densities, and the unknown normalizer of an energy "
                 "does not cancel there. Write the whole as one energy."
             )
+        if self.guarded and (kernel := comparing_kernel()) is not None:
+            self._refuse_ratios(kernel, value)
         # A lambda, because a bound method of a distribution that holds tracers could not be hashed.
         density, params = jax.closure_convert(lambda x: self._log_density(x), value)
         log_prob = density(value, *params)
         if self.guarded:
             log_prob = log_prob + _unknown_log_normalizer(calling_site(self), log_prob.dtype, params)
         return log_prob
+
+    def _refuse_ratios(self, kernel: str, value: Array) -> None:
+        """Refuses densities to who compares them at other latents, if the energy depends on one: the guard sees gradients alone."""
+        depends = jax.make_jaxpr(lambda x: self._log_density(x))(value).consts
+        if any(isinstance(x, jax.core.Tracer) for x in depends):
+            raise NormalizerError(
+                f"{_place(calling_site(self))}: {kernel} compares densities at different latents, and this energy is traced: its "
+                "unknown normalizer changes with the latent that it depends on (doubly intractable). Make that a fixed value; "
+                "numpyro_ebm.check_model tells what it is."
+            )
 
     def score(self, value: Array) -> Array:
         r""":math:`\nabla_x \log p(x)`, exact whatever the normalizer.
