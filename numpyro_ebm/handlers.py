@@ -245,8 +245,11 @@ class negative_phase(Messenger):
         energy = energy_site(msg["fn"])
         if energy is None or not energy.guarded:
             return
-        # where only one of the two is seen outside, a gradient would be wrong: the guard stays, and refuses it
-        if not hides_one_of(self, msg, normalizer_name(name_inside(self, msg["name"]))):
+        if hides_one_of(self, msg, normalizer_name(name_inside(self, msg["name"]))):
+            # a gradient would be wrong: the guard stays, and refuses it; engines have no guard
+            if not self._reports:
+                raise ValueError(f"site '{msg['name']}': block hides one of the site and its normalizer. Hide both, or neither.")
+        else:
             self._refuse_where_it_stands(msg, energy)
             msg["fn"] = without_guard(msg["fn"])
             self._open.append((msg, msg["name"]))

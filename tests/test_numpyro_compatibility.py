@@ -284,6 +284,7 @@ def learn(engine, row, prior, place):
     loss = row.loss if prior is tilted or row.loss_of_twin is None else row.loss_of_twin
     start = init_to_value(values=row.start)
     guide = row.guide(model) if engine in ("SVI", "BiSM", "VaGES") else None
+    guide = given() if guide is no_latents and engine != "SVI" else guide
     made = {
         "SVI": lambda: SVI(model, guide, SGD, loss or Trace_ELBO()),
         "ParticleMMLE": lambda: ParticleMMLE(model, SGD, num_particles=2, step_size=0.1, init_strategy=start),
@@ -296,8 +297,8 @@ def learn(engine, row, prior, place):
     return made.get_params(state)
 
 
-def auto(name, **settings):
-    return lambda model: getattr(autoguide, name)(model, init_loc_fn=init_to_value(values=START), **settings)
+def auto(name, start=None, **settings):
+    return lambda model: getattr(autoguide, name)(model, init_loc_fn=init_to_value(values=start or START), **settings)
 
 
 def listed(model):
@@ -384,8 +385,8 @@ ROWS = [
         R,
         NO_LATENT,
         NO,
-        "refused: ",
-        "refused: ",
+        NO_LATENT,
+        NO_LATENT,
         around=lambda model: condition(model, data={"z": Z}),
         guide=lambda model: no_latents,
     ),
@@ -425,7 +426,7 @@ ROWS = [
     handler(
         "block the normalizer",
         "refused: this gradient needs d log Z",
-        R,
+        "refused: hides one of",
         NO,
         NO,
         NO,
@@ -434,7 +435,7 @@ ROWS = [
     handler(
         "lift the energy's param", *["refused: depends on latent site 'tilt'"] * 2, around=lambda m: lift(m, {"tilt": twin(0.0)})
     ),
-    handler("do", "refused: samples of an energy have no gradient", around=lambda model: do(model, data={"z": Z})),
+    handler("do", R, R, NO, R, R, around=lambda model: do(model, data={"z": Z})),
     handler(
         "scope",
         R,
@@ -484,12 +485,28 @@ ROWS = [
         "refused: outside plate",
         "refused: outside",
         build=before_scan,
-        guide=auto("AutoNormal"),
+        guide=auto("AutoNormal", SCALAR),
         start=SCALAR,
     ),
     flow("energy inside scan", *["refused: inside scan or cond"] * 2, build=inside_scan, guide=auto("AutoNormal")),
-    flow("energy before cond", R, R, NO, "refused: ", "refused: ", build=before_cond, guide=auto("AutoNormal"), start=SCALAR),
-    flow("energy inside cond", *["refused: inside scan or cond"] * 2, build=inside_cond, guide=auto("AutoNormal"), start=SCALAR),
+    flow(
+        "energy before cond",
+        R,
+        R,
+        NO,
+        "refused: no site observes it",
+        "refused: no site observes it",
+        build=before_cond,
+        guide=auto("AutoNormal", SCALAR),
+        start=SCALAR,
+    ),
+    flow(
+        "energy inside cond",
+        *["refused: inside scan or cond"] * 2,
+        build=inside_cond,
+        guide=auto("AutoNormal", SCALAR),
+        start=SCALAR,
+    ),
     flow("discrete latent, enumerated", NO_STATE, *["refused: "] * 4, build=enumerated, loss=TraceEnum_ELBO()),
     flow("discrete latent, summed out", R, R, NO, R, R, build=summed_out),
     flow("subsampled plate", R, R, NO, R, R, build=subsampled, guide=lambda model: subsampled_guide),
