@@ -15,15 +15,17 @@ from typing import Any, TypeVar
 
 import numpyro
 import numpyro.distributions as dist
-from numpyro.handlers import scope
-from numpyro.infer import MCMC, SVI
-from numpyro.infer.autoguide import AutoGuide
+from numpyro.handlers import block, scope
+from numpyro.infer import AIES, ESS, MCMC, SA, SVI, DiscreteHMCGibbs, MixedHMC
+from numpyro.infer.autoguide import AutoGuide, AutoSemiDAIS
 from numpyro.infer.elbo import ELBO
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.primitives import _PYRO_STACK, Messenger, plate
 
 Handler = TypeVar("Handler", bound=Messenger)
 
+# They move latents, or some of them, by ratios of densities alone
+_COMPARING = (SA, AIES, ESS, DiscreteHMCGibbs, MixedHMC)
 WRAPPERS = (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution, dist.TransformedDistribution)
 
 
@@ -46,6 +48,17 @@ def calling_objective() -> ELBO | None:
 def called_by_mcmc() -> bool:
     """Whether a NumPyro kernel is tracing the model right now."""
     return any(isinstance(self, (MCMC, MCMCKernel)) for self in _locals_called("self"))
+
+
+def comparing_kernel() -> str | None:
+    """The kind of the NumPyro kernel that is tracing the model right now, if it compares densities without their gradient."""
+    kernels = (self.sampler if isinstance(self, MCMC) else self for self in _locals_called("self"))
+    return next((type(kernel).__name__ for kernel in kernels if isinstance(kernel, _COMPARING)), None)
+
+
+def calling_local_model() -> Any:
+    """The model that an ``AutoSemiDAIS`` runs inside a loop, if one is being run right now."""
+    return next((self.local_model for self in _locals_called("self") if isinstance(self, AutoSemiDAIS)), None)
 
 
 def calling_distribution(transparent: tuple[type, ...]) -> dist.Distribution | None:
@@ -83,8 +96,33 @@ def name_inside(handler: Messenger, name: str) -> str:
     return name
 
 
+def handlers_of(fn: Any) -> list[Messenger]:
+    """The handlers around a model, outermost first."""
+    found = []
+    while isinstance(fn, Messenger):
+        found.append(fn)
+        fn = fn.fn
+    return found
+
+
+def hides_one_of(handler: Messenger, msg: dict[str, Any], factor: str) -> bool:
+    """Whether a block, inside ``handler`` or outside, hides a sample site and not the factor of another name, or the reverse.
+
+    :param factor: its name without the prefixes of open scopes.
+    """
+    site, other = name_inside(handler, msg["name"]), factor
+    for opened in reversed(_PYRO_STACK):
+        if isinstance(opened, scope) and "sample" not in opened.hide_types:
+            site, other = (f"{opened.prefix}{opened.divider}{name}" for name in (site, other))
+        if isinstance(opened, block):
+            hidden = {bool(opened.hide_fn(seen)) for seen in ({**msg, "name": site}, {**msg, "name": other, "is_observed": True})}
+            if hidden != {False}:
+                return hidden != {True}
+    return False
+
+
 def is_in_scan(msg: dict[str, Any]) -> bool:
-    """Whether a message comes out of a ``scan`` that has run its steps already."""
+    """Whether a message comes out of a ``scan`` or ``cond`` that has run its steps already."""
     return bool(msg.get("_control_flow_done", False))
 
 

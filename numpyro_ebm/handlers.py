@@ -28,7 +28,10 @@ from numpyro.primitives import Messenger, mutable
 from numpyro_ebm._checks import require_bool, require_count, require_key
 from numpyro_ebm._compat import (
     called_by_mcmc,
+    calling_local_model,
     calling_objective,
+    handlers_of,
+    hides_one_of,
     in_subsampled_plate,
     is_in_scan,
     mask_of,
@@ -221,7 +224,7 @@ class negative_phase(Messenger):
         return self._checked[kind]
 
     def _add_field_normalizer(self, seen: record_run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _refuse_who_runs_it(FIELD)
+        _refuse_who_runs_it(FIELD, self)
         field_key, start_key, run_key = jax.random.split(_chain_key(FIELD), 3)
         field = RandomField(self.fn, args, kwargs, field_key, seen, self.num_chains)
         start = field.start(start_key, self.init_chains.get(FIELD, {}))
@@ -240,16 +243,27 @@ class negative_phase(Messenger):
         if msg["is_observed"]:
             require_finite(msg)
         energy = energy_site(msg["fn"])
-        if energy is not None and energy.guarded:
+        if energy is None or not energy.guarded:
+            return
+        if hides_one_of(self, msg, normalizer_name(name_inside(self, msg["name"]))):
+            # a gradient would be wrong: the guard stays, and refuses it; engines have no guard
+            if not self._reports:
+                raise ValueError(f"site '{msg['name']}': block hides one of the site and its normalizer. Hide both, or neither.")
+        else:
             self._refuse_where_it_stands(msg, energy)
             msg["fn"] = without_guard(msg["fn"])
             self._open.append((msg, msg["name"]))
 
     def postprocess_message(self, msg: Message) -> None:
-        energy = energy_site(msg["fn"]) if self._open and self._open[-1][0] is msg else None
-        if energy is None:
+        if not self._open or self._open[-1][0] is not msg:
             return
         name = self._open.pop()[1]  # the name before handlers outside this one changed it
+        energy = energy_site(msg["fn"]) if msg["type"] == "sample" else None
+        if energy is None:
+            raise ValueError(
+                f"site '{name}': reparam stands outside negative_phase, which then cannot see what became of the site. Put it "
+                "inside: negative_phase(reparam(model, config=...))."
+            )
         site = {**msg, "name": name}
         start_key, run_key = jax.random.split(_chain_key(name))
         log_density = self._advance(name, energy, self._start(site, energy, start_key), run_key)
@@ -388,11 +402,12 @@ class negative_phase(Messenger):
 
     def _refuse_where_it_stands(self, msg: Message, energy: TiltedDistribution) -> None:
         name = msg["name"]
-        _refuse_who_runs_it(name)
+        _refuse_who_runs_it(name, self)
         if is_in_scan(msg):
             raise NormalizerError(
-                f"site '{name}': unknown normalizer inside scan: it cannot be told whether it depends on the carry. Write the "
-                "steps as a plate, or as a Python loop over sites with names of their own."
+                f"site '{name}': unknown normalizer inside scan or cond: it cannot be told whether it depends on what the steps "
+                "hand on. Write steps as a plate, or as a Python loop over sites with names of their own, and branches "
+                "by jnp.where."
             )
         plate = in_subsampled_plate(energy.batch_shape)
         if plate is not None and self.persistent:
@@ -403,7 +418,7 @@ class negative_phase(Messenger):
             )
 
 
-def _refuse_who_runs_it(name: str) -> None:
+def _refuse_who_runs_it(name: str, handler: negative_phase) -> None:
     objective = calling_objective()
     if objective is not None and type(objective).loss_with_mutable_state is ELBO.loss_with_mutable_state:
         raise ValueError(
@@ -415,10 +430,20 @@ def _refuse_who_runs_it(name: str) -> None:
             f"site '{name}': {type(objective).__name__}(num_particles={objective.num_particles}) drops mutable state, so the "
             "negative chains would start afresh at every step. Use num_particles=1 and a larger batch or more steps."
         )
+    if getattr(objective, "multi_sample_guide", False):
+        raise ValueError(
+            f"site '{name}': {type(objective).__name__}(multi_sample_guide=True) keeps no mutable state of the model, and so no "
+            "negative chains. Use a guide that gives one sample, and more steps."
+        )
     if called_by_mcmc():
         raise ValueError(
             f"site '{name}': negative_phase learns parameters by gradient, and MCMC needs the density itself. Give MCMC the "
             "model without it: an energy with fixed parameters is right as it is."
+        )
+    if handler in handlers_of(calling_local_model()):
+        raise ValueError(
+            f"site '{name}': AutoSemiDAIS runs its local_model inside a loop, which would not keep the negative chains, and needs "
+            "no normalizer there. Give the handler to the model alone: AutoSemiDAIS(negative_phase(model), local_model)."
         )
 
 

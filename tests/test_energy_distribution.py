@@ -24,7 +24,14 @@ from numpyro.handlers import seed
 from numpyro.infer import HMC, MCMC, NUTS, Predictive, init_to_median, init_to_sample
 from numpyro.infer.util import log_density
 
-from numpyro_ebm import MALA, BaseMeasure, EnergyDistribution, TiltedDistribution, UnadjustedLangevin
+from numpyro_ebm import (
+    MALA,
+    BaseMeasure,
+    EnergyDistribution,
+    NormalizerError,
+    TiltedDistribution,
+    UnadjustedLangevin,
+)
 
 KEY = jax.random.key(10)
 NORMAL = dist.Normal(0, 1)
@@ -605,13 +612,15 @@ def test_draws_have_sample_batch_and_event_shape(sample_shape):
     assert jax.eval_shape(lambda: d.expand([3, 4, 1]).sample(KEY, sample_shape)).shape == (*sample_shape, 3, 4, 1, 2)
 
 
-def test_no_gradient_flows_through_draws():
-    # Catches a reparametrized-looking sample: its gradient would be biased and cost all steps.
+def test_a_gradient_through_samples_is_refused_and_costs_nothing_where_it_is_stopped():
+    # Catches a reparametrized-looking sample: its gradient would be biased and cost all steps, and 0 is wrong too.
     def draw(loc):
         d = TiltedDistribution(dist.Normal(loc, 1), lambda x: loc * x, sampler=UnadjustedLangevin(num_steps=2))
         return d.sample(KEY)
 
-    assert jax.grad(draw)(1.0) == 0.0
+    with pytest.raises(NormalizerError, match="samples of an energy have no gradient in what it depends on"):
+        jax.grad(draw)(1.0)
+    assert jax.grad(lambda loc: jax.lax.stop_gradient(draw(loc)))(1.0) == 0.0
 
 
 def test_sample_without_a_start_says_to_pass_initial():

@@ -80,6 +80,14 @@ def test_energies_page_runs_and_its_numbers_are_the_closed_forms(capsys):
     assert "doubly intractable" in printed
 
 
+def test_compatibility_page_runs_and_a_learned_prior_is_right_on_other_data():
+    page = run("docs/numpyro_compatibility.md")
+    # the posterior's sd is 5^-1/2 = .45, and 1000 draws of NUTS are worth 400 at least
+    assert jnp.abs(page["found"] - page["exact"]).max() < 4 * 5**-0.5 / 400**0.5
+    assert abs(page["params"]["tilt"] - page["y"].mean()) < 4 / jnp.sqrt(1000)
+    assert page["given"]["y"].shape == (1000, 3)
+
+
 def test_conventions_page_runs_and_short_runs_are_biased_by_the_formula(capsys):
     with pytest.warns(UserWarning, match="keep more than a tenth"):  # as the page says
         page = run("docs/conventions.md")

@@ -26,7 +26,7 @@ from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.distributions.util import sum_rightmost, validate_sample
 
 from numpyro_ebm._checks import require_key
-from numpyro_ebm._compat import calling_distribution, calling_site, layers
+from numpyro_ebm._compat import calling_distribution, calling_site, comparing_kernel, layers
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm._pytree import arrays_and_rest, join
 from numpyro_ebm.samplers import MALA, Reference, Sampler, Target
@@ -234,12 +234,24 @@ class TiltedDistribution(Distribution):
                 f"{_place(calling_site(whole))}: {type(whole).__name__} mixes densities, and the unknown normalizer of an energy "
                 "does not cancel there. Write the whole as one energy."
             )
+        if self.guarded and (kernel := comparing_kernel()) is not None:
+            self._refuse_ratios(kernel, value)
         # A lambda, because a bound method of a distribution that holds tracers could not be hashed.
         density, params = jax.closure_convert(lambda x: self._log_density(x), value)
         log_prob = density(value, *params)
         if self.guarded:
             log_prob = log_prob + _unknown_log_normalizer(calling_site(self), log_prob.dtype, params)
         return log_prob
+
+    def _refuse_ratios(self, kernel: str, value: Array) -> None:
+        """Refuses densities to who compares them at other latents, if the energy depends on one: the guard sees gradients alone."""
+        depends = jax.make_jaxpr(lambda x: self._log_density(x))(value).consts
+        if any(isinstance(x, jax.core.Tracer) for x in depends):
+            raise NormalizerError(
+                f"{_place(calling_site(self))}: {kernel} compares densities at different latents, and this energy is traced: its "
+                "unknown normalizer changes with the latent that it depends on (doubly intractable). Make that a fixed value; "
+                "numpyro_ebm.check_model tells what it is."
+            )
 
     def score(self, value: Array) -> Array:
         r""":math:`\nabla_x \log p(x)`, exact whatever the normalizer.
@@ -269,7 +281,8 @@ class TiltedDistribution(Distribution):
         200 moves are as many as reach over a ridge some ten times longer than it is wide.
 
         :param key: a key of :func:`jax.random.key`.
-        :return: of shape ``sample_shape + batch_shape + event_shape``, with gradients stopped.
+        :return: of shape ``sample_shape + batch_shape + event_shape``, without a gradient in what the energy depends on: one that
+            needs it raises :class:`NormalizerError`.
         :raises NotImplementedError: if there is nothing to start from, or the support is discrete and no sampler is given.
         """
         num_chains = math.prod(sample_shape)
@@ -280,7 +293,20 @@ class TiltedDistribution(Distribution):
         target = self.chain_log_prob(sampler)
         state = sampler.init(self.to_chain(self.initial_chains(start_key, num_chains), sampler), target)
         state = sampler.run(run_key, target, state)
-        return lax.stop_gradient(self.from_chain(state.position, sampler)).reshape(self.shape(tuple(sample_shape)))
+        samples = lax.stop_gradient(self.from_chain(state.position, sampler)).reshape(self.shape(tuple(sample_shape)))
+        return self._without_gradient(samples)
+
+    def _without_gradient(self, samples: Array) -> Array:
+        """The same samples, with a guard where an energy's parameters would be learned from what they do to its samples."""
+        if self.is_normalized or not jnp.issubdtype(samples.dtype, jnp.floating):
+            return samples
+        _, params = jax.closure_convert(lambda x: self._log_density(x), samples)
+        return samples + refuse_gradient(
+            f"{_place(calling_site(self))}: samples of an energy have no gradient in what it depends on, and what is computed of "
+            "them would be learned without it. Sample the site in the guide too, give it a value, or hold its energy fixed.",
+            samples.dtype,
+            params,
+        )
 
     def initial_chains(self, key: Array, num_chains: int) -> Array:
         """Where chains start: samples of ``initial``, of shape ``(num_chains,) + batch_shape + event_shape``.

@@ -54,7 +54,7 @@ from numpyro_ebm.program.run import (
     unconstrain_params,
 )
 from numpyro_ebm.program.sites import Model, require_finite
-from numpyro_ebm.program.visible import require_batch
+from numpyro_ebm.program.visible import require_batch, require_reached
 from numpyro_ebm.samplers import Sampler
 from numpyro_ebm.samplers.base import real_positions, require_sampler
 
@@ -307,6 +307,8 @@ class BiDVL(Engine):
             raise ValueError(f"the encoder failed on a batch of visibles of shape {args[0].shape}: {error}") from error
         generator = run_model(batch.of(self.generator), args, kwargs, rng_key, data=given)
         require_together(energy, encoder, generator, visible, args[0], noise=self.noise)
+        for what, program in (("the energy", self._energy), ("the generator", self.generator)):
+            require_reached(visible, what, batch.of(program), args, kwargs, rng_key, data=given)
         known = sorted({**energy.params, **encoder.params, **generator.params})
         if unknown := sorted(set(given) - set(known)):
             raise ValueError(f"init_params names {unknown}, which is no param site: the programs have {known}.")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpyro
 from jax import Array, lax
 from numpyro.handlers import scale
-from numpyro.infer import Trace_ELBO
+from numpyro.infer import Trace_ELBO, TraceEnum_ELBO
 from numpyro.infer.autoguide import AutoGuide
 
 from numpyro_ebm._checks import require_count, require_instance
@@ -53,6 +53,11 @@ class BilevelEngine(ScoreEngine):
         self.num_inner_steps = require_count("num_inner_steps", num_inner_steps, least=0)
         wanted = "one of NumPyro's ELBOs, such as Trace_ELBO(), or PosteriorFisher()"
         self.lower_loss = Trace_ELBO() if lower_loss is None else require_instance("lower_loss", lower_loss, ("loss",), wanted)
+        if isinstance(lower_loss, TraceEnum_ELBO) or getattr(lower_loss, "multi_sample_guide", False):
+            raise ValueError(
+                f"lower_loss: {type(lower_loss).__name__} with enumeration or a multi-sample guide is not a loss of one sample of "
+                "the latents for every row. Use Trace_ELBO()."
+            )
         self._transformation = as_transformation(optim)
         self._guide_transformation = as_transformation(guide_optim, "guide_optim")
 

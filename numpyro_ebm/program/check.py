@@ -289,7 +289,7 @@ def _why_no_field(found: dict[str, _Found]) -> str | None:
     for name, site in found.items():
         fn = site.fn
         if site.in_scan:
-            return f"site '{name}' stands inside scan, where it cannot be told what depends on what: write the steps as a plate"
+            return f"site '{name}' stands inside scan or cond, where it cannot be told what depends on what: write steps as a plate"
         if site.is_energy:
             return f"site '{name}' is an energy site: make it a BaseMeasure and put its energy into a factor"
         if type(fn).__name__ != "Unit" and fn.support.is_discrete:
@@ -310,7 +310,7 @@ def _verdict_on_the_rest(fn: Any, kind: str, params: tuple[str, ...]) -> str:
 
 def _verdict_on_energy(params: tuple[str, ...], latents: tuple[str, ...], site: _Found, given: bool) -> str:
     if site.in_scan and (params or latents):
-        return "unknown normalizer inside scan: negative_phase cannot tell whether it depends on the carry and refuses it"
+        return "unknown normalizer inside scan or cond: negative_phase cannot tell whether it depends on a carry and refuses it"
     if latents:
         return (
             f"its unknown normalizer depends on latent site {_quoted(latents)} (doubly intractable), which no engine "

@@ -7,6 +7,7 @@ Engines that match scores perturb a batch of the visible and differentiate the m
 to one continuous site, row by row, unchanged but for a linear map (any other would add its Jacobian to the log density).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -45,10 +46,7 @@ def find_visible(
     def observe(v: Array) -> dict[str, Array]:
         return _observations(run_at_zero(model, (v, *args[1:]), kwargs, rng_key, data))
 
-    values = _observations(program)
-    reached = sources(lambda: observe(mark(visible, "v")))
-    sites = [name for name in sorted(values) if reached[name]]
-    name = _the_only(sites, values)
+    name = _the_only(_reached(observe, visible), _observations(program))
     site = program.sites[name]
     if site["fn"].support.is_discrete:
         raise ValueError(
@@ -71,6 +69,25 @@ def find_visible(
             "lacks. Transform the data before, and pass what the site observes."
         )
     return Visible(name, _row_plate(program, site, len(visible))), program
+
+
+def require_reached(
+    site: str, what: str, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], rng_key: Array, *, data: dict[str, Any]
+) -> None:
+    """Refuses a program whose first argument does not reach an observed site, which would then see the same data always.
+
+    :param what: the program in words.
+    :raises ValueError: naming the site.
+    """
+
+    def observe(v: Array) -> dict[str, Array]:
+        return _observations(run_at_zero(model, (v, *args[1:]), kwargs, rng_key, data))
+
+    if site not in _reached(observe, args[0]):
+        raise ValueError(
+            f"site '{site}': {what} observes something else there than the first argument, the visible: condition or a global "
+            "value has taken its place. Write numpyro.sample(..., obs=the first argument)."
+        )
 
 
 def require_rows(program: Run, visible: Visible) -> None:
@@ -106,6 +123,11 @@ def require_batch(args: tuple[Any, ...], of: str = "the model", why: str = "scor
 def _observations(program: Run) -> dict[str, Array]:
     """The data of observed sites; a factor has none."""
     return {name: jnp.asarray(site["value"]) for name, site in program.observed.items() if jnp.size(site["value"])}
+
+
+def _reached(observe: Callable[[Array], dict[str, Array]], v: Array) -> list[str]:
+    """The observed sites whose data depend on the visible."""
+    return [name for name, marks in sorted(sources(lambda: observe(mark(v, "v"))).items()) if marks]
 
 
 def _the_only(sites: list[str], values: dict[str, Array]) -> str:
