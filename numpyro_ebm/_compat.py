@@ -10,6 +10,7 @@ to compute anything.
 """
 
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -22,6 +23,9 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.primitives import _PYRO_STACK, Messenger, plate
 
 Handler = TypeVar("Handler", bound=Messenger)
+
+one_at_a_time = threading.RLock()
+"""Who runs a model holds it: NumPyro's stack of handlers is one for all threads."""
 
 WRAPPERS = (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution, dist.TransformedDistribution)
 
