@@ -8,8 +8,8 @@ and globals of functions, attributes of objects. A :class:`Snapshot` holds what 
 for, it keeps a program from being used where they have changed.
 
 Closures, defaults and globals of functions are followed, also of those that they call, and attributes of objects. What belongs to
-a library is taken to be fixed. What a function writes itself, and lists and sets that it reads, are its own records and no
-settings.
+a library is taken to be fixed. What a function writes itself is its own record and no setting. So are, for an engine, lists and
+sets that a function reads.
 """
 
 import dis
@@ -18,12 +18,14 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import is_dataclass
 from functools import lru_cache, partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import numpy as np
 from jax import Array
 from numpyro.distributions import Distribution
+from numpyro.distributions.constraints import Constraint
+from numpyro.distributions.transforms import Transform
 from numpyro.primitives import Messenger
 
 from numpyro_ebm._pytree import Rest, arrays_and_rest, join
@@ -33,6 +35,7 @@ T = TypeVar("T")
 PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), np.generic, np.dtype)
 LIBRARIES = sys.stdlib_module_names | {"jax", "jaxlib", "numpy", "numpyro", "numpyro_ebm", "optax", "equinox", "flax", "scipy"}
 FIXED = {"builtins", "operator", "jax", "jaxlib", "numpy", "numpyro_ebm"}  # libraries none of whose objects changes
+FOLLOWED = (Distribution, Constraint, Transform, Messenger)  # objects of libraries that hold what users give, beside dataclasses
 MAX_BYTES = 2**16  # of a NumPy array that is compared by its numbers
 
 _Names = frozenset[str] | None
@@ -48,7 +51,7 @@ def compiled(function: Callable[..., T], *args: Any) -> T:
     if any(isinstance(array, jax.core.Tracer) for array in arrays):
         return function(*args)
     try:
-        look = _Look(function, rest)
+        look = _Look(function, rest, with_lists=True)
         if not look.sees_all:
             return function(*args)
         return _on_arrays(arrays, function=function, rest=rest._replace(frozen=look.snapshot))
@@ -106,7 +109,8 @@ class _Same:
 class _Look:
     """A walk through values and what they hold."""
 
-    def __init__(self, *values: Any) -> None:
+    def __init__(self, *values: Any, with_lists: bool = False) -> None:
+        self._with_lists = with_lists
         self.sees_all = True  # whether nothing may change that is not in the snapshot
         self._found: list[Hashable] = []
         self._seen: dict[int, Any] = {}  # by id, and kept, so that nothing else is given it
@@ -130,7 +134,7 @@ class _Look:
         :param written: names that the function writes which holds it; None of what no function holds.
         """
         if isinstance(x, PLAIN):
-            self._found.extend((type(x), repr(x) if isinstance(x, (float, complex)) else x))
+            self._found += cast(list[Hashable], [type(x), repr(x) if isinstance(x, (float, complex)) else x])  # -0.0 == 0.0
         elif isinstance(x, Array):
             self._found.append(_Same(x))  # it cannot change
             self.sees_all &= not isinstance(x, jax.core.Tracer)
@@ -143,8 +147,8 @@ class _Look:
             self._function(x)
         elif isinstance(x, Rest):
             self._at(jax.tree.unflatten(x.structure, x.leaves), written)
-        elif isinstance(x, (list, set)) and written is not None:
-            self.sees_all = False
+        elif isinstance(x, (list, set)) and written is not None and not self._with_lists:
+            pass
         elif isinstance(x, (tuple, list)):
             self._changes_inside |= isinstance(x, list)
             self._found += (type(x), len(x))
@@ -202,7 +206,7 @@ class _Look:
     def _object(self, x: Any, written: _Names) -> None:
         cls = type(x)
         is_library = _is_library(cls.__module__) and cls is not SimpleNamespace  # which is made to be changed
-        if is_library and not isinstance(x, (Distribution, Messenger)) and not is_dataclass(x):
+        if is_library and not isinstance(x, FOLLOWED) and not is_dataclass(x):
             self._found.append(_Same(x))
             self.sees_all &= cls.__module__.partition(".")[0] in FIXED
             return

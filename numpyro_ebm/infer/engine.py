@@ -128,8 +128,8 @@ class Engine(metaclass=_ReadOnly):
     def __setattr__(self, name: str, value: Any) -> None:
         if self._is_made and not name.startswith("_"):
             raise AttributeError(
-                f"{name} of a {type(self).__name__} cannot be changed after it is made, and {value!r} would not be used: make a new "
-                f"engine with this {name}, and go on from the state of this one by run(..., init_state=...)."
+                f"{name} of a {type(self).__name__} cannot be changed, and {value!r} would not be used: make a new engine with "
+                f"this {name}, and go on from the state of this one by run(..., init_state=...)."
             )
         super().__setattr__(name, value)
 
