@@ -34,27 +34,33 @@ T = TypeVar("T")
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), np.generic, np.dtype)
 LIBRARIES = sys.stdlib_module_names | {"jax", "jaxlib", "numpy", "numpyro", "numpyro_ebm", "optax", "equinox", "flax", "scipy"}
-FIXED = {"builtins", "operator", "jax", "jaxlib", "numpy", "numpyro_ebm"}  # libraries none of whose objects changes
-FOLLOWED = (Distribution, Constraint, Transform, Messenger)  # objects of libraries that hold what users give, beside dataclasses
+FIXED = {"builtins", "operator", "jax", "jaxlib", "numpy"}  # libraries none of whose objects changes
+# objects of libraries that hold what users give them, beside dataclasses and our own
+FOLLOWED = (Distribution, Constraint, Transform, Messenger, SimpleNamespace)
 MAX_BYTES = 2**16  # of a NumPy array that is compared by its numbers
 
 _Names = frozenset[str] | None
 
 
 def compiled(function: Callable[..., T], *args: Any) -> T:
-    """``function(*args)`` for pytrees of arrays and constants, compiled the first time, unless that could freeze what may change.
+    """``function(*args)`` for pytrees of arrays and constants, compiled: once, or anew if that could freeze what may change.
 
-    It is not compiled by itself inside another transformation, and run as it is where it fails: errors read the name of a site
-    from the frames around it.
+    Inside another transformation it is run as it is. So it is where it fails: errors read the name of a site from the frames
+    around it.
     """
     arrays, rest = arrays_and_rest(args)
     if any(isinstance(array, jax.core.Tracer) for array in arrays):
         return function(*args)
     try:
         look = _Look(function, rest, with_lists=True)
-        if not look.sees_all:
-            return function(*args)
-        return _on_arrays(arrays, function=function, rest=rest._replace(frozen=look.snapshot))
+        hash(rest)
+        is_known = look.sees_all
+    except Exception:  # of a pytree that does without its arrays, or of a part that does not hash
+        is_known = False
+    try:
+        if is_known:
+            return _on_arrays(arrays, function=function, rest=rest._replace(frozen=look.snapshot))
+        return jax.jit(lambda arrays: function(*join(arrays, rest)))(arrays)
     except Exception:
         return function(*args)
 
@@ -205,10 +211,11 @@ class _Look:
 
     def _object(self, x: Any, written: _Names) -> None:
         cls = type(x)
-        is_library = _is_library(cls.__module__) and cls is not SimpleNamespace  # which is made to be changed
-        if is_library and not isinstance(x, FOLLOWED) and not is_dataclass(x):
-            self._found.append(_Same(x))
-            self.sees_all &= cls.__module__.partition(".")[0] in FIXED
+        is_open = isinstance(x, FOLLOWED) or is_dataclass(x) or cls.__module__.startswith("numpyro_ebm.")
+        if _is_library(cls.__module__) and not is_open:
+            is_fixed = cls.__module__.partition(".")[0] in FIXED
+            self._found.append(x if is_fixed and isinstance(x, Hashable) else _Same(x))
+            self.sees_all &= is_fixed
             return
         self._class(cls)
         if callable(x) and isinstance(cls.__call__, FunctionType):  # it is a function that has its attributes

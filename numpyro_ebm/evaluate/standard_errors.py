@@ -15,7 +15,7 @@ Where the posterior is a product over rows of the data, the covariance is the su
 covariance of the sum gives the same with far more noise.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ import numpy as np
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
+from numpyro_ebm._compiled import compiled
 from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.evaluate.posterior import Latents, Posterior
 from numpyro_ebm.program.run import total
@@ -96,7 +97,7 @@ def standard_errors(
     _require_known_normalizers(posterior)
     draws = posterior.unconstrained("samples", samples, _num_chains_and_samples(samples))
     theta, unravel = ravel_pytree(posterior.theta())
-    moments = jax.jit(lambda theta, draws: _moments(posterior, unravel, theta, draws))(theta, draws)
+    moments = compiled(_moments, posterior, theta, draws)
     information, of_chains = _information(jax.tree.map(lambda x: np.asarray(x, np.float64), moments))
     _require_positive_definite(information, moments.information.mean(0), _names(posterior.theta()))
     to_params = np.asarray(jax.jacfwd(lambda theta: ravel_pytree(posterior.params_at(unravel(theta)))[0])(theta), np.float64)
@@ -145,8 +146,9 @@ class _Moments(NamedTuple):
     products: Any  # (num_chains, p, p), of the sum over rows of these scores times themselves
 
 
-def _moments(posterior: Posterior, unravel: Callable[[Array], Any], theta: Array, draws: Latents) -> _Moments:
+def _moments(posterior: Posterior, theta: Array, draws: Latents) -> _Moments:
     """What Louis' identity needs of the samples, ``(num_chains, num_samples) + ...``, one sample at a time."""
+    unravel = ravel_pytree(posterior.theta())[1]
 
     def scores(x: Latents) -> Array:
         of_rows = jax.jacfwd(lambda theta: posterior.row_log_density(x, posterior.params_at(unravel(theta))))(theta)
