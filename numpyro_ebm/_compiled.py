@@ -186,16 +186,16 @@ class _Look:
 
     def _function(self, function: FunctionType) -> None:
         code, variables = function.__code__, function.__globals__
-        names = _outside(code)
+        names, is_library = _outside(code), _is_library(variables.get("__name__"))
         self._found.append(_Same(code))
         self._at((function.__defaults__, function.__kwdefaults__), names.written)
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             if name in names.written:
-                self.sees_all = False
+                self.sees_all &= is_library
             else:
                 self._cells.append((cell, _in(cell)))
                 self._at(_in(cell), names.written)
-        if not _is_library(variables.get("__name__")):
+        if not is_library:
             self._names_in(variables, [name for name in names.read if name in variables], names.written)
 
     def _class(self, cls: type) -> None:
