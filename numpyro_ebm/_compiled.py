@@ -70,6 +70,12 @@ def _on_arrays(arrays: list[Array], *, function: Callable[..., T], rest: Rest) -
     return function(*join(arrays, rest))
 
 
+def frozen(rest: Rest) -> Rest:
+    """What is compiled in, with what it holds and reads now, though it is the same object."""
+    leaves = [leaf for leaf in rest.leaves if leaf is not None]
+    return rest._replace(frozen=Watch(*leaves).snapshot()) if leaves else rest
+
+
 class Snapshot:
     """What functions and objects held, equal to another snapshot of them where nothing has changed."""
 

@@ -33,6 +33,7 @@ from numpyro_ebm._compat import (
     is_in_scan,
     mask_of,
     name_inside,
+    one_at_a_time,
     open_handler,
 )
 from numpyro_ebm._compiled import compiled
@@ -408,7 +409,8 @@ def _frozen_chains(
     held._open, held._frozen = [], True
 
     def step(state: dict[str, Any], key: Array) -> tuple[dict[str, Any], dict[str, Array]]:
-        with trace() as sites, seed(rng_seed=key), substitute(data={**params, **state}), substitute(substitute_fn=_feasible):
+        given = substitute(data={**params, **state})
+        with one_at_a_time, trace() as sites, seed(rng_seed=key), given, substitute(substitute_fn=_feasible):
             held(*args, **kwargs)
         state = {name: sites[name]["value"] for name in state}
         return state, positions(chains_of(state))

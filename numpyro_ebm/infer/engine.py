@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from numpyro_ebm._checks import require_bool, require_count, require_key
 from numpyro_ebm._compat import one_at_a_time
-from numpyro_ebm._compiled import Watch
+from numpyro_ebm._compiled import Watch, frozen
 from numpyro_ebm._fit import fit_of
 from numpyro_ebm._pytree import Rest, arrays_and_rest, as_array, join, require_hashable, require_no_lists
 from numpyro_ebm.infer.init_params import InitParams, read_init_params
@@ -268,6 +268,7 @@ class Engine(metaclass=_ReadOnly):
         :raises ValueError: if ``num_steps`` or ``chunk_size`` is not a positive integer.
         :raises TypeError: inside ``jit``, ``vmap`` or ``grad``.
         :raises NonFiniteError: with the last good state, if a step would make anything non-finite.
+        :raises KeyboardInterrupt: with the last state in ``state``, if the user stops it.
         """
         num_steps = require_count("num_steps", num_steps)
         chunk_size = None if chunk_size is None else require_count("chunk_size", chunk_size)
@@ -287,19 +288,23 @@ class Engine(metaclass=_ReadOnly):
         pace = _Pace(chunk_size, length, SECONDS_PER_CHUNK if progress_bar else SECONDS_WITHOUT_BAR)
         log, warned = _Log(num_steps), set[str]()
         with tqdm(total=num_steps, disable=not progress_bar) as bar:
-            while log.done < num_steps:
-                state, record, bad = chunk(state, min(pace.next(), num_steps - log.done), call)
-                log.add(record)
-                pace.tell(len(record.loss))
-                if bad:
-                    raise self._error(state, bad, log.done + 1, args, kwargs)
-                for message in set(self._warnings(state, args, kwargs)) - warned:
-                    warnings.warn(message, stacklevel=2)
-                    warned.add(message)
-                bar.update(len(record.loss))
-                bar.set_postfix_str(f"loss: {record.loss[-1]:.4f}", refresh=False)
-                for callback in callbacks:
-                    callback(log.done, _copy(state), log.losses[: log.done])
+            try:
+                while log.done < num_steps:
+                    state, record, bad = chunk(state, min(pace.next(), num_steps - log.done), call)
+                    log.add(record)
+                    pace.tell(len(record.loss))
+                    if bad:
+                        raise self._error(state, bad, log.done + 1, args, kwargs)
+                    for message in set(self._warnings(state, args, kwargs)) - warned:
+                        warnings.warn(message, stacklevel=2)
+                        warned.add(message)
+                    bar.update(len(record.loss))
+                    bar.set_postfix_str(f"loss: {record.loss[-1]:.4f}", refresh=False)
+                    for callback in callbacks:
+                        callback(log.done, _copy(state), log.losses[: log.done])
+            except KeyboardInterrupt as stop:
+                _keep_state(stop, state)
+                raise
         return RunResult(self.get_params(state), state, jnp.asarray(log.losses), log.collected)
 
     def _require_state(self, state: Any, name: str = "state") -> State:
@@ -322,8 +327,8 @@ class Engine(metaclass=_ReadOnly):
         dynamic, static = _split(args, kwargs)
         if self._watch is None:
             self._watch = Watch(*(value for name, value in vars(self).items() if not name.startswith("_")))
-        given = [leaf for leaf in static.leaves if leaf is not None]
-        return dynamic, static._replace(frozen=(self._watch.snapshot(), Watch(*given).snapshot() if given else None))
+        static = frozen(static)
+        return dynamic, static._replace(frozen=(static.frozen, self._watch.snapshot()))
 
     # One step.
 
@@ -446,7 +451,11 @@ class Engine(metaclass=_ReadOnly):
                 steps = jax.tree.map(lambda x: jnp.asarray(x)[None], steps)
             seen.append(steps)
             num_steps -= length if num_steps >= length else 1
-        before, record, health = _joined(jax.device_get(seen))
+        try:
+            before, record, health = _joined(jax.device_get(seen))
+        except KeyboardInterrupt as stop:
+            _keep_state(stop, state)
+            raise
         count = int((~before).sum()) - bool(stopped)  # the last of those that were tried is the bad one
         return state, jax.tree.map(lambda x: x[:count], record), _codes(jax.tree.map(lambda x: x[count], health)) if stopped else {}
 
@@ -576,6 +585,13 @@ class _Pace:
         seconds = time.perf_counter() - self.start
         size = min(MAX_GROWTH * self.size, max(1, int(count * self.seconds / max(seconds, 1e-9))))
         self.size = max(1, size // self.length) * self.length
+
+
+def _keep_state(stop: Any, state: State) -> None:
+    """Keeps the state of a run that the user stops, unless the device has overwritten it."""
+    if not hasattr(stop, "state") and not any(x.is_deleted() for x in jax.tree.leaves(state)):
+        stop.state = state
+        stop.add_note(f"The state after {int(state.num_steps)} steps is in .state: run(..., init_state=...) goes on from it.")
 
 
 def _require_outermost(given: Any) -> None:
