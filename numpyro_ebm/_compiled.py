@@ -129,6 +129,7 @@ class _Look:
         self._places: list[tuple[Mapping[Any, Any], Any, Any]] = []  # a dictionary, a name in it, what is there
         self._sizes: list[tuple[Mapping[Any, Any], int]] = []  # a dictionary, how many names it has
         self._cells: list[tuple[CellType, Any]] = []  # a variable of a closure, its value
+        self._functions: list[tuple[FunctionType, CodeType, Any]] = []  # a function, its code (which notebooks reload), defaults
         self._changes_inside = False  # whether something is seen that may change and be the same object
         for value in values:
             self._at(value, None)
@@ -137,6 +138,8 @@ class _Look:
     def is_current(self) -> bool:
         """Whether it is known that another look would find the same."""
         if self._changes_inside or any(holder.get(name, self) is not value for holder, name, value in self._places):
+            return False
+        if any(f.__code__ is not code or f.__defaults__ is not defaults for f, code, defaults in self._functions):
             return False
         return all(len(holder) == size for holder, size in self._sizes) and all(_in(cell) is value for cell, value in self._cells)
 
@@ -194,6 +197,7 @@ class _Look:
         code, variables = function.__code__, function.__globals__
         names, is_library = _outside(code), _is_library(variables.get("__name__"))
         self._found.append(_Same(code))
+        self._functions.append((function, code, function.__defaults__))
         self._at((function.__defaults__, function.__kwdefaults__), names.written)
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             if name in names.written:

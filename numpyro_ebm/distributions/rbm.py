@@ -116,7 +116,7 @@ class RestrictedBoltzmannMachine(EnergyDistribution):
         :param v: of shape ``sample_shape + batch_shape + (d,)``.
         """
         v = self._real(self.as_events(v))
-        return self.hidden_bias + jnp.einsum("...i,...ij->...j", v, self._coupling_weights)
+        return self.hidden_bias + jnp.einsum("...i,...ij->...j", v, self._coupling_weights, precision="highest")
 
     @property
     def energy(self) -> Callable[[Any, Array], Array]:
@@ -196,7 +196,7 @@ class RestrictedBoltzmannMachine(EnergyDistribution):
 
     def _field(self, h: Array) -> Array:
         """:math:`W h`, what the hidden units do to the visible ones."""
-        return jnp.einsum("...j,...ij->...i", self._hidden(h), self._coupling_weights)
+        return jnp.einsum("...j,...ij->...i", self._hidden(h), self._coupling_weights, precision="highest")
 
     def _hidden(self, h: Array) -> Array:
         num_hidden = self.weights.shape[-1]

@@ -157,7 +157,7 @@ def _moments(posterior: Posterior, theta: Array, draws: Latents) -> _Moments:
     def of_draw(x: Latents) -> _Moments:
         hessian = jax.hessian(lambda theta: total(posterior.terms(x, posterior.params_at(unravel(theta)))))(theta)
         of_rows = scores(x) - reference  # a covariance is the same about any point, and more exact about a near one
-        return _Moments(-hessian, of_rows, of_rows.T @ of_rows)
+        return _Moments(-hessian, of_rows, jnp.matmul(of_rows.T, of_rows, precision="highest"))
 
     def add(sums: _Moments, x: Latents) -> tuple[_Moments, None]:
         return jax.tree.map(jnp.add, sums, jax.vmap(of_draw)(x)), None

@@ -317,6 +317,8 @@ class Engine(metaclass=_ReadOnly):
         fix = "pass what init or update of this engine gave, or .state of the result of its run"
         if isinstance(state, RunResult):
             fix = "it is what run returned: pass result.state"
+        elif isinstance(state, dict):
+            fix = "restore a checkpoint into the structure of a state, jax.eval_shape(lambda: engine.init(rng_key, ...))"
         elif isinstance(state, tuple) and state and isinstance(state[0], self.state_class):
             fix = "it is what update returned, a state and a loss: pass the first of the two"
         wanted, given = self.state_class.__name__, type(state).__name__
@@ -355,7 +357,9 @@ class Engine(metaclass=_ReadOnly):
         chosen = [field for field in old if field not in self.kept_by_step]
         new = proposed._replace(**{field: keep(~bad, new[field], old[field]) for field in chosen})
         new = new._replace(
-            rng_key=proposed.rng_key, num_steps=state.num_steps + ~bad, num_skipped=state.num_skipped + (bad & stable)
+            rng_key=proposed.rng_key,
+            num_steps=state.num_steps + (~bad).astype(jnp.int32),
+            num_skipped=state.num_skipped + (bad & stable).astype(jnp.int32),
         )
         return _Made(keep(~stopped, new, state), jnp.where(bad, jnp.nan, loss), health, stopped | (bad & ~stable))
 
@@ -433,7 +437,7 @@ class Engine(metaclass=_ReadOnly):
         buffer, health = jax.tree.map(partial(_buffer, size), record), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), health)
         # A while loop, not a scan: its body is compiled alike whatever the number of steps.
         done, state, buffer, health = lax.while_loop(going, body, (jnp.zeros((), jnp.int32), state, buffer, health))
-        return _Advanced(state, buffer, done - is_bad(health), is_bad(health), health)
+        return _Advanced(state, buffer, done - is_bad(health).astype(jnp.int32), is_bad(health), health)
 
     def _fixed_chunk(self, state: State, num_steps: int, call: "_Call", length: int) -> tuple[State, "_Record", dict[Part, int]]:
         """The same by loops of a fixed length and then by single steps, all of them queued before the host looks at any."""
