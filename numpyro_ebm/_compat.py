@@ -10,6 +10,7 @@ to compute anything.
 """
 
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -24,8 +25,12 @@ from numpyro.primitives import _PYRO_STACK, Messenger, plate
 
 Handler = TypeVar("Handler", bound=Messenger)
 
+one_at_a_time = threading.RLock()
+"""Who runs a model holds it: NumPyro's stack of handlers is one for all threads."""
+
 # They move latents, or some of them, by ratios of densities alone
 _COMPARING = (SA, AIES, ESS, DiscreteHMCGibbs, MixedHMC)
+
 WRAPPERS = (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution, dist.TransformedDistribution)
 
 
@@ -161,7 +166,15 @@ def layers(fn: Any) -> Iterator[Any]:
 
 
 def _locals_called(*names: str) -> Iterator[Any]:
+    """The values of local variables of these names, of the innermost frame first.
+
+    Before Python 3.13 to read a frame's variables is to keep them alive until it ends, which JAX would take for leaked tracers: no
+    other frame is read than one that has such a variable, and none of JAX's.
+    """
     frame = sys._getframe(2)
     while frame is not None:
-        yield from (frame.f_locals[name] for name in names if name in frame.f_locals)
+        known = frame.f_code.co_varnames + frame.f_code.co_cellvars
+        if not frame.f_globals.get("__name__", "").startswith("jax.") and any(name in known for name in names):
+            variables = frame.f_locals
+            yield from (variables[name] for name in names if name in variables)
         frame = frame.f_back  # type: ignore[assignment]

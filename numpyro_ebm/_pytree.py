@@ -3,7 +3,7 @@
 
 """A pytree taken apart into what is traced, its arrays, and what is compiled in, the rest."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ class Rest(NamedTuple):
     structure: Any
     leaves: tuple[Any, ...]  # None where an array was: None is never a leaf
     types: tuple[type, ...]  # of the leaves, since 1 == 1.0 == True
+    frozen: Hashable = None  # what else a program that is compiled for it reads
 
 
 def arrays_and_rest(tree: Any) -> tuple[list[Any], Rest]:

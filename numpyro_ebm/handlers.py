@@ -36,8 +36,10 @@ from numpyro_ebm._compat import (
     is_in_scan,
     mask_of,
     name_inside,
+    one_at_a_time,
     open_handler,
 )
+from numpyro_ebm._compiled import compiled
 from numpyro_ebm._fit import fit_of
 from numpyro_ebm.chains import (
     MIXED_FIELDS,
@@ -299,17 +301,7 @@ class negative_phase(Messenger):
         rng_key, num_samples = require_key("rng_key", rng_key), require_count("num_samples", num_samples)
         params, mutable_state = _of_fit(params, mutable_state)
         self.check_chains(params, mutable_state, *args, **kwargs)
-        held = copy.copy(self)
-        held._open, held._frozen = [], True
-
-        def step(state: dict[str, Any], key: Array) -> tuple[dict[str, Any], dict[str, Array]]:
-            with trace() as sites, seed(rng_seed=key), substitute(data={**params, **state}), substitute(substitute_fn=_feasible):
-                held(*args, **kwargs)
-            state = {name: sites[name]["value"] for name in state}
-            return state, positions(chains_of(state))
-
-        keys = jax.random.split(rng_key, num_samples)
-        state, draws = jax.jit(lambda state, keys: lax.scan(step, state, keys))(mutable_state, keys)
+        state, draws = compiled(_frozen_chains, rng_key, self, num_samples, params, mutable_state, args, kwargs)
         self.check_chains(params, state, *args, **kwargs)
         return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), draws), state
 
@@ -416,6 +408,29 @@ class negative_phase(Messenger):
                 "persistent chain would belong to another energy at every step. Use persistent=False with as many steps as "
                 "the chains need from their start, or do not subsample."
             )
+
+
+def _frozen_chains(
+    rng_key: Array,
+    phase: negative_phase,
+    num_samples: int,
+    params: dict[str, Any],
+    mutable_state: dict[str, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[dict[str, Any], dict[str, Array]]:
+    """The mutable state after the last of ``num_samples`` runs of the samplers, without adaptation, and where chains stood."""
+    held = copy.copy(phase)
+    held._open, held._frozen = [], True
+
+    def step(state: dict[str, Any], key: Array) -> tuple[dict[str, Any], dict[str, Array]]:
+        given = substitute(data={**params, **state})
+        with one_at_a_time, trace() as sites, seed(rng_seed=key), given, substitute(substitute_fn=_feasible):
+            held(*args, **kwargs)
+        state = {name: sites[name]["value"] for name in state}
+        return state, positions(chains_of(state))
+
+    return lax.scan(step, mutable_state, jax.random.split(rng_key, num_samples))
 
 
 def _refuse_who_runs_it(name: str, handler: negative_phase) -> None:

@@ -21,6 +21,7 @@ FLOORS = {
     "_fit": 0,
     "_map_over": 0,
     "_pytree": 0,
+    "_compiled": 0.5,
     "weights": 0,
     "datasets": 0,
     "samplers": 1,

@@ -5,6 +5,8 @@
 
 import re
 import runpy
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -33,8 +35,16 @@ def run(page):
 def readme():
     namespaces = [{"__name__": f"README_{i}"} for i in range(3)]
     for block, namespace in zip(blocks("README.md"), namespaces, strict=True):
-        exec(block, namespace)  # each block stands alone: a reader may paste any
+        with redirect_stdout(StringIO()) as printed:
+            exec(block, namespace)  # each block stands alone: a reader may paste any
+        namespace["printed"] = printed.getvalue().strip()
     return namespaces
+
+
+def test_readme_prints_what_it_says(readme):
+    # Catches numbers that sit on an edge of rounding: they differ between versions of Python and JAX.
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [block["printed"] for block in readme] == re.findall(r"It prints `([^`]*)`", text)
 
 
 def test_readme_learns_the_maximum_likelihood_precision(readme):

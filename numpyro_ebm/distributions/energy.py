@@ -27,6 +27,7 @@ from numpyro.distributions.util import sum_rightmost, validate_sample
 
 from numpyro_ebm._checks import require_key
 from numpyro_ebm._compat import calling_distribution, calling_site, comparing_kernel, layers
+from numpyro_ebm._compiled import compiled
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm._pytree import arrays_and_rest, join
 from numpyro_ebm.samplers import MALA, Reference, Sampler, Target
@@ -288,12 +289,8 @@ class TiltedDistribution(Distribution):
         num_chains = math.prod(sample_shape)
         if num_chains == 0:
             return jnp.zeros(self.shape(tuple(sample_shape)))
-        start_key, run_key = jax.random.split(require_key("key", key, "in a model, numpyro.handlers.seed gives it"))
-        sampler = self._default_sampler if self.sampler is None else self.sampler
-        target = self.chain_log_prob(sampler)
-        state = sampler.init(self.to_chain(self.initial_chains(start_key, num_chains), sampler), target)
-        state = sampler.run(run_key, target, state)
-        samples = lax.stop_gradient(self.from_chain(state.position, sampler)).reshape(self.shape(tuple(sample_shape)))
+        key = require_key("key", key, "in a model, numpyro.handlers.seed gives it")
+        samples = compiled(_chains_from_nothing, self, key, num_chains).reshape(self.shape(tuple(sample_shape)))
         return self._without_gradient(samples)
 
     def _without_gradient(self, samples: Array) -> Array:
@@ -520,6 +517,16 @@ class EnergyDistribution(TiltedDistribution):
             initial=initial,
             validate_args=validate_args,
         )
+
+
+def _chains_from_nothing(fn: TiltedDistribution, key: Array, num_chains: int) -> Array:
+    """Where chains stand after one run of the sampler from where they start."""
+    start_key, run_key = jax.random.split(key)
+    sampler = fn._default_sampler if fn.sampler is None else fn.sampler
+    target = fn.chain_log_prob(sampler)
+    state = sampler.init(fn.to_chain(fn.initial_chains(start_key, num_chains), sampler), target)
+    state = sampler.run(run_key, target, state)
+    return lax.stop_gradient(fn.from_chain(state.position, sampler))
 
 
 @promote_batch_shape.register

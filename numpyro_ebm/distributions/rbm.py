@@ -26,6 +26,7 @@ from jax.scipy.special import logsumexp
 from numpyro.distributions import BernoulliLogits, Distribution, Normal, constraints
 
 from numpyro_ebm._checks import require_one_of
+from numpyro_ebm._compiled import compiled
 from numpyro_ebm.distributions.energy import EnergyDistribution
 from numpyro_ebm.samplers import BlockGibbs, Reference, Sampler, Target
 
@@ -115,7 +116,7 @@ class RestrictedBoltzmannMachine(EnergyDistribution):
         :param v: of shape ``sample_shape + batch_shape + (d,)``.
         """
         v = self._real(self.as_events(v))
-        return self.hidden_bias + jnp.einsum("...i,...ij->...j", v, self._coupling_weights)
+        return self.hidden_bias + jnp.einsum("...i,...ij->...j", v, self._coupling_weights, precision="highest")
 
     @property
     def energy(self) -> Callable[[Any, Array], Array]:
@@ -154,13 +155,13 @@ class RestrictedBoltzmannMachine(EnergyDistribution):
         :return: of shape ``batch_shape``.
         :raises ValueError: if the layer has more than 20 units.
         """
-        num_units, log_weight = self._enumerated_layer()
+        num_units, _ = self._enumerated_layer()
         if num_units > MAX_ENUMERATED_UNITS:
             raise ValueError(
                 f"log_normalizer enumerates the 2^{num_units} states of a layer, at most {MAX_ENUMERATED_UNITS} units are "
                 "allowed. Estimate it: numpyro_ebm.log_normalizer(rbm, method='ais', rng_key=...)."
             )
-        return log_sum_over_states(log_weight, num_units, self.weights.ndim - 2)
+        return compiled(_enumerated, self)
 
     def uncoupled_log_normalizer(self) -> Array:
         r""":math:`\log Z` at :math:`W = 0, c = 0` (the visible biases and scale kept), of shape ``batch_shape``."""
@@ -195,7 +196,7 @@ class RestrictedBoltzmannMachine(EnergyDistribution):
 
     def _field(self, h: Array) -> Array:
         """:math:`W h`, what the hidden units do to the visible ones."""
-        return jnp.einsum("...j,...ij->...i", self._hidden(h), self._coupling_weights)
+        return jnp.einsum("...j,...ij->...i", self._hidden(h), self._coupling_weights, precision="highest")
 
     def _hidden(self, h: Array) -> Array:
         num_hidden = self.weights.shape[-1]
@@ -380,6 +381,11 @@ class BernoulliRBM(RestrictedBoltzmannMachine):
     def _enumerated_layer(self) -> tuple[int, Callable[[Array], Array]]:
         num_visible, num_hidden = self.weights.shape[-2:]
         return (num_visible, self._log_density) if num_visible < num_hidden else super()._enumerated_layer()
+
+
+def _enumerated(rbm: RestrictedBoltzmannMachine) -> Array:
+    num_units, log_weight = rbm._enumerated_layer()
+    return log_sum_over_states(log_weight, num_units, rbm.weights.ndim - 2)
 
 
 def log_sum_over_states(log_weight: Callable[[Array], Array], num_units: int, num_batch_dims: int) -> Array:

@@ -29,6 +29,7 @@ from jax import Array, lax
 from tqdm.auto import tqdm
 
 from numpyro_ebm._checks import require_count, require_key
+from numpyro_ebm._compiled import frozen
 from numpyro_ebm._pytree import Rest, arrays_and_rest, join, require_hashable
 from numpyro_ebm.optim import apply_gradient, as_transformation
 
@@ -136,7 +137,7 @@ def fisher_divergence(
     train_key, validation_key, test_key, score_key = jax.random.split(rng_key, 4)
     learned, rest = _partition(critic)
     fixed, static = arrays_and_rest((rest, score))
-    setup = _Setup(require_hashable("a part of the critic or of the score", static), optim, batch_size, num_probes)
+    setup = _Setup(frozen(require_hashable("a part of the critic or of the score", static)), optim, batch_size, num_probes)
     optim_state = transformation.init(learned)
     for name, v in splits.items():
         _require_scores(name, score, v, _scores(fixed, v, score_key, setup))

@@ -108,7 +108,7 @@ def marginal_score(
         return score.mean(0)
     log_q, score_of_guide = scores(drawn_density(guide, args, kwargs, plate), v, params, drawn)
     weights = normalized_weights(log_p - log_q) if importance_weighted else jnp.full_like(log_p, 1 / num_samples)
-    mean = jnp.einsum("lb,lb...->b...", weights, score)
+    mean = jnp.einsum("lb,lb...->b...", weights, score, precision="highest")
     return mean - score_of_guide.mean(0) if variance_reduced else mean
 
 

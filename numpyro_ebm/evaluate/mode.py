@@ -5,6 +5,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jax import Array, lax
 from numpyro.infer import init_to_sample
 
 from numpyro_ebm._checks import require_count, require_key
+from numpyro_ebm._compiled import compiled
 from numpyro_ebm.evaluate.posterior import Latents, Posterior
 from numpyro_ebm.optim import apply_gradient, as_transformation
 from numpyro_ebm.program.sites import Model
@@ -80,22 +82,12 @@ def find_map(
         [1. 3.] (2,)
     """
     num_steps = require_count("num_steps", num_steps)
-    optim = as_transformation(optax.adam(optax.cosine_decay_schedule(0.1, num_steps)) if optim is None else optim)
+    optim = _falling_adam(num_steps) if optim is None else as_transformation(optim)
     model_key, start_key = jax.random.split(require_key("rng_key", rng_key))
     posterior = Posterior(model_key, model, params, args, kwargs, mutable_state)
     positions = posterior.start(start_key, start, num_starts, "num_starts", init_strategy)
 
-    def log_density(x: Array) -> Array:
-        return posterior.row_log_density(posterior.from_rows(x), jacobian=False)
-
-    @jax.jit
-    def search(positions: Array) -> tuple[Latents, Array, Array]:
-        x, value = jax.vmap(lambda x: _climb(log_density, x, optim, num_steps))(positions)
-        best = value.argmax(0)
-        x = jnp.take_along_axis(x, best[None, ..., None], 0)[0]
-        return posterior.constrained(posterior.from_rows(x)), value.max(0), _gain_ahead(log_density, x)
-
-    latents, value, gain = search(positions)
+    latents, value, gain = compiled(_search, posterior, positions, optim, num_steps)
     if not np.isfinite(value).all():
         raise ValueError(f"no start reached a finite log density{posterior.rows_where(~np.isfinite(value))}: give start=.")
     if (unfinished := ~(np.asarray(gain) < MAP_TOLERANCE)).any():
@@ -108,6 +100,24 @@ def find_map(
 
 
 MAP_TOLERANCE = 0.01  # nats that one more line search may gain before find_map warns
+
+
+@lru_cache(64)
+def _falling_adam(num_steps: int) -> Any:
+    """The same object for the same number, so that a search is compiled once."""
+    return as_transformation(optax.adam(optax.cosine_decay_schedule(0.1, num_steps)))
+
+
+def _search(posterior: Posterior, positions: Array, optim: Any, num_steps: int) -> tuple[Latents, Array, Array]:
+    """The best latents over all starts, their log density, and what one more step would gain; row by row."""
+
+    def log_density(x: Array) -> Array:
+        return posterior.row_log_density(posterior.from_rows(x), jacobian=False)
+
+    x, value = jax.vmap(lambda x: _climb(log_density, x, optim, num_steps))(positions)
+    best = value.argmax(0)
+    x = jnp.take_along_axis(x, best[None, ..., None], 0)[0]
+    return posterior.constrained(posterior.from_rows(x)), value.max(0), _gain_ahead(log_density, x)
 
 
 def _climb(log_density: Callable[[Array], Array], x: Array, optim: Any, num_steps: int) -> tuple[Array, Array]:

@@ -27,6 +27,7 @@ from jax.scipy.special import logsumexp
 from numpyro.distributions import BernoulliLogits
 
 from numpyro_ebm._checks import require_count, require_key, require_one_of
+from numpyro_ebm._compiled import compiled
 from numpyro_ebm.distributions.energy import refuse_gradient
 from numpyro_ebm.distributions.rbm import RestrictedBoltzmannMachine
 from numpyro_ebm.weights import LogNormalizer, effective_sample_size, normalized_weights
@@ -88,7 +89,7 @@ def log_normalizer(
     if rng_key is None:
         raise ValueError("method='ais' draws chains: pass rng_key=jax.random.key(...).")
     fixed = lax.stop_gradient(rbm)
-    log_weights = _anneal(require_key("rng_key", rng_key), fixed, num_chains, num_temperatures)
+    log_weights = compiled(_anneal, require_key("rng_key", rng_key), fixed, num_chains, num_temperatures)
     log_mean = logsumexp(log_weights, axis=0) - math.log(num_chains)
     weights = normalized_weights(log_weights)
     no_gradient = refuse_gradient(

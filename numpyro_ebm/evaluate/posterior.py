@@ -12,7 +12,8 @@ shrink with the number of data.
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import cached_property
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 from numpyro.infer import init_to_sample
 
 from numpyro_ebm._checks import require_count, require_key
+from numpyro_ebm._compiled import compiled
 from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.program.check import check_run
@@ -118,15 +120,8 @@ def sample_posterior(
     model_key, start_key, run_key = jax.random.split(require_key("rng_key", rng_key), 3)
     posterior = Posterior(model_key, model, params, args, kwargs, mutable_state)
     positions = posterior.start(start_key, start, num_chains, "num_chains", init_strategy)
-    log_density = jax.vmap(lambda x: posterior.row_log_density(posterior.from_rows(x)))
-
-    def draw(key: Array, positions: Array) -> tuple[Array, Array]:
-        if isinstance(sampler, NUTS):
-            return sampler.draw(key, log_density, positions, num_warmup, num_samples, thinning)
-        return _run_sampler(key, sampler, log_density, positions, num_warmup, num_samples, thinning)
-
-    draws, status = jax.jit(draw)(run_key, positions)
-    latents = jax.jit(jax.vmap(jax.vmap(posterior.from_rows)))(draws)
+    draws, status = compiled(_drawn, run_key, posterior, sampler, positions, num_warmup, num_samples, thinning)
+    latents = compiled(_by_site, posterior, draws)
     for name, values in latents.items():
         if not np.isfinite(values).all():
             raise ValueError(
@@ -136,7 +131,7 @@ def sample_posterior(
         warnings.warn(_explain(sampler, int(status), num_samples * len(positions) * thinning), stacklevel=2)
     if not_mixed := _not_mixed(posterior, latents):
         warnings.warn(not_mixed, stacklevel=2)
-    return jax.jit(jax.vmap(jax.vmap(posterior.constrained)))(latents)
+    return compiled(_constrained, posterior, latents)
 
 
 # Of independent chains of 100 draws R-hat is above 1.1 once in ten million times.
@@ -169,8 +164,11 @@ def _not_mixed(posterior: "Posterior", latents: Latents) -> str:
     )
 
 
+@jax.tree_util.register_pytree_node_class
 class Posterior:
     """The latents of a model at fixed parameters, on all rows of the data.
+
+    A pytree of these parameters and data, so that what is compiled for one is of use to others.
 
     For samplers they are one array of shape ``(rows, dim)``, with the rows of the plate that all latents share, or ``(dim,)``
     where no plate's rows are independent: the log density then has shape ``(rows,)`` or ``()``.
@@ -186,15 +184,14 @@ class Posterior:
         mutable_state: Mapping[str, Any] | None,
     ) -> None:
         self.args, self.kwargs, self.rng_key = args, kwargs, rng_key
-        self.model = unnormalized(model)
-        self.data = {**params, **(mutable_state or {})}
+        self.given, self.data = model, {**params, **(mutable_state or {})}
         latents = self.draw(rng_key, init_to_sample)
+        self._shapes = {name: jax.ShapeDtypeStruct(latents[name].shape, latents[name].dtype) for name in sorted(latents)}
         with whole_plates(but_given=True):
-            self.program: Run = run_model(self.model, args, kwargs, rng_key, data=self.data, latents=latents)
+            self.program = run_model(self.model, args, kwargs, rng_key, data=self.data, latents=latents)
         self.report = check_run(self.model, args, kwargs, data=self.data)
         self._require_drawable(params)
-        self.params = self.program.params
-        self._shapes = {name: latents[name] for name in sorted(latents)}
+        self.plate: str | None = None
         # the largest plate with all latents in it whose rows are independent
         plates = shared_plates(self.program, self.program.latents)
         plates = sorted(plates, key=lambda plate: -len(self.program.plates[plate].indices))
@@ -205,6 +202,34 @@ class Posterior:
                     f"plate '{name}': the model is given {len(plate.indices)} of its {plate.size} rows, as a data loader does, and "
                     "the posterior is not a product over them: pass all rows."
                 )
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        return (self.args, self.kwargs, self.rng_key, self.data), (self.given, self.plate, tuple(self._shapes.items()))
+
+    @classmethod
+    def tree_unflatten(cls, fixed: Any, values: Any) -> Self:
+        posterior = object.__new__(cls)
+        posterior.args, posterior.kwargs, posterior.rng_key, posterior.data = values
+        posterior.given, posterior.plate, shapes = fixed
+        posterior._shapes = dict(shapes)
+        return posterior
+
+    @property
+    def model(self) -> Model:
+        """The model without the guard of its energies."""
+        return unnormalized(self.given)
+
+    @cached_property
+    def program(self) -> Run:
+        """A run of the model, made anew while something is compiled."""
+        with whole_plates(but_given=True):
+            latents = self.draw(self.rng_key, init_to_sample)
+            return run_model(self.model, self.args, self.kwargs, self.rng_key, data=self.data, latents=latents)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters, constrained."""
+        return self.program.params
 
     def draw(self, rng_key: Array, init_strategy: Callable[..., Any]) -> Latents:
         """Unconstrained latents to start from."""
@@ -239,10 +264,10 @@ class Posterior:
     def from_rows(self, x: Array) -> Latents:
         """The inverse of :meth:`to_rows`."""
         if self.plate is None:
-            return ravel_pytree(self._shapes)[1](x)
+            return ravel_pytree({name: jnp.zeros(like.shape, like.dtype) for name, like in self._shapes.items()})[1](x)
         latents, done = {}, 0
         for name, like in self._shapes.items():
-            moved = jnp.moveaxis(like, self._axis(name), 0).shape
+            moved = np.moveaxis(np.broadcast_to(0, like.shape), self._axis(name), 0).shape
             size = math.prod(moved[1:])
             part = x[:, done : done + size].reshape(moved).astype(like.dtype)
             latents[name], done = jnp.moveaxis(part, 0, self._axis(name)), done + size
@@ -261,11 +286,11 @@ class Posterior:
             number = require_count(counted, number)
         if start is None:
             keys = jax.random.split(rng_key, number or 4)
-            latents = jax.jit(jax.vmap(lambda key: self.draw(key, init_strategy)))(keys)
+            latents = compiled(_started, self, keys, init_strategy)
         else:
             number = len(next(iter(start.values()), ())) if number is None else number
             latents = self.unconstrained("start", start, (number,), f"with {counted}={number} ")
-        positions, value = jax.jit(jax.vmap(lambda x: (self.to_rows(x), self.row_log_density(x))))(latents)
+        positions, value = compiled(_placed, self, latents)
         if not (finite := np.isfinite(value)).all():
             raise ValueError(
                 f"the log density is not finite at {int((~finite).sum())} of {finite.size} places to start"
@@ -309,19 +334,11 @@ class Posterior:
         """
         size = len(self.program.plates[plate].indices)
 
-        @jax.jit
-        def scores(latents: Latents, weights: Array) -> Latents:
-            return jax.grad(lambda latents: (self._rows_and_rest(self.terms(latents), plate)[0] * weights).sum())(latents)
-
-        @jax.jit
-        def scores_of_rest(latents: Latents) -> Latents:
-            return jax.grad(lambda latents: self._rows_and_rest(self.terms(latents), plate)[1])(latents)
-
-        if any(np.any(score) for score in scores_of_rest(latents).values()):
+        if any(np.any(score) for score in compiled(_scores_of_rest, self, plate, latents).values()):
             return False
-        plain = scores(latents, jnp.ones(size))
+        plain = compiled(_scores_of_rows, self, plate, latents, jnp.ones(size))
         for weights in _powers_of_two(size):
-            weighed = scores(latents, jnp.asarray(weights))
+            weighed = compiled(_scores_of_rows, self, plate, latents, jnp.asarray(weights))
             for name, site in self.program.latents.items():
                 axis = dict(site.plates)[plate]
                 found, own = (np.moveaxis(np.asarray(score[name]), axis, 0).reshape(size, -1) for score in (weighed, plain))
@@ -354,12 +371,7 @@ class Posterior:
         dtypes = {name: jnp.result_type(self.program.sites[name]["value"]) for name in given}
         real = {name: jnp.asarray(value, dtypes[name]) for name, value in given.items()}  # integers would not move
 
-        def invert(values: Latents) -> Latents:
-            return self.draw(self.rng_key, lambda site: values[site["name"]])
-
-        for _ in leading:
-            invert = jax.vmap(invert)
-        latents = jax.jit(invert)(real)
+        latents = compiled(_inverted, self, real, len(leading))
         for name, position in latents.items():
             if not np.isfinite(position).all():
                 raise ValueError(f"site '{name}': {what} has values that are not finite, or not inside the support.")
@@ -374,6 +386,64 @@ class Posterior:
     def params_at(self, theta: Any) -> dict[str, Any]:
         """The parameters at unconstrained values."""
         return constrain_params(theta, self.program.param_transforms)
+
+
+# What is compiled once for all posteriors of a model.
+
+
+def _started(posterior: Posterior, keys: Array, init_strategy: Callable[..., Any]) -> Latents:
+    return jax.vmap(lambda key: posterior.draw(key, init_strategy))(keys)
+
+
+def _placed(posterior: Posterior, latents: Latents) -> tuple[Array, Array]:
+    """Positions of samplers, and the log density there."""
+    return jax.vmap(lambda x: (posterior.to_rows(x), posterior.row_log_density(x)))(latents)
+
+
+def _inverted(posterior: Posterior, values: Latents, num_leading: int) -> Latents:
+    """Values of the latents, unconstrained."""
+
+    def invert(values: Latents) -> Latents:
+        return posterior.draw(posterior.rng_key, lambda site: values[site["name"]])
+
+    for _ in range(num_leading):
+        invert = jax.vmap(invert)
+    return invert(values)
+
+
+def _scores_of_rows(posterior: Posterior, plate: str, latents: Latents, weights: Array) -> Latents:
+    def weighed(latents: Latents) -> Array:
+        return (posterior._rows_and_rest(posterior.terms(latents), plate)[0] * weights).sum()
+
+    return jax.grad(weighed)(latents)
+
+
+def _scores_of_rest(posterior: Posterior, plate: str, latents: Latents) -> Latents:
+    return jax.grad(lambda latents: posterior._rows_and_rest(posterior.terms(latents), plate)[1])(latents)
+
+
+def _by_site(posterior: Posterior, draws: Array) -> Latents:
+    return jax.vmap(jax.vmap(posterior.from_rows))(draws)
+
+
+def _constrained(posterior: Posterior, latents: Latents) -> Latents:
+    return jax.vmap(jax.vmap(posterior.constrained))(latents)
+
+
+def _drawn(
+    rng_key: Array,
+    posterior: Posterior,
+    sampler: Sampler | NUTS,
+    positions: Array,
+    num_warmup: int,
+    num_samples: int,
+    thinning: int,
+) -> tuple[Array, Array]:
+    """Draws of all chains, and what became of the sampler."""
+    log_density = jax.vmap(lambda x: posterior.row_log_density(posterior.from_rows(x)))
+    if isinstance(sampler, NUTS):
+        return sampler.draw(rng_key, log_density, positions, num_warmup, num_samples, thinning)
+    return _run_sampler(rng_key, sampler, log_density, positions, num_warmup, num_samples, thinning)
 
 
 def _powers_of_two(size: int) -> list[np.ndarray]:

@@ -15,7 +15,7 @@ Where the posterior is a product over rows of the data, the covariance is the su
 covariance of the sum gives the same with far more noise.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ import numpy as np
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
+from numpyro_ebm._compiled import compiled
 from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.evaluate.posterior import Latents, Posterior
 from numpyro_ebm.program.provenance import mark, sources
@@ -101,9 +102,9 @@ def standard_errors(
     _require_known_normalizers(posterior)
     _require_whole_plates(posterior)
     draws = posterior.unconstrained("samples", samples, _num_chains_and_samples(samples))
-    learned = _Learned(posterior, jax.tree.map(lambda x: x[0, 0], draws))
-    theta, unravel = learned.theta, learned.unravel
-    moments = jax.jit(lambda theta, draws: _moments(posterior, unravel, theta, draws))(theta, draws)
+    learned = _Learned.of(posterior, jax.tree.map(lambda x: x[0, 0], draws))
+    theta = learned.theta
+    moments = compiled(_moments, posterior, learned.used, theta, draws)
     information, of_chains = _information(jax.tree.map(lambda x: np.asarray(x, np.float64), moments))
     _require_positive_definite(information, moments.information.mean(0), learned.names)
     to_params = np.asarray(jax.jacfwd(learned.params_at)(theta), np.float64)
@@ -156,33 +157,40 @@ class _Learned:
     """The leaves of the unconstrained params that the density depends on, as one array.
 
     The weights of a random module are a param site whose values sample sites replace: nothing bends in it, and it may be large.
+
+    :param used: of every leaf, whether the density depends on it.
     """
 
-    def __init__(self, posterior: Posterior, latents: Latents) -> None:
-        self.posterior = posterior
-        leaves, self._structure = jax.tree.flatten(posterior.theta())
+    def __init__(self, posterior: Posterior, used: tuple[bool, ...]) -> None:
+        self.posterior, self.used = posterior, used
+        unconstrained = posterior.theta()
+        self._leaves, self._structure = jax.tree.flatten(unconstrained)
+        self.theta, self._unravel = ravel_pytree(self._of_used(self._leaves))
+        sites = [site for site in sorted(unconstrained) for _ in jax.tree.leaves(unconstrained[site])]
+        sized = zip(self._of_used(sites), self._of_used(self._leaves), strict=True)
+        self.names = [site for site, leaf in sized for _ in range(leaf.size)]
+
+    @classmethod
+    def of(cls, posterior: Posterior, latents: Latents) -> "_Learned":
+        """Those that the density at latents depends on."""
+        leaves, structure = jax.tree.flatten(posterior.theta())
 
         def terms() -> dict[str, Array]:
             marked = [mark(leaf, str(i)) for i, leaf in enumerate(leaves)]
-            return posterior.terms(latents, posterior.params_at(jax.tree.unflatten(self._structure, marked)))
+            return posterior.terms(latents, posterior.params_at(jax.tree.unflatten(structure, marked)))
 
         found = frozenset[str]().union(*jax.tree.leaves(sources(terms)))
-        self._leaves, self._used = leaves, [str(i) in found for i in range(len(leaves))]
         if not found:
             raise ValueError("the density depends on no param site, so that there is nothing to give standard errors of.")
-        self.theta, self._unravel = ravel_pytree(self._of_used(leaves))
-        sites = [site for site in sorted(posterior.theta()) for _ in jax.tree.leaves(posterior.theta()[site])]
-        self.names = [
-            site for site, leaf in zip(self._of_used(sites), self._of_used(leaves), strict=True) for _ in range(leaf.size)
-        ]
+        return cls(posterior, tuple(str(i) in found for i in range(len(leaves))))
 
     def _of_used(self, leaves: list[Any]) -> list[Any]:
-        return [leaf for leaf, is_used in zip(leaves, self._used, strict=True) if is_used]
+        return [leaf for leaf, is_used in zip(leaves, self.used, strict=True) if is_used]
 
     def unravel(self, theta: Array) -> Any:
         """All unconstrained params: the others are where they were."""
         given = iter(self._unravel(theta))
-        leaves = zip(self._leaves, self._used, strict=True)
+        leaves = zip(self._leaves, self.used, strict=True)
         return jax.tree.unflatten(self._structure, [next(given) if is_used else leaf for leaf, is_used in leaves])
 
     def params_at(self, theta: Array) -> Array:
@@ -193,7 +201,7 @@ class _Learned:
         """Something of each of these by param site, and nan for the others."""
         leaves, structure = jax.tree.flatten(self.posterior.params)
         given = iter(ravel_pytree(self._of_used(leaves))[1](values))
-        filled = zip(leaves, self._used, strict=True)
+        filled = zip(leaves, self.used, strict=True)
         return jax.tree.unflatten(structure, [next(given) if is_used else jnp.full_like(leaf, jnp.nan) for leaf, is_used in filled])
 
 
@@ -205,8 +213,9 @@ class _Moments(NamedTuple):
     products: Any  # (num_chains, p, p), of the sum over rows of these scores times themselves
 
 
-def _moments(posterior: Posterior, unravel: Callable[[Array], Any], theta: Array, draws: Latents) -> _Moments:
+def _moments(posterior: Posterior, used: tuple[bool, ...], theta: Array, draws: Latents) -> _Moments:
     """What Louis' identity needs of the samples, ``(num_chains, num_samples) + ...``, one sample at a time."""
+    unravel = _Learned(posterior, used).unravel
 
     def scores(x: Latents) -> Array:
         of_rows = jax.jacfwd(lambda theta: posterior.row_log_density(x, posterior.params_at(unravel(theta))))(theta)
@@ -215,7 +224,7 @@ def _moments(posterior: Posterior, unravel: Callable[[Array], Any], theta: Array
     def of_draw(x: Latents) -> _Moments:
         hessian = jax.hessian(lambda theta: total(posterior.terms(x, posterior.params_at(unravel(theta)))))(theta)
         of_rows = scores(x) - reference  # a covariance is the same about any point, and more exact about a near one
-        return _Moments(-hessian, of_rows, of_rows.T @ of_rows)
+        return _Moments(-hessian, of_rows, jnp.matmul(of_rows.T, of_rows, precision="highest"))
 
     def add(sums: _Moments, x: Latents) -> tuple[_Moments, None]:
         return jax.tree.map(jnp.add, sums, jax.vmap(of_draw)(x)), None

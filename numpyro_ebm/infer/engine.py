@@ -11,7 +11,7 @@ kept on the engine: a state restored from disk goes on in a freshly built one.
 
 import time
 import warnings
-from abc import ABC, abstractmethod
+from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -26,6 +26,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
 from numpyro_ebm._checks import require_bool, require_count, require_key
+from numpyro_ebm._compat import one_at_a_time
+from numpyro_ebm._compiled import Watch, frozen
 from numpyro_ebm._fit import fit_of
 from numpyro_ebm._pytree import Rest, arrays_and_rest, as_array, join, require_hashable, require_no_lists
 from numpyro_ebm.infer.init_params import InitParams, read_init_params
@@ -78,19 +80,29 @@ def compiled_method(method: Method) -> Method:
             @partial(jax.jit, static_argnames="static")
             def on_arrays(dynamic: Any, static: Rest) -> Any:
                 args, kwargs = join(dynamic, static)
-                return method(self, *args, **kwargs)
+                with one_at_a_time:
+                    return method(self, *args, **kwargs)
 
             self._compiled[method] = on_arrays
-        return self._compiled[method](*_split((state, *args), kwargs))
+        return self._compiled[method](*self._split((state, *args), kwargs))
 
     return cast(Method, call)
 
 
-class Engine(ABC):
+class _ReadOnly(ABCMeta):
+    """A class whose instances cannot be changed once they are made."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        made = super().__call__(*args, **kwargs)
+        made._is_made = True
+        return made
+
+
+class Engine(metaclass=_ReadOnly):
     """The verbs of NumPyro's ``SVI`` for an engine that gives :meth:`_start`, :meth:`_refuse`, :meth:`_step` and :meth:`_loss`.
 
     States are named tuples of arrays with at least the fields ``params`` (constrained), ``rng_key``, ``num_steps`` and
-    ``num_skipped``.
+    ``num_skipped``. Attributes are read-only: what is compiled has read them.
     """
 
     #: Fields of the state that :meth:`_step` itself leaves as they were where its health is bad. They have a row for all data,
@@ -99,13 +111,35 @@ class Engine(ABC):
     #: the class of the states
     state_class: ClassVar[type[Any]] = tuple
 
+    _is_made = False  # after __init__
+
     def __init__(self) -> None:
+        self._compile()
+
+    def _compile(self) -> None:
         self._begin = jax.jit(self._start_arrays, static_argnames="static")
         self._proposed = jax.jit(self._propose, static_argnames="static")  # inside the next three, so that it is traced once
         self._one = jax.jit(self._make_one, static_argnames="static")
         self._open_loop = jax.jit(self._make_open, static_argnames=("static", "collect"))
         self._fixed_loop = jax.jit(self._make_fixed, static_argnames=("static", "collect", "length"), donate_argnames="state")
         self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}  # by method, when it is first called
+        self._watch: Watch | None = None  # of the settings, from the first call on
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_made and not name.startswith("_"):
+            raise AttributeError(
+                f"{name} of a {type(self).__name__} cannot be changed, and {value!r} would not be used: make a new engine with "
+                f"this {name}, and go on from the state of this one by run(..., init_state=...)."
+            )
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        compiled = ("_begin", "_proposed", "_one", "_open_loop", "_fixed_loop", "_compiled", "_watch")
+        return {name: value for name, value in vars(self).items() if name not in compiled}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._compile()
 
     # What an engine writes.
 
@@ -130,7 +164,7 @@ class Engine(ABC):
     def _loss(self, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
         """The loss at a state; traced."""
 
-    def _meet(self, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: B027
+    def _meet(self, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What there is to do before anything is traced."""
 
     def _explain(self, state: State, bad: dict[Part, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, str]:
@@ -158,7 +192,7 @@ class Engine(ABC):
         """
         rng_key = require_key("rng_key", rng_key)
         given = read_init_params(init_params)
-        dynamic, static = _split(args, kwargs)
+        dynamic, static = self._split(args, kwargs)
         args, kwargs = join(dynamic, static)
         self._meet(rng_key, args, kwargs)
         state, good, inside = self._begin(rng_key, given, dynamic, static)
@@ -183,13 +217,13 @@ class Engine(ABC):
             :meth:`evaluate` gives the loss at a state.
         """
         self._require_state(state)
-        made = self._one(state, np.False_, np.False_, *_split(args, kwargs))
+        made = self._one(state, np.False_, np.False_, *self._split(args, kwargs))
         return made.state, made.loss
 
     def stable_update(self, state: State, *args: Any, **kwargs: Any) -> tuple[State, Array]:
         """One step as by :meth:`update`, where a step that is not made is counted in ``state.num_skipped``."""
         self._require_state(state)
-        made = self._one(state, np.False_, np.True_, *_split(args, kwargs))
+        made = self._one(state, np.False_, np.True_, *self._split(args, kwargs))
         return made.state, made.loss
 
     @compiled_method
@@ -237,12 +271,13 @@ class Engine(ABC):
         :raises ValueError: if ``num_steps`` or ``chunk_size`` is not a positive integer.
         :raises TypeError: inside ``jit``, ``vmap`` or ``grad``.
         :raises NonFiniteError: with the last good state, if a step would make anything non-finite.
+        :raises KeyboardInterrupt: with the last state in ``state``, if the user stops it.
         """
         num_steps = require_count("num_steps", num_steps)
         chunk_size = None if chunk_size is None else require_count("chunk_size", chunk_size)
         stable_update, progress_bar = require_bool("stable_update", stable_update), require_bool("progress_bar", progress_bar)
         _require_outermost((rng_key, args, kwargs, init_state, init_params))
-        dynamic, static = _split(args, kwargs)
+        dynamic, static = self._split(args, kwargs)
         args, kwargs = join(dynamic, static)
         if init_state is None:
             state = self.init(rng_key, *args, init_params=init_params, **kwargs)
@@ -256,19 +291,23 @@ class Engine(ABC):
         pace = _Pace(chunk_size, length, SECONDS_PER_CHUNK if progress_bar else SECONDS_WITHOUT_BAR)
         log, warned = _Log(num_steps), set[str]()
         with tqdm(total=num_steps, disable=not progress_bar) as bar:
-            while log.done < num_steps:
-                state, record, bad = chunk(state, min(pace.next(), num_steps - log.done), call)
-                log.add(record)
-                pace.tell(len(record.loss))
-                if bad:
-                    raise self._error(state, bad, log.done + 1, args, kwargs)
-                for message in set(self._warnings(state, args, kwargs)) - warned:
-                    warnings.warn(message, stacklevel=2)
-                    warned.add(message)
-                bar.update(len(record.loss))
-                bar.set_postfix_str(f"loss: {record.loss[-1]:.4f}", refresh=False)
-                for callback in callbacks:
-                    callback(log.done, _copy(state), log.losses[: log.done])
+            try:
+                while log.done < num_steps:
+                    state, record, bad = chunk(state, min(pace.next(), num_steps - log.done), call)
+                    log.add(record)
+                    pace.tell(len(record.loss))
+                    if bad:
+                        raise self._error(state, bad, log.done + 1, args, kwargs)
+                    for message in set(self._warnings(state, args, kwargs)) - warned:
+                        warnings.warn(message, stacklevel=2)
+                        warned.add(message)
+                    bar.update(len(record.loss))
+                    bar.set_postfix_str(f"loss: {record.loss[-1]:.4f}", refresh=False)
+                    for callback in callbacks:
+                        callback(log.done, _copy(state), log.losses[: log.done])
+            except KeyboardInterrupt as stop:
+                _keep_state(stop, state)
+                raise
         return RunResult(self.get_params(state), state, jnp.asarray(log.losses), log.collected)
 
     def _require_state(self, state: Any, name: str = "state") -> State:
@@ -281,10 +320,20 @@ class Engine(ABC):
         fix = "pass what init or update of this engine gave, or .state of the result of its run"
         if isinstance(state, RunResult):
             fix = "it is what run returned: pass result.state"
+        elif isinstance(state, dict):
+            fix = "restore a checkpoint into the structure of a state, jax.eval_shape(lambda: engine.init(rng_key, ...))"
         elif isinstance(state, tuple) and state and isinstance(state[0], self.state_class):
             fix = "it is what update returned, a state and a loss: pass the first of the two"
         wanted, given = self.state_class.__name__, type(state).__name__
         raise TypeError(f"{name} must be a {wanted}, a state of {type(self).__name__}, got a {given}: {fix}.")
+
+    def _split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Array], Rest]:
+        """The arrays of a call's arguments, and what is compiled in, with what it and the programs hold and read now."""
+        dynamic, static = _split(args, kwargs)
+        if self._watch is None:
+            self._watch = Watch(*(value for name, value in vars(self).items() if not name.startswith("_")))
+        static = frozen(static)
+        return dynamic, static._replace(frozen=(static.frozen, self._watch.snapshot()))
 
     # One step.
 
@@ -311,13 +360,15 @@ class Engine(ABC):
         chosen = [field for field in old if field not in self.kept_by_step]
         new = proposed._replace(**{field: keep(~bad, new[field], old[field]) for field in chosen})
         new = new._replace(
-            rng_key=proposed.rng_key, num_steps=state.num_steps + ~bad, num_skipped=state.num_skipped + (bad & stable)
+            rng_key=proposed.rng_key,
+            num_steps=state.num_steps + (~bad).astype(jnp.int32),
+            num_skipped=state.num_skipped + (bad & stable).astype(jnp.int32),
         )
         return _Made(keep(~stopped, new, state), jnp.where(bad, jnp.nan, loss), health, stopped | (bad & ~stable))
 
     def _propose(self, state: State, dynamic: Any, *, static: Rest) -> tuple[State, Array, Health]:
         args, kwargs = join(dynamic, static)
-        with _meshes_explained():
+        with _meshes_explained(), one_at_a_time:
             return self._step(state, args, kwargs)
 
     # Chunks of steps.
@@ -389,7 +440,7 @@ class Engine(ABC):
         buffer, health = jax.tree.map(partial(_buffer, size), record), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), health)
         # A while loop, not a scan: its body is compiled alike whatever the number of steps.
         done, state, buffer, health = lax.while_loop(going, body, (jnp.zeros((), jnp.int32), state, buffer, health))
-        return _Advanced(state, buffer, done - is_bad(health), is_bad(health), health)
+        return _Advanced(state, buffer, done - is_bad(health).astype(jnp.int32), is_bad(health), health)
 
     def _fixed_chunk(self, state: State, num_steps: int, call: "_Call", length: int) -> tuple[State, "_Record", dict[Part, int]]:
         """The same by loops of a fixed length and then by single steps, all of them queued before the host looks at any."""
@@ -407,7 +458,11 @@ class Engine(ABC):
                 steps = jax.tree.map(lambda x: jnp.asarray(x)[None], steps)
             seen.append(steps)
             num_steps -= length if num_steps >= length else 1
-        before, record, health = _joined(jax.device_get(seen))
+        try:
+            before, record, health = _joined(jax.device_get(seen))
+        except KeyboardInterrupt as stop:
+            _keep_state(stop, state)
+            raise
         count = int((~before).sum()) - bool(stopped)  # the last of those that were tried is the bad one
         return state, jax.tree.map(lambda x: x[:count], record), _codes(jax.tree.map(lambda x: x[count], health)) if stopped else {}
 
@@ -448,7 +503,7 @@ class Engine(ABC):
     ) -> tuple[State, Array, dict[str, Array]]:
         args, kwargs = join(dynamic, static)
         params = InitParams(init_params)
-        with _meshes_explained(), params:
+        with _meshes_explained(), one_at_a_time, params:
             state, good = self._start(rng_key, init_params, args, kwargs)
         return state, good, params.are_inside()
 
@@ -537,6 +592,13 @@ class _Pace:
         seconds = time.perf_counter() - self.start
         size = min(MAX_GROWTH * self.size, max(1, int(count * self.seconds / max(seconds, 1e-9))))
         self.size = max(1, size // self.length) * self.length
+
+
+def _keep_state(stop: Any, state: State) -> None:
+    """Keeps the state of a run that the user stops, unless the device has overwritten it."""
+    if not hasattr(stop, "state") and not any(x.is_deleted() for x in jax.tree.leaves(state)):
+        stop.state = state
+        stop.add_note(f"The state after {int(state.num_steps)} steps is in .state: run(..., init_state=...) goes on from it.")
 
 
 def _require_outermost(given: Any) -> None:

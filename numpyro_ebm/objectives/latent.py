@@ -31,9 +31,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.lax import stop_gradient
 from numpyro.primitives import Messenger
 
@@ -138,54 +140,76 @@ def variational_score(
     :param log_ratio: log p - log q, for the value by its scores: they have the same mean over the guide, and none of the
         variance where the guide is the posterior.
     """
-    of_value = log_p if log_ratio is None else log_ratio
+    one = jax.tree.map(lambda x: x[0], draws.value)
+    log_p, closed_over = _opened(log_p, "log_p", params, v, one)
+    of_value, also = (log_p, {}) if log_ratio is None else _opened(log_ratio, "log_ratio", params, v, one)
 
-    def expectation(params: Any, of: Callable[[Any, Latents], tuple[Array, Array]]) -> Array:
+    # No function below closes over anything that is traced: a rule may be run when the trace that made it has ended.
+
+    def there(value: Array, at: tuple[Array, Draws], x: Array) -> Array:
+        return jnp.where(x == at[0], value, jnp.nan)  # an objective that takes differences would take them of one estimate
+
+    def expectation(given: Any, draws: Draws, of: Callable[[Any, Latents], tuple[Array, Array]]) -> Array:
         """The mean over samples of what ``of`` gives next to log densities; its gradient has their covariance."""
-        mean = of(params, draws.mean)[1].mean(0)
+        mean = of(given, draws.mean)[1].mean(0)
         if covariance == "none":
             return mean
-        rows, g = of(params, draws.covariance)
-        centered = stop_gradient(g - g.mean(0))
+        rows, g = of(given, draws.covariance)[0], of(stop_gradient(given), draws.covariance)[1]
+        centered = g - g.mean(0, keepdims=True)
         divisor = len(g) - 1 if covariance == "unbiased" else len(g)
         return mean + (centered * _along(rows - stop_gradient(rows), g)).sum(0) / divisor
 
-    def estimate(params: Any) -> Array:
-        value = scores(of_value, v, params, draws.value)[1].mean(0)
-        return _with_gradient(value, expectation(params, partial(scores, log_p, v)))
+    def estimate(given: Any, at: tuple[Array, Draws]) -> Array:
+        v, draws = at
+        value = scores(of_value, v, given, draws.value)[1].mean(0)
+        return _with_gradient(value, expectation(given, draws, partial(scores, log_p, v)))
 
-    def slope(params: Any, u: Array) -> Array:
-        """The derivative of the score along ``u``, linear in ``u``."""
+    def slope(given: Any, at: tuple[Array, Draws], u: Array) -> Array:
+        """The derivative of the score along ``u``: linear in ``u``, so that only the parameters may be stopped."""
+        v, draws = at
+        held = stop_gradient(given)
+        (_, g), (_, curvature) = jax.jvp(lambda v: scores(of_value, v, held, draws.value), (v,), (u,))
+        s, num_samples = g.mean(0), len(g)
+        value = curvature.mean(0) + ((g - s[None]) * _dot(g - s[None], u)).sum(0) / (num_samples - 1)
 
-        def moment(params: Any, h: Latents) -> tuple[Array, Array]:
-            (rows, g), (_, curvature) = jax.jvp(lambda v: scores(log_p, v, params, h), (v,), (u,))
+        def moment(given: Any, h: Latents) -> tuple[Array, Array]:
+            (rows, g), (_, curvature) = jax.jvp(lambda v: scores(log_p, v, given, h), (v,), (u,))
             return rows, curvature + g * _dot(g, u)
 
-        (_, g), (_, curvature) = jax.jvp(lambda v: scores(of_value, v, params, draws.value), (v,), (u,))
-        s, num_samples = stop_gradient(g.mean(0)), len(g)
-        value = curvature.mean(0) + ((g - s) * _dot(g - s, u)).sum(0) / (num_samples - 1)
-        mean = expectation(params, partial(scores, log_p, v))
-        # of E[moment] - s (s.u), by the product rule: s is from other samples than the mean
-        return _with_gradient(value, expectation(params, moment) - s * _dot(mean, u) - mean * _dot(s, u))
+        def in_expectation(given: Any) -> Array:
+            mean = expectation(given, draws, partial(scores, log_p, v))
+            # of E[moment] - s (s.u), by the product rule: s is from other samples than the mean
+            return expectation(given, draws, moment) - s * _dot(mean, u) - mean * _dot(s, u)
 
-    def there(value: Array, x: Array) -> Array:
-        return jnp.where(x == v, value, jnp.nan)  # an objective that takes differences would take them of one estimate
+        return value + (in_expectation(given) - in_expectation(held))
 
     @jax.custom_jvp
-    def score(params: Any, x: Array) -> Array:
-        return there(estimate(params), x)
+    def score(given: Any, at: tuple[Array, Draws], x: Array) -> Array:
+        return there(estimate(given, at), at, x)
 
-    def rule(primals: tuple[Any, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
-        (params, x), (d_params, d_x) = primals, tangents
-        if all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(d_params)):
-            value = estimate(params)
+    def rule(primals: tuple[Any, Any, Array], tangents: tuple[Any, Any, Any]) -> tuple[Array, Array]:
+        (given, at, x), (d_given, _, d_x) = primals, tangents
+        if _is_zero(d_given):
+            value = estimate(given, at)
             tangent = jnp.zeros_like(value)
         else:
-            value, tangent = jax.jvp(estimate, (params,), (jax.tree.map(_instantiated, d_params),))
-        return there(value, x), tangent if isinstance(d_x, SymbolicZero) else tangent + slope(params, d_x)
+            value, tangent = _tangent(lambda given: estimate(given, at), given, d_given)
+        return there(value, at, x), tangent if _is_zero(d_x) else tangent + slope(given, at, d_x)
 
     score.defjvp(rule, symbolic_zeros=True)
-    return partial(score, params)
+    return partial(score, {"params": params, **closed_over, **also}, (v, draws))
+
+
+def _opened(log_density: RowDensity, name: str, params: Any, v: Array, h: Latents) -> tuple[RowDensity, dict[str, list[Any]]]:
+    """A log density of what it closed over as well, by its name beside the parameters; and what that is."""
+    closed = jax.make_jaxpr(log_density)(params, v, h)
+
+    def opened(given: dict[str, Any], v: Array, h: Latents) -> Array:
+        rows: Array
+        (rows,) = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, given[name]))(*jax.tree.leaves((given["params"], v, h)))
+        return rows
+
+    return opened, {name: list(closed.consts)}
 
 
 def weighted_score(log_p: RowDensity, params: Any, log_q: Array, h: Latents, keep: Array | None = None) -> ScoreFn:
@@ -222,14 +246,26 @@ def _with_gradient(value: Array, surrogate: Array) -> Array:
     return stop_gradient(value) + (surrogate - stop_gradient(surrogate))
 
 
-def _instantiated(tangent: Any) -> Any:
-    return jnp.zeros(tangent.shape, tangent.dtype) if isinstance(tangent, SymbolicZero) else tangent
+def _is_zero(tangents: Any) -> bool:
+    return all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(tangents))
+
+
+def _tangent(function: Callable[[Any], Array], x: Any, d_x: Any) -> tuple[Array, Array]:
+    """The value of a function, and its derivative along a direction, of which a part may be known to be 0."""
+
+    def instantiated(tangent: Any) -> Any:
+        if not isinstance(tangent, SymbolicZero):
+            return tangent
+        no_number = tangent.dtype == jax.dtypes.float0  # the tangent of an integer or a key
+        return np.zeros(tangent.shape, tangent.dtype) if no_number else jnp.zeros(tangent.shape, tangent.dtype)
+
+    return jax.jvp(function, (x,), (jax.tree.map(instantiated, d_x),))
 
 
 def _dot(a: Array, u: Array) -> Array:
     """The product of every row, with the axes of the event kept; a sample's axis in front of the rows' may lead."""
     axes = tuple(range(1 - u.ndim, 0))
-    return (a * u).sum(axes, keepdims=True)
+    return (a * u.reshape((1,) * (a.ndim - u.ndim) + u.shape)).sum(axes, keepdims=True)
 
 
 def _along(rows: Array, like: Array) -> Array:

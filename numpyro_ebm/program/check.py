@@ -12,7 +12,7 @@ import jax
 from numpyro.distributions import ImproperUniform
 from numpyro.handlers import block, seed, substitute
 
-from numpyro_ebm._compat import is_in_scan, scan_index
+from numpyro_ebm._compat import is_in_scan, one_at_a_time, scan_index
 from numpyro_ebm.distributions.energy import BaseMeasure, NormalizerError, TiltedDistribution, energy_site
 from numpyro_ebm.program.provenance import mark, sources
 from numpyro_ebm.program.sites import FIELD, core_of, is_factor, is_normalizer, normalizer_name, stand_in
@@ -153,9 +153,10 @@ def check_run(
     def run() -> dict[str, Any]:
         first = mark(args[:1], _VISIBLE) if mark_visible else args[:1]
         given = jax.tree.map(lambda x: x, dict(data or {}))  # in containers of its own: mutable sites are updated in place
-        with block(), seed(rng_seed=0), look, substitute(data=given):
+        with one_at_a_time, block(), seed(rng_seed=0), look, substitute(data=given):
             model(*first, *args[1:], **kwargs)
-        return look.densities
+        densities, look.densities = look.densities, {}  # what is traced ends with the trace
+        return densities
 
     try:
         densities = sources(run)
@@ -199,24 +200,35 @@ class _look(substitute):
         if is_normalizer(name):  # what negative_phase adds
             self.has_pool |= name.endswith(normalizer_name(FIELD))
         else:
-            self.found[name] = _Found(core_of(msg["fn"]), msg["is_observed"], is_in_scan(msg))
+            self.found[name] = _found(msg)
             self.densities[name] = _density(msg)
 
 
 class _Found(NamedTuple):
-    """A sample site."""
+    """What there is to say of a sample site: no value of it, which is traced, is kept."""
 
-    fn: Any  # its distribution, without what plates and masks wrap around it
+    kind: str  # of its distribution, without what plates and masks wrap around it
+    is_energy: bool
+    is_guarded: bool
+    is_flat: bool
+    is_improper: bool
+    is_discrete: bool
     is_observed: bool
     in_scan: bool
 
-    @property
-    def is_energy(self) -> bool:
-        return isinstance(self.fn, TiltedDistribution) and not self.fn.is_normalized
 
-    @property
-    def is_flat(self) -> bool:
-        return isinstance(self.fn, BaseMeasure)
+def _found(msg: dict[str, Any]) -> _Found:
+    fn = core_of(msg["fn"])
+    return _Found(
+        type(fn).__name__,
+        is_energy=isinstance(fn, TiltedDistribution) and not fn.is_normalized,
+        is_guarded=isinstance(fn, TiltedDistribution) and fn.guarded,
+        is_flat=isinstance(fn, BaseMeasure),
+        is_improper=isinstance(fn, ImproperUniform),
+        is_discrete=not is_factor(fn) and fn.support.is_discrete,
+        is_observed=msg["is_observed"],
+        in_scan=is_in_scan(msg),
+    )
 
 
 def _density(msg: dict[str, Any]) -> Any:
@@ -245,7 +257,7 @@ class _Report:
 
     def _of_site(self, name: str) -> SiteReport:
         site = self.found[name]
-        kind = type(site.fn).__name__
+        kind = site.kind
         parents = self._parents(name)
         params, latents = self._of_kind("param", parents), self._of_kind("latent", parents)
         report = partial(SiteReport, name, kind, site.is_energy, params, latents)
@@ -259,7 +271,7 @@ class _Report:
             field = f"couples the flat sites {_quoted(flat)} into a random field whose unknown normalizer depends on param "
             fix = "a handler adds it" if self.has_pool else why or "learn it under negative_phase"
             return report(why is not None, f"{field}{_quoted(all_params)}: {fix}", () if self.has_pool else flat)
-        return report(False, _verdict_on_the_rest(site.fn, kind, params))
+        return report(False, _verdict_on_the_rest(site, params))
 
     def _parents(self, name: str) -> list[str]:
         """What a site's density depends on, its normalizer if that is unknown, in the order of the model."""
@@ -287,12 +299,11 @@ class _Report:
 def _why_no_field(found: dict[str, _Found]) -> str | None:
     """Why the sites of a model cannot be the values of a random field's pool, and the fix."""
     for name, site in found.items():
-        fn = site.fn
         if site.in_scan:
             return f"site '{name}' stands inside scan or cond, where it cannot be told what depends on what: write steps as a plate"
         if site.is_energy:
             return f"site '{name}' is an energy site: make it a BaseMeasure and put its energy into a factor"
-        if type(fn).__name__ != "Unit" and fn.support.is_discrete:
+        if site.is_discrete:
             return (
                 f"site '{name}' is discrete, and the pool of a field moves by scores: sum it out of the energy, or write the field "
                 "as one EnergyDistribution site with a sampler of your own"
@@ -300,10 +311,10 @@ def _why_no_field(found: dict[str, _Found]) -> str | None:
     return None
 
 
-def _verdict_on_the_rest(fn: Any, kind: str, params: tuple[str, ...]) -> str:
-    if isinstance(fn, ImproperUniform):
+def _verdict_on_the_rest(site: _Found, params: tuple[str, ...]) -> str:
+    if site.is_improper:
         return "flat"
-    if kind != "Unit":
+    if site.kind != "Unit":
         return "normalized"
     return "factor" + (f", depends on param {_quoted(params)}: right only if it is a normalized log density" if params else "")
 
@@ -316,7 +327,7 @@ def _verdict_on_energy(params: tuple[str, ...], latents: tuple[str, ...], site: 
             f"its unknown normalizer depends on latent site {_quoted(latents)} (doubly intractable), which no engine "
             "handles: make what it depends on a numpyro.param, or fix it"
         )
-    if params and not site.fn.guarded:
+    if params and not site.is_guarded:
         return f"unknown normalizer, depends on param {_quoted(params)}: a handler has lifted the guard"
     if params:
         return f"unknown normalizer, depends on param {_quoted(params)}: learn it under negative_phase"

@@ -1,0 +1,286 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a compiled function has frozen, and :func:`compiled`, which compiles what is called eagerly.
+
+JAX compiles a function for arrays of some shapes. Whatever else it reads while Python runs it is a constant from then on: closures
+and globals of functions, attributes of objects. A :class:`Snapshot` holds what they were. As a part of what a program is compiled
+for, it keeps a program from being used where they have changed.
+
+Closures, defaults and globals of functions are followed, also of those that they call, and attributes of objects. What belongs to
+a library is taken to be fixed. What a function writes itself is its own record and no setting. So are, for an engine, lists and
+sets that a function reads.
+"""
+
+import dis
+import sys
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import is_dataclass
+from functools import lru_cache, partial
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from typing import Any, NamedTuple, TypeVar, cast
+
+import jax
+import numpy as np
+from jax import Array
+from numpyro.distributions import Distribution
+from numpyro.distributions.constraints import Constraint
+from numpyro.distributions.transforms import Transform
+from numpyro.primitives import Messenger
+
+from numpyro_ebm._pytree import Rest, arrays_and_rest, join
+
+T = TypeVar("T")
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), np.generic, np.dtype)
+LIBRARIES = sys.stdlib_module_names | {"jax", "jaxlib", "numpy", "numpyro", "numpyro_ebm", "optax", "equinox", "flax", "scipy"}
+FIXED = {"builtins", "operator", "jax", "jaxlib", "numpy"}  # libraries none of whose objects changes
+# objects of libraries that hold what users give them, beside dataclasses and our own
+FOLLOWED = (Distribution, Constraint, Transform, Messenger, SimpleNamespace)
+MAX_BYTES = 2**16  # of a NumPy array that is compared by its numbers
+
+_Names = frozenset[str] | None
+
+
+def compiled(function: Callable[..., T], *args: Any) -> T:
+    """``function(*args)`` for pytrees of arrays and constants, compiled: once, or anew if that could freeze what may change.
+
+    Inside another transformation it is run as it is. So it is where it fails: errors read the name of a site from the frames
+    around it.
+    """
+    arrays, rest = arrays_and_rest(args)
+    if any(isinstance(array, jax.core.Tracer) for array in arrays):
+        return function(*args)
+    try:
+        look = _Look(function, rest, with_lists=True)
+        hash(rest)
+        is_known = look.sees_all
+    except Exception:  # of a pytree that does without its arrays, or of a part that does not hash
+        is_known = False
+    try:
+        if is_known:
+            return _on_arrays(arrays, function=function, rest=rest._replace(frozen=look.snapshot))
+        return jax.jit(lambda arrays: function(*join(arrays, rest)))(arrays)
+    except Exception:
+        return function(*args)
+
+
+@partial(jax.jit, static_argnames=("function", "rest"))
+def _on_arrays(arrays: list[Array], *, function: Callable[..., T], rest: Rest) -> T:
+    return function(*join(arrays, rest))
+
+
+def frozen(rest: Rest) -> Rest:
+    """What is compiled in, with what it holds and reads now, though it is the same object."""
+    leaves = [leaf for leaf in rest.leaves if leaf is not None]
+    return rest._replace(frozen=Watch(*leaves).snapshot()) if leaves else rest
+
+
+class Snapshot:
+    """What functions and objects held, equal to another snapshot of them where nothing has changed."""
+
+    def __init__(self, found: tuple[Hashable, ...]) -> None:
+        self.found, self._hash = found, hash(found)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Snapshot) and self.found == other.found)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+class Watch:
+    """Functions and objects that are looked at again and again."""
+
+    def __init__(self, *values: Any) -> None:
+        self._values = values
+        self._look = _Look(*values)
+
+    def snapshot(self) -> Snapshot:
+        """What they hold now: looked for only where something has become another object."""
+        if not self._look.is_current():
+            last, self._look = self._look.snapshot, _Look(*self._values)
+            if self._look.snapshot == last:
+                self._look.snapshot = last  # the same object is compared at once
+        return self._look.snapshot
+
+
+class _Same:
+    """A value compared by identity."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+class _Look:
+    """A walk through values and what they hold."""
+
+    def __init__(self, *values: Any, with_lists: bool = False) -> None:
+        self._with_lists = with_lists
+        self.sees_all = True  # whether nothing may change that is not in the snapshot
+        self._found: list[Hashable] = []
+        self._seen: dict[int, Any] = {}  # by id, and kept, so that nothing else is given it
+        self._places: list[tuple[Mapping[Any, Any], Any, Any]] = []  # a dictionary, a name in it, what is there
+        self._sizes: list[tuple[Mapping[Any, Any], int]] = []  # a dictionary, how many names it has
+        self._cells: list[tuple[CellType, Any]] = []  # a variable of a closure, its value
+        self._functions: list[tuple[FunctionType, CodeType, Any]] = []  # a function, its code (which notebooks reload), defaults
+        self._changes_inside = False  # whether something is seen that may change and be the same object
+        for value in values:
+            self._at(value, None)
+        self.snapshot = Snapshot(tuple(self._found))
+
+    def is_current(self) -> bool:
+        """Whether it is known that another look would find the same."""
+        if self._changes_inside or any(holder.get(name, self) is not value for holder, name, value in self._places):
+            return False
+        if any(f.__code__ is not code or f.__defaults__ is not defaults for f, code, defaults in self._functions):
+            return False
+        return all(len(holder) == size for holder, size in self._sizes) and all(_in(cell) is value for cell, value in self._cells)
+
+    def _at(self, x: Any, written: _Names) -> None:
+        """Looks at a value.
+
+        :param written: names that the function writes which holds it; None of what no function holds.
+        """
+        if isinstance(x, PLAIN):
+            self._found += cast(list[Hashable], [type(x), repr(x) if isinstance(x, (float, complex)) else x])  # -0.0 == 0.0
+        elif isinstance(x, Array):
+            self._found.append(_Same(x))  # it cannot change
+            self.sees_all &= not isinstance(x, jax.core.Tracer)
+        elif id(x) not in self._seen:
+            self._seen[id(x)] = x
+            self._into(x, written)
+
+    def _into(self, x: Any, written: _Names) -> None:
+        if isinstance(x, FunctionType):
+            self._function(x)
+        elif isinstance(x, Rest):
+            self._at(jax.tree.unflatten(x.structure, x.leaves), written)
+        elif isinstance(x, (list, set)) and written is not None and not self._with_lists:
+            pass
+        elif isinstance(x, (tuple, list)):
+            self._changes_inside |= isinstance(x, list)
+            self._found += (type(x), len(x))
+            for part in x:
+                self._at(part, written)
+        elif isinstance(x, (frozenset, set)):
+            self._changes_inside |= isinstance(x, set)
+            self._found.append(frozenset(x))
+        elif isinstance(x, dict):
+            self._names_in(x, list(x), written)
+            self._sizes.append((x, len(x)))
+        elif isinstance(x, np.ndarray):
+            small = x.nbytes <= MAX_BYTES
+            self.sees_all, self._changes_inside = self.sees_all and small, self._changes_inside or small
+            self._found += (x.shape, x.dtype, x.tobytes()) if small else (_Same(x),)
+        elif isinstance(x, MethodType):
+            self._at(x.__func__, written)
+            self._at(x.__self__, _outside(x.__func__.__code__).written)
+        elif isinstance(x, partial):
+            self._at((x.func, x.args, x.keywords), written)
+        elif isinstance(x, type):
+            self._class(x)
+        elif isinstance(x, ModuleType):
+            self.sees_all &= _is_library(x.__name__)
+        elif hasattr(x, "__wrapped__"):
+            self._at(x.__wrapped__, written)
+        else:
+            self._object(x, written)
+
+    def _function(self, function: FunctionType) -> None:
+        code, variables = function.__code__, function.__globals__
+        names, is_library = _outside(code), _is_library(variables.get("__name__"))
+        self._found.append(_Same(code))
+        self._functions.append((function, code, function.__defaults__))
+        self._at((function.__defaults__, function.__kwdefaults__), names.written)
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            if name in names.written:
+                self.sees_all &= is_library
+            else:
+                self._cells.append((cell, _in(cell)))
+                self._at(_in(cell), names.written)
+        if not is_library:
+            self._names_in(variables, [name for name in names.read if name in variables], names.written)
+
+    def _class(self, cls: type) -> None:
+        self._found.append(_Same(cls))
+        for owner in cls.__mro__:
+            if not _is_library(owner.__module__):
+                for name, member in list(vars(owner).items()):
+                    self._places.append((vars(owner), name, member))
+                    value = getattr(member, "__func__", getattr(member, "fget", member))  # of static methods and properties
+                    if isinstance(value, (FunctionType, *PLAIN)):
+                        self._found.append(name)
+                        self._at(value, frozenset())
+
+    def _object(self, x: Any, written: _Names) -> None:
+        cls = type(x)
+        is_open = isinstance(x, FOLLOWED) or is_dataclass(x) or cls.__module__.startswith("numpyro_ebm.")
+        if _is_library(cls.__module__) and not is_open:
+            is_fixed = cls.__module__.partition(".")[0] in FIXED
+            self._found.append(x if is_fixed and isinstance(x, Hashable) else _Same(x))
+            self.sees_all &= is_fixed
+            return
+        self._class(cls)
+        if callable(x) and isinstance(cls.__call__, FunctionType):  # it is a function that has its attributes
+            written = _outside(cls.__call__.__code__).written | (written or frozenset())
+        attributes = vars(x) if hasattr(x, "__dict__") else {name: getattr(x, name) for name in _slots(cls) if hasattr(x, name)}
+        self._changes_inside |= not hasattr(x, "__dict__")
+        # what a handler of NumPyro keeps for itself changes in every run
+        names = [name for name in attributes if not (isinstance(x, Messenger) and name.startswith("_"))]
+        self._names_in(attributes, names, written)
+        self._sizes.append((attributes, len(attributes)))
+
+    def _names_in(self, holder: Mapping[Any, Any], names: Iterable[Any], written: _Names) -> None:
+        for name in names:
+            if written and name in written:
+                self.sees_all = False
+            else:
+                self._places.append((holder, name, holder[name]))
+                self._found.append(repr(name))
+                self._at(holder[name], written)
+
+
+class _Outside(NamedTuple):
+    """What the code of a function, and of those defined in it, does with names outside of it."""
+
+    read: tuple[str, ...]  # globals
+    written: frozenset[str]  # globals, variables of closures and attributes
+
+
+@lru_cache(4096)
+def _outside(code: CodeType) -> _Outside:
+    read: dict[str, None] = {}
+    written: set[str] = set()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            read[instruction.argval] = None
+        elif instruction.opname in ("STORE_GLOBAL", "STORE_ATTR", "STORE_DEREF"):
+            written.add(instruction.argval)
+    for inside in code.co_consts:
+        if isinstance(inside, CodeType):
+            read |= dict.fromkeys(_outside(inside).read)
+            written |= _outside(inside).written
+    return _Outside(tuple(read), frozenset(written.difference(code.co_cellvars)))
+
+
+def _in(cell: CellType) -> Any:
+    """The value of a variable of a closure, which may have none yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+def _slots(cls: type) -> list[str]:
+    return [name for owner in cls.__mro__ for name in getattr(owner, "__slots__", ())]
+
+
+def _is_library(module: str | None) -> bool:
+    return (module or "").partition(".")[0] in LIBRARIES
