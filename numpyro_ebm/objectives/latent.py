@@ -140,9 +140,9 @@ def variational_score(
     :param log_ratio: log p - log q, for the value by its scores: they have the same mean over the guide, and none of the
         variance where the guide is the posterior.
     """
-    one = jax.tree.map(lambda x: x[0], draws.value)
-    log_p, closed_over = _opened(log_p, "log_p", params, v, one)
-    of_value, also = (log_p, {}) if log_ratio is None else _opened(log_ratio, "log_ratio", params, v, one)
+    value, mean = (jax.tree.map(lambda x: x[0], samples) for samples in (draws.value, draws.mean))
+    log_p, closed_over = _opened(log_p, "log_p", params, v, mean)
+    of_value, also = (log_p, {}) if log_ratio is None else _opened(log_ratio, "log_ratio", params, v, value)
 
     # No function below closes over anything that is traced: a rule may be run when the trace that made it has ended.
 
