@@ -58,7 +58,7 @@ from numpyro_ebm.distributions.energy import (
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.random_field import RandomField, record_run
 from numpyro_ebm.program.run import run_model
-from numpyro_ebm.program.sites import FIELD, normalizer_name, require_finite, stand_in
+from numpyro_ebm.program.sites import FIELD, normalizer_name, require_data, stand_in
 from numpyro_ebm.samplers import Sampler
 from numpyro_ebm.samplers.base import require_sampler
 
@@ -238,7 +238,7 @@ class negative_phase(Messenger):
         if msg["type"] != "sample":
             return
         if msg["is_observed"]:
-            require_finite(msg)
+            require_data(msg)
         energy = energy_site(msg["fn"])
         if energy is not None and energy.guarded:
             self._refuse_where_it_stands(msg, energy)

@@ -38,7 +38,7 @@ from numpyro_ebm.program.run import (
     unconstrain_params,
     whole_plates,
 )
-from numpyro_ebm.program.sites import Model, require_finite
+from numpyro_ebm.program.sites import Model, require_data
 from numpyro_ebm.samplers import MALA, NUTS, Sampler
 from numpyro_ebm.samplers.base import require_sampler
 
@@ -250,7 +250,7 @@ class Posterior:
             raise ValueError(f"params lacks {missing}: give the values of all param sites, {sorted(self.program.params)}.")
         for site in self.program.sites.values():
             if site["type"] == "sample" and site["is_observed"]:
-                require_finite(site)
+                require_data(site)
         for found in self.report.sites:
             if found.is_energy and found.latents:
                 raise NormalizerError(

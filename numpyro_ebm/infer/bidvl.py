@@ -53,7 +53,7 @@ from numpyro_ebm.program.run import (
     total,
     unconstrain_params,
 )
-from numpyro_ebm.program.sites import Model, require_finite
+from numpyro_ebm.program.sites import Model, require_data
 from numpyro_ebm.program.visible import require_batch
 from numpyro_ebm.samplers import Sampler
 from numpyro_ebm.samplers.base import real_positions, require_sampler
@@ -323,7 +323,7 @@ class BiDVL(Engine):
     def _refuse(self, rng_key: Array, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         batch = whole_batch((self._energy,), args, kwargs, rng_key, data=params)
         for site in run_model(batch.of(self._energy), args, kwargs, rng_key, data=params).observed.values():
-            require_finite(site)
+            require_data(site)
 
     def _step(self, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[BiDVLState, Array, Health]:
         rng_key, upper_key, lower_key = jax.random.split(state.rng_key, 3)

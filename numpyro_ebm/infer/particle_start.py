@@ -17,7 +17,7 @@ from jax import Array, lax
 from numpyro_ebm.infer.stability import Particles
 from numpyro_ebm.program.rows import all_batches, full_shape, scatter
 from numpyro_ebm.program.run import Run, draw_latents, require_continuous, run_model
-from numpyro_ebm.program.sites import Model, finite_events, require_finite
+from numpyro_ebm.program.sites import Model, finite_events, require_data
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -76,7 +76,7 @@ def require_good_rows(
     rows = {plate: index[worst] for plate, index in all_batches(program).items()}
     program = run_model(model, args, kwargs, rng_key, data={**data, **rows}, latents=latents)
     for site in program.observed.values():
-        require_finite(site)
+        require_data(site)
 
 
 def draw_particles(

@@ -115,7 +115,7 @@ class ScoreMatching(ScoreEngine):
         count = jnp.zeros((), jnp.int32)
         params = constrain_params(theta, program.param_transforms)
         state = ScoreMatchingState(params, theta, self._transformation.init(theta), rng_key, count, count)
-        return strong_types(state), jnp.isfinite(args[0]).all()
+        return strong_types(state), self._are_good_rows(rng_key, params, batch, args, kwargs)
 
     def _step(
         self, state: ScoreMatchingState, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -23,7 +23,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_ebm._compat import in_subsampled_plate, scan_index
 from numpyro_ebm.distributions.energy import TiltedDistribution, energy_site, with_core
-from numpyro_ebm.program.sites import Model, Site, is_latent, kind_of, transform_of
+from numpyro_ebm.program.sites import Model, Site, is_factor, is_latent, kind_of, transform_of
 
 
 class LatentSite(NamedTuple):
@@ -119,6 +119,21 @@ def run_model(
     with trace() as sites, _place(latents or {}), substitute(data=_copied(data or {})), seed(rng_seed=rng_key):
         model(*args, **kwargs)
     return _read(sites)
+
+
+def require_unseeded(what: str, program: Model) -> None:
+    """Refuses a program with a key of its own, with which all particles would start alike and every batch have the same rows.
+
+    :param str what: what the program is called: ``"the model"``.
+    :raises ValueError: with what to pass.
+    """
+    while isinstance(program, Messenger):
+        if isinstance(program, seed) and program.rng_key is not None:
+            raise ValueError(
+                f"{what} is wrapped in numpyro.handlers.seed, so that every run of it would draw the same: pass it without. The "
+                "engine gives it a key in every step."
+            )
+        program = program.fn
 
 
 def draw_latents(
@@ -329,6 +344,11 @@ class whole_plates(Messenger):
 
 
 def _read(sites: dict[str, Site]) -> Run:
+    # latents of other rows than the data, from a state, have an error of their own: require_all_rows
+    if all(jnp.shape(site["value"]) == site["fn"].shape() for site in sites.values() if is_latent(site)):
+        for site in sites.values():
+            if site["type"] == "sample" and site["is_observed"] and not is_factor(site["fn"]):
+                _require_events(site)
     plates = {name: Plate(site["value"], site["args"][0]) for name, site in sites.items() if site["type"] == "plate"}
     latents = {}
     for name, site in sites.items():
@@ -337,6 +357,35 @@ def _read(sites: dict[str, Site]) -> Run:
             axes = tuple(at for at in _axes(site, transform) if at[0] in plates)  # those inside a scan are not seen
             latents[name] = LatentSite(axes, _event_dim(site["fn"], transform))
     return Run(sites, latents, plates)
+
+
+def _require_events(site: Site) -> None:
+    """Refuses data that are not one event for every element of their site, which NumPyro would broadcast, with a warning at most.
+
+    :raises TypeError: for complex data of a site of real events.
+    """
+    name, fn, shape = site["name"], site["fn"], jnp.shape(site["value"])
+    if jnp.iscomplexobj(site["value"]) and not isinstance(fn.support, type(constraints.complex)):
+        raise TypeError(f"site '{name}': its data are complex, of {jnp.result_type(site['value'])}, and {kind_of(fn)} has real events.")
+    num_dims = len(shape) - fn.event_dim
+    batch, events = shape[: max(num_dims, 0)], shape[max(num_dims, 0) :]
+    if events != fn.event_shape:
+        raise ValueError(
+            f"site '{name}': its data are of shape {shape}, and {kind_of(fn)} has events of shape {fn.event_shape} in a batch of "
+            f"{fn.batch_shape}: the last dimensions of data must be those of an event."
+        )
+    try:
+        whole = jnp.broadcast_shapes(batch, fn.batch_shape)
+    except ValueError:
+        whole = ()
+    if whole == fn.batch_shape or (whole == batch and not site["cond_indep_stack"]):
+        return
+    plates = ", ".join(f"'{frame.name}' of {frame.size}" for frame in site["cond_indep_stack"])
+    raise ValueError(
+        f"site '{name}': its data are of shape {shape}, and {kind_of(fn)} has a batch of {fn.batch_shape}"
+        f"{f' in plate {plates}' if plates else ''}: every event would meet others than its own. Reshape the data, as by y[:, 0] for a "
+        "table of one column; or write .to_event(n) for what belongs to one event, and a plate for each dimension that does not."
+    )
 
 
 def _axes(site: Site, transform: Any) -> tuple[tuple[str, int], ...]:

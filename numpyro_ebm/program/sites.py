@@ -76,15 +76,35 @@ def finite_events(site: Site, xp: Any = jnp) -> Any:
 
     :param xp: :mod:`numpy` for an answer that is known while a program is traced.
     """
-    value, fn = site["value"], site["fn"]
-    finite = xp.isfinite(xp.asarray(value))
-    finite = finite.all(tuple(range(finite.ndim - fn.event_dim, finite.ndim)))
-    mask = mask_of(fn)
-    return finite if mask is None else finite | ~xp.asarray(mask)
+    return _of_events(site, xp.isfinite(xp.asarray(site["value"])), xp)
 
 
-def require_finite(site: Site) -> None:
-    """Refuses data that are NaN or infinite and not masked; says nothing while data are traced.
+def events_inside(site: Site, xp: Any = jnp) -> Any:
+    """Whether each event of an observed site lies in the support of its distribution, or is masked.
+
+    It is taken to where bounds are arrays of JAX, which may have been computed from a latent: :func:`has_density` tells; and where
+    the distribution was made with ``validate_args=False``, by which a user says that other values are meant.
+    """
+    support, value = site["fn"].support, xp.asarray(site["value"])
+    if any(isinstance(bound, Array) for bound in jax.tree.leaves(support)) or vars(core_of(site["fn"])).get("_validate_args") is False:
+        return xp.ones(value.shape[: value.ndim - site["fn"].event_dim], bool)
+    return _of_events(site, xp.asarray(support(value)), xp)
+
+
+def has_density(site: Site) -> Array:
+    """Whether the log density of every event of a site is finite, those that are masked left out."""
+    return jnp.isfinite(site["fn"].log_prob(site["value"]))
+
+
+def _of_events(site: Site, good: Any, xp: Any) -> Any:
+    """What holds of every element of the events, or of each whole, of the events that are not masked."""
+    num_dims = np.ndim(site["value"]) - site["fn"].event_dim
+    good, mask = good.all(tuple(range(num_dims, good.ndim))), mask_of(site["fn"])
+    return good if mask is None else good | ~xp.asarray(mask)
+
+
+def require_data(site: Site) -> None:
+    """Refuses data that are NaN, infinite or outside the support, and not masked; says nothing while data are traced.
 
     :raises ValueError: naming the site.
     """
@@ -96,3 +116,33 @@ def require_finite(site: Site) -> None:
             f"site '{site['name']}': {int((~finite).sum())} of {finite.size} observed events are NaN or infinite. "
             "Remove them, or mask them out with numpyro.handlers.mask."
         )
+    inside = events_inside(site, np)
+    if not inside.all():
+        raise ValueError(
+            f"site '{site['name']}': {int((~inside).sum())} of {inside.size} observed events are outside the support of "
+            f"{kind_of(site['fn'])}, {site['fn'].support}: {_values(site, inside)}. Convert the data, or mask these out with "
+            "numpyro.handlers.mask."
+        )
+
+
+def require_density(site: Site) -> None:
+    """Refuses data at which a site has no finite log density; for values that are known.
+
+    :raises ValueError: naming the site.
+    """
+    log_density = np.asarray(site["fn"].log_prob(site["value"]))
+    bad = log_density[~np.isfinite(log_density)]
+    if bad.size:
+        raise ValueError(
+            f"site '{site['name']}': its log density is {bad[0]} at {bad.size} of {log_density.size} observed events, so that the "
+            "model makes the data impossible, or overflows there. Look at its energy at these values, or scale the data."
+        )
+
+
+def _values(site: Site, inside: np.ndarray) -> str:
+    """The first of the values outside."""
+    value = np.asarray(site["value"])
+    if site["fn"].event_dim == 0:
+        return f"the first is {value[~inside].flat[0]}" if value.shape == inside.shape else f"such as {value.min()} or {value.max()}"
+    outside = value[~inside] if value.shape[: inside.ndim] == inside.shape else value
+    return f"their values reach from {outside.min()} to {outside.max()}"
