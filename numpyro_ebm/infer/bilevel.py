@@ -130,6 +130,9 @@ class BilevelEngine(ScoreEngine):
     def _latents(self, rng_key: Array, params: dict[str, Any], batch: Batch, kwargs: dict[str, Any]) -> dict[str, Array]:
         return run_model(batch.of(self.guide), batch.args, kwargs, rng_key, data=params).drawn
 
+    def _fix_of_density(self) -> str:
+        return f"It is taken at latents that the guide draws. {super()._fix_of_density()}"
+
     def _seen(self, rng_key: Array, params: dict[str, Any], batch: Batch, kwargs: dict[str, Any]) -> dict[str, Site]:
         with numpyro.validation_enabled(False):  # a relaxed bit is not a bit
             return super()._seen(rng_key, params, batch, kwargs)

@@ -32,7 +32,7 @@ from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.handlers import negative_phase
 from numpyro_ebm.infer.engine import Engine, compiled_method
 from numpyro_ebm.infer.particle_settings import Averaged, Maximize, Newton, Summed
-from numpyro_ebm.infer.particle_start import are_good_rows, draw_particles, require_good_rows, require_learnable
+from numpyro_ebm.infer.particle_start import are_good_rows, draw_particles, require_good_rows, require_learnable, require_noise
 from numpyro_ebm.infer.phase import Phase, has_chains, health_of_chains
 from numpyro_ebm.infer.stability import Particles, fix_of, largest_curvature, running_stiffness, warnings_of
 from numpyro_ebm.infer.step import Health, Part, health_of, is_bad, keep
@@ -53,6 +53,7 @@ from numpyro_ebm.program.run import (
     draw_latents,
     log_density_terms,
     require_all_rows,
+    require_unseeded,
     run_model,
     strong_types,
     total,
@@ -188,6 +189,9 @@ class ParticleMMLE(Engine):
         self.dynamics = None if dynamics is None else as_transformation(dynamics, "dynamics")
         moving = optax.identity() if isinstance(optim, Maximize) else optim.optim if isinstance(optim, Newton) else optim
         self._transformation = as_transformation(moving)
+        require_unseeded("the model", model)
+        if self.dynamics is not None:
+            require_noise(self.dynamics)
         self._phase = Phase(model)
         self._inner = self._phase.inner
 
@@ -336,6 +340,15 @@ class ParticleMMLE(Engine):
     def _largest_curvature(self, state: ParticleState, *args: Any, **kwargs: Any) -> Array:
         batch = _Batch(self._inner, state, state.rng_key, args, kwargs)
         return largest_curvature(partial(batch.scores, state.unconstrained), batch.gather(state.particles), state.rng_key)
+
+    @compiled_method
+    def _finite_terms(self, state: ParticleState, *args: Any, **kwargs: Any) -> dict[str, Array]:
+        """By site, whether its log density is finite at each particle and event."""
+        batch = _Batch(self._inner, state, state.rng_key, args, kwargs)
+        data = batch.data(state.unconstrained)
+        return map_over(
+            lambda x: jax.tree.map(jnp.isfinite, batch.terms(self._inner, data=data, latents=x)[0]), batch.gather(state.particles)
+        )
 
     # What the loop needs.
 
@@ -542,6 +555,14 @@ class ParticleMMLE(Engine):
             if part.kind == "chains":
                 return self._phase.explain(part.site, code, args, kwargs, data={**state.params, **state.mutable_state}), ""
         what, _ = super()._explain(state, bad, args, kwargs)
+        finite = jax.device_get(self._finite_terms(state, *args, **kwargs))
+        for site, is_finite in finite.items():
+            if not is_finite.all():
+                where = f"at {int((~is_finite).sum())} of {is_finite.size} events and particles"
+                return (
+                    f"site '{site}': its log density is not finite {where}: the model makes these impossible, or overflows there.",
+                    "Scale the data, look at the model at these values, or start elsewhere, by init_params or init_strategy.",
+                )
         limit = self.stability_limit(state, *args, **kwargs)
         return what, fix_of(float(self._step_size(state)), limit)
 

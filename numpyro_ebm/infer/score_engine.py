@@ -23,7 +23,7 @@ from numpyro_ebm.objectives.score import ScoreObjective
 from numpyro_ebm.program.batch import Batch, drawn_batch, first_batch, over_rows, whole_batch
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.run import Run, own_key, require_unseeded, run_model
-from numpyro_ebm.program.sites import Model, Site, events_inside, finite_events, has_density, require_data, require_density
+from numpyro_ebm.program.sites import Model, Site, are_possible, has_density, require_possible
 from numpyro_ebm.program.visible import Visible, find_visible, require_batch, require_rows
 
 
@@ -75,6 +75,10 @@ class ScoreEngine(Engine):
         """Values of the latents for the rows of a batch, where there are any."""
         return {}
 
+    def _fix_of_density(self) -> str:
+        """What to do where the density is no longer finite after some steps."""
+        return f"Where it was finite before: {self._fix()}"
+
     def _seen(self, rng_key: Array, params: dict[str, Any], batch: Batch, kwargs: dict[str, Any]) -> dict[str, Site]:
         """The observed sites of the model on the rows of a batch."""
         data = {**params, **self._latents(rng_key, params, batch, kwargs)}
@@ -88,58 +92,58 @@ class ScoreEngine(Engine):
         :param batch: the first rows.
         """
 
-        def are_good(rows: Array, batch: Batch) -> Array:
-            seen = self._seen(rng_key, params, batch._replace(args=(rows, *batch.args[1:])), kwargs)
-            good = [f(site).all() for site in seen.values() for f in (finite_events, events_inside, has_density)]
-            return jnp.asarray(good).all()
+        def are_good(v: Array, batch: Batch) -> Array:
+            return are_possible(self._seen(rng_key, params, batch._replace(args=(v, *batch.args[1:])), kwargs))
 
         def of_batch(batch: Batch) -> Array:
             v = batch.args[0]
-            moved, _ = self._moved(rng_key, v)
-            good = lax.map(partial(are_good, batch=batch), jnp.stack([v, moved])).all()
-            return good & ~_is_lost(v, self.objective.perturb(rng_key, v))
+            both = jnp.stack([v, self._moved(rng_key, v)])
+            return lax.map(partial(are_good, batch=batch), both).all() & ~self._loses_noise(rng_key, v)
 
         return over_rows(of_batch, batch, args[0]).all()
 
-    def _moved(self, rng_key: Array, v: Array) -> tuple[Array, bool]:
-        """Rows as the objective perturbs them, or beside the data where it does not; and whether it does."""
-        perturbed = self.objective.perturb(rng_key, v)
-        if perturbed is not v:
-            return perturbed, True
-        return v + v.std(0) * jax.random.normal(rng_key, v.shape, v.dtype), False
+    def _moved(self, rng_key: Array, v: Array) -> Array:
+        """Rows as the objective perturbs them, or as far from the data as these are from each other where it does not."""
+        moved = self.objective.perturb(rng_key, v)
+        return v + v.std(0) * jax.random.normal(rng_key, v.shape, v.dtype) if moved is v else moved
+
+    def _loses_noise(self, rng_key: Array, v: Array) -> Array:
+        """Whether the objective's noise leaves most of the numbers that it is for as they were, being less than their rounding."""
+        moved, noise = (self.objective.perturb(rng_key, x) for x in (v, jnp.zeros_like(v)))
+        return ((noise != 0) & (moved == v)).sum() > (noise != 0).sum() / 2
 
     def _refuse(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         whole = whole_batch((self._inner,), args, kwargs, rng_key, data=params)
         v = whole.args[0]
-        for site in self._seen(rng_key, params, whole, kwargs).values():
-            require_data(site)
-            require_density(site)
-        if _is_lost(v, self.objective.perturb(rng_key, v)):
+        require_possible(self._seen(rng_key, params, whole, kwargs), self._fix_of_density())
+        if self._loses_noise(rng_key, v):
             raise ValueError(
                 f"objective={self.objective!r}: its noise is less than the rounding of the data, which reach {abs(v).max():.3g} in "
                 f"{v.dtype}, so that most of them stay as they are. Take more noise, or double precision."
             )
-        moved, is_noise = self._moved(rng_key, v)
-        for site in self._seen(rng_key, params, whole._replace(args=(moved, *whole.args[1:])), kwargs).values():
+        moved = self._moved(rng_key, v)
+        for name, site in self._seen(rng_key, params, whole._replace(args=(moved, *whole.args[1:])), kwargs).items():
             bad = ~np.asarray(has_density(site))
-            if bad.any() and is_noise:
-                raise ValueError(
-                    f"site '{site['name']}': its log density is not finite at {bad.sum()} of {bad.size} events that the noise of "
-                    f"{type(self.objective).__name__} has moved. Scores do not see where a density ends, and what is learned would be "
-                    "wrong: transform the data to real space, as by a log, or take less noise."
-                )
             if bad.any():
-                warnings.warn(
-                    f"site '{site['name']}': its log density is finite at the data, and not at {bad.sum()} of {bad.size} places beside "
-                    "them. Scores do not see where a density ends: what is learned is right only if it goes to 0 there by itself. "
-                    "Else transform the data to real space, as by a log.",
-                    stacklevel=4,
-                )
+                self._refuse_boundary(name, f"{bad.sum()} of {bad.size}", has_noise=self.objective.perturb(rng_key, v) is not v)
 
+    def _refuse_boundary(self, site: str, where: str, *, has_noise: bool) -> None:
+        """Refuses a density that ends beside the data; warns where that may be right.
 
-def _is_lost(v: Array, perturbed: Array) -> Array:
-    """Whether noise has left most numbers as they were, because it is less than their rounding."""
-    return jnp.asarray(False) if perturbed is v else (perturbed == v).mean() > 0.9
+        :raises ValueError: naming the site.
+        """
+        fix = "transform the data to real space, as by a log"
+        if has_noise:
+            raise ValueError(
+                f"site '{site}': its log density is finite at the data, and not at {where} events that the noise of "
+                f"{type(self.objective).__name__} has moved. Scores do not see where a density ends, so that what is learned would be "
+                f"wrong: {fix}, or take less noise."
+            )
+        warnings.warn(
+            f"site '{site}': its log density is finite at the data, and not at {where} places beside them. Scores do not see where "
+            f"a density ends: what is learned is right only if it goes to 0 there by itself. Else {fix}.",
+            stacklevel=5,
+        )
 
 
 def require_params(program: Run, given: dict[str, Any], what: str = "the model") -> None:

@@ -56,8 +56,8 @@ def require_latent(site: Site, guide: Run, names: Names = NAMES, *, plate: str |
     if not _is_true_or_traced(same_support(site["fn"], guide.sites[name]["fn"])):
         of_model, of_guide = site["fn"], guide.sites[name]["fn"]
         raise ValueError(
-            f"site '{name}': the {model} draws it from {kind_of(of_model)} with the support {of_model.support}, and the {other} from "
-            f"{kind_of(of_guide)} with {of_guide.support}. They must be the same: where one of the densities is 0 the formula of "
+            f"site '{name}': the {model} draws it from {kind_of(of_model)} with the support {of_model.support}, and the {other} "
+            f"from {kind_of(of_guide)} with {of_guide.support}. They must be the same: where one of the densities is 0 the formula of "
             f"the other means nothing. {_fix(of_model, other)}"
         )
     if plate is not None and dim_of(site, plate) != dim_of(guide.sites[name], plate):
@@ -77,8 +77,8 @@ def require_no_more(model: Run, guide: Run, names: Names = NAMES, *, auxiliary: 
         require_no_auxiliary(guide, names)
     if seen := [name for name, site in guide.observed.items() if not is_factor(site["fn"])]:
         raise ValueError(
-            f"site '{seen[0]}': the {names[1]} observes it, and its density would count as that of latents. Take it out: data belong "
-            f"to the {names[0]}."
+            f"site '{seen[0]}': the {names[1]} observes it, and its density would count as that of latents. Take it out: data "
+            f"belong to the {names[0]}."
         )
     for name in guide.latents:
         if name not in model.latents and not is_auxiliary(guide.sites[name]):

@@ -180,6 +180,11 @@ def log_density_terms(
     return terms, _read(sites)
 
 
+def jacobians(program: Run) -> set[str]:
+    """The names of the factors that a run of a model at unconstrained latents adds for their transforms."""
+    return {_jacobian_name(name) for name in program.latents}
+
+
 def terms_of(program: Run) -> dict[str, Array]:
     """The log density of every site of a run as it stands, not summed and scaled by its plates."""
     sites = [site for site in program.sites.values() if site["type"] == "sample"]
@@ -266,6 +271,10 @@ def require_all_rows(program: Run, latents: dict[str, Array]) -> None:
             raise ValueError(f"site '{name}': the state has values of shape {shape}, and the model on these data of {own}.")
 
 
+def _jacobian_name(site: str) -> str:
+    return f"_{site}_log_det"
+
+
 def _require_no_batch(site: Site) -> None:
     plate = in_subsampled_plate(site["fn"].batch_shape)
     if plate is not None:
@@ -297,7 +306,7 @@ class _place(substitute):
         if self.jacobian:
             log_det = transform.log_abs_det_jacobian(position, value)
             log_det = sum_rightmost(log_det, jnp.ndim(log_det) - jnp.ndim(value) + site["fn"].event_dim)
-            numpyro.factor(f"_{site['name']}_log_det", log_det)
+            numpyro.factor(_jacobian_name(site["name"]), log_det)
         return value
 
     def postprocess_message(self, msg: Site) -> None:
@@ -366,7 +375,9 @@ def _require_events(site: Site) -> None:
     """
     name, fn, shape = site["name"], site["fn"], jnp.shape(site["value"])
     if jnp.iscomplexobj(site["value"]) and not isinstance(fn.support, type(constraints.complex)):
-        raise TypeError(f"site '{name}': its data are complex, of {jnp.result_type(site['value'])}, and {kind_of(fn)} has real events.")
+        raise TypeError(
+            f"site '{name}': its data are complex, of {jnp.result_type(site['value'])}, and {kind_of(fn)} has real events."
+        )
     num_dims = len(shape) - fn.event_dim
     batch, events = shape[: max(num_dims, 0)], shape[max(num_dims, 0) :]
     if events != fn.event_shape:
@@ -383,8 +394,8 @@ def _require_events(site: Site) -> None:
     plates = ", ".join(f"'{frame.name}' of {frame.size}" for frame in site["cond_indep_stack"])
     raise ValueError(
         f"site '{name}': its data are of shape {shape}, and {kind_of(fn)} has a batch of {fn.batch_shape}"
-        f"{f' in plate {plates}' if plates else ''}: every event would meet others than its own. Reshape the data, as by y[:, 0] for a "
-        "table of one column; or write .to_event(n) for what belongs to one event, and a plate for each dimension that does not."
+        f"{f' in plate {plates}' if plates else ''}: every event would meet others than its own. Reshape the data, as by "
+        "y[:, 0] for a table of one column; or write .to_event(n) for what belongs to one event, and a plate for each dimension that does not."
     )
 
 

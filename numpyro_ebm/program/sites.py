@@ -3,7 +3,7 @@
 
 """What is to be known of one site of a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -86,7 +86,10 @@ def events_inside(site: Site, xp: Any = jnp) -> Any:
     the distribution was made with ``validate_args=False``, by which a user says that other values are meant.
     """
     support, value = site["fn"].support, xp.asarray(site["value"])
-    if any(isinstance(bound, Array) for bound in jax.tree.leaves(support)) or vars(core_of(site["fn"])).get("_validate_args") is False:
+    if (
+        any(isinstance(bound, Array) for bound in jax.tree.leaves(support))
+        or vars(core_of(site["fn"])).get("_validate_args") is False
+    ):
         return xp.ones(value.shape[: value.ndim - site["fn"].event_dim], bool)
     return _of_events(site, xp.asarray(support(value)), xp)
 
@@ -94,6 +97,24 @@ def events_inside(site: Site, xp: Any = jnp) -> Any:
 def has_density(site: Site) -> Array:
     """Whether the log density of every event of a site is finite, those that are masked left out."""
     return jnp.isfinite(site["fn"].log_prob(site["value"]))
+
+
+def are_possible(observed: Mapping[str, Site]) -> Array:
+    """Whether a model has a log density at all its data, which are finite and inside the supports; traced."""
+    good = [f(site).all() for site in observed.values() for f in (finite_events, events_inside, has_density)]
+    return jnp.asarray(good).all()
+
+
+def require_possible(observed: Mapping[str, Site], fix: str = "") -> None:
+    """Refuses data at which a model has no log density; for values that are known.
+
+    :param str fix: what else to do about a density that is not finite.
+    :raises ValueError: naming the site.
+    """
+    for site in observed.values():
+        require_data(site)
+    for site in observed.values():
+        _require_density(site, fix)
 
 
 def _of_events(site: Site, good: Any, xp: Any) -> Any:
@@ -125,17 +146,13 @@ def require_data(site: Site) -> None:
         )
 
 
-def require_density(site: Site) -> None:
-    """Refuses data at which a site has no finite log density; for values that are known.
-
-    :raises ValueError: naming the site.
-    """
+def _require_density(site: Site, fix: str) -> None:
     log_density = np.asarray(site["fn"].log_prob(site["value"]))
     bad = log_density[~np.isfinite(log_density)]
     if bad.size:
         raise ValueError(
-            f"site '{site['name']}': its log density is {bad[0]} at {bad.size} of {log_density.size} observed events, so that the "
-            "model makes the data impossible, or overflows there. Look at its energy at these values, or scale the data."
+            f"site '{site['name']}': its log density is {bad[0]} at {bad.size} of {log_density.size} observed events: the model "
+            f"makes them impossible, or overflows there. Look at its energy at these values, or scale the data. {fix}".rstrip()
         )
 
 
@@ -143,6 +160,8 @@ def _values(site: Site, inside: np.ndarray) -> str:
     """The first of the values outside."""
     value = np.asarray(site["value"])
     if site["fn"].event_dim == 0:
-        return f"the first is {value[~inside].flat[0]}" if value.shape == inside.shape else f"such as {value.min()} or {value.max()}"
+        return (
+            f"the first is {value[~inside].flat[0]}" if value.shape == inside.shape else f"such as {value.min()} or {value.max()}"
+        )
     outside = value[~inside] if value.shape[: inside.ndim] == inside.shape else value
     return f"their values reach from {outside.min()} to {outside.max()}"
