@@ -19,9 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
+from numpyro.distributions import constraints
 from numpyro.infer import init_to_sample
 
 from numpyro_ebm._checks import require_count, require_key
+from numpyro_ebm._pytree import read_params
 from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.program.check import check_run
@@ -154,8 +156,15 @@ class Posterior:
     ) -> None:
         self.args, self.kwargs, self.rng_key = args, kwargs, rng_key
         self.model = unnormalized(model)
+        params = read_params("params", params)
+        if not isinstance(mutable_state, Mapping | None):
+            raise TypeError(f"mutable_state must map mutable sites to values, got {type(mutable_state).__name__}.")
         self.data = {**params, **(mutable_state or {})}
-        latents = self.draw(rng_key, init_to_sample)
+        try:
+            latents = self.draw(rng_key, init_to_sample)
+        except ValueError as error:
+            error.add_note(f"The model was run at params {sorted(params)} as given: are they all inside their constraints?")
+            raise
         with whole_plates():
             self.program: Run = run_model(self.model, args, kwargs, rng_key, data=self.data, latents=latents)
         self.report = check_run(self.model, args, kwargs, data=self.data)
@@ -221,7 +230,8 @@ class Posterior:
             keys = jax.random.split(rng_key, number or 4)
             latents = jax.jit(jax.vmap(lambda key: self.draw(key, init_strategy)))(keys)
         else:
-            number = len(next(iter(start.values()), ())) if number is None else number
+            first = next(iter(start.values()), ()) if isinstance(start, Mapping) else ()
+            number = (np.shape(first)[0] if np.ndim(first) else 1) if number is None else number
             latents = self.unconstrained("start", start, (number,), f"with {counted}={number} ")
         positions, value = jax.jit(jax.vmap(lambda x: (self.to_rows(x), self.row_log_density(x))))(latents)
         if not (finite := np.isfinite(value)).all():
@@ -248,7 +258,11 @@ class Posterior:
             raise ValueError("the model has no latent site, so that there is no posterior to look at.")
         if missing := sorted(set(self.program.params) - set(params)):
             raise ValueError(f"params lacks {missing}: give the values of all param sites, {sorted(self.program.params)}.")
-        for site in self.program.sites.values():
+        for name, site in self.program.sites.items():
+            if site["type"] == "param" and jax.tree_util.all_leaves([site["value"]]):
+                inside = site["kwargs"].get("constraint", constraints.real)(site["value"])
+                if not isinstance(inside, jax.core.Tracer) and not np.all(inside):
+                    raise ValueError(f"params['{name}'] is outside the param's constraint, {site['kwargs']['constraint']}.")
             if site["type"] == "sample" and site["is_observed"]:
                 require_data(site)
         for found in self.report.sites:
@@ -303,6 +317,8 @@ class Posterior:
         :param leading: the shape that stands in front of the site's own.
         :param why: what that shape comes from, for a message.
         """
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{what} must map latent sites, {sorted(self._shapes)}, to values, got {type(given).__name__}.")
         if set(given) != set(self._shapes):
             raise ValueError(f"{what} has the sites {sorted(given)}, the latents of the model are {sorted(self._shapes)}.")
         for name, value in given.items():

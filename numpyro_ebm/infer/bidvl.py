@@ -48,7 +48,7 @@ from numpyro_ebm.program.run import (
     constrain_params,
     log_density_terms,
     own_key,
-    require_unseeded,
+    require_program,
     run_model,
     strong_types,
     terms_of,
@@ -58,7 +58,7 @@ from numpyro_ebm.program.run import (
 from numpyro_ebm.program.sites import Model, Site, are_possible, require_possible
 from numpyro_ebm.program.visible import require_batch
 from numpyro_ebm.samplers import Sampler
-from numpyro_ebm.samplers.base import real_positions, require_sampler
+from numpyro_ebm.samplers.base import real_positions, require_finite_chains, require_sampler
 
 Params = dict[str, Any]
 Mutable = dict[str, Any]
@@ -198,7 +198,7 @@ class BiDVL(Engine):
             )
         self.energy, self.encoder, self.generator = energy, encoder, generator
         for what, program in {"the energy": energy, "the encoder": encoder, "the generator": generator}.items():
-            require_unseeded(what, program)
+            require_program(what, program)
         self.model, self.guide = generator, encoder  # as SVI calls them
         self.optim, self.encoder_optim, self.generator_optim = optim, encoder_optim, generator_optim
         self._elbo = TraceMeanField_ELBO() if lower.elbo is None else lower.elbo
@@ -260,8 +260,10 @@ class BiDVL(Engine):
         :param args: arguments of the programs, the first where the chains start, ``(batch,) + event_shape``.
         :return: of the shape of the first argument.
         :raises ValueError: naming the site, if the visible is bounded, where chains would leave its support.
+        :raises FloatingPointError: if chains run away.
         """
-        return self._moved(state, require_key("rng_key", rng_key), require_sampler("sampler", sampler), *args, **kwargs)
+        moved = self._moved(state, require_key("rng_key", rng_key), require_sampler("sampler", sampler), *args, **kwargs)
+        return require_finite_chains(moved, "the sampler's step is too large for the learned energy, or they start so")
 
     @compiled_method
     def _generated(self, state: BiDVLState, rng_key: Array, noise: bool, *args: Any, **kwargs: Any) -> dict[str, Array]:

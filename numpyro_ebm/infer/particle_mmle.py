@@ -26,7 +26,7 @@ from jax.flatten_util import ravel_pytree
 from numpyro.infer import init_to_sample
 
 import numpyro_ebm.optim as optim_module
-from numpyro_ebm._checks import require_bool, require_count, require_one_of, require_setting
+from numpyro_ebm._checks import require_bool, require_count, require_instance, require_one_of, require_setting
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.handlers import negative_phase
@@ -53,7 +53,7 @@ from numpyro_ebm.program.run import (
     draw_latents,
     log_density_terms,
     require_all_rows,
-    require_unseeded,
+    require_program,
     run_model,
     strong_types,
     total,
@@ -185,11 +185,13 @@ class ParticleMMLE(Engine):
         self.average_moves = require_bool("average_moves", average_moves)
         if dynamics is not None and noise == "all":
             raise ValueError("noise='all' is noise between visits of overdamped particles: use noise='batch' with other dynamics.")
-        self.model, self.optim, self.init_strategy = model, optim, init_strategy
+        wanted = "one of NumPyro's strategies, such as init_to_median"
+        self.init_strategy = require_instance("init_strategy", init_strategy, ("__call__",), wanted)
+        self.model, self.optim = model, optim
         self.dynamics = None if dynamics is None else as_transformation(dynamics, "dynamics")
         moving = optax.identity() if isinstance(optim, Maximize) else optim.optim if isinstance(optim, Newton) else optim
         self._transformation = as_transformation(moving)
-        require_unseeded("the model", model)
+        require_program("the model", model)
         if self.dynamics is not None:
             require_noise(self.dynamics)
         self._phase = Phase(model)
@@ -563,8 +565,10 @@ class ParticleMMLE(Engine):
                     f"site '{site}': its log density is not finite {where}: the model makes these impossible, or overflows there.",
                     "Scale the data, look at the model at these values, or start elsewhere, by init_params or init_strategy.",
                 )
+        if not (h := float(self._step_size(state))) > 0:
+            return f"step_size gives {h} at step {int(state.num_steps)}: it must be positive.", ""
         limit = self.stability_limit(state, *args, **kwargs)
-        return what, fix_of(float(self._step_size(state)), limit)
+        return what, fix_of(h, limit)
 
 
 class _Gradients(NamedTuple):

@@ -20,10 +20,10 @@ from numpyro_ebm._checks import require_count, require_instance
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.infer.engine import Engine
 from numpyro_ebm.objectives.score import ScoreObjective
-from numpyro_ebm.program.batch import Batch, drawn_batch, first_batch, over_rows, whole_batch
+from numpyro_ebm.program.batch import Batch, drawn_batch, first_batch, over_rows, run_at_zero, whole_batch
 from numpyro_ebm.program.check import check_run
-from numpyro_ebm.program.run import Run, own_key, require_unseeded, run_model
-from numpyro_ebm.program.sites import Model, Site, are_possible, has_density, require_possible
+from numpyro_ebm.program.run import Run, own_key, require_program, run_model
+from numpyro_ebm.program.sites import Model, Site, are_possible, has_density, require_data, require_possible
 from numpyro_ebm.program.visible import Visible, find_visible, require_batch, require_rows
 
 
@@ -36,7 +36,7 @@ class ScoreEngine(Engine):
         self.model, self.objective = model, require_instance("objective", objective, ("perturb", "loss", "weight"), wanted)
         self.batch_size = None if batch_size is None else require_count("batch_size", batch_size)
         self._inner = unnormalized(model)
-        require_unseeded("the model", model)
+        require_program("the model", model)
 
     @property
     def _programs(self) -> tuple[Model, ...]:
@@ -113,8 +113,13 @@ class ScoreEngine(Engine):
         return ((noise != 0) & (moved == v)).sum() > (noise != 0).sum() / 2
 
     def _refuse(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        whole = whole_batch((self._inner,), args, kwargs, rng_key, data=params)
+        whole = whole_batch(self._programs, args, kwargs, rng_key, data=params)
         v = whole.args[0]
+        for site in run_at_zero(whole.of(self._inner), whole.args, kwargs, rng_key, params).observed.values():
+            require_data(site)
+        if hasattr(self.objective, "refuse_data"):
+            self.objective.refuse_data(v)
+        self._refuse_guide(rng_key, params, whole, kwargs)
         require_possible(self._seen(rng_key, params, whole, kwargs), self._fix_of_density())
         if self._loses_noise(rng_key, v):
             raise ValueError(
@@ -127,6 +132,9 @@ class ScoreEngine(Engine):
             if bad.any():
                 self._refuse_boundary(name, f"{bad.sum()} of {bad.size}", has_noise=self.objective.perturb(rng_key, v) is not v)
 
+    def _refuse_guide(self, rng_key: Array, params: dict[str, Any], batch: Batch, kwargs: dict[str, Any]) -> None:
+        """Raises for a guide that does not go with the model, where there is one; not traced."""
+
     def _refuse_boundary(self, site: str, where: str, *, has_noise: bool) -> None:
         """Refuses a density that ends beside the data; warns where that may be right.
 
@@ -136,8 +144,8 @@ class ScoreEngine(Engine):
         if has_noise:
             raise ValueError(
                 f"site '{site}': its log density is finite at the data, and not at {where} events that the noise of "
-                f"{type(self.objective).__name__} has moved. Scores do not see where a density ends, so that what is learned would be "
-                f"wrong: {fix}, or take less noise."
+                f"{type(self.objective).__name__} has moved. Scores do not see where a density ends, so that what is learned "
+                f"would be wrong: {fix}, or take less noise."
             )
         warnings.warn(
             f"site '{site}': its log density is finite at the data, and not at {where} places beside them. Scores do not see where "

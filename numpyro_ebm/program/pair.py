@@ -57,8 +57,8 @@ def require_latent(site: Site, guide: Run, names: Names = NAMES, *, plate: str |
         of_model, of_guide = site["fn"], guide.sites[name]["fn"]
         raise ValueError(
             f"site '{name}': the {model} draws it from {kind_of(of_model)} with the support {of_model.support}, and the {other} "
-            f"from {kind_of(of_guide)} with {of_guide.support}. They must be the same: where one of the densities is 0 the formula of "
-            f"the other means nothing. {_fix(of_model, other)}"
+            f"from {kind_of(of_guide)} with {of_guide.support}. They must be the same: where one of the densities is 0 the "
+            f"formula of the other means nothing. {_fix(of_model, other)}"
         )
     if plate is not None and dim_of(site, plate) != dim_of(guide.sites[name], plate):
         lacks, has = (model, other) if dim_of(site, plate) is None else (other, model)

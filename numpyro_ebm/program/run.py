@@ -21,6 +21,7 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.util import compute_log_probs, helpful_support_errors
 from numpyro.primitives import Messenger
 
+from numpyro_ebm._checks import require_instance
 from numpyro_ebm._compat import in_subsampled_plate, scan_index
 from numpyro_ebm.distributions.energy import TiltedDistribution, energy_site, with_core
 from numpyro_ebm.program.sites import Model, Site, is_factor, is_latent, kind_of, transform_of
@@ -121,12 +122,16 @@ def run_model(
     return _read(sites)
 
 
-def require_unseeded(what: str, program: Model) -> None:
-    """Refuses a program with a key of its own, with which all particles would start alike and every batch have the same rows.
+def require_program(what: str, program: Model) -> None:
+    """Refuses what is no program, and one with a key of its own.
+
+    All particles would start alike with it, and every batch have the same rows.
 
     :param str what: what the program is called: ``"the model"``.
+    :raises TypeError: if it is no function.
     :raises ValueError: with what to pass.
     """
+    require_instance(what, program, ("__call__",), "a NumPyro program, a function of its arguments")
     while isinstance(program, Messenger):
         if isinstance(program, seed) and program.rng_key is not None:
             raise ValueError(
@@ -150,7 +155,8 @@ def draw_latents(
     def start(site: Site) -> Any:
         if not is_latent(site) or site["fn"].support.is_discrete:  # discrete latents are refused with their name, later
             return None
-        return init_strategy({**site, "fn": with_core(site["fn"], _start_of)})
+        value = init_strategy({**site, "fn": with_core(site["fn"], _start_of)})
+        return value if value is None or jnp.issubdtype(jnp.result_type(value), jnp.inexact) else jnp.asarray(value, float)
 
     with trace() as sites, substitute(substitute_fn=start), substitute(data=_copied(data)), seed(rng_seed=rng_key):
         model(*args, **kwargs)
@@ -216,6 +222,12 @@ def constrain_params(unconstrained: dict[str, Any], transforms: dict[str, Any]) 
 
 def unconstrain_params(params: dict[str, Any], transforms: dict[str, Any]) -> dict[str, Any]:
     """Unconstrained values of param sites, with their weak types made strong so that nothing is compiled twice."""
+    for name, value in params.items():
+        for leaf in jax.tree.leaves(value):
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+                raise TypeError(
+                    f"param site '{name}': it has values of {jnp.result_type(leaf)}, which have no gradient: write 1.0 for 1."
+                )
     values = {name: transforms[name].inv(value) for name, value in params.items()}
     return strong_types(values)
 
@@ -395,7 +407,8 @@ def _require_events(site: Site) -> None:
     raise ValueError(
         f"site '{name}': its data are of shape {shape}, and {kind_of(fn)} has a batch of {fn.batch_shape}"
         f"{f' in plate {plates}' if plates else ''}: every event would meet others than its own. Reshape the data, as by "
-        "y[:, 0] for a table of one column; or write .to_event(n) for what belongs to one event, and a plate for each dimension that does not."
+        "y[:, 0] for a table of one column; or write .to_event(n) for what belongs to one event, and a plate for each "
+        "dimension that does not."
     )
 
 
