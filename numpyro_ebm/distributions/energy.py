@@ -208,8 +208,7 @@ class TiltedDistribution(Distribution):
         if initial is not None and lax.broadcast_shapes(initial.batch_shape, batch_shape) != batch_shape:
             raise ValueError(
                 f"initial has the batch shape {initial.batch_shape}, which does not fit into that of the energy, {batch_shape}: "
-                "give one distribution for all chains, or one for each element of the batch; .to_event(n) makes dimensions those of "
-                "an event."
+                "give one distribution for all chains, or one for each element; .to_event(n) makes dimensions those of an event."
             )
         super().__init__(batch_shape, base.event_shape, validate_args=validate_args)
 
@@ -297,8 +296,8 @@ class TiltedDistribution(Distribution):
         if not isinstance(good, jax.core.Tracer) and not good.all():
             raise RuntimeError(
                 f"{_place(calling_site(self))}: {int((~good).sum())} of {good.size} samples are where the density is 0, NaN or "
-                "infinite. Chains that start there do not leave, and unadjusted ones may step there: give initial= a distribution inside, "
-                "support= to an energy that ends, or a sampler with a smaller step."
+                "infinite. Chains that start there do not leave, and unadjusted ones may step there: give initial= a distribution "
+                "inside, support= to an energy that ends, or a sampler with a smaller step."
             )
         if not jnp.issubdtype(draws.dtype, jnp.floating):
             return draws

@@ -97,8 +97,8 @@ class ScoreEngine(Engine):
 
         def of_batch(batch: Batch) -> Array:
             v = batch.args[0]
-            both = jnp.stack([v, self._moved(rng_key, v)])
-            return lax.map(partial(are_good, batch=batch), both).all() & ~self._loses_noise(rng_key, v)
+            places = jnp.stack([v, *(self._moved(key, v) for key in _keys_of_moves(rng_key, v))])
+            return lax.map(partial(are_good, batch=batch), places).all() & ~self._loses_noise(rng_key, v)
 
         return over_rows(of_batch, batch, args[0]).all()
 
@@ -126,11 +126,13 @@ class ScoreEngine(Engine):
                 f"objective={self.objective!r}: its noise is less than the rounding of the data, which reach {abs(v).max():.3g} in "
                 f"{v.dtype}, so that most of them stay as they are. Take more noise, or double precision."
             )
-        moved = self._moved(rng_key, v)
-        for name, site in self._seen(rng_key, params, whole._replace(args=(moved, *whole.args[1:])), kwargs).items():
-            bad = ~np.asarray(has_density(site))
-            if bad.any():
-                self._refuse_boundary(name, f"{bad.sum()} of {bad.size}", has_noise=self.objective.perturb(rng_key, v) is not v)
+        for key in _keys_of_moves(rng_key, v):
+            places = whole._replace(args=(self._moved(key, v), *whole.args[1:]))
+            for name, site in self._seen(rng_key, params, places, kwargs).items():
+                bad = ~np.asarray(has_density(site))
+                if bad.any():
+                    has_noise = self.objective.perturb(rng_key, v) is not v
+                    return self._refuse_boundary(name, f"{bad.sum()} of {bad.size}", has_noise=has_noise)
 
     def _refuse_guide(self, rng_key: Array, params: dict[str, Any], batch: Batch, kwargs: dict[str, Any]) -> None:
         """Raises for a guide that does not go with the model, where there is one; not traced."""
@@ -152,6 +154,11 @@ class ScoreEngine(Engine):
             f"a density ends: what is learned is right only if it goes to 0 there by itself. Else {fix}.",
             stacklevel=5,
         )
+
+
+def _keys_of_moves(rng_key: Array, v: Array) -> Array:
+    """Keys of so many moves of a batch that a boundary is met from few rows too, and a pass over many costs no more than two."""
+    return jax.random.split(rng_key, min(32, max(1, 1024 // len(v))))
 
 
 def require_params(program: Run, given: dict[str, Any], what: str = "the model") -> None:

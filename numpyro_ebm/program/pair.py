@@ -11,13 +11,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from numpyro.distributions import Delta, Distribution, RelaxedBernoulliLogits, biject_to, constraints
+from numpyro.distributions import (
+    Delta,
+    Distribution,
+    ExpandedDistribution,
+    Independent,
+    MaskedDistribution,
+    RelaxedBernoulliLogits,
+    biject_to,
+    constraints,
+)
 
-from numpyro_ebm._compat import is_auxiliary
+from numpyro_ebm._compat import is_auxiliary, layers
 from numpyro_ebm.distributions.relaxed import GumbelBernoulli
 from numpyro_ebm.program.rows import dim_of
 from numpyro_ebm.program.run import Run
-from numpyro_ebm.program.sites import Site, core_of, is_factor, kind_of
+from numpyro_ebm.program.sites import Site, core_of, is_factor
 
 Names = tuple[str, str]  # what model and guide are called
 NAMES = "model", "guide"
@@ -56,8 +65,8 @@ def require_latent(site: Site, guide: Run, names: Names = NAMES, *, plate: str |
     if not _is_true_or_traced(same_support(site["fn"], guide.sites[name]["fn"])):
         of_model, of_guide = site["fn"], guide.sites[name]["fn"]
         raise ValueError(
-            f"site '{name}': the {model} draws it from {kind_of(of_model)} with the support {of_model.support}, and the {other} "
-            f"from {kind_of(of_guide)} with {of_guide.support}. They must be the same: where one of the densities is 0 the "
+            f"site '{name}': the {model} draws it from {_kind(of_model)} with the support {of_model.support}, and the {other} "
+            f"from {_kind(of_guide)} with {of_guide.support}. They must be the same: where one of the densities is 0 the "
             f"formula of the other means nothing. {_fix(of_model, other)}"
         )
     if plate is not None and dim_of(site, plate) != dim_of(guide.sites[name], plate):
@@ -100,10 +109,10 @@ def same_support(model: Distribution, guide: Distribution) -> Any:
     Bits may be relaxed. A point, of which a guide may make what it drew at once, lies anywhere, and of supports that are a user's
     own nothing is known.
     """
-    core = core_of(guide)
-    if isinstance(core, Delta):
+    if isinstance(core_of(guide), Delta):
         return True
-    if isinstance(core, GumbelBernoulli | RelaxedBernoulliLogits) and _as_set(model.support) == ("integers", (0, 1)):
+    is_relaxed = any(isinstance(part, GumbelBernoulli | RelaxedBernoulliLogits) for part in layers(guide))
+    if is_relaxed and _as_set(model.support) == ("integers", (0, 1)):
         return True
     of_model, of_guide = _as_set(model.support), _as_set(guide.support)
     if of_model is None or of_guide is None or _same(of_model, of_guide) is True:
@@ -163,14 +172,20 @@ def _is_true_or_traced(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer) or bool(x)
 
 
+def _kind(fn: Distribution) -> str:
+    """What a user called the distribution of a site: of a LogNormal, not that it is transformed from a Normal."""
+    parts = (part for part in layers(fn) if not isinstance(part, ExpandedDistribution | Independent | MaskedDistribution))
+    return type(next(parts)).__name__
+
+
 def _fix(model: Distribution, guide: str) -> str:
     support = model.support
     if _as_set(support) == ("integers", (0, 1)):
         return f"Draw bits in the {guide} relaxed, with GumbelBernoulli."
     if support.is_discrete:
-        return f"Sum the latent out, or draw it in the {guide} from {kind_of(model)}."
+        return f"Sum the latent out, or draw it in the {guide} from {_kind(model)}."
     return (
-        f"Give the {guide} a distribution with that of {kind_of(model)}: any other becomes one by "
+        f"Give the {guide} a distribution with that of {_kind(model)}: any other becomes one by "
         "dist.TransformedDistribution(dist.Normal(...), dist.biject_to(support))."
     )
 
