@@ -69,7 +69,8 @@ class ScoreMatching(ScoreEngine):
         or without where the objective compares rows; all of them if not given. Arguments with a row for each are refused then.
     :raises ValueError: from ``init``, naming the site and the fix, if the first argument does not reach exactly one
         continuous site, row by row; if the model has latents, mutable sites, or no params; if a subsampled plate takes its rows
-        otherwise; if data are not finite.
+        otherwise; if the model has no density at the data, because they are not finite or its energy there is not, or where the
+        objective's noise takes them. Where an objective without noise finds no density beside the data it is a warning.
 
     **References**
 
