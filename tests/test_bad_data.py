@@ -430,6 +430,16 @@ def test_data_without_a_plate_need_none():
     jax.eval_shape(lambda: ParticleMMLE(model, SGD, 2, 0.1).init(KEY, Y[:, None]))
 
 
+def test_events_that_no_plate_is_of_are_refused_inside_one():
+    # A dimension in front of the plate's, which NumPyro's SVI warns of.
+    def model(y):
+        with numpyro.plate("data", 6):
+            x = numpyro.sample("x", dist.Normal(numpyro.param("loc", 0.5), 1))
+            numpyro.sample("y", dist.Normal(x, 1), obs=y)
+
+    refused("site 'y': its data are of shape (4, 6)", ParticleMMLE(model, SGD, 2, 0.1).init, KEY, jnp.ones((4, 6)))
+
+
 # Models.
 
 
