@@ -88,3 +88,41 @@ def require_hashable(what: str, rest: Rest) -> Rest:
                 "numbers, strings, functions or pytrees of these."
             ) from None
     return rest
+
+
+def read_params(what: str, given: Any) -> dict[str, Any]:
+    """Values of param sites by name: integers as floating-point numbers, and lists of numbers as arrays.
+
+    :param str what: what they are, for the message: ``"init_params"``.
+    :raises TypeError: if it is no mapping, or a value holds what is no number; naming the param.
+    :raises ValueError: if a value is NaN or infinite, naming the param.
+    """
+    if not isinstance(given, Mapping):
+        fix = ": pass its params" if hasattr(given, "params") else ""
+        raise TypeError(f"{what} must map names of param sites to values, as {{'loc': 0.5}}, got {_short(given)}{fix}.")
+    return {name: _read_param(f"{what}['{name}']", value) for name, value in given.items()}
+
+
+def _read_param(what: str, value: Any) -> Any:
+    if isinstance(value, list | tuple) and value and all(isinstance(leaf, int | float) for leaf in jax.tree.leaves(value)):
+        value = np.asarray(value, jnp.result_type(float))
+
+    def read(leaf: Any) -> Any:
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+        if not jnp.issubdtype(dtype, jnp.number):
+            raise TypeError(f"{what} must be an array of numbers, or a pytree of these, got {_short(leaf)}.")
+        if jnp.issubdtype(dtype, jnp.integer):  # which have no gradient
+            leaf = leaf.astype(jnp.result_type(float)) if hasattr(leaf, "astype") else float(leaf)
+        if isinstance(leaf, jax.core.Tracer) or not getattr(leaf, "is_fully_addressable", True):
+            return leaf
+        if num_bad := int((~np.isfinite(np.asarray(leaf))).sum()):
+            where = f"{num_bad} of {np.size(leaf)} values are NaN or infinite" if np.ndim(leaf) else f"it is {leaf}"
+            raise ValueError(f"{what}: {where}. Give finite values.")
+        return leaf
+
+    return jax.tree.map(read, value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"a {type(value).__name__}"

@@ -185,16 +185,23 @@ def frey_faces() -> np.ndarray:
     """
     table, original = "frey/frey_faces.npz", "frey/frey_rawface.mat"
     found = _find(table) or _find(original) or _download(original, _FREY, None)
-    content = found.read_bytes()
-    if found.suffix == ".npz":
-        images = np.load(io.BytesIO(content))["X"]
-    else:
-        from scipy.io import loadmat  # on first use: slow to import
-
-        images = loadmat(io.BytesIO(content))["ff"].T.reshape(-1, 28, 20)  # one column per frame
-    images = np.ascontiguousarray(images, np.uint8)
+    try:
+        images = np.ascontiguousarray(_frey_images(found), np.uint8)
+    except Exception as error:  # of a file that is none of its kind, each reader raises what it likes
+        raise ValueError(
+            f"{found} is not the file that was tested, it cannot be read ({error}): remove it and get it anew."
+        ) from error
     _require_checksum(images.tobytes(), _FREY_PIXELS, found)
     return images
+
+
+def _frey_images(found: Path) -> np.ndarray:
+    content = io.BytesIO(found.read_bytes())
+    if found.suffix == ".npz":
+        return np.load(content)["X"]
+    from scipy.io import loadmat  # on first use: slow to import
+
+    return loadmat(content)["ff"].T.reshape(-1, 28, 20)  # one column per frame
 
 
 def _cifar_subset(path: Path, sha256: str) -> np.ndarray:
@@ -222,7 +229,7 @@ def _read(path: str) -> bytes:
 
 def _find(path: str) -> Path | None:
     folders = [os.environ.get("NUMPYRO_EBM_DATA"), CACHE]
-    return next((Path(folder) / path for folder in folders if folder and (Path(folder) / path).exists()), None)
+    return next((Path(folder) / path for folder in folders if folder and (Path(folder) / path).is_file()), None)
 
 
 def _require_checksum(content: bytes, sha256: str, source: Path | str) -> None:

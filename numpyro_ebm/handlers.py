@@ -63,7 +63,7 @@ from numpyro_ebm.distributions.energy import (
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.random_field import RandomField, record_run
 from numpyro_ebm.program.run import run_model
-from numpyro_ebm.program.sites import FIELD, normalizer_name, require_finite, stand_in
+from numpyro_ebm.program.sites import FIELD, normalizer_name, require_data, stand_in
 from numpyro_ebm.samplers import Sampler
 from numpyro_ebm.samplers.base import require_sampler
 
@@ -190,6 +190,8 @@ class negative_phase(Messenger):
         self.num_chains: int = require_count("num_chains", num_chains, why="every energy site needs chains")
         self.persistent: bool = require_bool("persistent", persistent)
         self.sampler: Sampler | Mapping[str, Sampler] = {} if sampler is None else sampler
+        if not isinstance(init_chains, Mapping | None):
+            raise TypeError(f"init_chains must map energy sites to chains, got {type(init_chains).__name__}.")
         self.init_chains: dict[str, Any] = dict(init_chains or {})
         self._open: list[tuple[Message, str]] = []
         self._checked: dict[Any, bool] = {}  # by the kind of arguments and sites: whether the model is a random field
@@ -243,7 +245,7 @@ class negative_phase(Messenger):
         if msg["type"] != "sample":
             return
         if msg["is_observed"]:
-            require_finite(msg)
+            require_data(msg)
         energy = energy_site(msg["fn"])
         if energy is None or not energy.guarded:
             return
@@ -427,6 +429,7 @@ def _frozen_chains(
         given = substitute(data={**params, **state})
         with one_at_a_time, trace() as sites, seed(rng_seed=key), given, substitute(substitute_fn=_feasible):
             held(*args, **kwargs)
+        _require_complete(sites, params, state)
         state = {name: sites[name]["value"] for name in state}
         return state, positions(chains_of(state))
 
@@ -473,7 +476,25 @@ def _of_fit(params: Any, mutable_state: Any) -> tuple[dict[str, Any], dict[str, 
     """Values of params and of mutable sites, given as they are or as a result or state of a fit."""
     known: Any = params if isinstance(params, Mapping) else fit_of(params).params
     kept: Any = fit_of(mutable_state).mutable_state
-    return known, kept
+    for what, found, given in (("params", known, params), ("mutable_state", kept, mutable_state)):
+        if not isinstance(found, Mapping):
+            raise TypeError(
+                f"{what} must map sites to values, or be a result or state of a fit that has it, got {type(given).__name__}."
+            )
+    return dict(known), dict(kept)
+
+
+def _require_complete(sites: dict[str, Message], params: dict[str, Any], state: Mapping[str, Any]) -> None:
+    """Refuses params and chains of which some are missing, whose own starting values would take their place.
+
+    :raises ValueError: naming them.
+    """
+    for what, kind, given in (("params", "param", params), ("mutable_state", "mutable", state)):
+        wanted = sorted(name for name, site in sites.items() if site["type"] == kind)
+        if missing := sorted(set(wanted) - set(given)):
+            raise ValueError(
+                f"{what} lacks {missing}, of {wanted}: pass those of a fit, result.params and result.state.mutable_state."
+            )
 
 
 def _shapes(x: Any) -> Any:

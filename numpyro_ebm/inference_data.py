@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from numpyro.infer import init_to_sample
@@ -87,7 +88,8 @@ def to_inference_data(
     :param dims: names of the dims of a site, plates first, without ``chain`` and ``draw``.
     :return: an ``arviz.InferenceData`` (ArviZ 0) or an ``xarray.DataTree`` (ArviZ 1).
     :raises ValueError: if there is nothing to show; if ``chains`` or ``dims`` names an unknown site, or ``coords``
-        an unknown dim; if ``dims`` gives a site the wrong number of names; if the particles are of other rows than the data.
+        an unknown dim; if a site has the name of a dim, or sites differ in the number of samples; if ``dims`` gives a site the
+        wrong number of names; if the particles are of other rows than the data.
 
     .. doctest::
 
@@ -228,11 +230,23 @@ def _require_known(argument: str, named: Mapping[str, Any], known: Any, kind: st
 
 
 def _as_numpy(variables: Mapping[str, Array] | None) -> dict[str, np.ndarray]:
+    if keys := [
+        name for name, x in (variables or {}).items() if isinstance(x, Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    ]:
+        raise TypeError(f"site '{keys[0]}' holds random keys, which are no data: leave it out, or give jax.random.key_data of it.")
     return {name: np.asarray(value) for name, value in (variables or {}).items()}
 
 
 def _by_chain(variables: Mapping[str, Array] | None, batch_ndims: int) -> dict[str, np.ndarray]:
-    return {name: value[None] if batch_ndims == 1 else value for name, value in _as_numpy(variables).items()}
+    values = _as_numpy(variables)
+    for name, value in values.items():
+        if value.ndim < batch_ndims:
+            wanted = "(num_samples,)" if batch_ndims == 1 else "(num_chains, num_samples)"
+            raise ValueError(
+                f"site '{name}': samples of shape {value.shape}, with batch_ndims={batch_ndims} they must be of shape "
+                f"{wanted} + its own."
+            )
+    return {name: value[None] if batch_ndims == 1 else value for name, value in values.items()}
 
 
 def _dim_names(
@@ -270,10 +284,21 @@ def _dataset(
 ) -> Any:
     import xarray as xr
 
-    arrays = {}
+    arrays: dict[str, Any] = {}
+    sizes: dict[str, int] = {}
     for name, value in variables.items():
         ndim = value.ndim - len(leading)
         dims = (*leading, *names[name][len(names[name]) - ndim :])  # the last ones, where plates are missing
+        if name in dims or len(set(dims)) < len(dims):
+            raise ValueError(
+                f"site '{name}' of dims {dims}: a name cannot be that of a site and of a dim, or of two dims. Rename the site, "
+                "as by numpyro.handlers.scope, or name its dims by dims=."
+            )
+        for dim, size in zip(dims, value.shape, strict=True):
+            if sizes.setdefault(dim, size) != size:
+                raise ValueError(
+                    f"site '{name}' has {size} elements along '{dim}', and another site {sizes[dim]}: they must be of one run."
+                )
         index = {dim: coords.get(dim, np.arange(size)) for dim, size in zip(dims, value.shape, strict=True)}
         arrays[name] = xr.DataArray(value, dims=dims, coords=index)
     return xr.Dataset(arrays)

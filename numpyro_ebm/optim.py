@@ -334,8 +334,13 @@ def _integrated_variance(a: float) -> float:
 
 
 def require_step(step_size: Any) -> Any:
-    """A schedule, or a positive finite number."""
-    return step_size if callable(step_size) else require_positive("step_size", step_size)
+    """A schedule of one number for all, or a positive finite number."""
+    if not callable(step_size):
+        return require_positive("step_size", step_size)
+    shape = jax.eval_shape(step_size, jax.ShapeDtypeStruct((), jnp.int32)).shape
+    if shape != ():
+        raise ValueError(f"step_size must give one number for a step, got an array of shape {shape}.")
+    return step_size
 
 
 def _require_extra(name: str, temperature: Any, rng_key: Any) -> None:

@@ -20,7 +20,7 @@ from numpyro.distributions import constraints
 from numpyro.infer import Trace_ELBO, TraceGraph_ELBO
 from numpyro.primitives import mutable
 
-from numpyro_ebm import MALA, BaseMeasure, BiDVL
+from numpyro_ebm import MALA, BaseMeasure, BiDVL, GumbelBernoulli
 from numpyro_ebm.infer import Difference, Hinge, LowerLevel, Softplus
 
 KEY = jax.random.key(11)
@@ -44,6 +44,10 @@ def visible_pairs(v, p):
 
 def bits(v, p):
     return dist.Bernoulli(jnp.full(v.shape, p))
+
+
+def relaxed_bits(v, p):
+    return GumbelBernoulli(jnp.full(v.shape, p))
 
 
 def standard(v, p):
@@ -236,6 +240,7 @@ def test_networks_of_flax_keep_their_statistics(plane):
 # What is refused.
 
 H, G, V = {"h": standard}, {"g": standard}, {"v": visible_normal}
+WRONG_EVENTS = r"site 'v': its data are of shape \(6,\), and Normal has events of shape \(2,\) in a batch of \(6,\)"
 NO_PLATE = {"plate": contextlib.nullcontext}
 REFUSED = {
     "another latent": (
@@ -253,16 +258,25 @@ REFUSED = {
         {"latents": {"h": visible_pairs}},
         r"'h': the encoder gives shape \(6, 2\), the generator needs \(6,\)",
     ),
-    "latent not reparametrized": ("encoder", {"latents": {"h": bits}}, "'h': the encoder draws it from Bernoulli.*not reparametr"),
-    "discrete prior": ("generator", {"latents": {"h": bits}}, "'h': the generator draws it from Bernoulli.*is discrete"),
+    "latent not reparametrized": ("pair", {"latents": {"h": bits}}, "'h': the encoder draws it from Bernoulli.*not reparametr"),
+    "discrete prior": (
+        "pair",
+        {"generator": {"latents": {"h": bits}}, "encoder": {"latents": {"h": relaxed_bits}}},
+        "'h': the generator draws it from Bernoulli.*is discrete",
+    ),
+    "support of a latent": (
+        "encoder",
+        {"latents": {"h": bits}},
+        r"'h': the generator draws it from Normal with the support Real\(\), and the encoder from BernoulliProbs with Boolean\(\)",
+    ),
     "no latents": ("generator", {"latents": {}}, "the generator has no latent site"),
     "energy with a latent": ("energy", {"latents": G}, "site 'g': the energy has a latent.*Put latents into encoder and generator"),
     "no visible": ("energy", {"observed": {}}, "the energy must observe the visible at one site, and it observes none"),
     "two visibles": ("energy", {"observed": V | {"w": visible_normal}}, "at one site, and it observes 'v', 'w'"),
     "discrete visible": ("energy", {"observed": {"v": bits}}, r"site 'v': a visible with Bernoulli.* is discrete"),
     "other visible": ("generator", {"observed": {"w": visible_normal}}, r"'v': the generator must observe it, .*observes \['w'\]"),
-    "shape of the energy": ("energy", {"observed": {"v": visible_pairs}}, r"'v': the energy has visibles of shape \(6, 2\)"),
-    "shape of the generator": ("generator", {"observed": {"v": visible_pairs}}, r"the generator has visibles of shape \(6, 2\)"),
+    "shape of the energy": ("energy", {"observed": {"v": visible_pairs}}, WRONG_EVENTS),
+    "shape of the generator": ("generator", {"observed": {"v": visible_pairs}}, WRONG_EVENTS),
     "energy without plate": ("energy", NO_PLATE, "site 'v': there is no plate of the 6 rows"),
     "generator without plate": ("generator", NO_PLATE, "site 'v': there is no plate of the 6 rows"),
     "encoder without plate": ("encoder", NO_PLATE, "site 'h': the encoder draws it outside the plate of the 6 rows"),
@@ -284,8 +298,9 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_programs_that_do_not_belong_together_are_refused(name):
     which, change, message = REFUSED[name]
+    changes = {which: change} if which != "pair" else change if "encoder" in change else {"encoder": change, "generator": change}
     with numpyro.validation_enabled(False), pytest.raises(ValueError, match=message):
-        engine_of(*programs(**{which: change})).init(KEY, ROWS)
+        engine_of(*programs(**changes)).init(KEY, ROWS)
 
 
 def test_latents_that_rows_share_are_refused():

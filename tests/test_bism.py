@@ -451,11 +451,11 @@ def guide_that_shares(v):
         numpyro.sample("h", dist.Normal(loc, 1))
 
 
-def guide_of_gammas(v):
-    """NumPyro does not say that a Poisson is reparametrized."""
-    rate = numpyro.param("rate", 1.0)
+def guide_of_mixtures(v):
+    """Which part a sample of a mixture is from has no gradient."""
+    shift = numpyro.param("shift", jnp.zeros(2))
     with numpyro.plate("data", len(v)):
-        numpyro.sample("h", dist.Poisson(rate))
+        numpyro.sample("h", dist.MixtureSameFamily(dist.Categorical(jnp.ones(2) / 2), dist.Normal(shift, 1)))
 
 
 def guide_without_params(v):
@@ -497,8 +497,8 @@ REFUSED_GUIDES = {
     "shape": (guide_of_wrong_shape, r"site 'h': the guide gives shape \(10, 2\), the model needs \(10,\)"),
     "shared": (guide_that_shares, r"the model and the guide share \['loc'\]"),
     "not reparametrized": (
-        guide_of_gammas,
-        "site 'h': the guide draws it from Poisson, which is not reparametrized.*GumbelBernoulli",
+        guide_of_mixtures,
+        "site 'h': the guide draws it from MixtureSameFamily, which is not reparametrized.*GumbelBernoulli",
     ),
     "no params": (guide_without_params, "the guide has no param site"),
 }
@@ -514,7 +514,7 @@ def test_guide_that_is_none_of_the_models_is_refused(name):
 def test_not_reparametrized_guide_is_refused_without_unrolling_too():
     """Catches the gradient of a plain ELBO, which is silently wrong for hard draws."""
     with pytest.raises(ValueError, match=r"or hypergradient=Unrolled\(0\) with lower_loss=TraceGraph_ELBO"):
-        BiSM(linear, guide_of_gammas, STEP, STEP, ExactScoreMatching(), hypergradient=Unrolled(0)).init(KEY, normal(4, 10))
+        BiSM(linear, guide_of_mixtures, STEP, STEP, ExactScoreMatching(), hypergradient=Unrolled(0)).init(KEY, normal(4, 10))
 
 
 def test_model_without_latents_is_sent_to_score_matching():

@@ -149,6 +149,13 @@ def test_frey_faces_are_read_from_the_original_file_and_checked_by_their_pixels(
     np.savez(tmp_path / "frey" / "frey_faces.npz", X=images[::-1])
     with pytest.raises(ValueError, match=r"frey_faces.npz is not the file that was tested"):
         datasets.frey_faces()
+    np.savez(tmp_path / "frey" / "frey_faces.npz", Y=images)
+    with pytest.raises(ValueError, match=r"frey_faces.npz is not the file that was tested, it cannot be read .*remove it"):
+        datasets.frey_faces()
+    (tmp_path / "frey" / "frey_faces.npz").unlink()
+    (tmp_path / "frey" / "frey_rawface.mat").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match=r"frey_rawface.mat is not the file that was tested, it cannot be read .*remove it"):
+        datasets.frey_faces()
 
 
 def test_cifar10_is_read_color_by_color_in_the_order_of_its_batches(monkeypatch, tmp_path):

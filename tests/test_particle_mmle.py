@@ -26,7 +26,14 @@ from numpyro_ebm.infer import Averaged, Summed
 KEY = jax.random.key(5)
 Y = jnp.array([0.3, -1.0, 2.0, 0.5, 1.5, -0.2])
 STILL = optax.sgd(1e-30)  # parameters that stay where they are
-DRIFT = optax.with_extra_args_support(optax.sgd(0.01))  # particles that follow their score without noise
+
+
+def _drift(gradient, state, params=None, *, rng_key, **_):
+    """Particles that follow their score, with noise of no size: without any they are refused."""
+    return jax.tree.map(lambda g: -0.01 * g + 0 * jax.random.normal(rng_key, g.shape), gradient), state
+
+
+DRIFT = optax.GradientTransformationExtraArgs(lambda params: (), _drift)
 
 
 def _hierarchical(y, sd=1.0):

@@ -29,7 +29,7 @@ from numpyro_ebm._checks import require_key
 from numpyro_ebm._compat import calling_distribution, calling_site, comparing_kernel, layers
 from numpyro_ebm._compiled import compiled
 from numpyro_ebm._map_over import map_over
-from numpyro_ebm._pytree import arrays_and_rest, join
+from numpyro_ebm._pytree import arrays_and_rest, as_array, join
 from numpyro_ebm.samplers import MALA, Reference, Sampler, Target
 from numpyro_ebm.samplers.base import require_sampler
 
@@ -98,6 +98,8 @@ class BaseMeasure(ImproperUniform):
     ) -> None:
         if not isinstance(event_shape, tuple | list):
             raise TypeError(f"event_shape must be a tuple, got {event_shape!r}.")
+        if not isinstance(support, constraints.Constraint):
+            raise TypeError(f"support must be a NumPyro constraint such as constraints.positive, got {support!r}.")
         if support.event_dim > len(event_shape):
             raise ValueError(
                 f"{support} constrains events of {support.event_dim} dimensions or more, got event_shape={event_shape}."
@@ -186,6 +188,8 @@ class TiltedDistribution(Distribution):
             raise TypeError(f"energy must be a function of one event, got {type(energy).__name__}.")
         if not isinstance(base, Distribution):
             raise TypeError(f"base must be a NumPyro distribution, got {type(base).__name__}: it comes before the energy.")
+        if initial is not None and not isinstance(initial, Distribution):
+            raise TypeError(f"initial must be a NumPyro distribution such as dist.Normal(0, 1), got {type(initial).__name__}.")
         if initial is not None and initial.event_shape != base.event_shape:
             raise ValueError(f"initial has event_shape {initial.event_shape}, the base has {base.event_shape}: they must agree.")
         self.base, self.initial, self.params = base, initial, params
@@ -202,6 +206,11 @@ class TiltedDistribution(Distribution):
         self._event_ndims = tuple(jnp.ndim(array) - len(batch_shape) for array in arrays)
         self._energy_batch_ndim = len(batch_shape)
         batch_shape = lax.broadcast_shapes(tuple(batch_shape), base.batch_shape)
+        if initial is not None and lax.broadcast_shapes(initial.batch_shape, batch_shape) != batch_shape:
+            raise ValueError(
+                f"initial has the batch shape {initial.batch_shape}, which does not fit into that of the energy, {batch_shape}: "
+                "give one distribution for all chains, or one for each element; .to_event(n) makes dimensions those of an event."
+            )
         super().__init__(batch_shape, base.event_shape, validate_args=validate_args)
 
     @property
@@ -285,13 +294,30 @@ class TiltedDistribution(Distribution):
         :return: of shape ``sample_shape + batch_shape + event_shape``, without a gradient in what the energy depends on: one that
             needs it raises :class:`NormalizerError`.
         :raises NotImplementedError: if there is nothing to start from, or the support is discrete and no sampler is given.
+        :raises RuntimeError: if chains end where the density is 0 or NaN, as those do that start there. Under ``jit``, which cannot
+            raise, these samples are NaN where the support is continuous.
         """
+        if not isinstance(sample_shape, tuple | list):
+            raise TypeError(f"sample_shape must be a tuple, got {sample_shape!r}: ({sample_shape!r},) for one dimension.")
         num_chains = math.prod(sample_shape)
         if num_chains == 0:
             return jnp.zeros(self.shape(tuple(sample_shape)))
         key = require_key("key", key, "in a model, numpyro.handlers.seed gives it")
-        samples = compiled(_chains_from_nothing, self, key, num_chains).reshape(self.shape(tuple(sample_shape)))
-        return self._without_gradient(samples)
+        samples, is_possible = compiled(_chains_from_nothing, self, key, num_chains)
+        return self._without_gradient(self._possible(samples, is_possible).reshape(self.shape(tuple(sample_shape))))
+
+    def _possible(self, samples: Array, is_possible: Array) -> Array:
+        """The same samples, those made NaN that the density makes impossible; an error where that is known."""
+        if not isinstance(is_possible, jax.core.Tracer) and not is_possible.all():
+            num_bad = int((~is_possible).sum())
+            raise RuntimeError(
+                f"{_place(calling_site(self))}: {num_bad} of {is_possible.size} samples are where the density is 0, NaN or infinite. "
+                "Chains that start there do not leave, and unadjusted ones may step there: give initial= a distribution inside, "
+                "support= to an energy that ends, or a sampler with a smaller step."
+            )
+        if not jnp.issubdtype(samples.dtype, jnp.floating):
+            return samples
+        return jnp.where(is_possible.reshape(is_possible.shape + (1,) * self.event_dim), samples, jnp.nan)
 
     def _without_gradient(self, samples: Array) -> Array:
         """The same samples, with a guard where an energy's parameters would be learned from what they do to its samples."""
@@ -304,6 +330,9 @@ class TiltedDistribution(Distribution):
             samples.dtype,
             params,
         )
+
+    def _validate_sample(self, value: Any) -> Array:
+        return super()._validate_sample(self.as_events(value))  # NumPyro's knows no lists and tables
 
     def initial_chains(self, key: Array, num_chains: int) -> Array:
         """Where chains start: samples of ``initial``, of shape ``(num_chains,) + batch_shape + event_shape``.
@@ -397,7 +426,9 @@ class TiltedDistribution(Distribution):
 
         :raises ValueError: if its shape does not end in ``event_shape``.
         """
-        value = jnp.asarray(value)
+        value = as_array(f"a value of {_place(calling_site(self))}", value)
+        if jnp.iscomplexobj(value):
+            raise TypeError(f"{_place(calling_site(self))}: a value of {value.dtype} is complex, and events are real.")
         shape = value.shape[max(value.ndim - self.event_dim, 0) :]
         if shape != self.event_shape:
             raise ValueError(
@@ -439,6 +470,9 @@ class TiltedDistribution(Distribution):
                 f"energy of {_place(calling_site(self))} failed on one event of shape {x.shape} and dtype {x.dtype} ({error}): "
                 "write it for one event, the distribution maps it over every batch."
             ) from error
+        except Exception as error:
+            error.add_note(f"In the energy of {_place(calling_site(self))}, on one event of shape {x.shape} and dtype {x.dtype}.")
+            raise
         if value.shape != ():
             raise ValueError(
                 f"energy of {_place(calling_site(self))} must return a scalar for one event of shape {x.shape}, "
@@ -519,14 +553,15 @@ class EnergyDistribution(TiltedDistribution):
         )
 
 
-def _chains_from_nothing(fn: TiltedDistribution, key: Array, num_chains: int) -> Array:
-    """Where chains stand after one run of the sampler from where they start."""
+def _chains_from_nothing(fn: TiltedDistribution, key: Array, num_chains: int) -> tuple[Array, Array]:
+    """Where chains stand after one run of the sampler from where they start, and whether their density is finite there."""
     start_key, run_key = jax.random.split(key)
     sampler = fn._default_sampler if fn.sampler is None else fn.sampler
     target = fn.chain_log_prob(sampler)
     state = sampler.init(fn.to_chain(fn.initial_chains(start_key, num_chains), sampler), target)
     state = sampler.run(run_key, target, state)
-    return lax.stop_gradient(fn.from_chain(state.position, sampler))
+    samples = lax.stop_gradient(fn.from_chain(state.position, sampler))
+    return samples, jnp.isfinite(fn._log_density(samples))
 
 
 @promote_batch_shape.register

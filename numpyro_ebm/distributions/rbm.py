@@ -27,6 +27,7 @@ from numpyro.distributions import BernoulliLogits, Distribution, Normal, constra
 
 from numpyro_ebm._checks import require_one_of
 from numpyro_ebm._compiled import compiled
+from numpyro_ebm._pytree import as_array
 from numpyro_ebm.distributions.energy import EnergyDistribution
 from numpyro_ebm.samplers import BlockGibbs, Reference, Sampler, Target
 
@@ -413,6 +414,8 @@ def _parameters(weights: Any, visible_bias: Any, hidden_bias: Any, scale: Any = 
     params = {"weights": weights, "visible_bias": visible_bias, "hidden_bias": hidden_bias}
     if scale is not None:
         params["scale"] = scale
+    params = {name: as_array(name, value) for name, value in params.items()}
+    weights, scale = params["weights"], params.get("scale")
     for name, value in params.items():
         _require_finite(name, value)
     if jnp.ndim(weights) < 2 or 0 in jnp.shape(weights):

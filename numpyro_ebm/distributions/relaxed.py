@@ -142,7 +142,11 @@ def _of_rows(network: Callable[[Array], Any], v: Array, names: tuple[str, ...]) 
     """What a network returns for every row, by name; an error unless each is a vector of the same length."""
     if jnp.ndim(v) == 0:
         raise ValueError("v is a scalar, it must have shape (batch,) + event_shape: add the batch axis in front.")
-    returned = jax.vmap(network)(v)
+    try:
+        returned = jax.vmap(network)(v)
+    except Exception as error:
+        error.add_note(f"The network was given one visible of shape {jnp.shape(v)[1:]}: it is mapped over the batch.")
+        raise
     parts = returned if len(names) > 1 else (returned,)
     shapes = [jnp.shape(part)[1:] for part in jax.tree.leaves(parts)]
     if not isinstance(parts, tuple | list) or [1] * len(names) != [len(shape) for shape in shapes] or len(set(shapes)) > 1:

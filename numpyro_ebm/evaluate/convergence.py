@@ -93,7 +93,15 @@ def convergence(
     if not isinstance(trace, Mapping):
         raise TypeError("trace must map param sites to their values: run(..., collect=engine.get_params).collected.")
     values = _by_name(trace)
-    num_steps = min(len(value) for value in values.values())
+    if not values:
+        raise ValueError("trace has no param site: give run(..., collect=engine.get_params).collected.")
+    shapes = {name: value.shape for name, value in values.items()}
+    if any(not shape for shape in shapes.values()) or len({shape[0] for shape in shapes.values()}) > 1:
+        raise ValueError(f"trace must have a value for every step along axis 0, as many of each param: got shapes {shapes}.")
+    for name, value in values.items():
+        if not np.issubdtype(value.dtype, np.number):
+            raise TypeError(f"trace['{name}'] holds {value.dtype}, no numbers.")
+    num_steps = next(iter(shapes.values()))[0]
     burn_in = num_steps // 2 if burn_in is None else require_count("burn_in", burn_in, least=0)
     if burn_in > num_steps - 4:
         raise ValueError(f"burn_in={burn_in} leaves {num_steps - burn_in} of {num_steps} steps: at least 4 are needed.")
@@ -102,7 +110,7 @@ def convergence(
     with np.errstate(invalid="ignore", divide="ignore"):  # a parameter that does not move has neither ESS nor R-hat
         ess = {name: effective_sample_size(value[None]) for name, value in kept.items()}
         r_hat = {name: split_gelman_rubin(value[None]) for name, value in kept.items()}
-        mcse = {name: np.where(sd[name] > 0, sd[name] / np.sqrt(ess[name]), 0.0) for name in kept}
+        mcse = {name: np.where(sd[name] == 0, 0.0, sd[name] / np.sqrt(ess[name])) for name in kept}
         theory = None if standard_errors is None else _theory(standard_errors, num_particles, sd)
         ratio = None if theory is None else {name: sd[name] / theory[name] for name in sd}
     counts = np.arange(1, num_steps - burn_in + 1)

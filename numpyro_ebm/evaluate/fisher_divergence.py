@@ -17,6 +17,7 @@ So every critic :math:`c` gives a lower bound, in which the density of the data 
 divergence itself. The score enters linearly: an unbiased estimate of it does as well.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -216,6 +217,7 @@ def _bounds(learned: Any, fixed: list[Any], v: Array, rng_key: Array, setup: _Se
 def _scores(fixed: list[Any], v: Array, rng_key: Array, setup: _Setup) -> Array:
     """Scores of all rows."""
     _, score = join(fixed, setup.static)
+    _require_key_argument(score)
     return _by_batches(lambda v, key: score(v, rng_key=key), v, rng_key, setup.batch_size)
 
 
@@ -311,6 +313,17 @@ def _require_critic(critic: Any, v: Array) -> None:
     if not isinstance(out, jax.ShapeDtypeStruct) or out.shape != v.shape:
         found = jax.tree.map(jnp.shape, out)
         raise ValueError(f"the critic must map one event of shape {v.shape} to one of the same shape, it returned {found}.")
+
+
+def _require_key_argument(score: Any) -> None:
+    try:
+        inspect.signature(score).bind(None, rng_key=None)
+    except TypeError:
+        raise TypeError(
+            "score must be a function score(v, rng_key=key) of rows; one without randomness takes it and leaves it."
+        ) from None
+    except ValueError:  # of what is written in C nothing is known
+        pass
 
 
 def _require_scores(name: str, score: Any, v: Array, s: Array) -> None:

@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from numpyro_ebm._checks import require_bool, require_count, require_key
+from numpyro_ebm._pytree import as_array
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.objectives.latent import draw, drawn_density, row_density, scores
 from numpyro_ebm.program.batch import whole_batch
@@ -96,7 +98,9 @@ def marginal_score(
             "relaxed=True does not go with importance_weighted=True: the guide's density of a relaxed bit is that of a bit, and "
             "not of what was drawn, so that no number of samples would give the score."
         )
-    v, model = jnp.asarray(v), unnormalized(model)
+    v, model = as_array("v", v), unnormalized(model)
+    if not isinstance(v, jax.core.Tracer) and not (finite := np.isfinite(v)).all():
+        raise ValueError(f"v: {int((~finite).sum())} of {finite.size} numbers are NaN or infinite: remove those rows.")
     draw_key, run_key = jax.random.split(require_key("rng_key", rng_key))
     batch = whole_batch((model, guide), (v, *args), kwargs, run_key, data=params)
     model, guide = batch.of(model), batch.of(guide)

@@ -21,10 +21,12 @@ import numpy as np
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
+from numpyro.distributions import constraints
 from numpyro.infer import init_to_sample
 
 from numpyro_ebm._checks import require_count, require_key
 from numpyro_ebm._compiled import compiled
+from numpyro_ebm._pytree import read_params
 from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.program.check import check_run
@@ -40,7 +42,7 @@ from numpyro_ebm.program.run import (
     unconstrain_params,
     whole_plates,
 )
-from numpyro_ebm.program.sites import Model, require_finite
+from numpyro_ebm.program.sites import Model, require_data
 from numpyro_ebm.samplers import MALA, NUTS, Sampler
 from numpyro_ebm.samplers.base import require_sampler
 
@@ -184,8 +186,15 @@ class Posterior:
         mutable_state: Mapping[str, Any] | None,
     ) -> None:
         self.args, self.kwargs, self.rng_key = args, kwargs, rng_key
+        params = read_params("params", params)
+        if not isinstance(mutable_state, Mapping | None):
+            raise TypeError(f"mutable_state must map mutable sites to values, got {type(mutable_state).__name__}.")
         self.given, self.data = model, {**params, **(mutable_state or {})}
-        latents = self.draw(rng_key, init_to_sample)
+        try:
+            latents = self.draw(rng_key, init_to_sample)
+        except ValueError as error:
+            error.add_note(f"The model was run at params {sorted(params)} as given: are they all inside their constraints?")
+            raise
         self._shapes = {name: jax.ShapeDtypeStruct(latents[name].shape, latents[name].dtype) for name in sorted(latents)}
         with whole_plates(but_given=True):
             self.program = run_model(self.model, args, kwargs, rng_key, data=self.data, latents=latents)
@@ -288,7 +297,8 @@ class Posterior:
             keys = jax.random.split(rng_key, number or 4)
             latents = compiled(_started, self, keys, init_strategy)
         else:
-            number = len(next(iter(start.values()), ())) if number is None else number
+            first = next(iter(start.values()), ()) if isinstance(start, Mapping) else ()
+            number = (np.shape(first)[0] if np.ndim(first) else 1) if number is None else number
             latents = self.unconstrained("start", start, (number,), f"with {counted}={number} ")
         positions, value = compiled(_placed, self, latents)
         if not (finite := np.isfinite(value)).all():
@@ -315,9 +325,13 @@ class Posterior:
             raise ValueError("the model has no latent site, so that there is no posterior to look at.")
         if missing := sorted(set(self.program.params) - set(params)):
             raise ValueError(f"params lacks {missing}: give the values of all param sites, {sorted(self.program.params)}.")
-        for site in self.program.sites.values():
+        for name, site in self.program.sites.items():
+            if site["type"] == "param" and jax.tree_util.all_leaves([site["value"]]):
+                inside = site["kwargs"].get("constraint", constraints.real)(site["value"])
+                if not isinstance(inside, jax.core.Tracer) and not np.all(inside):
+                    raise ValueError(f"params['{name}'] is outside the param's constraint, {site['kwargs']['constraint']}.")
             if site["type"] == "sample" and site["is_observed"]:
-                require_finite(site)
+                require_data(site)
         for found in self.report.sites:
             if found.is_energy and found.latents:
                 raise NormalizerError(
@@ -362,6 +376,8 @@ class Posterior:
         :param leading: the shape that stands in front of the site's own.
         :param why: what that shape comes from, for a message.
         """
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{what} must map latent sites, {sorted(self._shapes)}, to values, got {type(given).__name__}.")
         if set(given) != set(self._shapes):
             raise ValueError(f"{what} has the sites {sorted(given)}, the latents of the model are {sorted(self._shapes)}.")
         for name, value in given.items():

@@ -39,7 +39,8 @@ from numpyro_ebm.infer.engine import Engine, compiled_method
 from numpyro_ebm.infer.score_engine import require_same_params
 from numpyro_ebm.infer.step import Health, health_of
 from numpyro_ebm.optim import apply_gradient, as_transformation
-from numpyro_ebm.program.batch import Batch, drawn_batch, first_batch, whole_batch
+from numpyro_ebm.program.batch import Batch, drawn_batch, first_batch, over_rows, whole_batch
+from numpyro_ebm.program.pair import require_latent, same_supports
 from numpyro_ebm.program.rows import per_row
 from numpyro_ebm.program.run import (
     Run,
@@ -47,16 +48,17 @@ from numpyro_ebm.program.run import (
     constrain_params,
     log_density_terms,
     own_key,
+    require_program,
     run_model,
     strong_types,
     terms_of,
     total,
     unconstrain_params,
 )
-from numpyro_ebm.program.sites import Model, require_finite
+from numpyro_ebm.program.sites import Model, Site, are_possible, require_possible
 from numpyro_ebm.program.visible import require_batch, require_reached
 from numpyro_ebm.samplers import Sampler
-from numpyro_ebm.samplers.base import real_positions, require_sampler
+from numpyro_ebm.samplers.base import real_positions, require_finite_chains, require_sampler
 
 Params = dict[str, Any]
 Mutable = dict[str, Any]
@@ -195,6 +197,8 @@ class BiDVL(Engine):
                 "look through the lower one. Leave one of them out."
             )
         self.energy, self.encoder, self.generator = energy, encoder, generator
+        for what, program in {"the energy": energy, "the encoder": encoder, "the generator": generator}.items():
+            require_program(what, program)
         self.model, self.guide = generator, encoder  # as SVI calls them
         self.optim, self.encoder_optim, self.generator_optim = optim, encoder_optim, generator_optim
         self._elbo = TraceMeanField_ELBO() if lower.elbo is None else lower.elbo
@@ -256,8 +260,10 @@ class BiDVL(Engine):
         :param args: arguments of the programs, the first where the chains start, ``(batch,) + event_shape``.
         :return: of the shape of the first argument.
         :raises ValueError: naming the site, if the visible is bounded, where chains would leave its support.
+        :raises FloatingPointError: if chains run away.
         """
-        return self._moved(state, require_key("rng_key", rng_key), require_sampler("sampler", sampler), *args, **kwargs)
+        moved = self._moved(state, require_key("rng_key", rng_key), require_sampler("sampler", sampler), *args, **kwargs)
+        return require_finite_chains(moved, "the sampler's step is too large for the learned energy, or they start so")
 
     @compiled_method
     def _generated(self, state: BiDVLState, rng_key: Array, noise: bool, *args: Any, **kwargs: Any) -> dict[str, Array]:
@@ -294,7 +300,9 @@ class BiDVL(Engine):
         loss = jnp.zeros((), jnp.result_type(float))
         theta, phi, omega = unconstrained
         state = BiDVLState(params, theta, phi, omega, of_theta, of_phi, of_omega, mutable, loss, rng_key, count, count)
-        return strong_types(state), jnp.isfinite(args[0]).all()
+        _, encoder, generator = programs
+        good = over_rows(lambda rows: are_possible(self._observed(rng_key, params, rows, kwargs)), batch, args[0]).all()
+        return strong_types(state), good & same_supports(generator, encoder)
 
     def _inspect(self, rng_key: Array, given: Params, batch: Batch, kwargs: dict[str, Any]) -> tuple[Run, Run, Run]:
         """Runs of the three programs, which are refused where they do not belong together."""
@@ -303,8 +311,9 @@ class BiDVL(Engine):
         visible = visible_of(energy, args[0])
         try:
             encoder = run_model(batch.of(self.encoder), args, kwargs, rng_key, data=given)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"the encoder failed on a batch of visibles of shape {args[0].shape}: {error}") from error
+        except Exception as error:
+            error.add_note(f"The encoder was run on a batch of visibles of shape {args[0].shape}.")
+            raise
         generator = run_model(batch.of(self.generator), args, kwargs, rng_key, data=given)
         require_together(energy, encoder, generator, visible, args[0], noise=self.noise)
         for what, program in (("the energy", self._energy), ("the generator", self.generator)):
@@ -322,10 +331,17 @@ class BiDVL(Engine):
             )
         return energy, encoder, generator
 
+    def _observed(self, rng_key: Array, params: Params, batch: Batch, kwargs: dict[str, Any]) -> dict[str, Site]:
+        """The visible as the energy observes it."""
+        return run_model(batch.of(self._energy), batch.args, kwargs, rng_key, data=params).observed
+
     def _refuse(self, rng_key: Array, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        batch = whole_batch((self._energy,), args, kwargs, rng_key, data=params)
-        for site in run_model(batch.of(self._energy), args, kwargs, rng_key, data=params).observed.values():
-            require_finite(site)
+        batch = whole_batch(self._programs, args, kwargs, rng_key, data=params)
+        require_possible(self._observed(rng_key, params, batch, kwargs))
+        encoder = run_model(batch.of(self.encoder), batch.args, kwargs, rng_key, data=params)
+        generator = run_model(batch.of(self.generator), batch.args, kwargs, rng_key, data=params)
+        for name in generator.latents:
+            require_latent(generator.sites[name], encoder, ("generator", "encoder"))
 
     def _step(self, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[BiDVLState, Array, Health]:
         rng_key, upper_key, lower_key = jax.random.split(state.rng_key, 3)

@@ -27,10 +27,10 @@ from numpyro_ebm.objectives.guide import PosteriorFisher
 from numpyro_ebm.objectives.score import ScoreObjective
 from numpyro_ebm.optim import apply_gradient, as_transformation
 from numpyro_ebm.program.batch import Batch, require_same_rows
-from numpyro_ebm.program.pair import require_apart, require_pair
+from numpyro_ebm.program.pair import require_apart, require_latent, require_pair, same_supports
 from numpyro_ebm.program.rows import dim_of, row_plate
-from numpyro_ebm.program.run import Run, constrain_params, own_key, run_model, strong_types, unconstrain_params
-from numpyro_ebm.program.sites import Model
+from numpyro_ebm.program.run import Run, constrain_params, own_key, require_program, run_model, strong_types, unconstrain_params
+from numpyro_ebm.program.sites import Model, Site
 from numpyro_ebm.program.visible import Visible
 
 
@@ -50,6 +50,7 @@ class BilevelEngine(ScoreEngine):
     ) -> None:
         super().__init__(model, objective, batch_size)
         self.guide, self.optim, self.guide_optim = guide, optim, guide_optim
+        require_program("the guide", guide)
         self.num_inner_steps = require_count("num_inner_steps", num_inner_steps, least=0)
         wanted = "one of NumPyro's ELBOs, such as Trace_ELBO(), or PosteriorFisher()"
         self.lower_loss = Trace_ELBO() if lower_loss is None else require_instance("lower_loss", lower_loss, ("loss",), wanted)
@@ -115,7 +116,8 @@ class BilevelEngine(ScoreEngine):
             num_steps=count,
             num_skipped=count,
         )
-        return strong_types(state), jnp.isfinite(args[0]).all()
+        good = self._are_good_rows(rng_key, state.params, batch, args, kwargs)
+        return strong_types(state), good & same_supports(model, guide)
 
     def _require_pair(self, model: Run, guide: Run, visible: Visible, given: dict[str, Any]) -> None:
         """Refuses a guide that is none of the model's."""
@@ -129,6 +131,23 @@ class BilevelEngine(ScoreEngine):
         require_pair(model, guide, auxiliary=True)
         for name in guide.latents:
             self._require_draws(name, guide.sites[name]["fn"])
+
+    def _latents(self, rng_key: Array, params: dict[str, Any], batch: Batch, kwargs: dict[str, Any]) -> dict[str, Array]:
+        return run_model(batch.of(self.guide), batch.args, kwargs, rng_key, data=params).drawn
+
+    def _fix_of_density(self) -> str:
+        return f"It is taken at latents that the guide draws. {super()._fix_of_density()}"
+
+    def _seen(self, rng_key: Array, params: dict[str, Any], batch: Batch, kwargs: dict[str, Any]) -> dict[str, Site]:
+        with numpyro.validation_enabled(False):  # a relaxed bit is not a bit
+            return super()._seen(rng_key, params, batch, kwargs)
+
+    def _refuse_guide(self, rng_key: Array, params: dict[str, Any], batch: Batch, kwargs: dict[str, Any]) -> None:
+        guide = run_model(batch.of(self.guide), batch.args, kwargs, rng_key, data=params)
+        with numpyro.validation_enabled(False):  # a relaxed bit is not a bit
+            model = run_model(batch.of(self._inner), batch.args, kwargs, rng_key, data={**params, **guide.drawn})
+        for name in model.latents:
+            require_latent(model.sites[name], guide)
 
     def _step(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Array, Health]:
         rng_key, batch_key, inner_key, upper_key = jax.random.split(state.rng_key, 4)

@@ -147,7 +147,8 @@ class BiSM(BilevelEngine):
         or without where the objective compares rows; all of them if not given. Arguments with a row for each are refused then.
     :raises ValueError: for settings out of range; from ``init``, naming the site and the fix, if the first argument does not
         reach exactly one continuous site, row by row, if a latent is missing from the guide, has another shape there, stands
-        outside the plate of the rows or is drawn without reparametrization, or if model and guide share a param.
+        outside the plate of the rows, has another support or is drawn without reparametrization, or if model and guide share a
+        param.
 
     **References**
 

@@ -29,8 +29,8 @@ from numpyro_ebm._checks import require_bool, require_count, require_key
 from numpyro_ebm._compat import one_at_a_time
 from numpyro_ebm._compiled import Watch, frozen
 from numpyro_ebm._fit import fit_of
-from numpyro_ebm._pytree import Rest, arrays_and_rest, as_array, join, require_hashable, require_no_lists
-from numpyro_ebm.infer.init_params import InitParams, read_init_params
+from numpyro_ebm._pytree import Rest, arrays_and_rest, as_array, join, read_params, require_hashable, require_no_lists
+from numpyro_ebm.infer.init_params import InitParams
 from numpyro_ebm.infer.step import Health, Part, is_bad, keep, named
 
 State = Any
@@ -191,7 +191,7 @@ class Engine(metaclass=_ReadOnly):
         :raises TypeError: for values that are no numbers, and arguments that can neither be traced nor compiled in.
         """
         rng_key = require_key("rng_key", rng_key)
-        given = read_init_params(init_params)
+        given = read_params("init_params", {} if init_params is None else init_params)
         dynamic, static = self._split(args, kwargs)
         args, kwargs = join(dynamic, static)
         self._meet(rng_key, args, kwargs)

@@ -7,7 +7,6 @@ A value that no program could use is refused as it is given; the name and the sh
 is traced; what lies outside a constraint when the numbers are known.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,38 +18,6 @@ from numpyro.handlers import block, seed
 from numpyro.primitives import Messenger
 
 from numpyro_ebm.program.sites import Site
-
-
-def read_init_params(given: Any) -> dict[str, Any]:
-    """The values by name: integers as floating-point numbers, and lists of numbers as arrays.
-
-    :raises TypeError: if it is no mapping, or a value holds what is no number; naming the param.
-    :raises ValueError: if a value is NaN or infinite, naming the param.
-    """
-    if not isinstance(given, Mapping | None):
-        fix = ": pass its params" if hasattr(given, "params") else ""
-        raise TypeError(f"init_params must map names of param sites to values, as {{'loc': 0.5}}, got {_short(given)}{fix}.")
-    return {name: _read(name, value) for name, value in (given or {}).items()}
-
-
-def _read(name: str, value: Any) -> Any:
-    if isinstance(value, list | tuple) and value and all(isinstance(leaf, int | float) for leaf in jax.tree.leaves(value)):
-        value = np.asarray(value, jnp.result_type(float))
-
-    def read(leaf: Any) -> Any:
-        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-        if not jnp.issubdtype(dtype, jnp.number):
-            raise TypeError(f"init_params['{name}'] must be an array of numbers, or a pytree of these, got {_short(leaf)}.")
-        if jnp.issubdtype(dtype, jnp.integer):  # which have no gradient
-            leaf = leaf.astype(jnp.result_type(float)) if hasattr(leaf, "astype") else float(leaf)
-        if isinstance(leaf, jax.core.Tracer) or not getattr(leaf, "is_fully_addressable", True):
-            return leaf
-        if num_bad := int((~np.isfinite(np.asarray(leaf))).sum()):
-            where = f"{num_bad} of {np.size(leaf)} values are NaN or infinite" if np.ndim(leaf) else f"it is {leaf}"
-            raise ValueError(f"init_params['{name}']: {where}. Give finite values to start from.")
-        return leaf
-
-    return jax.tree.map(read, value)
 
 
 class InitParams(Messenger):
@@ -75,6 +42,19 @@ class InitParams(Messenger):
         own, given = _own_shapes(msg), jax.tree.map(np.shape, self.given[name])
         if own is not None and own != given:
             raise ValueError(f"init_params['{name}'] is of shape {given}, and the param of shape {own}.")
+
+    def postprocess_message(self, msg: Site) -> None:
+        if msg["type"] != "param" or msg["name"] in self.given or not jax.tree_util.all_leaves([msg["value"]]):
+            return
+        value, name = msg["value"], msg["name"]
+        if isinstance(value, jax.core.Tracer) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            return
+        if not np.isfinite(value).all():
+            raise ValueError(f"param site '{name}': its own value to start from is NaN or infinite.")
+        constraint = msg["kwargs"].get("constraint", constraints.real)
+        is_known = not any(isinstance(bound, jax.core.Tracer) for bound in jax.tree.leaves(constraint))
+        if is_known and not np.all(constraint(np.asarray(value))):
+            raise ValueError(f"param site '{name}': its own value to start from, {value}, is outside its constraint, {constraint}.")
 
     def are_inside(self) -> dict[str, Array]:
         """Whether each value is in its param's constraint, and not on a boundary, which no unconstrained value is mapped to."""
@@ -104,8 +84,3 @@ def _own_shapes(msg: Site) -> Any:
 
     shapes = jax.eval_shape(own)
     return None if shapes is None else jax.tree.map(lambda x: x.shape, shapes)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else f"a {type(value).__name__}"

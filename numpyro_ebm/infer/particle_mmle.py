@@ -26,13 +26,13 @@ from jax.flatten_util import ravel_pytree
 from numpyro.infer import init_to_sample
 
 import numpyro_ebm.optim as optim_module
-from numpyro_ebm._checks import require_bool, require_count, require_one_of, require_setting
+from numpyro_ebm._checks import require_bool, require_count, require_instance, require_one_of, require_setting
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm.distributions.energy import NormalizerError
 from numpyro_ebm.handlers import negative_phase
 from numpyro_ebm.infer.engine import Engine, compiled_method
 from numpyro_ebm.infer.particle_settings import Averaged, Maximize, Newton, Summed
-from numpyro_ebm.infer.particle_start import are_good_rows, draw_particles, require_good_rows, require_learnable
+from numpyro_ebm.infer.particle_start import are_good_rows, draw_particles, require_good_rows, require_learnable, require_noise
 from numpyro_ebm.infer.phase import Phase, has_chains, health_of_chains
 from numpyro_ebm.infer.stability import Particles, fix_of, largest_curvature, running_stiffness, warnings_of
 from numpyro_ebm.infer.step import Health, Part, health_of, is_bad, keep
@@ -54,6 +54,7 @@ from numpyro_ebm.program.run import (
     log_density_terms,
     own_key,
     require_all_rows,
+    require_program,
     run_model,
     strong_types,
     total,
@@ -185,10 +186,15 @@ class ParticleMMLE(Engine):
         self.average_moves = require_bool("average_moves", average_moves)
         if dynamics is not None and noise == "all":
             raise ValueError("noise='all' is noise between visits of overdamped particles: use noise='batch' with other dynamics.")
-        self.model, self.optim, self.init_strategy = model, optim, init_strategy
+        wanted = "one of NumPyro's strategies, such as init_to_median"
+        self.init_strategy = require_instance("init_strategy", init_strategy, ("__call__",), wanted)
+        self.model, self.optim = model, optim
         self.dynamics = None if dynamics is None else as_transformation(dynamics, "dynamics")
         moving = optax.identity() if isinstance(optim, Maximize) else optim.optim if isinstance(optim, Newton) else optim
         self._transformation = as_transformation(moving)
+        require_program("the model", model)
+        if self.dynamics is not None:
+            require_noise(self.dynamics)
         self._phase = Phase(model)
         self._inner = self._phase.inner
 
@@ -338,6 +344,15 @@ class ParticleMMLE(Engine):
     def _largest_curvature(self, state: ParticleState, *args: Any, **kwargs: Any) -> Array:
         batch = _Batch(self._inner, state, state.rng_key, args, kwargs)
         return largest_curvature(partial(batch.scores, state.unconstrained), batch.gather(state.particles), state.rng_key)
+
+    @compiled_method
+    def _finite_terms(self, state: ParticleState, *args: Any, **kwargs: Any) -> dict[str, Array]:
+        """By site, whether its log density is finite at each particle and event."""
+        batch = _Batch(self._inner, state, state.rng_key, args, kwargs)
+        data = batch.data(state.unconstrained)
+        return map_over(
+            lambda x: jax.tree.map(jnp.isfinite, batch.terms(self._inner, data=data, latents=x)[0]), batch.gather(state.particles)
+        )
 
     # What the loop needs.
 
@@ -546,8 +561,18 @@ class ParticleMMLE(Engine):
             if part.kind == "chains":
                 return self._phase.explain(part.site, code, args, kwargs, data={**state.params, **state.mutable_state}), ""
         what, _ = super()._explain(state, bad, args, kwargs)
+        finite = jax.device_get(self._finite_terms(state, *args, **kwargs))
+        for site, is_finite in finite.items():
+            if not is_finite.all():
+                where = f"at {int((~is_finite).sum())} of {is_finite.size} events and particles"
+                return (
+                    f"site '{site}': its log density is not finite {where}: the model makes these impossible, or overflows there.",
+                    "Scale the data, look at the model at these values, or start elsewhere, by init_params or init_strategy.",
+                )
+        if not (h := float(self._step_size(state))) > 0:
+            return f"step_size gives {h} at step {int(state.num_steps)}: it must be positive.", ""
         limit = self.stability_limit(state, *args, **kwargs)
-        return what, fix_of(float(self._step_size(state)), limit)
+        return what, fix_of(h, limit)
 
 
 class _Gradients(NamedTuple):

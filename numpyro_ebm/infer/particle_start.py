@@ -15,12 +15,35 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from numpyro_ebm.infer.stability import Particles
+from numpyro_ebm.program.provenance import mark, sources
 from numpyro_ebm.program.rows import all_batches, full_shape, scatter
-from numpyro_ebm.program.run import Run, draw_latents, require_continuous, run_model
-from numpyro_ebm.program.sites import Model, finite_events, require_finite
+from numpyro_ebm.program.run import Run, draw_latents, jacobians_of, require_continuous, run_model
+from numpyro_ebm.program.sites import Model, events_inside, finite_events, is_normalizer, require_data
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+
+
+def require_noise(dynamics: Any) -> None:
+    """Refuses dynamics that move particles by their scores alone, which take all of them to the mode.
+
+    :param dynamics: an optax transformation.
+    :raises ValueError: with what to take.
+    """
+    x = {"x": jnp.zeros(2)}
+
+    def moves() -> Any:
+        key, state, seen = mark(jax.random.PRNGKey(0), "noise"), dynamics.init(x), []
+        for _ in range(2):  # noise may come by way of velocities
+            updates, state = dynamics.update(x, state, x, temperature=1.0, rng_key=key)
+            seen.append(updates)
+        return seen
+
+    if not any(jax.tree.leaves(sources(moves))):
+        raise ValueError(
+            "dynamics moves particles without noise, so that all of a cloud would come together at the mode: take "
+            "numpyro_ebm.langevin(step_size), kinetic_langevin(step_size, friction), or leave it out."
+        )
 
 
 def require_learnable(program: Run, given: dict[str, Any]) -> None:
@@ -34,6 +57,11 @@ def require_learnable(program: Run, given: dict[str, Any]) -> None:
         raise ValueError("the model has no latent site, so that there are no particles: learn its parameters by SVI.")
     if not program.params:
         raise ValueError("the model has no param site, so that there is nothing to learn: draw its latents by MCMC.")
+    if not [name for name in program.observed if not is_normalizer(name) and name not in jacobians_of(program)]:
+        raise ValueError(
+            f"the model observes nothing: its sites {sorted(program.latents)} are all latent, and every value of its parameters is "
+            "as good. Give it the data, numpyro.sample(..., obs=y)."
+        )
     if unknown := sorted(set(given) - set(program.params)):
         raise ValueError(f"init_params names {unknown}, which is no param site: the model has {sorted(program.params)}.")
     for name, site in program.latents.items():
@@ -50,7 +78,7 @@ def require_learnable(program: Run, given: dict[str, Any]) -> None:
 def are_good_rows(
     model: Model, args: Args, kwargs: Kwargs, rng_key: Array, program: Run, *, data: dict[str, Any], latents: dict[str, Array]
 ) -> Array:
-    """Whether all observed data are finite, and every index of a plate is that of a row; traced.
+    """Whether all observed data are finite and inside their supports, and every index of a plate is that of a row; traced.
 
     :param program: a run of the model at ``data`` and ``latents``.
     """
@@ -76,7 +104,7 @@ def require_good_rows(
     rows = {plate: index[worst] for plate, index in all_batches(program).items()}
     program = run_model(model, args, kwargs, rng_key, data={**data, **rows}, latents=latents)
     for site in program.observed.values():
-        require_finite(site)
+        require_data(site)
 
 
 def draw_particles(
@@ -119,11 +147,12 @@ def draw_particles(
 def _finite_batches(
     model: Model, args: Args, kwargs: Kwargs, rng_key: Array, program: Run, data: dict[str, Any], latents: dict[str, Array]
 ) -> Array:
-    """Whether the observed data of each batch are finite, of shape (num_batches,)."""
+    """Whether the observed data of each batch are finite and inside their supports, of shape (num_batches,)."""
 
     def finite(rows: dict[str, Array]) -> Array:
         seen = run_model(model, args, kwargs, rng_key, data={**data, **rows}, latents=latents)
-        return jnp.asarray([finite_events(site).all() for site in seen.observed.values()]).all()
+        good = [f(site).all() for site in seen.observed.values() for f in (finite_events, events_inside)]
+        return jnp.asarray(good).all()
 
     batches = all_batches(program)
     return lax.map(finite, batches) if batches else finite({})[None]

@@ -7,18 +7,23 @@ The first argument of a model is the visible. A score is a derivative in it, whi
 the guard of their energies.
 """
 
+import warnings
+from functools import partial
 from typing import Any
 
-from jax import Array
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
 
 from numpyro_ebm._checks import require_count, require_instance
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.infer.engine import Engine
 from numpyro_ebm.objectives.score import ScoreObjective
-from numpyro_ebm.program.batch import Batch, drawn_batch, first_batch, whole_batch
+from numpyro_ebm.program.batch import Batch, drawn_batch, first_batch, over_rows, run_at_zero, whole_batch
 from numpyro_ebm.program.check import check_run
-from numpyro_ebm.program.run import Run, own_key
-from numpyro_ebm.program.sites import Model, require_finite
+from numpyro_ebm.program.run import Run, own_key, require_program, run_model
+from numpyro_ebm.program.sites import Model, Site, are_possible, has_density, require_data, require_possible
 from numpyro_ebm.program.visible import Visible, find_visible, require_batch, require_rows
 
 
@@ -31,6 +36,7 @@ class ScoreEngine(Engine):
         self.model, self.objective = model, require_instance("objective", objective, ("perturb", "loss", "weight"), wanted)
         self.batch_size = None if batch_size is None else require_count("batch_size", batch_size)
         self._inner = unnormalized(model)
+        require_program("the model", model)
 
     @property
     def _programs(self) -> tuple[Model, ...]:
@@ -65,11 +71,94 @@ class ScoreEngine(Engine):
         check_run(model, batch.args, kwargs, data=data, mark_visible=True).require_scores()
         return visible, program
 
+    def _latents(self, rng_key: Array, params: dict[str, Any], batch: Batch, kwargs: dict[str, Any]) -> dict[str, Array]:
+        """Values of the latents for the rows of a batch, where there are any."""
+        return {}
+
+    def _fix_of_density(self) -> str:
+        """What to do where the density is no longer finite after some steps."""
+        return f"Where it was finite before: {self._fix()}"
+
+    def _seen(self, rng_key: Array, params: dict[str, Any], batch: Batch, kwargs: dict[str, Any]) -> dict[str, Site]:
+        """The observed sites of the model on the rows of a batch."""
+        data = {**params, **self._latents(rng_key, params, batch, kwargs)}
+        return run_model(batch.of(self._inner), batch.args, kwargs, rng_key, data=data).observed
+
+    def _are_good_rows(
+        self, rng_key: Array, params: dict[str, Any], batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Array:
+        """Whether the model has a log density at every row of the data, and beside it; traced.
+
+        :param batch: the first rows.
+        """
+
+        def are_good(v: Array, batch: Batch) -> Array:
+            return are_possible(self._seen(rng_key, params, batch._replace(args=(v, *batch.args[1:])), kwargs))
+
+        def of_batch(batch: Batch) -> Array:
+            v = batch.args[0]
+            places = jnp.stack([v, *(self._moved(key, v) for key in _keys_of_moves(rng_key, v))])
+            return lax.map(partial(are_good, batch=batch), places).all() & ~self._loses_noise(rng_key, v)
+
+        return over_rows(of_batch, batch, args[0]).all()
+
+    def _moved(self, rng_key: Array, v: Array) -> Array:
+        """Rows as the objective perturbs them, or as far from the data as these are from each other where it does not."""
+        moved = self.objective.perturb(rng_key, v)
+        return v + v.std(0) * jax.random.normal(rng_key, v.shape, v.dtype) if moved is v else moved
+
+    def _loses_noise(self, rng_key: Array, v: Array) -> Array:
+        """Whether the objective's noise leaves most of the numbers that it is for as they were, being less than their rounding."""
+        moved, noise = (self.objective.perturb(rng_key, x) for x in (v, jnp.zeros_like(v)))
+        return ((noise != 0) & (moved == v)).sum() > (noise != 0).sum() / 2
+
     def _refuse(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        batch = whole_batch((self._inner,), args, kwargs, rng_key, data=params)
-        _, program = find_visible(batch.of(self._inner), args, kwargs, rng_key, data=params)
-        for site in program.observed.values():
-            require_finite(site)
+        whole = whole_batch(self._programs, args, kwargs, rng_key, data=params)
+        v = whole.args[0]
+        for site in run_at_zero(whole.of(self._inner), whole.args, kwargs, rng_key, params).observed.values():
+            require_data(site)
+        if hasattr(self.objective, "refuse_data"):
+            self.objective.refuse_data(v)
+        self._refuse_guide(rng_key, params, whole, kwargs)
+        require_possible(self._seen(rng_key, params, whole, kwargs), self._fix_of_density())
+        if self._loses_noise(rng_key, v):
+            raise ValueError(
+                f"objective={self.objective!r}: its noise is less than the rounding of the data, which reach {abs(v).max():.3g} in "
+                f"{v.dtype}, so that most of them stay as they are. Take more noise, or double precision."
+            )
+        for key in _keys_of_moves(rng_key, v):
+            places = whole._replace(args=(self._moved(key, v), *whole.args[1:]))
+            for name, site in self._seen(rng_key, params, places, kwargs).items():
+                bad = ~np.asarray(has_density(site))
+                if bad.any():
+                    has_noise = self.objective.perturb(rng_key, v) is not v
+                    return self._refuse_boundary(name, f"{bad.sum()} of {bad.size}", has_noise=has_noise)
+
+    def _refuse_guide(self, rng_key: Array, params: dict[str, Any], batch: Batch, kwargs: dict[str, Any]) -> None:
+        """Raises for a guide that does not go with the model, where there is one; not traced."""
+
+    def _refuse_boundary(self, site: str, where: str, *, has_noise: bool) -> None:
+        """Refuses a density that ends beside the data; warns where that may be right.
+
+        :raises ValueError: naming the site.
+        """
+        fix = "transform the data to real space, as by a log"
+        if has_noise:
+            raise ValueError(
+                f"site '{site}': its log density is finite at the data, and not at {where} events that the noise of "
+                f"{type(self.objective).__name__} has moved. Scores do not see where a density ends, so that what is learned "
+                f"would be wrong: {fix}, or take less noise."
+            )
+        warnings.warn(
+            f"site '{site}': its log density is finite at the data, and not at {where} places beside them. Scores do not see where "
+            f"a density ends: what is learned is right only if it goes to 0 there by itself. Else {fix}.",
+            stacklevel=5,
+        )
+
+
+def _keys_of_moves(rng_key: Array, v: Array) -> Array:
+    """Keys of so many moves of a batch that a boundary is met from few rows too, and a pass over many costs no more than two."""
+    return jax.random.split(rng_key, min(32, max(1, 1024 // len(v))))
 
 
 def require_params(program: Run, given: dict[str, Any], what: str = "the model") -> None:

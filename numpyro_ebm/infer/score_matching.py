@@ -69,7 +69,8 @@ class ScoreMatching(ScoreEngine):
         or without where the objective compares rows; all of them if not given. Arguments with a row for each are refused then.
     :raises ValueError: from ``init``, naming the site and the fix, if the first argument does not reach exactly one
         continuous site, row by row; if the model has latents, mutable sites, or no params; if a subsampled plate takes its rows
-        otherwise; if data are not finite.
+        otherwise; if the model has no density at the data, because they are not finite or its energy there is not, or where the
+        objective's noise takes them. Where an objective without noise finds no density beside the data it is a warning.
 
     **References**
 
@@ -115,7 +116,7 @@ class ScoreMatching(ScoreEngine):
         count = jnp.zeros((), jnp.int32)
         params = constrain_params(theta, program.param_transforms)
         state = ScoreMatchingState(params, theta, self._transformation.init(theta), rng_key, count, count)
-        return strong_types(state), jnp.isfinite(args[0]).all()
+        return strong_types(state), self._are_good_rows(rng_key, params, batch, args, kwargs)
 
     def _step(
         self, state: ScoreMatchingState, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -108,6 +108,12 @@ class ScoreObjective(ABC):
         """Refuses what has no loss: no rows of real numbers, or too few of them."""
         require_rows(v, self.min_batch_size)
 
+    def refuse_data(self, v: Array) -> None:  # noqa: B027
+        """Raises for rows, whose values are known, that have no loss: what a fit asks for where it has failed.
+
+        :raises ValueError: with the cause.
+        """
+
     def weight(self, batch_size: int) -> Array:
         """By row, of shape ``(batch_size,)``, what a guide's loss is multiplied by when it is learned together with this
         objective.

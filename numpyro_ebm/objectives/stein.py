@@ -198,6 +198,15 @@ class KernelSteinDiscrepancy(ScoreObjective):
         u, _ = stein_matrix(self.kernel, x, score)
         return u.mean(1) if self.statistic == "V" else _without_diagonal(u).sum(1) / (len(u) - 1)
 
+    def refuse_data(self, v: Array) -> None:
+        if self.kernel.length is None and len(np.unique(np.asarray(_flat(v)), axis=0)) < len(v):
+            rows = _flat(v)
+            if stein_matrix(self.kernel, rows, jnp.zeros_like(rows))[1] == 0:
+                raise ValueError(
+                    "half or more of the pairs of rows are equal, so that their median distance, the kernel's length, is 0: remove "
+                    f"repeated rows, or give {type(self.kernel).__name__} a length."
+                )
+
     def _check_rows(self, v: Array) -> None:
         require_rows(v)
         if len(v) < 2:
@@ -253,8 +262,8 @@ def ksd_test(
     :param int num_bootstrap: samples of the signs.
     :param float change_probability: probability that two neighboring rows have different signs; .5 is for independent rows.
     :return: a :class:`KSDTest`. Under ``jit`` and ``vmap`` values cannot be refused: the p-value is NaN where they are not finite.
-    :raises ValueError: if there are fewer than two rows, a number is not finite, shapes differ, or half of the pairs are equal
-        and the kernel has no length of its own.
+    :raises ValueError: if there are fewer than two rows, a number is not finite, shapes differ, half of the pairs are equal
+        and the kernel has no length of its own, or the statistic overflows.
 
     **References**
 
@@ -287,6 +296,11 @@ def ksd_test(
         raise ValueError(
             "half or more of the pairs of samples are equal, so that their median distance, the kernel's length, is 0: remove "
             f"repeated samples, or give {type(kernel).__name__} a length."
+        )
+    if not isinstance(result.p_value, jax.core.Tracer) and not np.isfinite(result.p_value):
+        raise ValueError(
+            f"the statistic is {result.statistic}: the kernel's length, {result.length:.3g}, is so small, or scores and distances "
+            f"are so large, that it is lost in {v.dtype}. Take a length near the distances of samples, or scale the samples."
         )
     return result
 

@@ -9,14 +9,14 @@ ones where it passes the argument through :func:`numpyro.subsample`. The plate t
 knows no scale. Other arguments are gathered by the plate's indices as in NumPyro.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from numpyro.handlers import substitute
 from numpyro.primitives import Messenger
 
@@ -165,6 +165,22 @@ def whole_batch(programs: Programs, args: Args, kwargs: Kwargs, rng_key: Array, 
         return Batch(args)
     batch = Batch(args, plate.name, jnp.arange(len(args[0])))
     return batch if plate.size == len(args[0]) else _own(programs, batch, kwargs, rng_key, data)
+
+
+def over_rows(fn: Callable[[Batch], Array], batch: Batch, v: Array) -> Array:
+    """A function of batches like the first one, at batches that show every row of the visible at least once; stacked.
+
+    :param v: all rows.
+    """
+    size, num_rows = len(batch.args[0]), len(v)
+    if size == num_rows:
+        return fn(batch)[None]
+    index = (np.arange(0, num_rows, size)[:, None] + np.arange(size)) % num_rows  # the last begins again from the first row
+
+    def at(rows: Array) -> Array:
+        return fn(batch._replace(args=(v[rows], *batch.args[1:]), indices=None if batch.plate is None else rows))
+
+    return lax.map(at, jnp.asarray(index))
 
 
 def run_at_zero(program: Model, args: Args, kwargs: Kwargs, rng_key: Array, data: dict[str, Any]) -> Run:

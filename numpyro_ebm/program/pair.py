@@ -1,16 +1,32 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whether a guide and a model belong together: the same latents, of the same shapes, and params of their own."""
+"""Whether a guide and a model belong together: the same latents, of the same shapes and supports, and params of their own."""
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from numpyro.distributions import (
+    Delta,
+    Distribution,
+    ExpandedDistribution,
+    Independent,
+    MaskedDistribution,
+    RelaxedBernoulliLogits,
+    biject_to,
+    constraints,
+)
 
-from numpyro_ebm._compat import is_auxiliary
+from numpyro_ebm._compat import is_auxiliary, layers
+from numpyro_ebm.distributions.relaxed import GumbelBernoulli
 from numpyro_ebm.program.rows import dim_of
 from numpyro_ebm.program.run import Run
-from numpyro_ebm.program.sites import Site
+from numpyro_ebm.program.sites import Site, core_of, is_factor
 
 Names = tuple[str, str]  # what model and guide are called
 NAMES = "model", "guide"
@@ -46,6 +62,13 @@ def require_latent(site: Site, guide: Run, names: Names = NAMES, *, plate: str |
             f"site '{name}': the {other} gives shape {given}, the {model} needs {wanted}: they must sample the same event shape in "
             "the same plates."
         )
+    if not _is_true_or_traced(same_support(site["fn"], guide.sites[name]["fn"])):
+        of_model, of_guide = site["fn"], guide.sites[name]["fn"]
+        raise ValueError(
+            f"site '{name}': the {model} draws it from {_kind(of_model)} with the support {of_model.support}, and the {other} "
+            f"from {_kind(of_guide)} with {of_guide.support}. They must be the same: where one of the densities is 0 the "
+            f"formula of the other means nothing. {_fix(of_model, other)}"
+        )
     if plate is not None and dim_of(site, plate) != dim_of(guide.sites[name], plate):
         lacks, has = (model, other) if dim_of(site, plate) is None else (other, model)
         raise ValueError(
@@ -61,12 +84,110 @@ def require_no_more(model: Run, guide: Run, names: Names = NAMES, *, auxiliary: 
     """
     if not auxiliary:
         require_no_auxiliary(guide, names)
+    if seen := [name for name, site in guide.observed.items() if not is_factor(site["fn"])]:
+        raise ValueError(
+            f"site '{seen[0]}': the {names[1]} observes it, and its density would count as that of latents. Take it out: data "
+            f"belong to the {names[0]}."
+        )
     for name in guide.latents:
         if name not in model.latents and not is_auxiliary(guide.sites[name]):
             raise ValueError(
                 f"site '{name}': the {names[1]} samples it and the {names[0]}, which samples {sorted(model.latents)}, does not. "
                 f"Take it out: the {names[1]} must sample the latents of the {names[0]} and nothing else."
             )
+
+
+def same_supports(model: Run, guide: Run) -> Array:
+    """Whether all latents of both have the same support, as far as that can be told; traced where bounds are."""
+    names = model.latents.keys() & guide.latents.keys()
+    return jnp.asarray([same_support(model.sites[name]["fn"], guide.sites[name]["fn"]) for name in sorted(names)]).all()
+
+
+def same_support(model: Distribution, guide: Distribution) -> Any:
+    """Whether a guide draws a latent on the support that it has in the model: a bool, or an array where bounds are traced.
+
+    Bits may be relaxed. A point, of which a guide may make what it drew at once, lies anywhere, and of supports that are a user's
+    own nothing is known.
+    """
+    if isinstance(core_of(guide), Delta):
+        return True
+    is_relaxed = any(isinstance(part, GumbelBernoulli | RelaxedBernoulliLogits) for part in layers(guide))
+    if is_relaxed and _as_set(model.support) == ("integers", (0, 1)):
+        return True
+    of_model, of_guide = _as_set(model.support), _as_set(guide.support)
+    if of_model is None or of_guide is None or _same(of_model, of_guide) is True:
+        return True
+    if not model.support.is_discrete:  # NumPyro's transform may be to a larger one: to that of vectors that are not ordered
+        try:
+            reached = _as_set(biject_to(model.support).codomain)
+        except NotImplementedError:
+            reached = None
+        if reached is not None and reached[0] != of_model[0] and _same(reached, of_guide) is True:
+            return True
+    return _same(of_model, of_guide)
+
+
+_Set = tuple[Any, tuple[Any, ...]]  # of one element of an event, or of the whole: its kind, and its bounds
+
+
+def _as_set(support: Any) -> _Set | None:
+    """What two supports that are the same have in common, up to their boundaries; None of one that is not NumPyro's."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if type(support).__module__ != constraints.__name__:
+        return None
+    if isinstance(support, type(constraints.boolean)):
+        return "integers", (0, 1)
+    if isinstance(support, type(constraints.real)):
+        return "reals", (-math.inf, math.inf)
+    for kind, of, lower, upper in _BOUNDED:
+        if isinstance(support, of):
+            return kind, (getattr(support, lower, -math.inf), getattr(support, upper, math.inf))
+    if isinstance(support, type(constraints.lower_cholesky)):  # by other transforms too
+        return type(constraints.lower_cholesky), ()
+    return type(support), tuple(jax.tree.leaves(support))
+
+
+_BOUNDED = [
+    ("reals", constraints.interval, "lower_bound", "upper_bound"),
+    ("reals", constraints.greater_than, "lower_bound", ""),
+    ("reals", constraints.less_than, "", "upper_bound"),
+    ("integers", constraints.integer_interval, "lower_bound", "upper_bound"),
+    ("integers", constraints.integer_greater_than, "lower_bound", ""),
+]
+
+
+def _same(a: _Set, b: _Set) -> Any:
+    if a[0] != b[0] or len(a[1]) != len(b[1]):
+        return False
+    pairs = list(zip(a[1], b[1], strict=True))
+    is_traced = [any(isinstance(bound, jax.core.Tracer) for bound in pair) for pair in pairs]
+    if not all(np.allclose(*pair, rtol=1e-4) for pair, traced in zip(pairs, is_traced, strict=True) if not traced):
+        return False
+    traced = [jnp.isclose(*pair, rtol=1e-4).all() for pair, traced in zip(pairs, is_traced, strict=True) if traced]
+    return jnp.asarray(traced).all() if traced else True
+
+
+def _is_true_or_traced(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer) or bool(x)
+
+
+def _kind(fn: Distribution) -> str:
+    """What a user called the distribution of a site: of a LogNormal, not that it is transformed from a Normal."""
+    parts = (part for part in layers(fn) if not isinstance(part, ExpandedDistribution | Independent | MaskedDistribution))
+    return type(next(parts)).__name__
+
+
+def _fix(model: Distribution, guide: str) -> str:
+    support = model.support
+    if _as_set(support) == ("integers", (0, 1)):
+        return f"Draw bits in the {guide} relaxed, with GumbelBernoulli."
+    if support.is_discrete:
+        return f"Sum the latent out, or draw it in the {guide} from {_kind(model)}."
+    return (
+        f"Give the {guide} a distribution with that of {_kind(model)}: any other becomes one by "
+        "dist.TransformedDistribution(dist.Normal(...), dist.biject_to(support))."
+    )
 
 
 def require_no_auxiliary(guide: Run, names: Names = NAMES) -> None:

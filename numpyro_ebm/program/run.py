@@ -20,9 +20,10 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.util import compute_log_probs, helpful_support_errors
 from numpyro.primitives import Messenger
 
+from numpyro_ebm._checks import require_instance
 from numpyro_ebm._compat import in_subsampled_plate, marked_factor, one_at_a_time, scan_index
 from numpyro_ebm.distributions.energy import TiltedDistribution, energy_site, with_core
-from numpyro_ebm.program.sites import Model, Site, is_latent, kind_of, transform_of
+from numpyro_ebm.program.sites import Model, Site, is_factor, is_latent, kind_of, transform_of
 
 
 class LatentSite(NamedTuple):
@@ -133,6 +134,25 @@ class _trace(trace):
         super().postprocess_message(msg)
 
 
+def require_program(what: str, program: Model) -> None:
+    """Refuses what is no program, and one with a key of its own.
+
+    All particles would start alike with it, and every batch have the same rows.
+
+    :param str what: what the program is called: ``"the model"``.
+    :raises TypeError: if it is no function.
+    :raises ValueError: with what to pass.
+    """
+    require_instance(what, program, ("__call__",), "a NumPyro program, a function of its arguments")
+    while isinstance(program, Messenger):
+        if isinstance(program, seed) and program.rng_key is not None:
+            raise ValueError(
+                f"{what} is wrapped in numpyro.handlers.seed, so that every run of it would draw the same: pass it without. The "
+                "engine gives it a key in every step."
+            )
+        program = program.fn
+
+
 def draw_latents(
     model: Model,
     args: tuple[Any, ...],
@@ -147,7 +167,8 @@ def draw_latents(
     def start(site: Site) -> Any:
         if not is_latent(site) or site["fn"].support.is_discrete:  # discrete latents are refused with their name, later
             return None
-        return init_strategy({**site, "fn": with_core(site["fn"], _start_of)})
+        value = init_strategy({**site, "fn": with_core(site["fn"], _start_of)})
+        return value if value is None or jnp.issubdtype(jnp.result_type(value), jnp.inexact) else jnp.asarray(value, float)
 
     with one_at_a_time, trace() as sites, substitute(substitute_fn=start), substitute(data=_copied(data)), seed(rng_seed=rng_key):
         model(*args, **kwargs)
@@ -216,6 +237,12 @@ def constrain_params(unconstrained: dict[str, Any], transforms: dict[str, Any]) 
 
 def unconstrain_params(params: dict[str, Any], transforms: dict[str, Any]) -> dict[str, Any]:
     """Unconstrained values of param sites, with their weak types made strong so that nothing is compiled twice."""
+    for name, value in params.items():
+        for leaf in jax.tree.leaves(value):
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+                raise TypeError(
+                    f"param site '{name}': it has values of {jnp.result_type(leaf)}, which have no gradient: write 1.0 for 1."
+                )
     values = {name: transforms[name].inv(value) for name, value in params.items()}
     return strong_types(values)
 
@@ -356,6 +383,11 @@ class whole_plates(Messenger):
 
 
 def _read(sites: dict[str, Site]) -> Run:
+    # latents of other rows than the data, from a state, have an error of their own: require_all_rows
+    if all(jnp.shape(site["value"]) == site["fn"].shape() for site in sites.values() if is_latent(site)):
+        for site in sites.values():
+            if site["type"] == "sample" and site["is_observed"] and not is_factor(site["fn"]):
+                _require_events(site)
     plates = {name: Plate(site["value"], site["args"][0]) for name, site in sites.items() if site["type"] == "plate"}
     latents = {}
     for name, site in sites.items():
@@ -364,6 +396,38 @@ def _read(sites: dict[str, Site]) -> Run:
             axes = tuple(at for at in _axes(site, transform) if at[0] in plates)  # those inside a scan are not seen
             latents[name] = LatentSite(axes, _event_dim(site["fn"], transform))
     return Run(sites, latents, plates)
+
+
+def _require_events(site: Site) -> None:
+    """Refuses data that are not one event for every element of their site, which NumPyro would broadcast, with a warning at most.
+
+    :raises TypeError: for complex data of a site of real events.
+    """
+    name, fn, shape = site["name"], site["fn"], jnp.shape(site["value"])
+    if jnp.iscomplexobj(site["value"]) and not isinstance(fn.support, type(constraints.complex)):
+        raise TypeError(
+            f"site '{name}': its data are complex, of {jnp.result_type(site['value'])}, and {kind_of(fn)} has real events."
+        )
+    num_dims = len(shape) - fn.event_dim
+    batch, events = shape[: max(num_dims, 0)], shape[max(num_dims, 0) :]
+    if events != fn.event_shape:
+        raise ValueError(
+            f"site '{name}': its data are of shape {shape}, and {kind_of(fn)} has events of shape {fn.event_shape} in a batch of "
+            f"{fn.batch_shape}: the last dimensions of data must be those of an event."
+        )
+    try:
+        whole = jnp.broadcast_shapes(batch, fn.batch_shape)
+    except ValueError:
+        whole = ()
+    if whole == fn.batch_shape or (whole == batch and not site["cond_indep_stack"]):
+        return
+    plates = ", ".join(f"'{frame.name}' of {frame.size}" for frame in site["cond_indep_stack"])
+    raise ValueError(
+        f"site '{name}': its data are of shape {shape}, and {kind_of(fn)} has a batch of {fn.batch_shape}"
+        f"{f' in plate {plates}' if plates else ''}: every event would meet others than its own. Reshape the data, as by "
+        "y[:, 0] for a table of one column; or write .to_event(n) for what belongs to one event, and a plate for each "
+        "dimension that does not."
+    )
 
 
 def _axes(site: Site, transform: Any) -> tuple[tuple[str, int], ...]:

@@ -3,7 +3,7 @@
 
 """What is to be known of one site of a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -76,15 +76,56 @@ def finite_events(site: Site, xp: Any = jnp) -> Any:
 
     :param xp: :mod:`numpy` for an answer that is known while a program is traced.
     """
-    value, fn = site["value"], site["fn"]
-    finite = xp.isfinite(xp.asarray(value))
-    finite = finite.all(tuple(range(finite.ndim - fn.event_dim, finite.ndim)))
-    mask = mask_of(fn)
-    return finite if mask is None else finite | ~xp.asarray(mask)
+    return _of_events(site, xp.isfinite(xp.asarray(site["value"])), xp)
 
 
-def require_finite(site: Site) -> None:
-    """Refuses data that are NaN or infinite and not masked; says nothing while data are traced.
+def events_inside(site: Site, xp: Any = jnp) -> Any:
+    """Whether each event of an observed site lies in the support of its distribution, or is masked.
+
+    It is taken to where bounds are arrays of JAX, which may have been computed from a latent: :func:`has_density` tells; and where
+    the distribution was made with ``validate_args=False``, by which a user says that other values are meant.
+    """
+    support, value = site["fn"].support, xp.asarray(site["value"])
+    if (
+        any(isinstance(bound, Array) for bound in jax.tree.leaves(support))
+        or vars(core_of(site["fn"])).get("_validate_args") is False
+    ):
+        return xp.ones(value.shape[: value.ndim - site["fn"].event_dim], bool)
+    return _of_events(site, xp.asarray(support(value)), xp)
+
+
+def has_density(site: Site) -> Array:
+    """Whether the log density of every event of a site is finite, those that are masked left out."""
+    return jnp.isfinite(site["fn"].log_prob(site["value"]))
+
+
+def are_possible(observed: Mapping[str, Site]) -> Array:
+    """Whether a model has a log density at all its data, which are finite and inside the supports; traced."""
+    good = [f(site).all() for site in observed.values() for f in (finite_events, events_inside, has_density)]
+    return jnp.asarray(good).all()
+
+
+def require_possible(observed: Mapping[str, Site], fix: str = "") -> None:
+    """Refuses data at which a model has no log density; for values that are known.
+
+    :param str fix: what else to do about a density that is not finite.
+    :raises ValueError: naming the site.
+    """
+    for site in observed.values():
+        require_data(site)
+    for site in observed.values():
+        _require_density(site, fix)
+
+
+def _of_events(site: Site, good: Any, xp: Any) -> Any:
+    """What holds of every element of the events, or of each whole, of the events that are not masked."""
+    num_dims = np.ndim(site["value"]) - site["fn"].event_dim
+    good, mask = good.all(tuple(range(num_dims, good.ndim))), mask_of(site["fn"])
+    return good if mask is None else good | ~xp.asarray(mask)
+
+
+def require_data(site: Site) -> None:
+    """Refuses data that are NaN, infinite or outside the support, and not masked; says nothing while data are traced.
 
     :raises ValueError: naming the site.
     """
@@ -96,3 +137,31 @@ def require_finite(site: Site) -> None:
             f"site '{site['name']}': {int((~finite).sum())} of {finite.size} observed events are NaN or infinite. "
             "Remove them, or mask them out with numpyro.handlers.mask."
         )
+    inside = events_inside(site, np)
+    if not inside.all():
+        raise ValueError(
+            f"site '{site['name']}': {int((~inside).sum())} of {inside.size} observed events are outside the support of "
+            f"{kind_of(site['fn'])}, {site['fn'].support}: {_values(site, inside)}. Convert the data, or mask these out with "
+            "numpyro.handlers.mask."
+        )
+
+
+def _require_density(site: Site, fix: str) -> None:
+    log_density = np.asarray(site["fn"].log_prob(site["value"]))
+    bad = log_density[~np.isfinite(log_density)]
+    if bad.size:
+        raise ValueError(
+            f"site '{site['name']}': its log density is {bad[0]} at {bad.size} of {log_density.size} observed events: the model "
+            f"makes them impossible, or overflows there. Look at its energy at these values, or scale the data. {fix}".rstrip()
+        )
+
+
+def _values(site: Site, inside: np.ndarray) -> str:
+    """The first of the values outside."""
+    value = np.asarray(site["value"])
+    if site["fn"].event_dim == 0:
+        return (
+            f"the first is {value[~inside].flat[0]}" if value.shape == inside.shape else f"such as {value.min()} or {value.max()}"
+        )
+    outside = value[~inside] if value.shape[: inside.ndim] == inside.shape else value
+    return f"their values reach from {outside.min()} to {outside.max()}"

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array, lax
 
 from numpyro_ebm._checks import require_count, require_key, require_positive
-from numpyro_ebm.samplers.base import WHAT_A_STEP_IS, LogProb, langevin_move
+from numpyro_ebm.samplers.base import WHAT_A_STEP_IS, LogProb, langevin_move, real_positions, require_finite_chains
 
 Position = TypeVar("Position")  # an array, or a pytree of arrays
 
@@ -50,6 +50,7 @@ def annealed_langevin(
     :return: where the chains stand after the last step, with gradients stopped.
     :raises ValueError: if ``step_size`` is not a positive finite number, a temperature is negative or not finite, or ``start``
         is not made of floating arrays with the same number of chains.
+    :raises FloatingPointError: if chains run away; under ``jit``, which cannot raise, they are NaN or infinite.
 
     **References**
 
@@ -84,7 +85,8 @@ def annealed_langevin(
 
     keys = jax.random.split(require_key("rng_key", rng_key), len(schedule))
     x, _ = lax.scan(step, lax.stop_gradient(start), (keys, schedule))
-    return lax.stop_gradient(x)
+    x = lax.stop_gradient(x)
+    return require_finite_chains(x, f"step_size={step_size:g} is too large for how steep the density is, or it is not integrable")
 
 
 def annealing_schedule(num_hot: int = 500, num_cooling: int = 2000, num_freezing: int = 200, hottest: float = 100.0) -> np.ndarray:
@@ -118,7 +120,7 @@ def denoise(log_prob: LogProb, x: Array, sigma: float) -> Array:
     :param float sigma: standard deviation of the noise.
     :raises ValueError: if ``sigma`` is not a positive finite number.
     """
-    sigma = require_positive("sigma", sigma, "it is the standard deviation of the noise")
+    sigma, x = require_positive("sigma", sigma, "it is the standard deviation of the noise"), real_positions(x)
     return x + sigma**2 * jax.grad(lambda x: log_prob(x).sum())(x)
 
 

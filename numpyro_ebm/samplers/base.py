@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 LogProb = Callable[[Array], Array]
@@ -153,6 +154,31 @@ def real_positions(position: Any) -> Array:
     if position.ndim == 0 or len(position) == 0:
         raise ValueError(f"axis 0 of a position counts the chains, got shape {position.shape}: there is none.")
     return position if jnp.issubdtype(position.dtype, jnp.inexact) else position.astype(jnp.result_type(float))
+
+
+def require_finite_chains(position: Any, why: str) -> Any:
+    """The same positions, an array or a pytree of arrays, if they are finite or traced.
+
+    :param str why: what it is that takes chains to infinity, for the message.
+    :raises FloatingPointError: with how many chains are not.
+    """
+    leaves = jax.tree.leaves(position)
+    if any(isinstance(x, jax.core.Tracer) for x in leaves):
+        return position
+    finite = np.all([np.isfinite(x).reshape(len(x), -1).all(1) for x in leaves], axis=0)
+    if not finite.all():
+        raise FloatingPointError(f"{int((~finite).sum())} of {finite.size} chains are NaN or infinite: {why}.")
+    return position
+
+
+def require_state(state: Any, kind: type) -> Any:
+    """A state of a sampler, and not the positions that it is made from.
+
+    :raises TypeError: with what to pass.
+    """
+    if not isinstance(state, kind):
+        raise TypeError(f"state must be a {kind.__name__}, got {type(state).__name__}: pass sampler.init(position, target).")
+    return state
 
 
 def over_events(x: Array, ndim: int) -> Array:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from numpyro.distributions import Distribution
 
-from numpyro_ebm._checks import require_count, require_key
+from numpyro_ebm._checks import require_count, require_instance, require_key
 from numpyro_ebm.samplers.base import LogProb, Sampler
 
 
@@ -41,6 +42,9 @@ def block_gibbs(rng_key: Array, layers: Layers, v: Array, num_steps: int = 1) ->
     :param v: where the chains stand, of shape ``(num_chains,) + batch_shape + (num_visible,)``.
     :param int num_steps: sweeps; 0 leaves the chains where they are.
     :return: where they end, of the shape and dtype of ``v``. Gradients are not stopped.
+    :raises ValueError: if ``num_steps`` is not an integer of 0 or more, or ``v`` has NaN; under ``jit``, which cannot raise, such
+        a chain ends NaN too.
+    :raises TypeError: if ``layers`` has no layers.
 
     **References**
 
@@ -54,13 +58,24 @@ def block_gibbs(rng_key: Array, layers: Layers, v: Array, num_steps: int = 1) ->
         >>> block_gibbs(jax.random.key(0), rbm, jnp.zeros((10_000, 2)), num_steps=100).mean(0).round(1) + 0.0
         Array([1., 0.], dtype=float32)
     """
+    num_steps = require_count("num_steps", num_steps, least=0)
+    require_instance(
+        "layers", layers, ("hidden_given_visible", "visible_given_hidden"), "an RBM, such as GaussianBernoulliRBM(...)"
+    )
+    v, rng_key = jnp.asarray(v), require_key("rng_key", rng_key)
+    is_nan = jnp.isnan(v).any(-1, keepdims=True)
+    if not isinstance(is_nan, jax.core.Tracer) and is_nan.any():
+        raise ValueError(f"v: {int(is_nan.sum())} of {is_nan.size} chains have NaN, and a draw at NaN would look like any other.")
+    return jnp.where(is_nan, jnp.nan, _sweeps(rng_key, layers, v, num_steps)).astype(v.dtype)
 
+
+def _sweeps(rng_key: Array, layers: Layers, v: Array, num_steps: int) -> Array:
     def sweep(v: Array, key: Array) -> tuple[Array, None]:
         hidden_key, visible_key = jax.random.split(key)
         h = layers.hidden_given_visible(v).sample(hidden_key)
         return layers.visible_given_hidden(h).sample(visible_key).astype(v.dtype), None
 
-    return lax.scan(sweep, v, jax.random.split(require_key("rng_key", rng_key), num_steps))[0]
+    return lax.scan(sweep, v, jax.random.split(rng_key, num_steps))[0]
 
 
 class BlockGibbsState(NamedTuple):
@@ -118,4 +133,4 @@ class BlockGibbs(Sampler):
                 "Use GaussianBernoulliRBM or BernoulliRBM, or another sampler, such as MALA()."
             )
         position = lax.stop_gradient(state.position)
-        return BlockGibbsState(lax.stop_gradient(block_gibbs(rng_key, target, position, self.num_steps)))
+        return BlockGibbsState(lax.stop_gradient(_sweeps(rng_key, target, position, self.num_steps)))

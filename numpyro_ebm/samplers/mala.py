@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from numpyro_ebm._checks import require_bool, require_count, require_fraction, require_positive
-from numpyro_ebm.samplers.base import WHAT_A_STEP_IS, LogProb, Sampler, langevin_move, over_events, real_positions
+from numpyro_ebm.samplers.base import WHAT_A_STEP_IS, LogProb, Sampler, langevin_move, over_events, real_positions, require_state
 
 
 class MALAState(NamedTuple):
@@ -118,7 +118,7 @@ class MALA(Sampler):
         """
         if self.num_steps == 0:
             return state
-        start, step_size, acceptance = lax.stop_gradient(state)
+        start, step_size, acceptance = lax.stop_gradient(require_state(state, MALAState))
         dtype = step_size.dtype  # of densities and acceptance; positions may have half of its precision
 
         def chains_at(x: Array) -> _Chains:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from numpyro_ebm._checks import require_count, require_positive
-from numpyro_ebm.samplers.base import WHAT_A_STEP_IS, LogProb, Sampler, langevin_move, real_positions
+from numpyro_ebm.samplers.base import WHAT_A_STEP_IS, LogProb, Sampler, langevin_move, real_positions, require_state
 
 HEALTHY, NEAR_FLOOR, RUNNING_AWAY = 0, 1, 2
 
@@ -105,7 +105,7 @@ class UnadjustedLangevin(Sampler):
             # the variance over chains: what all chains share is travel towards the mode, not stiffness
             return (x, spread + (s.var(0, ddof=1) if len(s) > 1 else s[0] ** 2)), None
 
-        start = lax.stop_gradient(state.position)
+        start = lax.stop_gradient(require_state(state, UnadjustedLangevinState).position)
         keys = jax.random.split(rng_key, self.num_steps)
         (x, spread), _ = lax.scan(step, (start, jnp.zeros_like(start[0])), keys)
         return self._diagnose(state, x, h * spread.max() / self.num_steps)
