@@ -138,8 +138,8 @@ class negative_phase(Messenger):
         ``{"random_field": {site: values, ...}}``, with values as in ``x`` above.
     :raises ValueError: if ``num_chains`` is not a positive integer; while the model is traced, naming the site, if observed
         data are not finite, ``init_chains`` names no energy site or has another shape, the state holds chains of another
-        shape, a random field has masked sites or sites outside a subsampled plate, or the objective averages over
-        ``num_particles > 1``, which would drop the chains.
+        shape, a random field has masked sites or sites outside a subsampled plate, the objective or guide would drop the chains
+        (``num_particles > 1``, a multi-sample guide), or :class:`numpyro.handlers.reparam` stands outside.
     :raises NormalizerError: if the normalizer of a site depends on another latent site, or a random field has discrete or
         energy sites.
     :raises RuntimeError: during a run on a CPU, through JAX, when chains turn non-finite or run away. On an accelerator a report

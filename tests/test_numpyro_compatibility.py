@@ -178,12 +178,12 @@ def inside_cond(prior):
     return model
 
 
-def enumerated(prior):
+def enumerated(prior, how={"enumerate": "parallel"}):  # noqa: B006
     def model(y=Y):
         tilt = numpyro.param("tilt", TILT)
         with numpyro.plate("data", len(Y)):
             z = numpyro.sample("z", prior(tilt))
-            k = numpyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            k = numpyro.sample("k", dist.Bernoulli(0.3), infer=dict(how))
             numpyro.sample("y", dist.Normal(z + k, 1), obs=y)
 
     return model
@@ -379,8 +379,7 @@ ROWS = [
     guides(
         "AutoSemiDAIS",
         R,
-        "refused: share",
-        "refused: share",
+        *["refused: depends on the first argument otherwise"] * 2,
         guide=semi,
         build=subsampled,
         places=("inside",),
@@ -564,7 +563,7 @@ def test_a_construct_is_right_or_refused_with_the_reason(row, engine, expected):
 
 def frozen(prior, discrete=False):
     """The learned prior on other data, its param given: the normalizer is a number."""
-    return substitute((enumerated if discrete else latent)(prior), data={"tilt": TILT, "sd": 0.5})
+    return substitute(enumerated(prior, {}) if discrete else latent(prior), data={"tilt": TILT, "sd": 0.5})
 
 
 def of_latent(discrete=False):
@@ -594,8 +593,8 @@ KERNELS = {
     "HMC": (HMC, 1, False, "this gradient needs d log Z"),
     "BarkerMH": (BarkerMH, 1, False, "this gradient needs d log Z"),
     "SA": (SA, 1, False, "SA compares densities"),
-    "AIES": (AIES, 4, False, "AIES compares densities"),
-    "ESS": (ESS, 4, False, "ESS compares densities"),
+    "AIES": (AIES, 8, False, "AIES compares densities"),
+    "ESS": (ESS, 8, False, "ESS compares densities"),
     "DiscreteHMCGibbs": (lambda model: DiscreteHMCGibbs(NUTS(model)), 1, True, "DiscreteHMCGibbs compares densities"),
     "MixedHMC": (lambda model: MixedHMC(HMC(model)), 1, True, "MixedHMC compares densities"),
 }
