@@ -321,7 +321,7 @@ class Engine(metaclass=_ReadOnly):
         if isinstance(state, RunResult):
             fix = "it is what run returned: pass result.state"
         elif isinstance(state, dict):
-            fix = "restore a checkpoint into the structure of a state, jax.eval_shape(lambda: engine.init(rng_key, ...))"
+            fix += ". Restore a checkpoint into the structure of a state, jax.eval_shape(lambda: engine.init(rng_key, ...))"
         elif isinstance(state, tuple) and state and isinstance(state[0], self.state_class):
             fix = "it is what update returned, a state and a loss: pass the first of the two"
         wanted, given = self.state_class.__name__, type(state).__name__
