@@ -100,7 +100,7 @@ class negative_phase(Messenger):
 
     1. keeps ``num_chains`` chains in the :func:`numpyro.primitives.mutable` site ``"<site>/chains"``, a dictionary of
        ``x``, of shape ``(num_chains,)`` + the site's batch shape before plates expand it + ``event_shape``, and of what
-       the sampler keeps with them (``step_size`` and ``acceptance`` for :class:`~numpyro_ebm.MALA`);
+       the sampler keeps with them (``step_size``, ``acceptance`` and ``jump_acceptance`` for :class:`~numpyro_ebm.MALA`);
     2. advances them by the sampler at the current parameters, under ``stop_gradient``;
     3. adds the factor ``"<site>/log_normalizer"``, :math:`-(m - \mathrm{stop\_gradient}(m))` with :math:`m` the chains'
        mean unnormalized log density: its value is 0, its gradient the estimate of :math:`-\nabla \log Z`.
@@ -123,8 +123,8 @@ class negative_phase(Messenger):
     :param int num_chains: chains at each energy site. The variance that they add to the gradient falls as
         ``1 / num_chains``.
     :param sampler: how the chains move, a :class:`~numpyro_ebm.samplers.Sampler`, or a mapping from site names to samplers;
-        where none is given, by the ``sampler`` of the site's distribution, and if it has none by 10 steps of
-        :class:`~numpyro_ebm.MALA`, of :class:`~numpyro_ebm.BlockGibbs` at the site of an RBM.
+        where none is given, by the ``sampler`` of the site's distribution, and if it has none by 10 steps and a jump of
+        :class:`~numpyro_ebm.MALA`, by 10 sweeps of :class:`~numpyro_ebm.BlockGibbs` at the site of an RBM.
     :param bool persistent: whether chains continue from where the last step left them (persistent contrastive divergence) or
         restart from ``initial`` or the base every time (short-run). Persistent chains of energies by row go on from where they
         stand also where a data loader gives other rows as arguments: they must then reach the new energies in one step's moves.
