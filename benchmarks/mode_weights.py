@@ -5,8 +5,8 @@
 
 A latent has two modes, at -1.5 and 1.5, that no local move crosses between; its prior is a standard normal tilted by a network, and
 is learned from data with little noise (the quickstart of the README). For several keys the script prints P(z > 0) of the *learned
-density*, by quadrature, and of the negative chains that learned it, which look right whatever the density is. The true weight is that
-of the data. Then the same for a hierarchical model of 30 groups with a slope and a scale of the noise.
+density*, by quadrature, and of the negative chains that learned it, which look right whatever the density is. The true weight is
+that of the data. Then the same for a hierarchical model of 30 groups with a slope and a scale of the noise.
 
 Run ``python benchmarks/mode_weights.py``: about four minutes of one core.
 """
