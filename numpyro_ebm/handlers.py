@@ -489,17 +489,23 @@ def explain_chains(
 
     :param data: values of param and mutable sites.
     """
+    found: list[Sampler] = []
+    jax.eval_shape(lambda: found.append(chains_target(phase, name, args, kwargs, data)[1]))
+    return explain(found[0], status)
+
+
+def chains_target(
+    phase: negative_phase, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], data: dict[str, Any]
+) -> tuple[Any, Sampler]:
+    """What the chains of a site are of, a distribution or the class of random fields, and the sampler that moves them.
+
+    :param data: values of param and mutable sites.
+    """
     inside: Any = phase
     while isinstance(inside, Messenger):
         if isinstance(inside, negative_phase):  # the innermost has the chains
             phase = inside
         inside = inside.fn
-    found: list[Sampler] = []
-
-    def run() -> None:
-        program = run_model(substitute(phase.fn, substitute_fn=_feasible), args, kwargs, jax.random.key(0), data=data)
-        energy: Any = RandomField if name == FIELD else energy_site(program.sites[name]["fn"])
-        found.append(phase._sampler_of(name, energy))
-
-    jax.eval_shape(run)
-    return explain(found[0], status)
+    program = run_model(substitute(phase.fn, substitute_fn=_feasible), args, kwargs, jax.random.key(0), data=data)
+    energy: Any = RandomField if name == FIELD else energy_site(program.sites[name]["fn"])
+    return energy, phase._sampler_of(name, energy)
