@@ -84,6 +84,7 @@ def test_energies_page_runs_and_its_numbers_are_the_closed_forms(capsys):
     assert abs(page["unadjusted"] / page["formula"] - 1) < 4 * noise
     assert page["loss"] + page["tilt"] ** 2 / 2 == pytest.approx(float(page["exact"]), abs=0.1)
     assert abs(page["jumping"] - 0.75) < 0.05 < 0.2 < page["staying"] - 0.75
+    assert page["report"].is_well
     assert printed.count("needs d log Z / d theta") == 1
     assert "doubly intractable" in printed
 
