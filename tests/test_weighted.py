@@ -221,6 +221,8 @@ def test_monitors_are_samples_too():
     phase, state = uneven(num_monitor_chains=100)
     draws, _ = phase.sample_chains(KEY, {"tilt": 1.0}, state, 1, X)
     assert draws["x"].shape == (500, 1)
+    # Catches monitors that are resampled from those that teach, whose errors they would share.
+    assert set(np.asarray(draws["x"][400:, 0])) <= set(np.asarray(state["x/chains"]["x"][400:]))
     assert draws["x"][400:].mean() == pytest.approx(1.0, abs=4.5 * np.sqrt(2 * np.e / 100))
 
 
