@@ -69,6 +69,7 @@ bench: $(VENV)/.installed-examples
 	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/device.py
 	$(BIN)/python benchmarks/negative_phase.py
+	$(BIN)/python benchmarks/mode_weights.py
 	$(BIN)/python benchmarks/particle_mmle.py
 	$(BIN)/python benchmarks/score_objectives.py
 	$(BIN)/python benchmarks/bism.py

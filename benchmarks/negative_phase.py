@@ -8,8 +8,8 @@ energy, 256 persistent chains moved by 10 steps of MALA. The hand-written step k
 encoder, evaluates the evidence lower bound, moves all chains with one batched gradient and steps Adam.
 
 Both are compiled into one loop of steps and timed in turn, A B A B, so that the ratio holds when the machine's speed
-drifts. So is the same step without the reports of chains in trouble, which on a CPU are a condition in every step. Run
-``make bench``, or ``python benchmarks/negative_phase.py --help``.
+drifts. So is the same step without the reports of chains in trouble, which on a CPU are a condition in every step, and with the
+jump that a run of 10 steps makes by default. Run ``make bench``, or ``python benchmarks/negative_phase.py --help``.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def networks():
     return energy, decoder, encoder
 
 
-def by_numpyro_ebm(images, reports=True):
+def by_numpyro_ebm(images, reports=True, num_jumps=0):
     energy_net, decoder_net, encoder_net = networks()
 
     def model(y):
@@ -53,7 +53,7 @@ def by_numpyro_ebm(images, reports=True):
         with numpyro.plate("data", len(y)):
             numpyro.sample("z", dist.Normal(loc, jnp.exp(log_scale)).to_event(1))
 
-    phase = negative_phase(model, num_chains=NUM_CHAINS, sampler=MALA(num_steps=NUM_STEPS))
+    phase = negative_phase(model, num_chains=NUM_CHAINS, sampler=MALA(num_steps=NUM_STEPS, num_jumps=num_jumps))
     svi = SVI(phase if reports else phase.without_reports(), guide, OPTIM, Trace_ELBO())
     return svi.init(jax.random.key(1), images), lambda state: svi.update(state, images)
 
@@ -117,11 +117,17 @@ def by_hand(images):
 
 def main(args):
     images = jax.random.uniform(jax.random.key(3), (BATCH, PIXELS))
-    steps = by_numpyro_ebm(images), by_hand(images), by_numpyro_ebm(images, reports=False)
+    steps = (
+        by_numpyro_ebm(images),
+        by_hand(images),
+        by_numpyro_ebm(images, reports=False),
+        by_numpyro_ebm(images, num_jumps=None),
+    )
     times = in_turn(*(timed(*step, args.num_steps) for step in steps), repeats=args.repeats)
     print(f"device {jax.devices()[0].device_kind}; {args.repeats} pairs of {args.num_steps} steps; medians")
     show_ratio("SVI(negative_phase(model)) over the maths by hand", times)
     show_ratio("with reports over without", times, over=2)
+    show_ratio("with a jump over without", times, column=3, over=0)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array, lax
 
 from numpyro_ebm.samplers import Sampler, Target
+from numpyro_ebm.weighted import is_weighted, resampled
 
 _SUFFIX = "/chains"
 SHORT_RUN, MIXED_FIELDS, NOT_FINITE = -1, 8, 9  # beyond what samplers know
@@ -64,10 +65,11 @@ def is_warning(status: int) -> bool:
 
 
 def positions(chains: Mapping[str, Mapping[str, Any]]) -> dict[str, Array]:
-    """Where the chains of sites stand, by sample site: those of a random field are values of many sites."""
+    """Samples of sites, by sample site: where their chains stand, weighted ones resampled. Those of a field are of many sites."""
     found: dict[str, Array] = {}
     for site, kept in chains.items():
-        found |= kept["x"] if isinstance(kept["x"], Mapping) else {site: kept["x"]}
+        x = resampled(kept) if is_weighted(kept) else kept["x"]
+        found |= x if isinstance(x, Mapping) else {site: x}
     return found
 
 

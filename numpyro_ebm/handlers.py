@@ -25,7 +25,7 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import ELBO
 from numpyro.primitives import Messenger, mutable
 
-from numpyro_ebm._checks import require_bool, require_count, require_key
+from numpyro_ebm._checks import require_bool, require_count, require_key, require_setting
 from numpyro_ebm._compat import (
     called_by_mcmc,
     calling_local_model,
@@ -66,10 +66,12 @@ from numpyro_ebm.program.run import run_model
 from numpyro_ebm.program.sites import FIELD, normalizer_name, require_data, stand_in
 from numpyro_ebm.samplers import Sampler
 from numpyro_ebm.samplers.base import require_sampler
+from numpyro_ebm.weighted import Population, Weighted, is_weighted
+from numpyro_ebm.weights import LogNormalizer
 
 Message = dict[str, Any]
 
-__all__ = ["negative_phase", "unnormalized"]
+__all__ = ["Weighted", "negative_phase", "unnormalized"]
 
 
 class unnormalized(Messenger):
@@ -105,7 +107,7 @@ class negative_phase(Messenger):
 
     1. keeps ``num_chains`` chains in the :func:`numpyro.primitives.mutable` site ``"<site>/chains"``, a dictionary of
        ``x``, of shape ``(num_chains,)`` + the site's batch shape before plates expand it + ``event_shape``, and of what
-       the sampler keeps with them (``step_size`` and ``acceptance`` for :class:`~numpyro_ebm.MALA`);
+       the sampler keeps with them (``step_size``, ``acceptance`` and ``jump_acceptance`` for :class:`~numpyro_ebm.MALA`);
     2. advances them by the sampler at the current parameters, under ``stop_gradient``;
     3. adds the factor ``"<site>/log_normalizer"``, :math:`-(m - \mathrm{stop\_gradient}(m))` with :math:`m` the chains'
        mean unnormalized log density: its value is 0, its gradient the estimate of :math:`-\nabla \log Z`.
@@ -128,11 +130,13 @@ class negative_phase(Messenger):
     :param int num_chains: chains at each energy site. The variance that they add to the gradient falls as
         ``1 / num_chains``.
     :param sampler: how the chains move, a :class:`~numpyro_ebm.samplers.Sampler`, or a mapping from site names to samplers;
-        where none is given, by the ``sampler`` of the site's distribution, and if it has none by 10 steps of
-        :class:`~numpyro_ebm.MALA`, of :class:`~numpyro_ebm.BlockGibbs` at the site of an RBM.
+        where none is given, by the ``sampler`` of the site's distribution, and if it has none by 10 steps and a jump of
+        :class:`~numpyro_ebm.MALA`, by 10 sweeps of :class:`~numpyro_ebm.BlockGibbs` at the site of an RBM.
     :param bool persistent: whether chains continue from where the last step left them (persistent contrastive divergence) or
         restart from ``initial`` or the base every time (short-run). Persistent chains of energies by row go on from where they
         stand also where a data loader gives other rows as arguments: they must then reach the new energies in one step's moves.
+    :param weights: :class:`~numpyro_ebm.Weighted` for chains of energy sites that carry weights: the gradient is then right
+        however slowly they move, and :meth:`log_normalizer` knows :math:`\log Z`.
     :param init_chains: a mapping from site names to where chains start, of shape ``(num_chains,) + batch_shape +
         event_shape``; samples of the site's ``initial`` or base if not given. For a random field
         ``{"random_field": {site: values, ...}}``, with values as in ``x`` above.
@@ -182,6 +186,7 @@ class negative_phase(Messenger):
         num_chains: int = 256,
         sampler: Sampler | Mapping[str, Sampler] | None = None,
         persistent: bool = True,
+        weights: Weighted | None = None,
         init_chains: Mapping[str, Array | Mapping[str, Array]] | None = None,
     ) -> None:
         samplers: list[Any] = list(sampler.values()) if isinstance(sampler, Mapping) else [sampler]
@@ -192,6 +197,9 @@ class negative_phase(Messenger):
         self.sampler: Sampler | Mapping[str, Sampler] = {} if sampler is None else sampler
         if not isinstance(init_chains, Mapping | None):
             raise TypeError(f"init_chains must map energy sites to chains, got {type(init_chains).__name__}.")
+        self.weights: Weighted | None = None if weights is None else require_setting("weights", weights, (Weighted,))
+        if weights is not None and not persistent:
+            raise ValueError("weights go on from step to step, and chains that restart do not: take persistent=True.")
         self.init_chains: dict[str, Any] = dict(init_chains or {})
         self._open: list[tuple[Message, str]] = []
         self._checked: dict[Any, bool] = {}  # by the kind of arguments and sites: whether the model is a random field
@@ -232,7 +240,7 @@ class negative_phase(Messenger):
         field_key, start_key, run_key = jax.random.split(_chain_key(FIELD), 3)
         field = RandomField(self.fn, args, kwargs, field_key, seen, self.num_chains)
         start = field.start(start_key, self.init_chains.get(FIELD, {}))
-        mean = self._advance(FIELD, field, start, run_key).mean(0)
+        mean = self._advance(FIELD, field, start, run_key)
         numpyro.factor(normalizer_name(FIELD), -(mean - lax.stop_gradient(mean)))
 
     def __enter__(self) -> Any:
@@ -270,8 +278,7 @@ class negative_phase(Messenger):
             )
         site = {**msg, "name": name}
         start_key, run_key = jax.random.split(_chain_key(name))
-        log_density = self._advance(name, energy, self._start(site, energy, start_key), run_key)
-        mean = _where_it_stands(msg["fn"], log_density.mean(0))
+        mean = _where_it_stands(msg["fn"], self._advance(name, energy, self._start(site, energy, start_key), run_key))
         # a value may have more batch dimensions than its distribution: NumPyro adds up log_prob over them
         batch = jnp.shape(msg["value"])[: jnp.ndim(msg["value"]) - msg["fn"].event_dim]
         mean = jnp.broadcast_to(mean, lax.broadcast_shapes(mean.shape, batch))
@@ -307,6 +314,17 @@ class negative_phase(Messenger):
         self.check_chains(params, state, *args, **kwargs)
         return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), draws), state
 
+    def _resampled(self, rng_key: Array, mutable_state: dict[str, Any]) -> dict[str, Any]:
+        """The same mutable sites with weighted chains that all weigh the same."""
+        state, weights = dict(mutable_state), self.weights
+        for i, (site, chains) in enumerate(chains_of(mutable_state).items()):
+            if weights is not None and is_weighted(chains):
+                key = jax.random.fold_in(rng_key, i)
+                density = chains["log_density"]
+                x, chains = weights.weigh(key, chains["x"], chains, density, self.num_chains, resample=True)
+                state[chains_name(site)] = {**chains, "x": x}
+        return state
+
     def check_chains(self, params: dict[str, Any], mutable_state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Tells what is wrong with the chains of a fit, and the fix.
 
@@ -325,6 +343,23 @@ class negative_phase(Messenger):
                 why = explain_chains(self, site, status, args, kwargs, {**params, **mutable_state})
                 tell(f"site '{site}', update {int(chains['num_updates'])}: {why}", status)
 
+    def log_normalizer(self, mutable_state: Any) -> dict[str, LogNormalizer]:
+        r""":math:`\log Z` of every energy site at the parameters of the last step, from the weights of its chains.
+
+        It is the estimate of the monitors, where there are some. That of the chains that teach is biased: they have moved the
+        parameters to where they say that :math:`\log Z` is low, by about the learning rate times the variance of the gradient at
+        every step, and likelihoods look better the longer one trains.
+
+        :param mutable_state: ``result.state.mutable_state``, or ``result`` or ``result.state`` themselves.
+        :return: by site; each field has the shape of the site's batch, before plates expand it. It is nan where chains began from
+            ``init_chains``, or from a distribution whose density is not known.
+        :raises ValueError: without weights.
+        """
+        if self.weights is None:
+            raise ValueError("only weighted chains know log Z: negative_phase(model, weights=Weighted(num_monitor_chains=256)).")
+        kept = {site: chains for site, chains in chains_of(_of_fit({}, mutable_state)[1]).items() if is_weighted(chains)}
+        return {site: self.weights.log_normalizer(chains, self.num_chains) for site, chains in kept.items()}
+
     def without_reports(self) -> Self:
         """The same handler for an engine that reads the chains' ``status`` itself, and tells what is wrong between steps."""
         silent = copy.copy(self)
@@ -332,39 +367,83 @@ class negative_phase(Messenger):
         return silent
 
     def _advance(self, name: str, energy: ChainTarget, start: Any, run_key: Array) -> Array:
-        """The log density at the chains of a site, which it moves by one run of the sampler and stores in a mutable site.
+        """The mean log density at the chains of a site, which it moves by one run of the sampler and stores in a mutable site.
 
         :param energy: a :class:`TiltedDistribution`, whose chains are an array, or a :class:`RandomField`, whose are one by site.
         """
         sampler = self._sampler_of(name, energy)
         target = energy.chain_log_prob(sampler)
+        population: Population = {}
+        if self.weights is not None:
+            run_key, start_key, weigh_key = jax.random.split(run_key, 3)
+            start, population = self._weighted_start(start_key, name, energy, sampler, start)
         fresh = sampler.init(energy.to_chain(start, sampler), target)
         kept = {field: value for field, value in fresh._asdict().items() if field != "position"}
         count = jnp.zeros((), jnp.int32)
-        chains = mutable(chains_name(name_inside(self, name)), {"x": start, "num_updates": count, "status": count, **kept})
-        if _shapes(chains["x"]) != _shapes(start):
-            raise ValueError(
-                f"site '{name}': the state holds chains of shape {_shapes(chains['x'])}, this handler keeps {_shapes(start)}. "
-                "Use the same num_chains, or begin from a fresh state."
-            )
-        position = energy.to_chain(chains["x"] if self.persistent else start, sampler)
-        state = fresh._replace(position=position, **{field: chains[field] for field in kept})
+        begin = {"x": start, "num_updates": count, "status": count, **population, **kept}
+        chains = mutable(chains_name(name_inside(self, name)), begin)
+        if _shapes(chains) != _shapes(begin):
+            self._refuse_other_chains(name, chains, begin)
+        x = chains["x"] if self.persistent else start
+        if self.weights is not None:
+            population = {field: chains[field] for field in population}
+            log_density = lax.stop_gradient(energy._log_density(x))
+            x, population = self.weights.weigh(weigh_key, x, population, log_density, self.num_chains)
+        state = fresh._replace(position=energy.to_chain(x, sampler), **{field: chains[field] for field in kept})
         state = sampler.run(run_key, target, state)
         x = lax.stop_gradient(energy.from_chain(state.position, sampler))
         moved = state._asdict()
         chains.update({"x": x, "num_updates": chains["num_updates"] + 1, **{field: moved[field] for field in kept}})
-        log_density: Array = energy._log_density(x)
+        log_density = energy._log_density(x)
+        if self.weights is not None:
+            chains.update({**population, "log_density": lax.stop_gradient(log_density)})
         finite = jnp.all(jnp.stack([jnp.isfinite(array).all() for array in jax.tree.leaves((x, log_density))]))
         trouble = jnp.where(finite, 0, NOT_FINITE)
         if isinstance(energy, RandomField) and self.persistent:
             trouble = jnp.maximum(trouble, jnp.where(energy.mixes_fields(x), MIXED_FIELDS, 0))
         chains["status"] = watch(name, sampler, state, trouble, chains, persistent=self.persistent, reports=self._reports)
-        return log_density * jnp.where(chains["status"] > 1, jnp.nan, 1)  # so that no fit goes on with such chains, whoever runs it
+        mean = log_density.mean(0) if self.weights is None else self.weights.mean(log_density, population, self.num_chains)
+        return mean * jnp.where(chains["status"] > 1, jnp.nan, 1)  # so that no fit goes on with such chains, whoever runs it
+
+    def _weighted_start(
+        self, rng_key: Array, name: str, energy: ChainTarget, sampler: Sampler, start: Any
+    ) -> tuple[Array, Population]:
+        """Where weighted chains start, with their weights at the parameters of the start."""
+        if not isinstance(energy, TiltedDistribution):
+            raise ValueError(f"site '{name}': weights are for the chains of energy sites, and those of a random field have none.")
+        if not sampler.is_exact:
+            raise ValueError(
+                f"site '{name}': {sampler!r} does not leave the density as it is, and weights would drift: take MALA(), or no "
+                "weights."
+            )
+        weights: Any = self.weights
+        at_start, target = energy.to_chain(start, sampler), energy.chain_log_prob(sampler)
+        is_told = name in self.init_chains
+        position, population = weights.begin(rng_key, target, sampler, at_start, self.num_chains, from_reference=not is_told)
+        start = energy.from_chain(position, sampler)
+        return start, population | {"log_density": lax.stop_gradient(energy._log_density(start))}
+
+    def _refuse_other_chains(self, name: str, chains: dict[str, Any], begin: dict[str, Any]) -> None:
+        found, wanted = _shapes(chains["x"]), _shapes(begin["x"])
+        if found != wanted:
+            raise ValueError(
+                f"site '{name}': the state holds chains of shape {found}, this handler keeps {wanted}. Use the same num_chains, or "
+                "begin from a fresh state."
+            )
+        raise ValueError(
+            f"site '{name}': the state keeps {sorted(chains)} of its chains, this handler {sorted(begin)}. Use the same sampler "
+            "and weights, or begin from a fresh state."
+        )
+
+    @property
+    def _num_rows(self) -> int:
+        """Chains, monitors included."""
+        return self.num_chains + (0 if self.weights is None else self.weights.num_monitor_chains)
 
     def _start(self, site: Message, energy: TiltedDistribution, key: Array) -> Array:
-        shape = (self.num_chains, *energy.batch_shape, *energy.event_shape)
+        shape = (self._num_rows, *energy.batch_shape, *energy.event_shape)
         if site["name"] not in self.init_chains:
-            return lax.stop_gradient(energy.initial_chains(key, self.num_chains))
+            return lax.stop_gradient(energy.initial_chains(key, self._num_rows))
         start = jnp.asarray(self.init_chains[site["name"]])
         if start.shape != shape:
             raise ValueError(f"site '{site['name']}': init_chains has shape {start.shape}, it must be {shape}.")
@@ -433,6 +512,9 @@ def _frozen_chains(
         state = {name: sites[name]["value"] for name in state}
         return state, positions(chains_of(state))
 
+    if phase.weights is not None:
+        resample_key, rng_key = jax.random.split(rng_key)
+        mutable_state = phase._resampled(resample_key, mutable_state)
     return lax.scan(step, mutable_state, jax.random.split(rng_key, num_samples))
 
 
@@ -550,17 +632,23 @@ def explain_chains(
 
     :param data: values of param and mutable sites.
     """
+    found: list[Sampler] = []
+    jax.eval_shape(lambda: found.append(chains_target(phase, name, args, kwargs, data)[1]))
+    return explain(found[0], status)
+
+
+def chains_target(
+    phase: negative_phase, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], data: dict[str, Any]
+) -> tuple[Any, Sampler]:
+    """What the chains of a site are of, a distribution or the class of random fields, and the sampler that moves them.
+
+    :param data: values of param and mutable sites.
+    """
     inside: Any = phase
     while isinstance(inside, Messenger):
         if isinstance(inside, negative_phase):  # the innermost has the chains
             phase = inside
         inside = inside.fn
-    found: list[Sampler] = []
-
-    def run() -> None:
-        program = run_model(substitute(phase.fn, substitute_fn=_feasible), args, kwargs, jax.random.key(0), data=data)
-        energy: Any = RandomField if name == FIELD else energy_site(program.sites[name]["fn"])
-        found.append(phase._sampler_of(name, energy))
-
-    jax.eval_shape(run)
-    return explain(found[0], status)
+    program = run_model(substitute(phase.fn, substitute_fn=_feasible), args, kwargs, jax.random.key(0), data=data)
+    energy: Any = RandomField if name == FIELD else energy_site(program.sites[name]["fn"])
+    return energy, phase._sampler_of(name, energy)

@@ -22,6 +22,7 @@ from numpyro_ebm.chains import chains_of, positions
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.program.run import constrained, draw_latents, run_model, whole_plates
 from numpyro_ebm.program.sites import Site, is_factor
+from numpyro_ebm.weighted import is_weighted, resampled
 
 __all__ = ["to_inference_data"]
 
@@ -195,6 +196,9 @@ def _negative_chains(fit: Fit) -> dict[str, dict[str, Any]]:
     kept = {site: dict(jax.device_get(chains)) for site, chains in chains_of(fit.mutable_state or {}).items()}
     if fit.is_many_runs:
         for values in kept.values():
+            if is_weighted(values):
+                values["x"] = jax.vmap(resampled)({name: values[name] for name in ("x", "log_weight")})
+                del values["log_weight"]
             values["x"] = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), values["x"])
     return kept
 

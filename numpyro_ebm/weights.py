@@ -31,3 +31,17 @@ def normalized_weights(log_weights: Array, keep: Array | None = None) -> Array:
 def effective_sample_size(weights: Array) -> Array:
     """How many samples the normalized ``weights`` along axis 0 are worth, between 1 and their number."""
     return 1 / (weights**2).sum(0)
+
+
+def systematic(rng_key: Array | None, weights: Array) -> Array:
+    """Indices along axis 0 by systematic resampling: each as often as its normalized weight times their number, up to one.
+
+    :param rng_key: for the one offset of each column; a half without.
+    :param weights: of shape ``(num_samples,) + batch_shape``, which sum to 1.
+    """
+    size = len(weights)
+    offset = jnp.full(weights.shape[1:], 0.5) if rng_key is None else jax.random.uniform(rng_key, weights.shape[1:])
+    wanted = (jnp.arange(size).reshape(-1, *(1,) * offset.ndim) + offset.astype(weights.dtype)) / size
+    columns = weights.cumsum(0).reshape(size, -1), wanted.reshape(size, -1)
+    found = jax.vmap(lambda cumulated, wanted: jnp.searchsorted(cumulated, wanted), 1, 1)(*columns)
+    return jnp.clip(found, 0, size - 1).reshape(weights.shape)

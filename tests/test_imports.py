@@ -25,6 +25,7 @@ FLOORS = {
     "weights": 0,
     "datasets": 0,
     "samplers": 1,
+    "weighted": 2,
     "optim": 1,
     "distributions": 2,
     "program": 3,

@@ -9,6 +9,8 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -60,7 +62,12 @@ def test_readme_quickstart_finds_both_modes_of_the_latent(readme):
     assert chains.shape == (1000,)
     assert abs(jnp.abs(chains).mean() - jnp.abs(latent).mean()) < 0.1
     assert (jnp.abs(chains) < 0.5).mean() < 0.05
-    assert 0.3 < (chains > 0).mean() < 0.7
+    # the learned density, by quadrature: without jumps its modes have weights from .38 to .62, and chains do not show it
+    energy = eqx.combine(readme[1]["result"].params["energy$params"], readme[1]["network"])
+    z = jnp.linspace(-6, 6, 2001)
+    density = jax.nn.softmax(-(z**2) / 2 - jax.vmap(energy)(z))
+    for right in (density[z > 0].sum(), (chains > 0).mean()):
+        assert abs(right - (latent > 0).mean()) < 0.05
 
 
 def test_readme_engine_learns_the_exact_tilt(readme):
@@ -86,6 +93,8 @@ def test_energies_page_runs_and_its_numbers_are_the_closed_forms(capsys):
     assert abs(page["adjusted"] * page["variance"] - 1) < 4 * noise
     assert abs(page["unadjusted"] / page["formula"] - 1) < 4 * noise
     assert page["loss"] + page["tilt"] ** 2 / 2 == pytest.approx(float(page["exact"]), abs=0.1)
+    assert abs(page["jumping"] - 0.75) < 0.05 < 0.2 < page["staying"] - 0.75
+    assert page["report"].is_well
     assert printed.count("needs d log Z / d theta") == 1
     assert "doubly intractable" in printed
 

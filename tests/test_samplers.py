@@ -324,7 +324,7 @@ def test_chains_move_by_the_sampler_named_else_by_the_distributions_own_else_by_
         return set(_chains(negative_phase(_latent, num_chains=3, sampler=named), Y, own)) - {"x", "num_updates", "status"}
 
     ula = {"stiffness", "runs_near_floor", "runs_unstable"}
-    assert fields() == {"step_size", "acceptance"}
+    assert fields() == {"step_size", "acceptance", "jump_acceptance"}
     assert fields(own=Count()) == {"runs"}
     assert fields(own=Count(), named=UnadjustedLangevin()) == ula
     assert fields(own=Count(), named={"z": UnadjustedLangevin()}) == ula

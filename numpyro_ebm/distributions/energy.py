@@ -139,7 +139,10 @@ class TiltedDistribution(Distribution):
     :param Sampler sampler: how :meth:`sample` draws, and how the chains of :class:`~numpyro_ebm.negative_phase` move unless it
         is given another; 200 steps of :class:`~numpyro_ebm.MALA` for the former and 10 for the latter if not given.
     :param Distribution initial: where chains start; the base if not given.
-    :raises TypeError: if ``sampler`` is not a :class:`~numpyro_ebm.samplers.Sampler`.
+    :param Distribution reference: what chains jump to (see :class:`~numpyro_ebm.MALA`), normalized and easy to sample; the base if
+        not given, ``initial`` where the base is flat. It should be as wide as the distribution that is learned.
+    :raises TypeError: if ``sampler`` is not a :class:`~numpyro_ebm.samplers.Sampler`, or ``base``, ``initial`` or ``reference`` not
+        a NumPyro distribution.
     :raises ValueError: at first use, if the energy does not map one event to one real scalar.
 
     **References**
@@ -160,7 +163,7 @@ class TiltedDistribution(Distribution):
     """
 
     arg_constraints: dict[str, Any] = {}
-    pytree_data_fields: tuple[str, ...] = ("base", "initial", "params", "_energy_arrays")
+    pytree_data_fields: tuple[str, ...] = ("base", "initial", "params", "reference", "_energy_arrays")
     pytree_aux_fields: tuple[str, ...] = ("_energy_batch_ndim", "_energy_static", "_event_ndims", "guarded", "sampler")
     # The inherited defaults are wrong: has_rsample would be vacuously true, and enumerating a vector event gives
     # NumPyro's Gibbs samplers wrong answers silently.
@@ -182,17 +185,19 @@ class TiltedDistribution(Distribution):
         batch_shape: tuple[int, ...] = (),
         sampler: Sampler | None = None,
         initial: Distribution | None = None,
+        reference: Distribution | None = None,
         validate_args: bool | None = None,
     ) -> None:
         if not callable(energy):
             raise TypeError(f"energy must be a function of one event, got {type(energy).__name__}.")
         if not isinstance(base, Distribution):
             raise TypeError(f"base must be a NumPyro distribution, got {type(base).__name__}: it comes before the energy.")
-        if initial is not None and not isinstance(initial, Distribution):
-            raise TypeError(f"initial must be a NumPyro distribution such as dist.Normal(0, 1), got {type(initial).__name__}.")
-        if initial is not None and initial.event_shape != base.event_shape:
-            raise ValueError(f"initial has event_shape {initial.event_shape}, the base has {base.event_shape}: they must agree.")
-        self.base, self.initial, self.params = base, initial, params
+        for name, fn in {"initial": initial, "reference": reference}.items():
+            if fn is not None and not isinstance(fn, Distribution):
+                raise TypeError(f"{name} must be a NumPyro distribution such as dist.Normal(0, 1), got {type(fn).__name__}.")
+            if fn is not None and fn.event_shape != base.event_shape:
+                raise ValueError(f"{name} has event_shape {fn.event_shape}, the base has {base.event_shape}: they must agree.")
+        self.base, self.initial, self.reference, self.params = base, initial, reference, params
         self.sampler = None if sampler is None else require_sampler("sampler", sampler)
         self.guarded = not self.is_normalized
         self._energy_arrays, self._energy_static = arrays_and_rest(energy)
@@ -311,7 +316,7 @@ class TiltedDistribution(Distribution):
         if not isinstance(is_possible, jax.core.Tracer) and not is_possible.all():
             num_bad = int((~is_possible).sum())
             raise RuntimeError(
-                f"{_place(calling_site(self))}: {num_bad} of {is_possible.size} samples are where the density is 0, NaN or infinite. "
+                f"{_place(calling_site(self))}: {num_bad} of {is_possible.size} samples are where the density is 0, NaN or inf. "
                 "Chains that start there do not leave, and unadjusted ones may step there: give initial= a distribution inside, "
                 "support= to an energy that ends, or a sampler with a smaller step."
             )
@@ -365,8 +370,15 @@ class TiltedDistribution(Distribution):
         return biject_to(self.support)(position) if self._unconstrains(sampler) else position
 
     def chain_log_prob(self, sampler: Sampler) -> Target:
-        """The log density of positions of ``sampler``, with the path to it from the base, where that can be sampled."""
-        return Target(self._of_positions(self._log_density, sampler), self._chain_reference(sampler))
+        """The log density of positions of ``sampler``, with the path to it from what chains jump to, where there is that."""
+        fn = self._reference()
+
+        def log_density(value: Array, beta: Any) -> Array:
+            if fn is None or fn is self.base or (isinstance(beta, float) and beta == 1):
+                return self._log_density(value, beta)
+            return jnp.where(beta < 1, (1 - beta) * _log_prob_inside(fn, value), 0.0) + beta * self._log_density(value)
+
+        return Target(self._of_positions(log_density, sampler), self._chain_reference(sampler))
 
     def _chain_reference(self, sampler: Sampler) -> Reference | None:
         """The distribution at the start of the path, in the space of the chains."""
@@ -377,18 +389,21 @@ class TiltedDistribution(Distribution):
         def sample(rng_key: Array, n: int) -> Array:
             return self.to_chain(fn.expand(self.batch_shape).sample(rng_key, (n,)), sampler)
 
-        return Reference(sample, self._of_positions(fn.log_prob, sampler))
+        return Reference(sample, self._of_positions(partial(_log_prob_inside, fn), sampler))
 
     def _reference(self) -> Distribution | None:
-        """What the density is without its energy; None if that is flat, or itself known up to its normalizer only."""
-        return None if is_flat(self.base) or energy_site(self.base) is not None else self.base
+        """What chains can jump to, and the path to the density begins at: ``reference``, else the base, else ``initial``."""
+        if self.reference is not None:
+            return self.reference
+        fn = self.initial if is_flat(self.base) else self.base
+        return fn if fn is not None and fn.support.is_discrete == self.support.is_discrete and _is_known(fn) else None
 
     def _of_positions(self, log_density: Callable[..., Array], sampler: Sampler) -> Callable[..., Array]:
         """A log density of events as one of positions of ``sampler``."""
         if not self._unconstrains(
             sampler
         ):  # only the density keeps its chains in the support, and NumPyro's not without validation
-            return lambda x, *beta: jnp.where(self._is_inside(x), log_density(x, *beta), -jnp.inf)
+            return lambda x, *beta: jnp.where(_is_inside(self, x), log_density(x, *beta), -jnp.inf)
         transform = biject_to(self.support)
 
         def of_position(position: Array, *beta: Any) -> Array:
@@ -397,11 +412,6 @@ class TiltedDistribution(Distribution):
             return log_density(value, *beta) + sum_rightmost(log_det, self.event_dim - transform.codomain.event_dim)
 
         return of_position
-
-    def _is_inside(self, value: Array) -> Array:
-        """Whether events lie in the support, which may be one of their elements."""
-        inside = self.support(value)
-        return inside.reshape((*value.shape[: value.ndim - self.event_dim], -1)).all(-1)
 
     def _unconstrains(self, sampler: Sampler) -> bool:
         if not sampler.uses_score:
@@ -513,6 +523,7 @@ class EnergyDistribution(TiltedDistribution):
     :param Sampler sampler: how :meth:`~TiltedDistribution.sample` draws, and how the chains of
         :class:`~numpyro_ebm.negative_phase` move unless it is given another; :class:`~numpyro_ebm.MALA` if not given.
     :param Distribution initial: where chains start.
+    :param Distribution reference: what chains jump to (see :class:`~numpyro_ebm.MALA`); ``initial`` if not given.
     :raises ValueError: at first use, if the energy does not map one event to one real scalar.
 
     .. doctest::
@@ -540,6 +551,7 @@ class EnergyDistribution(TiltedDistribution):
         batch_shape: tuple[int, ...] = (),
         sampler: Sampler | None = None,
         initial: Distribution | None = None,
+        reference: Distribution | None = None,
         validate_args: bool | None = None,
     ) -> None:
         super().__init__(
@@ -549,6 +561,7 @@ class EnergyDistribution(TiltedDistribution):
             batch_shape=batch_shape,
             sampler=sampler,
             initial=initial,
+            reference=reference,
             validate_args=validate_args,
         )
 
@@ -578,7 +591,8 @@ def _promote_batch_shape_tilted(d: TiltedDistribution):  # type: ignore[no-untyp
         arrays = jax.tree.map(lambda array: jnp.expand_dims(array, axes), arrays)
         promoted._energy_batch_ndim = num_new + len(d.batch_shape)
     promoted._energy_arrays, promoted.params = arrays
-    promoted.base, promoted.initial = base, None if d.initial is None else _promoted(d.initial)
+    promoted.base = base
+    promoted.initial, promoted.reference = (None if fn is None else _promoted(fn) for fn in (d.initial, d.reference))
     promoted._batch_shape = lax.broadcast_shapes(base.batch_shape, promoted._energy_batch_shape, d.batch_shape)
     return promoted
 
@@ -605,6 +619,28 @@ def energy_site(fn: Distribution) -> TiltedDistribution | None:
     """The energy distribution with an unknown normalizer inside a site's distribution, if there is one."""
     found = next((part for part in layers(fn) if isinstance(part, TiltedDistribution)), None)
     return None if found is None or found.is_normalized else found
+
+
+def _is_known(fn: Distribution) -> bool:
+    """Whether a distribution can be sampled at once, and has a normalized density."""
+    if energy_site(fn) is not None:
+        return False
+    try:
+        jax.eval_shape(lambda key: fn.log_prob(fn.sample(key)), jax.random.key(0))
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _log_prob_inside(fn: Distribution, value: Array) -> Array:
+    """A log density that is minus infinity outside its support, which NumPyro's is not without validation."""
+    return jnp.where(_is_inside(fn, value), fn.log_prob(value), -jnp.inf)
+
+
+def _is_inside(fn: Distribution, value: Array) -> Array:
+    """Whether events lie in the support of a distribution, which may be one of their elements."""
+    inside: Array = fn.support(value)
+    return inside.reshape((*value.shape[: value.ndim - fn.event_dim], -1)).all(-1)
 
 
 def is_flat(fn: Distribution) -> bool:

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from numpyro_ebm.evaluate.convergence import ConvergenceReport, convergence
+from numpyro_ebm.evaluate.diagnose import Finding, FitReport, diagnose
 from numpyro_ebm.evaluate.fisher_divergence import FisherDivergence, fisher_divergence
 from numpyro_ebm.evaluate.marginal_score import marginal_score
 from numpyro_ebm.evaluate.mode import MapEstimate, find_map
@@ -11,11 +12,14 @@ from numpyro_ebm.evaluate.standard_errors import StandardErrors, standard_errors
 
 __all__ = [
     "ConvergenceReport",
+    "Finding",
     "FisherDivergence",
+    "FitReport",
     "LogNormalizer",
     "MapEstimate",
     "StandardErrors",
     "convergence",
+    "diagnose",
     "find_map",
     "fisher_divergence",
     "log_normalizer",

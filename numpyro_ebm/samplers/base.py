@@ -95,6 +95,8 @@ class Sampler:
 
     uses_score: ClassVar[bool] = False
     """Whether it differentiates the target: its positions are then unconstrained, and it is refused at discrete sites."""
+    is_exact: ClassVar[bool] = True
+    """Whether it leaves the target as it is, at every step size: weights of chains need that."""
 
     def init(self, position: Array, target: LogProb | None = None) -> Any:
         """The state of chains that stand at ``position``, of shape ``(num_chains,) + batch_shape + event_shape``.

@@ -75,6 +75,7 @@ class UnadjustedLangevin(Sampler):
     step_size: float = 0.01
     num_steps: int = 10
     uses_score: ClassVar[bool] = True
+    is_exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "step_size", require_positive("step_size", self.step_size, WHAT_A_STEP_IS))

@@ -1,0 +1,205 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What is said of the negative chains of a fit: each number where it is out of bounds and where it is not."""
+
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.optim import Adam
+
+from numpyro_ebm import (
+    MALA,
+    BaseMeasure,
+    BernoulliRBM,
+    EnergyDistribution,
+    Finding,
+    TiltedDistribution,
+    UnadjustedLangevin,
+    diagnose,
+    negative_phase,
+)
+
+KEY = jax.random.key(0)
+DISTANCE = "distance of chains from density"
+
+
+class Result(NamedTuple):
+    params: dict[str, Any]
+    state: Any
+
+
+def begun(phase, *args):
+    """What a fit has before its first step, and chains where they were told to start."""
+    svi = SVI(phase, lambda *args: None, Adam(0.01), Trace_ELBO())
+    state = svi.init(KEY, *args)
+    return Result(svi.get_params(state), state)
+
+
+def found(report, quantity):
+    return {finding.site: finding for finding in report.findings if finding.quantity == quantity}
+
+
+def wells(x):
+    """Two modes at +-2, of equal weight, that no local step crosses between."""
+    depth = numpyro.param("depth", 8.0)
+    numpyro.sample("x", TiltedDistribution(dist.Normal(0, 2), lambda x: depth * (abs(x) - 2) ** 2), obs=x)
+
+
+X = jnp.array([2.0, -2.0])
+
+
+def test_nothing_is_said_of_chains_that_are_well():
+    # Catches a report that cries wolf: exact chains of both modes, which jump.
+    phase = negative_phase(wells, num_chains=300)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = diagnose(begun(phase, X), phase, X, rng_key=jax.random.key(1))
+    assert report.is_well
+    assert report.trouble == ()
+    assert found(report, "acceptance of jumps")["x"].value > 0.1
+    assert found(report, "effective sample size")["x"].value > 300
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0], ids=["both modes", "one mode"])
+def test_chains_that_do_not_cross_between_modes_are_told(share):
+    # Catches a report that believes the chains: R-hat sees chains in both modes; where all are in one, only the density can tell.
+    start = jnp.where(jnp.arange(300) < 300 * share, 2.0, -2.0)
+    phase = negative_phase(wells, num_chains=300, sampler=MALA(num_jumps=0), init_chains={"x": start})
+    with pytest.warns(UserWarning, match="site 'x': (R-hat|distance of chains from density) is .* Hardly a jump is accepted"):
+        report = diagnose(begun(phase, X), phase, X)
+    told = [finding.quantity for finding in report.trouble]
+    assert told == (["R-hat"] if share == 0.5 else [DISTANCE])
+    if share == 1.0:
+        assert found(report, DISTANCE)["x"].value == pytest.approx(0.45, abs=0.02)  # .55 of the density at their first decile
+
+
+def test_the_bias_of_short_runs_is_a_distance():
+    # Catches R-hat of chains that restart, which is 1 whatever they are. Ten steps of .02 from N(0, 1) to N(3, 1) reach
+    # 3 (1 - .98^10) = .55, and two normals of a standard deviation differ by 2 Phi(2.45 / 2) - 1 = .78.
+    def model(x):
+        tilt = numpyro.param("tilt", 3.0)
+        numpyro.sample("x", TiltedDistribution(dist.Normal(0, 1), lambda x: -tilt * x), obs=x)
+
+    phase = negative_phase(model, sampler=UnadjustedLangevin(0.02, 10), persistent=False)
+    report = diagnose(begun(phase, X), phase, X, warn=False)
+    assert not found(report, "R-hat")
+    assert [finding.quantity for finding in report.trouble] == [DISTANCE]
+    assert found(report, DISTANCE)["x"].value == pytest.approx(0.78, abs=0.03)
+
+
+def in_space(scale):
+    def model(x):
+        tilt = numpyro.param("tilt", jnp.full(8, scale))
+        base = dist.Normal(0, 1).expand([8]).to_event(1)
+        numpyro.sample("x", TiltedDistribution(base, lambda x: -(tilt * x).sum()), obs=x)
+
+    return model
+
+
+def test_density_of_many_dimensions_is_told_by_weights_where_they_are_worth_it():
+    # Catches a verdict of a few samples that carry all the weight, and weights that are not p / b.
+    x, start = jnp.zeros((2, 8)), {"x": jax.random.normal(KEY, (200, 8)) - 2.0}
+    near = negative_phase(in_space(0.3), num_chains=200)
+    assert found(diagnose(begun(near, x), near, x), DISTANCE)["x"].value < 0.05
+    stuck = negative_phase(in_space(0.3), num_chains=200, sampler=MALA(1e-6, adapt=False, num_jumps=0), init_chains=start)
+    report = diagnose(begun(stuck, x), stuck, x, warn=False)
+    assert report.trouble[-1].quantity == DISTANCE
+    assert report.trouble[-1].value > 0.5
+    far = negative_phase(in_space(3.0), num_chains=200)
+    result = begun(far, x)
+    report = diagnose(result, far, x, warn=False)
+    assert np.isnan(found(report, DISTANCE)["x"].value)
+    assert "not told" in str(report)
+
+
+def test_stacks_are_judged_element_by_element():
+    # Catches a good element that hides a bad one: chains of the second stand in one mode.
+    def model(x):
+        depth = numpyro.param("depth", jnp.array([0.5, 8.0]))
+        fn = TiltedDistribution(dist.Normal(0, 2), lambda d, x: d * (abs(x) - 2) ** 2, params=depth, batch_shape=(2,))
+        numpyro.sample("x", fn, obs=x)
+
+    start = {"x": jnp.full((300, 2), 2.0)}
+    phase = negative_phase(model, num_chains=300, sampler=MALA(num_steps=20, num_jumps=0), init_chains=start)
+    report = diagnose(begun(phase, X), phase, X, warn=False)
+    assert found(report, DISTANCE)["x"].value == pytest.approx(0.45, abs=0.02)
+
+
+def test_planes_are_judged_by_quadrature():
+    # Catches a grid in the wrong place or order: the logs lie on a ring of radius 3, and all chains in one place of it.
+    def model(x):
+        sharp = numpyro.param("sharp", 2.0)
+        base = dist.LogNormal(0, 2).expand([2]).to_event(1)
+        numpyro.sample("x", TiltedDistribution(base, lambda x: sharp * ((jnp.log(x) ** 2).sum() ** 0.5 - 3) ** 2), obs=x)
+
+    x = jnp.ones((2, 2))
+    phase = negative_phase(model, num_chains=300)
+    assert diagnose(begun(phase, x), phase, x).is_well
+    start = {"x": jnp.exp(jnp.stack([jnp.full(300, 3.0), jnp.zeros(300)], -1))}
+    phase = negative_phase(model, num_chains=300, sampler=MALA(1e-4, adapt=False, num_jumps=0), init_chains=start)
+    assert found(diagnose(begun(phase, x), phase, x, warn=False), DISTANCE)["x"].value > 0.5
+
+
+def test_bits_are_judged_by_their_means():
+    def model(v):
+        bias = numpyro.param("bias", jnp.array([1.0, -1.0, 0.0]))
+        numpyro.sample("v", BernoulliRBM(0.5 * jnp.eye(3), bias, jnp.zeros(3)), obs=v)
+
+    v = jnp.ones((2, 3), int)
+    phase = negative_phase(model, num_chains=400)
+    report = diagnose(begun(phase, v), phase, v)
+    assert found(report, DISTANCE)["v"].value < 0.05
+    assert report.is_well
+
+
+def test_random_fields_have_r_hat_only():
+    def model(x):
+        precision = numpyro.param("precision", 1.0)
+        with numpyro.plate("data", 2):
+            x = numpyro.sample("x", BaseMeasure(), obs=x)
+            numpyro.factor("energy", -precision * x**2 / 2)
+
+    phase = negative_phase(model, num_chains=100)
+    report = diagnose(begun(phase, X), phase, X)
+    assert [finding.quantity for finding in report.findings] == [
+        "R-hat",
+        "effective sample size",
+        "acceptance of steps",
+        "acceptance of jumps",
+    ]
+
+
+def test_flat_energies_are_judged_around_their_chains():
+    def model(x):
+        precision = numpyro.param("precision", 1.0)
+        numpyro.sample("x", EnergyDistribution(lambda x: precision * x**2 / 2, initial=dist.Normal(0, 1)), obs=x)
+
+    phase = negative_phase(model)
+    assert diagnose(begun(phase, X), phase, X).is_well
+
+
+def test_a_report_is_a_table_and_a_finding_a_sentence():
+    few = Finding("z", "R-hat", 3.2, None, 1.2, "do this")
+    assert not few.is_well
+    assert str(few) == "site 'z': R-hat is 3.2 and should be at most 1.2: do this"
+    assert Finding("z", "acceptance of steps", float("nan"), 0.15, None, "").is_well
+    assert not Finding("z", "acceptance of steps", 0.01, 0.15, None, "").is_well
+
+
+def test_what_cannot_be_diagnosed_is_refused():
+    phase = negative_phase(wells)
+    result = begun(phase, X)
+    with pytest.raises(TypeError, match="must be the negative_phase"):
+        diagnose(result, wells, X)
+    with pytest.raises(ValueError, match="no negative chains"):
+        diagnose(Result({}, None), phase, X)
+    with pytest.raises(ValueError, match="num_samples"):
+        diagnose(result, phase, X, num_samples=3)
