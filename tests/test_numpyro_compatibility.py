@@ -178,7 +178,10 @@ def inside_cond(prior):
     return model
 
 
-def enumerated(prior, how={"enumerate": "parallel"}):  # noqa: B006
+SUMMED = {"enumerate": "parallel"}
+
+
+def enumerated(prior, how=SUMMED):
     def model(y=Y):
         tilt = numpyro.param("tilt", TILT)
         with numpyro.plate("data", len(Y)):
@@ -214,7 +217,7 @@ def subsampled(prior):
     return model
 
 
-def given(name="z", size=()):
+def given(name="z"):
     """A guide of one latent."""
 
     def guide(y=Y):
