@@ -118,32 +118,33 @@ def test_a_loss_can_be_mapped_and_differentiated_in_the_data(case):
 
 
 def test_the_derivative_of_an_estimated_score_in_the_data_is_that_of_the_score():
-    """v ~ N(0, 2) and the guide is the posterior: the score is -v / 2, and the loss of noise e at v is |s + e / sigma^2|^2 / 2."""
+    """The guide is the posterior, and the score -(v - offset) / 2. Ranks are not promoted. Catches a rule that closes over the
+    offset, which is traced."""
 
-    def model(v):
+    def model(v, offset):
         width = numpyro.param("width", 1.0)
         with numpyro.plate("data", len(v)):
             h = numpyro.sample("h", dist.Normal(0, 1))
-            numpyro.sample("v", dist.Normal(h, width), obs=v)
+            numpyro.sample("v", dist.Normal(h + offset, width), obs=v)
 
-    def guide(v):
+    def guide(v, offset):
         slope = numpyro.param("slope", 0.5)
         with numpyro.plate("data", len(v)):
-            numpyro.sample("h", dist.Normal(slope * v, jnp.sqrt(0.5)))
+            numpyro.sample("h", dist.Normal(slope * (v - offset), jnp.sqrt(0.5)))
 
-    engine = VaGES(model, guide, optax.sgd(0.0), optax.sgd(0.0), DenoisingScoreMatching(0.3), estimate=Variational(4000))
-    state = engine.init(KEY, Y)
-    exact = ScoreMatching(_marginal, optax.sgd(0.0), DenoisingScoreMatching(0.3))
-    same = exact.init(KEY, Y)
-    same = same._replace(rng_key=state.rng_key)
-    slope, wanted = jax.grad(lambda y: engine.evaluate(state, y))(Y), jax.grad(lambda y: exact.evaluate(same, y))(Y)
+    def marginal(v, offset):
+        scale = numpyro.param("scale", jnp.sqrt(2.0))
+        with numpyro.plate("data", len(v)):
+            numpyro.sample("v", dist.Normal(offset, scale), obs=v)
+
+    noise, offset = DenoisingScoreMatching(0.3), jnp.linspace(-1, 1, len(Y))
+    engine = VaGES(model, guide, optax.sgd(0.0), optax.sgd(0.0), noise, estimate=Variational(4000))
+    exact = ScoreMatching(marginal, optax.sgd(0.0), noise)
+    state, same = engine.init(KEY, Y, offset), exact.init(KEY, Y, offset)
+    with jax.numpy_rank_promotion("raise"):
+        slope = jax.grad(lambda y: engine.evaluate(state, y, offset))(Y)
+    wanted = jax.grad(lambda y: exact.evaluate(same._replace(rng_key=state.rng_key), y, offset))(Y)
     np.testing.assert_allclose(slope, wanted, atol=0.05)
-
-
-def _marginal(v):
-    scale = numpyro.param("scale", jnp.sqrt(2.0))
-    with numpyro.plate("data", len(v)):
-        numpyro.sample("v", dist.Normal(0, scale), obs=v)
 
 
 def test_many_seeds_learn_at_once():
