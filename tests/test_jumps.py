@@ -80,7 +80,9 @@ def test_chains_find_the_weights_of_modes_in_every_batch_and_support(shape):
     assert (place(fn.from_chain(still.position, sampler)) > 0).all()
 
 
-@pytest.mark.parametrize("reference", [dist.Uniform(-1, 1), dist.HalfNormal(1.0), dist.StudentT(3.0, 1.0, 2.0)], ids=str)
+@pytest.mark.parametrize(
+    "reference", [dist.Uniform(-1, 1), dist.HalfNormal(1.0), dist.StudentT(3.0, 1.0, 2.0)], ids=["uniform", "half", "heavy"]
+)
 def test_chains_stay_where_they_are_distributed_whatever_they_jump_to(reference):
     # Catches a reference whose density goes on outside its support, as NumPyro's does without validation: chains gather inside.
     n = 40_000
