@@ -311,7 +311,9 @@ class BiDVL(Engine):
         visible = visible_of(energy, args[0])
         try:
             encoder = run_model(batch.of(self.encoder), args, kwargs, rng_key, data=given)
-        except Exception as error:
+        except TypeError as error:
+            raise ValueError(f"the encoder failed on a batch of visibles of shape {args[0].shape}: {error}") from error
+        except Exception as error:  # which may name what is to blame, as a value of init_params
             error.add_note(f"The encoder was run on a batch of visibles of shape {args[0].shape}.")
             raise
         generator = run_model(batch.of(self.generator), args, kwargs, rng_key, data=given)
