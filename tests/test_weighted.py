@@ -300,7 +300,7 @@ def test_a_state_without_weights_does_not_go_on_with_them():
 
 
 def test_a_positive_energy_is_weighed_in_its_own_space():
-    # Catches the Jacobian of the chains' space in one of two densities: a Gamma(2, 1) tilted to Gamma(2, 1 + rate), Z = (1 + rate)^-2.
+    # Catches the Jacobian of the chains in one of two densities: a Gamma(2, 1) tilted to Gamma(2, 1 + rate), Z = (1 + rate)^-2.
     def model(x):
         rate = numpyro.param("rate", 1.0)
         numpyro.sample("x", TiltedDistribution(dist.Gamma(2.0, 1.0), lambda x: rate * x), obs=x)
