@@ -120,7 +120,9 @@ def main(args):
             try:
                 with warnings.catch_warnings(action="ignore"):
                     learned = run(jax.random.key(5 + seed)).params
-                found.append(f"{top - log_likelihood(learned['A'], jnp.exp(learned['log_noise']), v):8.4f}")
+                a, noise = learned["A"], jnp.exp(learned["log_noise"])
+                is_density = bool(jnp.isfinite(a).all() and noise > 1e-3)
+                found.append(f"{top - log_likelihood(a, noise, v):8.4f}" if is_density else "collapsed")
             except RuntimeError as error:  # a fit that stops says so
                 found.append(f"stopped: {str(error)[:60]}")
         print(f"{line:<55}{'  '.join(found)}", flush=True)

@@ -299,6 +299,17 @@ def test_a_state_without_weights_does_not_go_on_with_them():
         substitute(weighted, data={"tilt": 0.0, **state})(X)
 
 
+def test_a_positive_energy_is_weighed_in_its_own_space():
+    # Catches the Jacobian of the chains in one of two densities: a Gamma(2, 1) tilted to Gamma(2, 1 + rate), Z = (1 + rate)^-2.
+    def model(x):
+        rate = numpyro.param("rate", 1.0)
+        numpyro.sample("x", TiltedDistribution(dist.Gamma(2.0, 1.0), lambda x: rate * x), obs=x)
+
+    phase = negative_phase(model, num_chains=4000, weights=Weighted())
+    found = phase.log_normalizer(ran(model, phase, [1.0, 1.5], X + 1, param="rate"))["x"]
+    assert abs(found.log_normalizer + 2 * np.log(2.5)) < 4.5 * found.standard_error < 0.1
+
+
 def test_a_flat_energy_is_weighed_from_where_it_starts():
     def model(x):
         precision = numpyro.param("precision", 1.0)
