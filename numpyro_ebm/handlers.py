@@ -52,14 +52,9 @@ from numpyro_ebm.chains import (
     tell,
     watch,
 )
-from numpyro_ebm.distributions.energy import (
-    NormalizerError,
-    TiltedDistribution,
-    energy_site,
-    is_flat,
-    refuse_gradient,
-    without_guard,
-)
+from numpyro_ebm.distributions.base_measure import is_flat
+from numpyro_ebm.distributions.energy import TiltedDistribution, energy_site, without_guard
+from numpyro_ebm.distributions.guard import NormalizerError, refuse_gradient
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.random_field import RandomField, record_run
 from numpyro_ebm.program.run import run_model

@@ -1,7 +1,9 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-from numpyro_ebm.distributions.energy import BaseMeasure, EnergyDistribution, NormalizerError, TiltedDistribution
+from numpyro_ebm.distributions.base_measure import BaseMeasure
+from numpyro_ebm.distributions.energy import EnergyDistribution, TiltedDistribution
+from numpyro_ebm.distributions.guard import NormalizerError
 from numpyro_ebm.distributions.rbm import BernoulliRBM, GaussianBernoulliRBM
 from numpyro_ebm.distributions.rbm import RestrictedBoltzmannMachine as RestrictedBoltzmannMachine
 from numpyro_ebm.distributions.relaxed import GumbelBernoulli, amortized_bernoulli, amortized_normal

@@ -21,7 +21,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from numpyro.distributions import Distribution, ExpandedDistribution, ImproperUniform, biject_to, constraints
+from numpyro.distributions import Distribution, ExpandedDistribution, biject_to, constraints
 from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.distributions.util import sum_rightmost, validate_sample
 
@@ -30,92 +30,11 @@ from numpyro_ebm._compat import calling_distribution, calling_site, comparing_ke
 from numpyro_ebm._compiled import compiled
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm._pytree import arrays_and_rest, as_array, join
+from numpyro_ebm.distributions.base_measure import BaseMeasure, is_flat
+from numpyro_ebm.distributions.guard import NormalizerError, place, refuse_gradient, unknown_log_normalizer
+from numpyro_ebm.distributions.known import is_inside, is_known, log_prob_inside
 from numpyro_ebm.samplers import MALA, Reference, Sampler, Target
 from numpyro_ebm.samplers.base import require_sampler
-
-
-class NormalizerError(RuntimeError):
-    """A gradient needs ``d log Z / d theta``, which ``log_prob`` does not contain."""
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def refuse_gradient(message: str, dtype: Any, params: list[Array]) -> Array:
-    """0, with a backward pass in ``params`` that raises :class:`NormalizerError`."""
-    return jnp.zeros((), dtype)
-
-
-def _refuse(message: str, dtype: Any, residuals: None, cotangent: Array) -> Any:
-    raise NormalizerError(message)
-
-
-refuse_gradient.defvjp(lambda message, dtype, params: (jnp.zeros((), dtype), None), _refuse)
-
-
-def _unknown_log_normalizer(site: str | None, dtype: Any, params: list[Array]) -> Array:
-    return refuse_gradient(
-        f"{_place(site)}: this gradient needs d log Z / d theta, the derivative of an unknown normalizer. "
-        "Wrap the model in numpyro_ebm.negative_phase, or hold what the energy depends on fixed; numpyro_ebm.check_model "
-        "tells what that is.",
-        dtype,
-        params,
-    )
-
-
-def _place(site: str | None) -> str:
-    return "a distribution at no site" if site is None else f"site '{site}'"
-
-
-class BaseMeasure(ImproperUniform):
-    r"""The flat measure on a support: Lebesgue where it is continuous, counting where it is discrete.
-
-    ``log_prob`` is 0 everywhere on the support. It is the base of :class:`EnergyDistribution`, and the distribution of a
-    latent or visible that a :func:`numpyro.factor` couples into a random field. It has no normalizer and cannot be
-    sampled.
-
-    :param support: a NumPyro constraint on one event, or on its elements.
-    :param tuple event_shape: the shape of one event.
-    :raises ValueError: if the support needs more dimensions than the event has.
-
-    .. doctest::
-
-        >>> import jax.numpy as jnp
-        >>> from numpyro.distributions import constraints
-        >>> from numpyro_ebm import BaseMeasure
-        >>> BaseMeasure(constraints.boolean, (3,)).log_prob(jnp.ones((5, 3), dtype=int)).shape
-        (5,)
-    """
-
-    has_enumerate_support = False
-    has_rsample = False
-    pytree_data_fields = ("support",)
-
-    def __init__(
-        self,
-        support: constraints.Constraint = constraints.real,
-        event_shape: tuple[int, ...] = (),
-        *,
-        validate_args: bool | None = None,
-    ) -> None:
-        if not isinstance(event_shape, tuple | list):
-            raise TypeError(f"event_shape must be a tuple, got {event_shape!r}.")
-        if not isinstance(support, constraints.Constraint):
-            raise TypeError(f"support must be a NumPyro constraint such as constraints.positive, got {support!r}.")
-        if support.event_dim > len(event_shape):
-            raise ValueError(
-                f"{support} constrains events of {support.event_dim} dimensions or more, got event_shape={event_shape}."
-            )
-        super().__init__(support, (), tuple(event_shape), validate_args=validate_args)
-
-    def log_prob(self, value: Array, intermediates: list[Any] | None = None) -> Array:
-        """0 on the support, in the dtype of ``value`` where that is real."""
-        dtype = jnp.result_type(value)
-        return super().log_prob(value).astype(dtype if jnp.issubdtype(dtype, jnp.floating) else float)
-
-    def sample(self, key: Array | None, sample_shape: tuple[int, ...] = ()) -> Array:
-        raise NotImplementedError(
-            f"A BaseMeasure ({self.support}, event_shape={self.event_shape}) is flat and cannot be sampled: condition on it, "
-            "give it a value, or start chains elsewhere with EnergyDistribution(..., initial=a distribution to start from)."
-        )
 
 
 class TiltedDistribution(Distribution):
@@ -246,7 +165,7 @@ class TiltedDistribution(Distribution):
         value = self.as_events(value)
         if self.guarded and (whole := calling_distribution((TiltedDistribution,))) is not None:
             raise NormalizerError(
-                f"{_place(calling_site(whole))}: {type(whole).__name__} mixes densities, and the unknown normalizer of an energy "
+                f"{place(calling_site(whole))}: {type(whole).__name__} mixes densities, and the unknown normalizer of an energy "
                 "does not cancel there. Write the whole as one energy."
             )
         if self.guarded and (kernel := comparing_kernel()) is not None:
@@ -255,7 +174,7 @@ class TiltedDistribution(Distribution):
         density, params = jax.closure_convert(lambda x: self._log_density(x), value)
         log_prob = density(value, *params)
         if self.guarded:
-            log_prob = log_prob + _unknown_log_normalizer(calling_site(self), log_prob.dtype, params)
+            log_prob = log_prob + unknown_log_normalizer(calling_site(self), log_prob.dtype, params)
         return log_prob
 
     def _refuse_ratios(self, kernel: str, value: Array) -> None:
@@ -263,7 +182,7 @@ class TiltedDistribution(Distribution):
         depends = jax.make_jaxpr(lambda x: self._log_density(x))(value).consts
         if any(isinstance(x, jax.core.Tracer) for x in depends):
             raise NormalizerError(
-                f"{_place(calling_site(self))}: {kernel} compares densities at different latents, and this energy is traced: its "
+                f"{place(calling_site(self))}: {kernel} compares densities at different latents, and this energy is traced: its "
                 "unknown normalizer changes with the latent that it depends on (doubly intractable). Make that a fixed value; "
                 "numpyro_ebm.check_model tells what it is."
             )
@@ -277,7 +196,7 @@ class TiltedDistribution(Distribution):
         """
         if self.support.is_discrete or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
             raise TypeError(
-                f"{_place(calling_site(self))}: a score needs real events, got dtype {jnp.result_type(value)} "
+                f"{place(calling_site(self))}: a score needs real events, got dtype {jnp.result_type(value)} "
                 f"on the support {self.support}. Convert the value to float, or use a sampler for discrete events."
             )
         return jax.grad(lambda x: self._log_density(x).sum())(self.as_events(value))
@@ -316,7 +235,7 @@ class TiltedDistribution(Distribution):
         if not isinstance(is_possible, jax.core.Tracer) and not is_possible.all():
             num_bad = int((~is_possible).sum())
             raise RuntimeError(
-                f"{_place(calling_site(self))}: {num_bad} of {is_possible.size} samples are where the density is 0, NaN or inf. "
+                f"{place(calling_site(self))}: {num_bad} of {is_possible.size} samples are where the density is 0, NaN or inf. "
                 "Chains that start there do not leave, and unadjusted ones may step there: give initial= a distribution inside, "
                 "support= to an energy that ends, or a sampler with a smaller step."
             )
@@ -330,7 +249,7 @@ class TiltedDistribution(Distribution):
             return samples
         _, params = jax.closure_convert(lambda x: self._log_density(x), samples)
         return samples + refuse_gradient(
-            f"{_place(calling_site(self))}: samples of an energy have no gradient in what it depends on, and what is computed of "
+            f"{place(calling_site(self))}: samples of an energy have no gradient in what it depends on, and what is computed of "
             "them would be learned without it. Sample the site in the guide too, give it a value, or hold its energy fixed.",
             samples.dtype,
             params,
@@ -349,7 +268,7 @@ class TiltedDistribution(Distribution):
             return self.as_events(source.expand(self.batch_shape).sample(key, (num_chains,)))
         except NotImplementedError:
             raise NotImplementedError(
-                f"{_place(calling_site(self))}: chains have nowhere to start, because {type(source).__name__} cannot be sampled. "
+                f"{place(calling_site(self))}: chains have nowhere to start, because {type(source).__name__} cannot be sampled. "
                 "Pass initial= a distribution with the same event_shape to start from."
             ) from None
 
@@ -376,7 +295,7 @@ class TiltedDistribution(Distribution):
         def log_density(value: Array, beta: Any) -> Array:
             if fn is None or fn is self.base or (isinstance(beta, float) and beta == 1):
                 return self._log_density(value, beta)
-            return jnp.where(beta < 1, (1 - beta) * _log_prob_inside(fn, value), 0.0) + beta * self._log_density(value)
+            return jnp.where(beta < 1, (1 - beta) * log_prob_inside(fn, value), 0.0) + beta * self._log_density(value)
 
         return Target(self._of_positions(log_density, sampler), self._chain_reference(sampler))
 
@@ -389,21 +308,23 @@ class TiltedDistribution(Distribution):
         def sample(rng_key: Array, n: int) -> Array:
             return self.to_chain(fn.expand(self.batch_shape).sample(rng_key, (n,)), sampler)
 
-        return Reference(sample, self._of_positions(partial(_log_prob_inside, fn), sampler))
+        return Reference(sample, self._of_positions(partial(log_prob_inside, fn), sampler))
 
     def _reference(self) -> Distribution | None:
         """What chains can jump to, and the path to the density begins at: ``reference``, else the base, else ``initial``."""
         if self.reference is not None:
             return self.reference
         fn = self.initial if is_flat(self.base) else self.base
-        return fn if fn is not None and fn.support.is_discrete == self.support.is_discrete and _is_known(fn) else None
+        if fn is None or energy_site(fn) is not None or fn.support.is_discrete != self.support.is_discrete:
+            return None
+        return fn if is_known(fn) else None
 
     def _of_positions(self, log_density: Callable[..., Array], sampler: Sampler) -> Callable[..., Array]:
         """A log density of events as one of positions of ``sampler``."""
         if not self._unconstrains(
             sampler
         ):  # only the density keeps its chains in the support, and NumPyro's not without validation
-            return lambda x, *beta: jnp.where(_is_inside(self, x), log_density(x, *beta), -jnp.inf)
+            return lambda x, *beta: jnp.where(is_inside(self, x), log_density(x, *beta), -jnp.inf)
         transform = biject_to(self.support)
 
         def of_position(position: Array, *beta: Any) -> Array:
@@ -418,7 +339,7 @@ class TiltedDistribution(Distribution):
             return False
         if self.support.is_discrete:
             raise NotImplementedError(
-                f"{_place(calling_site(self))}: {type(sampler).__name__} needs the score, and the support {self.support} is "
+                f"{place(calling_site(self))}: {type(sampler).__name__} needs the score, and the support {self.support} is "
                 "discrete. Pass sampler= one that moves discrete events."
             )
         return True
@@ -436,13 +357,13 @@ class TiltedDistribution(Distribution):
 
         :raises ValueError: if its shape does not end in ``event_shape``.
         """
-        value = as_array(f"a value of {_place(calling_site(self))}", value)
+        value = as_array(f"a value of {place(calling_site(self))}", value)
         if jnp.iscomplexobj(value):
-            raise TypeError(f"{_place(calling_site(self))}: a value of {value.dtype} is complex, and events are real.")
+            raise TypeError(f"{place(calling_site(self))}: a value of {value.dtype} is complex, and events are real.")
         shape = value.shape[max(value.ndim - self.event_dim, 0) :]
         if shape != self.event_shape:
             raise ValueError(
-                f"{_place(calling_site(self))}: a value of shape {value.shape} does not end in the event shape {self.event_shape}."
+                f"{place(calling_site(self))}: a value of shape {value.shape} does not end in the event shape {self.event_shape}."
             )
         if not self.support.is_discrete and not jnp.issubdtype(value.dtype, jnp.floating):
             value = value.astype(jnp.result_type(float))
@@ -477,20 +398,20 @@ class TiltedDistribution(Distribution):
             value = jnp.asarray(energy(x) if params is None else energy(params, x))
         except (TypeError, ValueError, IndexError) as error:
             raise ValueError(
-                f"energy of {_place(calling_site(self))} failed on one event of shape {x.shape} and dtype {x.dtype} ({error}): "
+                f"energy of {place(calling_site(self))} failed on one event of shape {x.shape} and dtype {x.dtype} ({error}): "
                 "write it for one event, the distribution maps it over every batch."
             ) from error
         except Exception as error:
-            error.add_note(f"In the energy of {_place(calling_site(self))}, on one event of shape {x.shape} and dtype {x.dtype}.")
+            error.add_note(f"In the energy of {place(calling_site(self))}, on one event of shape {x.shape} and dtype {x.dtype}.")
             raise
         if value.shape != ():
             raise ValueError(
-                f"energy of {_place(calling_site(self))} must return a scalar for one event of shape {x.shape}, "
+                f"energy of {place(calling_site(self))} must return a scalar for one event of shape {x.shape}, "
                 f"it returned {value.shape}: index or squeeze it."
             )
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(
-                f"energy of {_place(calling_site(self))} must return a real scalar, it returned dtype {value.dtype}: "
+                f"energy of {place(calling_site(self))} must return a real scalar, it returned dtype {value.dtype}: "
                 "convert it to float."
             )
         return value
@@ -619,33 +540,6 @@ def energy_site(fn: Distribution) -> TiltedDistribution | None:
     """The energy distribution with an unknown normalizer inside a site's distribution, if there is one."""
     found = next((part for part in layers(fn) if isinstance(part, TiltedDistribution)), None)
     return None if found is None or found.is_normalized else found
-
-
-def _is_known(fn: Distribution) -> bool:
-    """Whether a distribution can be sampled at once, and has a normalized density."""
-    if energy_site(fn) is not None:
-        return False
-    try:
-        jax.eval_shape(lambda key: fn.log_prob(fn.sample(key)), jax.random.key(0))
-    except NotImplementedError:
-        return False
-    return True
-
-
-def _log_prob_inside(fn: Distribution, value: Array) -> Array:
-    """A log density that is minus infinity outside its support, which NumPyro's is not without validation."""
-    return jnp.where(_is_inside(fn, value), fn.log_prob(value), -jnp.inf)
-
-
-def _is_inside(fn: Distribution, value: Array) -> Array:
-    """Whether events lie in the support of a distribution, which may be one of their elements."""
-    inside: Array = fn.support(value)
-    return inside.reshape((*value.shape[: value.ndim - fn.event_dim], -1)).all(-1)
-
-
-def is_flat(fn: Distribution) -> bool:
-    """Whether a site's distribution is a flat measure, under what plates and masks wrap around it."""
-    return isinstance(list(layers(fn))[-1], BaseMeasure)
 
 
 def with_core(fn: Distribution, change: Callable[[Any], Distribution]) -> Distribution:

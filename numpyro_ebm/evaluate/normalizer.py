@@ -28,7 +28,7 @@ from numpyro.distributions import BernoulliLogits
 
 from numpyro_ebm._checks import require_count, require_key, require_one_of
 from numpyro_ebm._compiled import compiled
-from numpyro_ebm.distributions.energy import refuse_gradient
+from numpyro_ebm.distributions.guard import refuse_gradient
 from numpyro_ebm.distributions.rbm import RestrictedBoltzmannMachine
 from numpyro_ebm.weights import LogNormalizer, effective_sample_size, normalized_weights
 

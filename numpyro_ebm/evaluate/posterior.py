@@ -27,7 +27,7 @@ from numpyro.infer import init_to_sample
 from numpyro_ebm._checks import require_count, require_key
 from numpyro_ebm._compiled import compiled
 from numpyro_ebm._pytree import read_params
-from numpyro_ebm.distributions.energy import NormalizerError
+from numpyro_ebm.distributions.guard import NormalizerError
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.rows import dim_of, per_row, shared_plates

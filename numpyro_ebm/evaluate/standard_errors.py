@@ -25,7 +25,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from numpyro_ebm._compiled import compiled
-from numpyro_ebm.distributions.energy import NormalizerError
+from numpyro_ebm.distributions.guard import NormalizerError
 from numpyro_ebm.evaluate.posterior import Latents, Posterior
 from numpyro_ebm.program.provenance import mark, sources
 from numpyro_ebm.program.run import total

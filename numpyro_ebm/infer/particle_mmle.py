@@ -28,7 +28,7 @@ from numpyro.infer import init_to_sample
 import numpyro_ebm.optim as optim_module
 from numpyro_ebm._checks import require_bool, require_count, require_instance, require_one_of, require_setting
 from numpyro_ebm._map_over import map_over
-from numpyro_ebm.distributions.energy import NormalizerError
+from numpyro_ebm.distributions.guard import NormalizerError
 from numpyro_ebm.handlers import negative_phase
 from numpyro_ebm.infer.engine import Engine, compiled_method
 from numpyro_ebm.infer.particle_settings import Averaged, Maximize, Newton, Summed

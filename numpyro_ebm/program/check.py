@@ -13,7 +13,9 @@ from numpyro.distributions import ImproperUniform
 from numpyro.handlers import block, seed, substitute
 
 from numpyro_ebm._compat import is_in_scan, one_at_a_time, scan_index
-from numpyro_ebm.distributions.energy import BaseMeasure, NormalizerError, TiltedDistribution, energy_site
+from numpyro_ebm.distributions.base_measure import BaseMeasure
+from numpyro_ebm.distributions.energy import TiltedDistribution, energy_site
+from numpyro_ebm.distributions.guard import NormalizerError
 from numpyro_ebm.program.provenance import mark, sources
 from numpyro_ebm.program.sites import FIELD, core_of, is_factor, is_normalizer, normalizer_name, stand_in
 

@@ -23,7 +23,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_ebm._compat import layers
 from numpyro_ebm._map_over import map_over
-from numpyro_ebm.distributions.energy import NormalizerError
+from numpyro_ebm.distributions.guard import NormalizerError
 from numpyro_ebm.program.rows import dim_of, per_row, shared_plates
 from numpyro_ebm.program.run import Run, jacobians_of, log_density_terms, run_model, total
 from numpyro_ebm.program.sites import FIELD, Model, is_factor, transform_of
