@@ -207,6 +207,9 @@ class _Look:
                 self._at(_in(cell), names.written)
         if not is_library:
             self._names_in(variables, [name for name in names.read if name in variables], names.written)
+            attributes = vars(function)
+            self._names_in(attributes, [name for name in attributes if name != "__wrapped__"], names.written)
+            self._sizes.append((attributes, len(attributes)))
 
     def _class(self, cls: type) -> None:
         self._found.append(_Same(cls))

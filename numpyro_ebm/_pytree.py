@@ -51,6 +51,10 @@ def as_array(what: str, array: Any) -> Array:
     """
     if isinstance(array, Array):
         return array
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(
+            f"{what} is a masked array of NumPy, whose masked values would be taken for data: fill them, or leave them out."
+        )
     read = np.asarray(array)
     if not (read.dtype == bool or jnp.issubdtype(read.dtype, jnp.number)):
         raise TypeError(f"{what}, a {type(array).__name__} of dtype {read.dtype}, does not hold numbers alone: convert it.")

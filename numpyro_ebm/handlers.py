@@ -56,6 +56,7 @@ from numpyro_ebm.distributions.base_measure import is_flat
 from numpyro_ebm.distributions.energy import TiltedDistribution, energy_site, without_guard
 from numpyro_ebm.distributions.guard import NormalizerError, refuse_gradient
 from numpyro_ebm.program.check import check_run
+from numpyro_ebm.program.pair import same_support
 from numpyro_ebm.program.random_field import RandomField, record_run
 from numpyro_ebm.program.run import run_model
 from numpyro_ebm.program.sites import FIELD, normalizer_name, require_data, stand_in
@@ -410,6 +411,13 @@ class negative_phase(Messenger):
             raise ValueError(
                 f"site '{name}': {sampler!r} does not leave the density as it is, and weights would drift: take MALA(), or no "
                 "weights."
+            )
+        reference = energy._reference()
+        is_same = reference is None or same_support(energy, reference)
+        if reference is not None and not isinstance(is_same, Array) and not is_same:
+            raise ValueError(
+                f"site '{name}': its chains start from {type(reference).__name__} on {reference.support}, which is not its support "
+                f"{energy.support}: weights would miss the rest. Give reference= a distribution on all of it."
             )
         weights: Any = self.weights
         at_start, target = energy.to_chain(start, sampler), energy.chain_log_prob(sampler)

@@ -35,6 +35,7 @@ from numpyro_ebm import (
     ParticleMMLE,
     PosteriorFisher,
     ScoreMatching,
+    TiltedDistribution,
     UnadjustedLangevin,
     VaGES,
     amortized_normal,
@@ -49,6 +50,7 @@ from numpyro_ebm import (
     marginal_score,
     negative_phase,
     sample_posterior,
+    standard_errors,
     to_inference_data,
 )
 from numpyro_ebm.infer.engine import NonFiniteError, RunResult
@@ -527,7 +529,7 @@ def test_whole_numbers_to_start_from_are_real():
 # What tools return.
 
 SAMPLED = {
-    "NaN everywhere": (lambda x: x * jnp.nan, MALA(0.1, 5), "5 of 5 samples are where the density is 0, NaN or infinite"),
+    "NaN everywhere": (lambda x: x * jnp.nan, MALA(0.1, 5), "5 of 5 samples are where the density is 0, NaN or inf"),
     "NaN on part": (lambda x: x - jnp.log(x), MALA(0.1, 5), "Chains that start there do not leave"),
     "infinite on part": (lambda x: jnp.where(x > 0, x**2, jnp.inf), MALA(0.1, 5), "Chains that start there do not leave"),
     "unadjusted": (lambda x: jnp.where(x > 0, x**2, jnp.inf), UnadjustedLangevin(0.1, 5), "unadjusted ones may step there"),
@@ -684,3 +686,80 @@ def test_errors_of_params_do_not_speak_of_the_encoder():
     with pytest.raises(ValueError, match=r"^init_params\['slope'\] is of shape") as error:
         engine.init(KEY, Y, init_params={"slope": jnp.zeros(6)})
     assert "The encoder was run on a batch of visibles of shape (6,)." in error.value.__notes__
+
+
+# ---- Rows that are not by themselves, and what a sample is not ------------------------------------------------------------------
+
+
+def centered(y):
+    precision = numpyro.param("precision", 1.0)
+    with numpyro.plate("data", len(y)):
+        numpyro.sample("y", EnergyDistribution(lambda y: precision * y**2 / 2), obs=y - y.mean())
+
+
+def summed(y):
+    precision = numpyro.param("precision", 1.0)
+    with numpyro.plate("data", len(y)):
+        numpyro.sample("y", EnergyDistribution(lambda y: precision * y**2 / 2), obs=y)
+    numpyro.factor("sum", -precision * y.sum() ** 2)
+
+
+@pytest.mark.parametrize("model", [centered, summed])
+@pytest.mark.parametrize("objective", [ExactScoreMatching(), NOISE], ids=["exact", "denoising"])
+def test_rows_that_depend_on_each_other_are_refused(model, objective):
+    # Catches scores that are taken for those of one row: the precision of centered data went to 0.
+    with pytest.raises(ValueError, match="one row of the first argument depends on other rows"):
+        ScoreMatching(model, SGD, objective).init(KEY, Y)
+
+
+def plain(y):
+    precision = numpyro.param("precision", 1.0)
+    with numpyro.plate("data", len(y)):
+        numpyro.sample("y", EnergyDistribution(lambda y: precision * y**2 / 2), obs=y)
+
+
+def test_masked_rows_do_not_enter_pairs():
+    # Catches rows without a density whose kernels are summed.
+    model = mask(plain, mask=jnp.arange(6) < 3)
+    with pytest.raises(ValueError, match="site 'y': it is masked, and KernelSteinDiscrepancy compares all rows"):
+        ScoreMatching(model, SGD, KernelSteinDiscrepancy()).init(KEY, Y)
+    ScoreMatching(model, SGD, NOISE).init(KEY, Y)
+
+
+def test_masked_arrays_of_numpy_are_refused():
+    masked = np.ma.masked_array(np.array([1.0, 2.0, 99.0], np.float32), [0, 0, 1])
+    with pytest.raises(TypeError, match="is a masked array of NumPy"):
+        ScoreMatching(plain, SGD, NOISE).init(KEY, masked)
+    with pytest.raises(TypeError, match="is a masked array of NumPy"):
+        EnergyDistribution(lambda x: x**2).log_prob(masked)
+
+
+def test_samples_that_never_leave_a_boundary_are_said():
+    # Catches chains at infinity of the space that they move in, all of which stay where they start.
+    fn = EnergyDistribution(lambda x: x, support=constraints.positive, initial=dist.Delta(0.0))
+    with pytest.raises(RuntimeError, match=r"3 of 3 samples are .* on the boundary"):
+        fn.sample(KEY, (3,))
+
+
+@pytest.mark.parametrize("name", ["reference", "initial", "base"])
+def test_masked_distributions_are_nothing_to_jump_to(name):
+    # Catches jumps whose weights lack the density that their samples have: the mean was right and the variance not.
+    masked = NORMAL.mask(False)
+    if name == "reference":
+        with pytest.raises(ValueError, match="reference, a MaskedDistribution, must be a normalized distribution"):
+            EnergyDistribution(lambda x: x**2 / 2, reference=masked)
+    elif name == "initial":
+        assert EnergyDistribution(lambda x: x**2 / 2, initial=masked).chain_log_prob(MALA()).reference is None
+    else:
+        assert TiltedDistribution(masked, lambda x: x**2 / 2).chain_log_prob(MALA()).reference is None
+
+
+def test_one_sample_has_no_covariance():
+    def model(y):
+        loc = numpyro.param("loc", 0.0)
+        with numpyro.plate("data", len(y)):
+            x = numpyro.sample("x", dist.Normal(loc, 1))
+            numpyro.sample("y", dist.Normal(x, 1), obs=y)
+
+    with pytest.raises(ValueError, match="one sample of the latents has no covariance"):
+        standard_errors(model, {"loc": Y.mean()}, {"x": Y[None, None]}, Y)

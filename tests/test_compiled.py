@@ -70,6 +70,13 @@ def reads_a_table():
     return TABLE.sum()
 
 
+def reads_itself():
+    return reads_itself.w
+
+
+reads_itself.w = 1.0
+
+
 class Config:
     def __init__(self, w):
         self.w = w
@@ -116,6 +123,7 @@ def _cases():
         "a table of NumPy that is changed in place": (reads_a_table, lambda: TABLE.__setitem__(1, 7.0)),
         "a variable of a closure": (closure, lambda: change(2.0)),
         "an array of a closure": (arrays, lambda: change_array(jnp.ones(2))),
+        "an attribute of a function": (reads_itself, lambda: setattr(reads_itself, "w", 2.0)),
         "an attribute": (config, lambda: setattr(config, "w", 2.0)),
         "an attribute behind a bound method": (config.model, lambda: setattr(config, "w", 3.0)),
         "an attribute behind a partial": (partial(calls_another, config), lambda: setattr(config, "w", 4.0)),

@@ -260,7 +260,14 @@ def flat(x):
         numpyro.factor("energy", -precision * x**2 / 2)
 
 
+def narrow(x):
+    depth = numpyro.param("tilt", 1.0)
+    fn = EnergyDistribution(lambda x: depth * x**2, initial=dist.Uniform(-1, 1))
+    numpyro.sample("x", fn, obs=x)
+
+
 REFUSED = {
+    "a narrow start": (lambda: negative_phase(narrow, weights=Weighted()), "site 'x': its chains start from Uniform"),
     "unadjusted": (
         lambda: negative_phase(tilted, sampler=UnadjustedLangevin(), weights=Weighted()),
         "site 'x': UnadjustedLangevin",

@@ -116,6 +116,11 @@ class TiltedDistribution(Distribution):
                 raise TypeError(f"{name} must be a NumPyro distribution such as dist.Normal(0, 1), got {type(fn).__name__}.")
             if fn is not None and fn.event_shape != base.event_shape:
                 raise ValueError(f"{name} has event_shape {fn.event_shape}, the base has {base.event_shape}: they must agree.")
+        if reference is not None and (not is_known(reference) or reference.support.is_discrete != base.support.is_discrete):
+            raise ValueError(
+                f"reference, a {type(reference).__name__}, must be a normalized distribution on events of the same kind, with "
+                "samples of its own: neither masked, nor flat, nor discrete where the events are real."
+            )
         self.base, self.initial, self.reference, self.params = base, initial, reference, params
         self.sampler = None if sampler is None else require_sampler("sampler", sampler)
         self.guarded = not self.is_normalized
@@ -130,9 +135,11 @@ class TiltedDistribution(Distribution):
         self._event_ndims = tuple(jnp.ndim(array) - len(batch_shape) for array in arrays)
         self._energy_batch_ndim = len(batch_shape)
         batch_shape = lax.broadcast_shapes(tuple(batch_shape), base.batch_shape)
-        if initial is not None and lax.broadcast_shapes(initial.batch_shape, batch_shape) != batch_shape:
+        for name, fn in {"initial": initial, "reference": reference}.items():
+            if fn is None or _fits(fn.batch_shape, batch_shape):
+                continue
             raise ValueError(
-                f"initial has the batch shape {initial.batch_shape}, which does not fit into that of the energy, {batch_shape}: "
+                f"{name} has the batch shape {fn.batch_shape}, which does not fit into that of the energy, {batch_shape}: "
                 "give one distribution for all chains, or one for each element; .to_event(n) makes dimensions those of an event."
             )
         super().__init__(batch_shape, base.event_shape, validate_args=validate_args)
@@ -235,9 +242,9 @@ class TiltedDistribution(Distribution):
         if not isinstance(is_possible, jax.core.Tracer) and not is_possible.all():
             num_bad = int((~is_possible).sum())
             raise RuntimeError(
-                f"{place(calling_site(self))}: {num_bad} of {is_possible.size} samples are where the density is 0, NaN or inf. "
-                "Chains that start there do not leave, and unadjusted ones may step there: give initial= a distribution inside, "
-                "support= to an energy that ends, or a sampler with a smaller step."
+                f"{place(calling_site(self))}: {num_bad} of {is_possible.size} samples are where the density is 0, NaN or inf, or "
+                "on the boundary of its support. Chains that start there do not leave, and unadjusted ones may step there: give "
+                "initial= a distribution inside, support= to an energy that ends, or a sampler with a smaller step."
             )
         if not jnp.issubdtype(samples.dtype, jnp.floating):
             return samples
@@ -487,6 +494,14 @@ class EnergyDistribution(TiltedDistribution):
         )
 
 
+def _fits(shape: tuple[int, ...], into: tuple[int, ...]) -> bool:
+    """Whether arrays of one shape broadcast to another."""
+    try:
+        return lax.broadcast_shapes(shape, into) == into
+    except ValueError:
+        return False
+
+
 def _chains_from_nothing(fn: TiltedDistribution, key: Array, num_chains: int) -> tuple[Array, Array]:
     """Where chains stand after one run of the sampler from where they start, and whether their density is finite there."""
     start_key, run_key = jax.random.split(key)
@@ -495,7 +510,11 @@ def _chains_from_nothing(fn: TiltedDistribution, key: Array, num_chains: int) ->
     state = sampler.init(fn.to_chain(fn.initial_chains(start_key, num_chains), sampler), target)
     state = sampler.run(run_key, target, state)
     samples = lax.stop_gradient(fn.from_chain(state.position, sampler))
-    return samples, jnp.isfinite(fn._log_density(samples))
+    density = fn._log_density(samples)
+    is_possible = jnp.isfinite(density)
+    if sampler.uses_score:  # a boundary is at infinity for it, and is never left
+        is_possible &= jnp.isfinite(state.position).reshape(*density.shape, -1).all(-1)
+    return samples, is_possible
 
 
 @promote_batch_shape.register

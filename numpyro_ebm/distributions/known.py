@@ -6,11 +6,15 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
-from numpyro.distributions import Distribution
+from numpyro.distributions import Distribution, MaskedDistribution
+
+from numpyro_ebm._compat import layers
 
 
 def is_known(fn: Distribution) -> bool:
     """Whether a distribution can be sampled at once, and has a normalized density."""
+    if any(isinstance(part, MaskedDistribution) for part in layers(fn)):  # of which a masked element has no density
+        return False
     try:
         jax.eval_shape(lambda key: fn.log_prob(fn.sample(key)), jax.random.key(0))
     except NotImplementedError:

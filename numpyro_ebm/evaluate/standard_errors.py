@@ -15,6 +15,7 @@ Where the posterior is a product over rows of the data, the covariance is the su
 covariance of the sum gives the same with far more noise.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -72,9 +73,9 @@ def standard_errors(
     :return: standard errors by param site, their Monte Carlo errors and the matrices behind them.
     :raises NormalizerError: if an energy or a random field has parameters to learn: the second derivative of its normalizer is
         not known.
-    :raises ValueError: if ``samples`` are not those of the model's latents; if no param site reaches the density; for a batch of
-        the rows of a plate, as a data loader gives it; if the information is not positive definite, naming
-        the param site that it is worst for; for a model or params that :func:`~numpyro_ebm.sample_posterior` refuses.
+    :raises ValueError: if ``samples`` are not those of the model's latents, or only one; if no param site reaches the density; for
+        a batch of the rows of a plate, as a data loader gives it; if the information is not positive definite, naming the param
+        site that it is worst for; for a model or params that :func:`~numpyro_ebm.sample_posterior` refuses.
 
     **References**
 
@@ -101,7 +102,9 @@ def standard_errors(
         raise ValueError("the model has no param site, so that there is nothing to give standard errors of.")
     _require_known_normalizers(posterior)
     _require_whole_plates(posterior)
-    draws = posterior.unconstrained("samples", samples, _num_chains_and_samples(samples))
+    draws = posterior.unconstrained("samples", samples, num_samples := _num_chains_and_samples(samples))
+    if math.prod(num_samples) < 2:
+        raise ValueError("one sample of the latents has no covariance, which the information lacks then: take more num_samples.")
     learned = _Learned.of(posterior, jax.tree.map(lambda x: x[0, 0], draws))
     theta = learned.theta
     moments = compiled(_moments, posterior, learned.used, theta, draws)

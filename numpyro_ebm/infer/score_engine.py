@@ -22,8 +22,8 @@ from numpyro_ebm.infer.engine import Engine
 from numpyro_ebm.objectives.score import ScoreObjective
 from numpyro_ebm.program.batch import Batch, drawn_batch, first_batch, over_rows, run_at_zero, whole_batch
 from numpyro_ebm.program.check import check_run
-from numpyro_ebm.program.run import Run, own_key, require_program, run_model
-from numpyro_ebm.program.sites import Model, Site, are_possible, has_density, require_data, require_possible
+from numpyro_ebm.program.run import Run, log_density_terms, own_key, require_program, run_model, total
+from numpyro_ebm.program.sites import Model, Site, are_possible, has_density, is_masked, require_data, require_possible
 from numpyro_ebm.program.visible import Visible, find_visible, require_batch, require_rows
 
 
@@ -69,6 +69,11 @@ class ScoreEngine(Engine):
                 "without running statistics."
             )
         check_run(model, batch.args, kwargs, data=data, mark_visible=True).require_scores()
+        if getattr(self.objective, "compares_rows", False) and is_masked(program.sites[visible.site]["fn"]):
+            raise ValueError(
+                f"site '{visible.site}': it is masked, and {type(self.objective).__name__} compares all rows, those that are "
+                "masked too: leave them out of the data."
+            )
         return visible, program
 
     def _latents(self, rng_key: Array, params: dict[str, Any], batch: Batch, kwargs: dict[str, Any]) -> dict[str, Array]:
@@ -100,12 +105,21 @@ class ScoreEngine(Engine):
             places = jnp.stack([v, *(self._moved(key, v) for key in _keys_of_moves(rng_key, v))])
             return lax.map(partial(are_good, batch=batch), places).all() & ~self._loses_noise(rng_key, v)
 
-        return over_rows(of_batch, batch, args[0]).all()
+        return over_rows(of_batch, batch, args[0]).all() & ~self._mixes_rows(rng_key, params, batch, kwargs)
+
+    def _mixes_rows(self, rng_key: Array, params: dict[str, Any], batch: Batch, kwargs: dict[str, Any]) -> Array:
+        """Whether the score of some row of a batch changes where every second row is another."""
+        model, (v, *rest) = batch.of(self._inner), batch.args
+        data = {**params, **self._latents(rng_key, params, batch, kwargs)}
+        score = jax.grad(lambda v: total(log_density_terms(model, (v, *rest), kwargs, own_key(rng_key), data=data)[0]))
+        stays = (jnp.arange(len(v)) % 2 == 0).reshape(-1, *(1,) * (v.ndim - 1))
+        here, there = score(v), score(jnp.where(stays, v, v + jnp.nanstd(v, 0)))
+        return (stays & (jnp.abs(here - there) > ROUNDING * (1 + jnp.abs(here)))).any()
 
     def _moved(self, rng_key: Array, v: Array) -> Array:
         """Rows as the objective perturbs them, or as far from the data as these are from each other where it does not."""
         moved = self.objective.perturb(rng_key, v)
-        return v + v.std(0) * jax.random.normal(rng_key, v.shape, v.dtype) if moved is v else moved
+        return v + jnp.nanstd(v, 0) * jax.random.normal(rng_key, v.shape, v.dtype) if moved is v else moved
 
     def _loses_noise(self, rng_key: Array, v: Array) -> Array:
         """Whether the objective's noise leaves most of the numbers that it is for as they were, being less than their rounding."""
@@ -125,6 +139,13 @@ class ScoreEngine(Engine):
             raise ValueError(
                 f"objective={self.objective!r}: its noise is less than the rounding of the data, which reach {abs(v).max():.3g} in "
                 f"{v.dtype}, so that most of them stay as they are. Take more noise, or double precision."
+            )
+        first = self._first_batch(rng_key, params, args, kwargs)
+        if self._mixes_rows(rng_key, params, first, kwargs):
+            raise ValueError(
+                "the score of one row of the first argument depends on other rows, by a factor outside their plate or by what the "
+                "model makes of all of them, as a mean; and scores are matched row by row. Compute such things before, and pass "
+                "them as arguments; put factors into the plate."
             )
         for key in _keys_of_moves(rng_key, v):
             places = whole._replace(args=(self._moved(key, v), *whole.args[1:]))
@@ -154,6 +175,10 @@ class ScoreEngine(Engine):
             f"a density ends: what is learned is right only if it goes to 0 there by itself. Else {fix}.",
             stacklevel=5,
         )
+
+
+# How much a row's score may change with the other rows by rounding, relative to 1 + its size.
+ROUNDING = 1e-3
 
 
 def _keys_of_moves(rng_key: Array, v: Array) -> Array:

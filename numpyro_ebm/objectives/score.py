@@ -127,6 +127,9 @@ class ExactScoreMatching(ScoreObjective):
 
     The trace costs one derivative of the score per coordinate of the event: for small dimension, and for reference.
 
+    The score must have a derivative everywhere. A kink, as of :math:`|v|` or a network of ReLUs, has all of its curvature in one
+    point, which no datum meets: what is learned then is wrong and nothing tells. Smooth it, or take a denoising objective.
+
     **References**
 
     1. Hyvärinen, *Estimation of non-normalized statistical models by score matching*, JMLR 6 (2005).

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from numpyro.distributions import Distribution, Unit, biject_to, constraints
+from numpyro.distributions import Distribution, MaskedDistribution, Unit, biject_to, constraints
 from numpyro.infer.util import helpful_support_errors
 
 from numpyro_ebm._compat import layers, mask_of
@@ -52,6 +52,11 @@ def core_of(fn: Distribution) -> Any:
     """A site's distribution, under what plates, masks and users wrapped around it."""
     *_, core = layers(fn)
     return core
+
+
+def is_masked(fn: Distribution) -> bool:
+    """Whether some of a site's elements have no density."""
+    return any(isinstance(part, MaskedDistribution) and mask_of(part) is not True for part in layers(fn))
 
 
 def is_factor(fn: Distribution) -> bool:
