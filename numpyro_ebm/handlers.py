@@ -41,6 +41,7 @@ from numpyro_ebm._compat import (
 )
 from numpyro_ebm._compiled import compiled
 from numpyro_ebm._fit import fit_of
+from numpyro_ebm._pytree import read_params
 from numpyro_ebm.chains import (
     MIXED_FIELDS,
     NOT_FINITE,
@@ -347,7 +348,8 @@ class negative_phase(Messenger):
         every step, and likelihoods look better the longer one trains.
 
         :param mutable_state: ``result.state.mutable_state``, or ``result`` or ``result.state`` themselves.
-        :return: by site; each field has the shape of the site's batch, before plates expand it. It is nan where chains began from
+        :return: by site; each field has the shape of the energy's batch, and is of one element where plates or ``.expand`` repeat
+            it. It is nan where chains began from
             ``init_chains``, or from a distribution whose density is not known.
         :raises ValueError: without weights.
         """
@@ -393,7 +395,7 @@ class negative_phase(Messenger):
         log_density = energy._log_density(x)
         if self.weights is not None:
             chains.update({**population, "log_density": lax.stop_gradient(log_density)})
-        finite = jnp.all(jnp.stack([jnp.isfinite(array).all() for array in jax.tree.leaves((x, log_density))]))
+        finite = jnp.all(jnp.stack([jnp.isfinite(array).all() for array in jax.tree.leaves((x, state.position, log_density))]))
         trouble = jnp.where(finite, 0, NOT_FINITE)
         if isinstance(energy, RandomField) and self.persistent:
             trouble = jnp.maximum(trouble, jnp.where(energy.mixes_fields(x), MIXED_FIELDS, 0))
@@ -566,7 +568,7 @@ def _of_fit(params: Any, mutable_state: Any) -> tuple[dict[str, Any], dict[str, 
             raise TypeError(
                 f"{what} must map sites to values, or be a result or state of a fit that has it, got {type(given).__name__}."
             )
-    return dict(known), dict(kept)
+    return read_params("params", known), dict(kept)
 
 
 def _require_complete(sites: dict[str, Message], params: dict[str, Any], state: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ import optax
 import pandas as pd
 import pytest
 from jax.tree_util import Partial
+from numpyro import handlers
 from numpyro.distributions import biject_to, constraints
 from numpyro.handlers import mask, seed
 from numpyro.infer import SVI, Trace_ELBO, init_to_value
@@ -763,3 +764,84 @@ def test_one_sample_has_no_covariance():
 
     with pytest.raises(ValueError, match="one sample of the latents has no covariance"):
         standard_errors(model, {"loc": Y.mean()}, {"x": Y[None, None]}, Y)
+
+
+def test_block_gibbs_is_given_states_of_its_units():
+    # Catches real units that are cut to whole numbers, and bits that are none.
+    real = GaussianBernoulliRBM(jnp.ones((2, 1)), jnp.zeros(2), jnp.zeros(1))
+    drawn = block_gibbs(KEY, real, jnp.zeros((3, 2), int))
+    assert drawn.dtype == jnp.float32
+    assert (drawn != drawn.round()).all()
+    bits = BernoulliRBM(jnp.ones((2, 1)), jnp.zeros(2), jnp.zeros(1))
+    with pytest.raises(ValueError, match="its values are to be in"):
+        block_gibbs(KEY, bits, jnp.full((3, 2), 0.5))
+
+
+def test_negative_chains_on_a_boundary_are_said():
+    # Catches chains at infinity of the space that they move in: the gradient was that of where they start, 1.2 for .2.
+    def model(y):
+        rate = numpyro.param("rate", 1.0)
+        fn = EnergyDistribution(lambda y: rate * y, support=constraints.positive, initial=dist.Delta(0.0))
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", fn, obs=y)
+
+    phase = negative_phase(model, num_chains=4)
+    svi = SVI(phase.without_reports(), lambda y: None, SGD, Trace_ELBO())
+    state = jax.jit(svi.init)(KEY, jnp.abs(Y))  # where NumPyro does not warn
+    assert int(state.mutable_state["y/chains"]["status"]) == 9
+    assert jnp.isnan(jax.jit(svi.update)(state, jnp.abs(Y))[1])
+
+
+def test_steps_that_alternate_have_a_sample_size():
+    # Catches an effective number of steps that is negative, and an error that is none: x[t] = -.9 x[t-1] + noise.
+    noise = np.random.default_rng(0).normal(size=400)
+    x = [0.0]
+    for e in noise:
+        x.append(-0.9 * x[-1] + e)
+    report = convergence({"loc": jnp.asarray(x)})
+    assert 200 < report.ess["loc"] <= 201 * np.log10(201)
+    assert 0 < report.mcse["loc"] < report.sd["loc"]
+    with pytest.raises(ValueError, match="param 'loc': a standard error must be positive, got -1"):
+        convergence({"loc": jnp.asarray(x)}, num_particles=10, standard_errors={"loc": -1.0})
+
+
+def test_annealed_chains_of_a_distribution_stay_in_its_support():
+    # Catches chains of which nothing keeps those of a flat base inside: the mean was -5.3 for 1.
+    fn = EnergyDistribution(lambda x: x, support=constraints.positive)
+    with pytest.raises(FloatingPointError, match="of 50 chains have left the support"):
+        annealed_langevin(KEY, fn.log_prob, jnp.ones(50), 0.1, jnp.ones(100))
+
+
+@pytest.mark.parametrize("engine", ["ScoreMatching", "BiSM", "VaGES"])
+def test_scaled_densities_are_refused_by_score_engines(engine):
+    # Catches a density that is tempered where its data were to be weighted: the precision was .042 for .211.
+    def joint(y):
+        loc = numpyro.param("loc", 0.0)
+        with numpyro.plate("data", len(y)):
+            x = numpyro.sample("x", dist.Normal(loc, 1))
+            numpyro.sample("y", dist.Normal(x, 1), obs=y)
+
+    def guide(y):
+        shift = numpyro.param("shift", 0.0)
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("x", dist.Normal(y / 2 + shift, 0.7))
+
+    made = {
+        "ScoreMatching": lambda: ScoreMatching(handlers.scale(plain, scale=5.0), SGD, NOISE),
+        "BiSM": lambda: BiSM(handlers.scale(joint, scale=5.0), guide, SGD, SGD, NOISE),
+        "VaGES": lambda: VaGES(handlers.scale(joint, scale=5.0), guide, SGD, SGD, NOISE),
+    }[engine]()
+    with pytest.raises(ValueError, match=r"site '[xy]': scale multiplies its log density by 5"):
+        made.init(KEY, Y)
+
+
+def test_relaxed_bits_are_nothing_to_jump_to():
+    # Catches a log density that is that of the bits, and samples that are relaxed.
+    fn = EnergyDistribution(lambda x: x.sum(), (2,), initial=GumbelBernoulli(jnp.zeros(2)).to_event(1))
+    assert fn.chain_log_prob(MALA()).reference is None
+
+
+def test_params_that_are_not_finite_are_said_by_name_before_chains_move():
+    phase = negative_phase(plain, num_chains=4)
+    with pytest.raises(ValueError, match=r"params\['precision'\]: it is nan"):
+        phase.sample_chains(KEY, {"precision": jnp.nan}, {"y/chains": {}}, 2, Y)

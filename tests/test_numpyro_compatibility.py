@@ -389,7 +389,7 @@ ROWS = [
         slow=ENGINES,
     ),
     guides("AutoGuideList", R, R, R, guide=listed, slow=("BiSM", "VaGES")),
-    handler("scale", R, R, R, R, R, R, around=lambda model: scale(model, scale=0.5)),
+    handler("scale", R, R, *["refused: scale multiplies its log density by 0.5"] * 4, around=lambda model: scale(model, scale=0.5)),
     handler("mask", R, R, R, R, R, R, around=lambda model: mask(model, mask=MASK)),
     handler(
         "condition on the latent",

@@ -9,11 +9,13 @@ from jax import Array
 from numpyro.distributions import Distribution, MaskedDistribution
 
 from numpyro_ebm._compat import layers
+from numpyro_ebm.distributions.relaxed import GumbelBernoulli
 
 
 def is_known(fn: Distribution) -> bool:
     """Whether a distribution can be sampled at once, and has a normalized density."""
-    if any(isinstance(part, MaskedDistribution) for part in layers(fn)):  # of which a masked element has no density
+    # a masked element has no density, and that of relaxed bits is the one of bits
+    if any(isinstance(part, MaskedDistribution | GumbelBernoulli) for part in layers(fn)):
         return False
     try:
         jax.eval_shape(lambda key: fn.log_prob(fn.sample(key)), jax.random.key(0))

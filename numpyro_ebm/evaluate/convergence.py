@@ -108,7 +108,7 @@ def convergence(
     kept = {name: value[burn_in:].astype(np.float64) for name, value in values.items()}
     sd = {name: value.std(0, ddof=1) for name, value in kept.items()}
     with np.errstate(invalid="ignore", divide="ignore"):  # a parameter that does not move has neither ESS nor R-hat
-        ess = {name: effective_sample_size(value[None]) for name, value in kept.items()}
+        ess = {name: _effective_sample_size(value) for name, value in kept.items()}
         r_hat = {name: split_gelman_rubin(value[None]) for name, value in kept.items()}
         mcse = {name: np.where(sd[name] == 0, 0.0, sd[name] / np.sqrt(ess[name])) for name in kept}
         theory = None if standard_errors is None else _theory(standard_errors, num_particles, sd)
@@ -116,6 +116,14 @@ def convergence(
     counts = np.arange(1, num_steps - burn_in + 1)
     running = {name: value.cumsum(0) / counts.reshape(-1, *(1,) * (value.ndim - 1)) for name, value in kept.items()}
     return ConvergenceReport(running, {name: value[-1] for name, value in running.items()}, mcse, sd, ess, r_hat, theory, ratio)
+
+
+def _effective_sample_size(x: np.ndarray) -> np.ndarray:
+    """Of steps along axis 0. Those that alternate are worth more than their number, which the estimate gives a limit, n log10 n:
+    NumPyro's has none, and becomes negative.
+    """
+    most, found = len(x) * np.log10(len(x)), np.asarray(effective_sample_size(x[None]))
+    return np.where((found < 0) | (found > most), most, found)
 
 
 def _theory(
@@ -128,6 +136,8 @@ def _theory(
         if name not in errors or errors[name].shape != value.shape:
             found = f"has shape {errors[name].shape}" if name in errors else "is missing"
             raise ValueError(f"param '{name}': its standard error {found}, it must have shape {value.shape}.")
+        if (errors[name] <= 0).any():  # nan is what is not known
+            raise ValueError(f"param '{name}': a standard error must be positive, got {errors[name].min():g}.")
     return {name: errors[name] / np.sqrt(num_particles) for name in sd}
 
 

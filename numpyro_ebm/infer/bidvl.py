@@ -56,7 +56,7 @@ from numpyro_ebm.program.run import (
     unconstrain_params,
 )
 from numpyro_ebm.program.sites import Model, Site, are_possible, require_possible
-from numpyro_ebm.program.visible import require_batch, require_reached
+from numpyro_ebm.program.visible import require_batch, require_reached, require_unscaled
 from numpyro_ebm.samplers import Sampler
 from numpyro_ebm.samplers.base import real_positions, require_finite_chains, require_sampler
 
@@ -318,6 +318,8 @@ class BiDVL(Engine):
             raise
         generator = run_model(batch.of(self.generator), args, kwargs, rng_key, data=given)
         require_together(energy, encoder, generator, visible, args[0], noise=self.noise)
+        for run in (energy, encoder, generator):
+            require_unscaled(run)
         for what, program in (("the energy", self._energy), ("the generator", self.generator)):
             require_reached(visible, what, batch.of(program), args, kwargs, rng_key, data=given)
         known = sorted({**energy.params, **encoder.params, **generator.params})

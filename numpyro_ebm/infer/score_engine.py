@@ -24,7 +24,7 @@ from numpyro_ebm.program.batch import Batch, drawn_batch, first_batch, over_rows
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.run import Run, log_density_terms, own_key, require_program, run_model, total
 from numpyro_ebm.program.sites import Model, Site, are_possible, has_density, is_masked, require_data, require_possible
-from numpyro_ebm.program.visible import Visible, find_visible, require_batch, require_rows
+from numpyro_ebm.program.visible import Visible, find_visible, require_batch, require_rows, require_unscaled
 
 
 class ScoreEngine(Engine):
@@ -62,6 +62,7 @@ class ScoreEngine(Engine):
         model = batch.of(self._inner)
         visible, program = find_visible(model, batch.args, kwargs, rng_key, data=data)
         require_rows(program, visible)
+        require_unscaled(program)
         self.objective.perturb(rng_key, batch.args[0])  # which refuses a batch that is too small for it
         if program.mutable_state:
             raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from numpyro_ebm.program.batch import run_at_zero
@@ -102,6 +103,22 @@ def require_rows(program: Run, visible: Visible) -> None:
                 f"site '{name}': a latent outside {where} belongs to all rows at once, and scores are matched row by row. Put it "
                 f"and site '{visible.site}' into one plate, or make it a numpyro.param."
             )
+
+
+def require_unscaled(program: Run) -> None:
+    """Refuses a program under :class:`numpyro.handlers.scale`: a score is that of the density, and of its power where it is scaled.
+
+    :raises ValueError: naming the site.
+    """
+    for name, site in program.sites.items():
+        scale = site.get("scale") if site["type"] == "sample" else None
+        if scale is None or not (isinstance(scale, jax.core.Tracer) or not np.allclose(scale, 1)):
+            continue
+        by = "" if isinstance(scale, jax.core.Tracer) else f" by {np.ravel(scale)[0]:g}"
+        raise ValueError(
+            f"site '{name}': scale multiplies its log density{by}. That weighs data in a likelihood, and in a score it makes "
+            "another density, whose parameters are others: leave it out, and repeat rows to weigh them."
+        )
 
 
 def require_batch(args: tuple[Any, ...], of: str = "the model", why: str = "scores are derivatives in it") -> Array:

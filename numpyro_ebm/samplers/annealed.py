@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from numpyro.distributions import Distribution
 
 from numpyro_ebm._checks import require_count, require_key, require_positive
 from numpyro_ebm.samplers.base import WHAT_A_STEP_IS, LogProb, langevin_move, real_positions, require_finite_chains
@@ -50,7 +51,8 @@ def annealed_langevin(
     :return: where the chains stand after the last step, with gradients stopped.
     :raises ValueError: if ``step_size`` is not a positive finite number, a temperature is negative or not finite, or ``start``
         is not made of floating arrays with the same number of chains.
-    :raises FloatingPointError: if chains run away; under ``jit``, which cannot raise, they are NaN or infinite.
+    :raises FloatingPointError: if chains run away, or leave the support of the distribution whose ``log_prob`` it is; under
+        ``jit``, which cannot raise, they are NaN or infinite.
 
     **References**
 
@@ -86,7 +88,21 @@ def annealed_langevin(
     keys = jax.random.split(require_key("rng_key", rng_key), len(schedule))
     x, _ = lax.scan(step, lax.stop_gradient(start), (keys, schedule))
     x = lax.stop_gradient(x)
+    _require_inside(log_prob, x)
     return require_finite_chains(x, f"step_size={step_size:g} is too large for how steep the density is, or it is not integrable")
+
+
+def _require_inside(log_prob: Any, x: Any) -> None:
+    """Refuses chains outside the support of a distribution, where it is the method of one: nothing keeps them inside."""
+    fn = getattr(log_prob, "__self__", None)
+    if not isinstance(fn, Distribution) or not isinstance(x, Array) or isinstance(x, jax.core.Tracer):
+        return
+    inside = fn.support(x).reshape(len(x), -1).all(-1)
+    if not inside.all():
+        raise FloatingPointError(
+            f"{int((~inside).sum())} of {len(x)} chains have left the support, {fn.support}: nothing keeps them inside. Draw by "
+            ".sample(key, shape), which moves in unconstrained space."
+        )
 
 
 def annealing_schedule(num_hot: int = 500, num_cooling: int = 2000, num_freezing: int = 200, hottest: float = 100.0) -> np.ndarray:

@@ -18,7 +18,7 @@ from jax import Array, lax
 from numpyro.distributions import Distribution
 
 from numpyro_ebm._checks import require_count, require_instance, require_key
-from numpyro_ebm.samplers.base import LogProb, Sampler
+from numpyro_ebm.samplers.base import LogProb, Sampler, real_positions
 
 
 @runtime_checkable
@@ -41,9 +41,9 @@ def block_gibbs(rng_key: Array, layers: Layers, v: Array, num_steps: int = 1) ->
     :param layers: the conditionals, for instance a :class:`~numpyro_ebm.GaussianBernoulliRBM`.
     :param v: where the chains stand, of shape ``(num_chains,) + batch_shape + (num_visible,)``.
     :param int num_steps: sweeps; 0 leaves the chains where they are.
-    :return: where they end, of the shape and dtype of ``v``. Gradients are not stopped.
-    :raises ValueError: if ``num_steps`` is not an integer of 0 or more, or ``v`` has NaN; under ``jit``, which cannot raise, such
-        a chain ends NaN too.
+    :return: where they end, of the shape of ``v``, and real where the units are. Gradients are not stopped.
+    :raises ValueError: if ``num_steps`` is not an integer of 0 or more, or ``v`` has NaN or is outside its support; under ``jit``,
+        which cannot raise, a chain with NaN ends NaN too.
     :raises TypeError: if ``layers`` has no layers.
 
     **References**
@@ -63,10 +63,26 @@ def block_gibbs(rng_key: Array, layers: Layers, v: Array, num_steps: int = 1) ->
         "layers", layers, ("hidden_given_visible", "visible_given_hidden"), "an RBM, such as GaussianBernoulliRBM(...)"
     )
     v, rng_key = jnp.asarray(v), require_key("rng_key", rng_key)
+    support = _support(layers, v)
+    if not support.is_discrete:
+        v = real_positions(v)
+    elif not isinstance(v, jax.core.Tracer) and not jnp.isnan(v).any() and not support(v).all():
+        raise ValueError(f"v: its values are to be in {support}, got some that are not.")
     is_nan = jnp.isnan(v).any(-1, keepdims=True)
     if not isinstance(is_nan, jax.core.Tracer) and is_nan.any():
         raise ValueError(f"v: {int(is_nan.sum())} of {is_nan.size} chains have NaN, and a draw at NaN would look like any other.")
     return jnp.where(is_nan, jnp.nan, _sweeps(rng_key, layers, v, num_steps)).astype(v.dtype)
+
+
+def _support(layers: Layers, v: Array) -> Any:
+    """Of the visible units."""
+    found: list[Any] = []
+
+    def look(v: Array, key: Array) -> None:
+        found.append(layers.visible_given_hidden(layers.hidden_given_visible(v).sample(key)).support)
+
+    jax.eval_shape(look, v, jax.random.key(0))
+    return found[0]
 
 
 def _sweeps(rng_key: Array, layers: Layers, v: Array, num_steps: int) -> Array:
