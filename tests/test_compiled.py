@@ -278,7 +278,7 @@ def _learned(x):
 
 CHAINS = negative_phase(_learned, num_chains=4, sampler=MALA(num_steps=2))
 STATE = {"x/chains": {"x": jnp.arange(4.0), "num_updates": jnp.array(1), "status": jnp.array(0)}}
-STATE["x/chains"] |= {"step_size": jnp.array(0.1), "acceptance": jnp.array(0.5)}
+STATE["x/chains"] |= {"step_size": jnp.array(0.1), "acceptance": jnp.array(0.5), "jump_acceptance": jnp.array(0.0)}
 DRAWS = {"x": jnp.asarray(0.5 * np.random.default_rng(0).normal(size=(2, 50, 3)), jnp.float32)}
 FAST = MALA(num_steps=2)
 EAGER = {

@@ -293,7 +293,7 @@ def _population(y):
 
 def _louis():
     posterior = Posterior(KEY, _population, {"loc": 0.0, "width": 1.0}, (Y,), {}, None)
-    return _products(partial(_moments, posterior), jnp.zeros(2), {"x": jnp.ones((2, 3, len(Y)))})
+    return _products(partial(_moments, posterior, (True, True)), jnp.zeros(2), {"x": jnp.ones((2, 3, len(Y)))})
 
 
 OURS = {

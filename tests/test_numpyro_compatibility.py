@@ -461,7 +461,7 @@ ROWS = [
         places=("inside",),
     ),
     handler("infer_config", R, R, R, R, R, R, around=lambda model: infer_config(model, config_fn=lambda site: {"note": 1})),
-    handler("seed", R, R, R, R, R, R, around=lambda model: seed(model, rng_seed=1)),
+    handler("seed", R, *["refused: is wrapped in numpyro.handlers.seed"] * 5, around=lambda model: seed(model, rng_seed=1)),
     handler(
         "reparam: LocScaleReparam",
         *["refused: no attribute 'loc'"] * 2,

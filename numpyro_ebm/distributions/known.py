@@ -3,10 +3,9 @@
 
 """Distributions that are known: sampled at once, with a normalized density that ends where their support does."""
 
-import jax
 import jax.numpy as jnp
 from jax import Array
-from numpyro.distributions import Distribution, MaskedDistribution
+from numpyro.distributions import Distribution, ImproperUniform, MaskedDistribution
 
 from numpyro_ebm._compat import layers
 from numpyro_ebm.distributions.relaxed import GumbelBernoulli
@@ -14,14 +13,14 @@ from numpyro_ebm.distributions.relaxed import GumbelBernoulli
 
 def is_known(fn: Distribution) -> bool:
     """Whether a distribution can be sampled at once, and has a normalized density."""
-    # a masked element has no density, and that of relaxed bits is the one of bits
-    if any(isinstance(part, MaskedDistribution | GumbelBernoulli) for part in layers(fn)):
-        return False
-    try:
-        jax.eval_shape(lambda key: fn.log_prob(fn.sample(key)), jax.random.key(0))
-    except NotImplementedError:
-        return False
-    return True
+    # a masked element has no density, that of relaxed bits is the one of bits, and a flat measure cannot be sampled
+    unknown = MaskedDistribution, GumbelBernoulli, ImproperUniform
+    return all(
+        not isinstance(part, unknown)
+        and type(part).sample is not Distribution.sample
+        and type(part).log_prob is not Distribution.log_prob
+        for part in layers(fn)
+    )
 
 
 def log_prob_inside(fn: Distribution, value: Array) -> Array:

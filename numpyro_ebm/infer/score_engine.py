@@ -125,7 +125,7 @@ class ScoreEngine(Engine):
     def _loses_noise(self, rng_key: Array, v: Array) -> Array:
         """Whether the objective's noise leaves most of the numbers that it is for as they were, being less than their rounding."""
         moved, noise = (self.objective.perturb(rng_key, x) for x in (v, jnp.zeros_like(v)))
-        return ((noise != 0) & (moved == v)).sum() > (noise != 0).sum() / 2
+        return 2 * ((noise != 0) & (moved == v)).sum() > (noise != 0).sum()
 
     def _refuse(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         whole = whole_batch(self._programs, args, kwargs, rng_key, data=params)
