@@ -7,17 +7,20 @@ JAX compiles a function for arrays of some shapes. Whatever else it reads while 
 and globals of functions, attributes of objects. A :class:`Snapshot` holds what they were. As a part of what a program is compiled
 for, it keeps a program from being used where they have changed.
 
-Closures, defaults and globals of functions are followed, also of those that they call, and attributes of objects. What belongs to
-a library is taken to be fixed. What a function writes itself is its own record and no setting. So are, for an engine, lists and
-sets that a function reads.
+Closures, defaults and globals of functions are followed, also of those that they call, and attributes of functions and objects.
+What belongs to a library is taken to be fixed. What a function writes itself is its own record and no setting. So are, for an
+engine, lists and sets that a function reads. Not all can be seen, as behind a class of the user's, an import inside a function or a
+module: an engine then goes on with what it has compiled, and what is called eagerly is compiled anew.
 """
 
 import dis
 import sys
+import sysconfig
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import is_dataclass
 from functools import lru_cache, partial
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
@@ -32,9 +35,10 @@ from numpyro_ebm._pytree import Rest, arrays_and_rest, join
 
 T = TypeVar("T")
 
-PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), np.generic, np.dtype)
+PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), np.generic, np.dtype, jax.ShapeDtypeStruct)
 LIBRARIES = sys.stdlib_module_names | {"jax", "jaxlib", "numpy", "numpyro", "numpyro_ebm", "optax", "equinox", "flax", "scipy"}
-FIXED = {"builtins", "operator", "jax", "jaxlib", "numpy"}  # libraries none of whose objects changes
+FIXED = {"jax", "jaxlib", "numpy"}  # libraries whose functions and types do not change
+LOOKING = {"globals", "locals", "vars", "getattr", "eval", "exec", "__import__", "__dict__"}
 # objects of libraries that hold what users give them, beside dataclasses and our own
 FOLLOWED = (Distribution, Constraint, Transform, Messenger, SimpleNamespace)
 MAX_BYTES = 2**16  # of a NumPy array that is compared by its numbers
@@ -51,23 +55,22 @@ def compiled(function: Callable[..., T], *args: Any) -> T:
     arrays, rest = arrays_and_rest(args)
     if any(isinstance(array, jax.core.Tracer) for array in arrays):
         return function(*args)
+    program: Callable[[list[Array]], Any] = jax.jit(lambda arrays: function(*join(arrays, rest)))
     try:
         look = _Look(function, rest, with_lists=True)
-        hash(rest)
-        is_known = look.sees_all
+        if look.sees_all:
+            program = _program(function, rest._replace(frozen=look.snapshot))
     except Exception:  # of a pytree that does without its arrays, or of a part that does not hash
-        is_known = False
+        pass
     try:
-        if is_known:
-            return _on_arrays(arrays, function=function, rest=rest._replace(frozen=look.snapshot))
-        return jax.jit(lambda arrays: function(*join(arrays, rest)))(arrays)
+        return program(arrays)
     except Exception:
         return function(*args)
 
 
-@partial(jax.jit, static_argnames=("function", "rest"))
-def _on_arrays(arrays: list[Array], *, function: Callable[..., T], rest: Rest) -> T:
-    return function(*join(arrays, rest))
+@lru_cache(maxsize=128)  # of which each may keep megabytes
+def _program(function: Callable[..., Any], rest: Rest) -> Callable[[list[Array]], Any]:
+    return jax.jit(lambda arrays: function(*join(arrays, rest)))
 
 
 def frozen(rest: Rest) -> Rest:
@@ -95,6 +98,9 @@ class Watch:
     def __init__(self, *values: Any) -> None:
         self._values = values
         self._look = _Look(*values)
+
+    def __reduce__(self) -> Any:
+        return Watch, self._values
 
     def snapshot(self) -> Snapshot:
         """What they hold now: looked for only where something has become another object."""
@@ -125,7 +131,7 @@ class _Look:
         self._with_lists = with_lists
         self.sees_all = True  # whether nothing may change that is not in the snapshot
         self._found: list[Hashable] = []
-        self._seen: dict[int, Any] = {}  # by id, and kept, so that nothing else is given it
+        self._seen: dict[int, tuple[int, Any]] = {}  # by id, with its number, and kept, so that nothing else is given the id
         self._places: list[tuple[Mapping[Any, Any], Any, Any]] = []  # a dictionary, a name in it, what is there
         self._sizes: list[tuple[Mapping[Any, Any], int]] = []  # a dictionary, how many names it has
         self._cells: list[tuple[CellType, Any]] = []  # a variable of a closure, its value
@@ -153,8 +159,10 @@ class _Look:
         elif isinstance(x, Array):
             self._found.append(_Same(x))  # it cannot change
             self.sees_all &= not isinstance(x, jax.core.Tracer)
-        elif id(x) not in self._seen:
-            self._seen[id(x)] = x
+        elif id(x) in self._seen:
+            self._found.append(self._seen[id(x)][0])  # the same as before: which of them it is
+        else:
+            self._seen[id(x)] = len(self._seen), x
             self._into(x, written)
 
     def _into(self, x: Any, written: _Names) -> None:
@@ -165,30 +173,35 @@ class _Look:
         elif isinstance(x, (list, set)) and written is not None and not self._with_lists:
             pass
         elif isinstance(x, (tuple, list)):
+            self.sees_all &= type(x) in (tuple, list) or _is_library(type(x).__module__)  # those of users may have methods
             self._changes_inside |= isinstance(x, list)
             self._found += (type(x), len(x))
             for part in x:
                 self._at(part, written)
         elif isinstance(x, (frozenset, set)):
+            self.sees_all &= all(isinstance(part, PLAIN) for part in x)
             self._changes_inside |= isinstance(x, set)
             self._found.append(frozenset(x))
         elif isinstance(x, dict):
+            self.sees_all &= type(x) in (dict, OrderedDict) and all(isinstance(name, str | int) for name in x)
+            self._found.append(len(x))
             self._names_in(x, list(x), written)
             self._sizes.append((x, len(x)))
         elif isinstance(x, np.ndarray):
-            small = x.nbytes <= MAX_BYTES
+            small = x.nbytes <= MAX_BYTES and type(x) is np.ndarray and x.dtype != object
             self.sees_all, self._changes_inside = self.sees_all and small, self._changes_inside or small
             self._found += (x.shape, x.dtype, x.tobytes()) if small else (_Same(x),)
         elif isinstance(x, MethodType):
             self._at(x.__func__, written)
             self._at(x.__self__, _outside(x.__func__.__code__).written)
         elif isinstance(x, partial):
+            self.sees_all &= not vars(x)
             self._at((x.func, x.args, x.keywords), written)
         elif isinstance(x, type):
             self._class(x)
         elif isinstance(x, ModuleType):
             self.sees_all &= _is_library(x.__name__)
-        elif hasattr(x, "__wrapped__"):
+        elif _is_library(type(x).__module__) and hasattr(x, "__wrapped__"):
             self._at(x.__wrapped__, written)
         else:
             self._object(x, written)
@@ -198,6 +211,7 @@ class _Look:
         names, is_library = _outside(code), _is_library(variables.get("__name__"))
         self._found.append(_Same(code))
         self._functions.append((function, code, function.__defaults__))
+        self.sees_all &= names.is_plain or is_library
         self._at((function.__defaults__, function.__kwdefaults__), names.written)
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             if name in names.written:
@@ -215,6 +229,7 @@ class _Look:
         self._found.append(_Same(cls))
         for owner in cls.__mro__:
             if not _is_library(owner.__module__):
+                self.sees_all = False  # a class holds whatever it likes
                 for name, member in list(vars(owner).items()):
                     self._places.append((vars(owner), name, member))
                     value = getattr(member, "__func__", getattr(member, "fget", member))  # of static methods and properties
@@ -226,7 +241,7 @@ class _Look:
         cls = type(x)
         is_open = isinstance(x, FOLLOWED) or is_dataclass(x) or cls.__module__.startswith("numpyro_ebm.")
         if _is_library(cls.__module__) and not is_open:
-            is_fixed = cls.__module__.partition(".")[0] in FIXED
+            is_fixed = _is_fixed(x)
             self._found.append(x if is_fixed and isinstance(x, Hashable) else _Same(x))
             self.sees_all &= is_fixed
             return
@@ -255,13 +270,18 @@ class _Outside(NamedTuple):
 
     read: tuple[str, ...]  # globals
     written: frozenset[str]  # globals, variables of closures and attributes
+    is_plain: bool  # whether it reads nothing else: by an import, or by a look into names
 
 
 @lru_cache(4096)
 def _outside(code: CodeType) -> _Outside:
     read: dict[str, None] = {}
     written: set[str] = set()
+    is_plain = True
     for instruction in dis.get_instructions(code):
+        is_plain &= not (
+            instruction.opname.startswith("IMPORT") or (isinstance(instruction.argval, str) and instruction.argval in LOOKING)
+        )
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             read[instruction.argval] = None
         elif instruction.opname in ("STORE_GLOBAL", "STORE_ATTR", "STORE_DEREF"):
@@ -270,7 +290,8 @@ def _outside(code: CodeType) -> _Outside:
         if isinstance(inside, CodeType):
             read |= dict.fromkeys(_outside(inside).read)
             written |= _outside(inside).written
-    return _Outside(tuple(read), frozenset(written.difference(code.co_cellvars)))
+            is_plain &= _outside(inside).is_plain
+    return _Outside(tuple(read), frozenset(written.difference(code.co_cellvars)), is_plain)
 
 
 def _in(cell: CellType) -> Any:
@@ -285,5 +306,20 @@ def _slots(cls: type) -> list[str]:
     return [name for owner in cls.__mro__ for name in getattr(owner, "__slots__", ())]
 
 
+@lru_cache(4096)
 def _is_library(module: str | None) -> bool:
-    return (module or "").partition(".")[0] in LIBRARIES
+    """Whether a module is one of those that are taken to be fixed, and no file of the user's of the same name."""
+    top = (module or "").partition(".")[0]
+    if top not in LIBRARIES:
+        return False
+    if top not in sys.stdlib_module_names:
+        return True
+    origin = getattr(sys.modules.get(top), "__file__", None)
+    return origin is None or origin.startswith(sysconfig.get_path("stdlib"))
+
+
+def _is_fixed(x: Any) -> bool:
+    """Whether an object of a library is a function or a type of it, and nothing that holds values."""
+    if isinstance(x, BuiltinFunctionType):
+        return x.__self__ is None or isinstance(x.__self__, ModuleType)
+    return isinstance(x, np.ufunc) or (callable(x) and type(x).__module__.partition(".")[0] in FIXED and hasattr(x, "__name__"))

@@ -39,7 +39,7 @@ from numpyro_ebm._compat import (
     one_at_a_time,
     open_handler,
 )
-from numpyro_ebm._compiled import compiled
+from numpyro_ebm._compiled import Watch, compiled
 from numpyro_ebm._fit import fit_of
 from numpyro_ebm._pytree import read_params
 from numpyro_ebm.chains import (
@@ -199,10 +199,15 @@ class negative_phase(Messenger):
             raise ValueError("weights go on from step to step, and chains that restart do not: take persistent=True.")
         self.init_chains: dict[str, Any] = dict(init_chains or {})
         self._open: list[tuple[Message, str]] = []
-        self._checked: dict[Any, bool] = {}  # by the kind of arguments and sites: whether the model is a random field
+        # by the kind of arguments and sites, and by what the model reads beside them: whether it is a random field
+        self._checked: dict[Any, bool] = {}
+        self._watch = Watch(fn)
         self._reports: bool = True
         self._frozen: bool = False
         super().__init__(fn)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_checked": {}}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.fn is None:
@@ -227,7 +232,7 @@ class negative_phase(Messenger):
     def _is_field(self, args: tuple[Any, ...], kwargs: dict[str, Any], seen: record_run) -> bool:
         """Whether the model is a random field with parameters; it is checked once for every kind of arguments and of sites."""
         leaves, structure = jax.tree.flatten((args, kwargs))
-        kind = structure, tuple(_kind(leaf) for leaf in leaves), tuple(seen.kinds.items())
+        kind = structure, tuple(_kind(leaf) for leaf in leaves), tuple(seen.kinds.items()), self._watch.snapshot()
         if kind not in self._checked:
             self._checked[kind] = self._check(args, kwargs, seen)
         return self._checked[kind]
@@ -589,10 +594,10 @@ def _shapes(x: Any) -> Any:
 
 
 def _kind(leaf: Any) -> Any:
-    """What of an argument decides which sites a model has: not the value of an array or float, but a flag or a size."""
+    """What of an argument decides which sites a model has: not the values of an array, but a number, a flag or a size."""
     if isinstance(leaf, (jax.Array, np.ndarray)):
         return jnp.shape(leaf), jnp.result_type(leaf)
-    return type(leaf), None if isinstance(leaf, float) else repr(leaf)
+    return type(leaf), repr(leaf)
 
 
 def _feasible(msg: Message) -> Array | None:

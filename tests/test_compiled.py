@@ -8,8 +8,10 @@ Compilations are counted, and never timed.
 
 from functools import partial
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import equinox as eqx
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,7 @@ from numpyro_ebm import (
     EnergyDistribution,
     ParticleMMLE,
     TiltedDistribution,
+    _compiled,
     find_map,
     fisher_divergence,
     log_normalizer,
@@ -369,3 +372,58 @@ def test_a_score_that_has_changed_gives_its_own_divergence():
     first = call(batch_size=8).estimate
     shift = 5.0
     assert call(batch_size=8).estimate != first
+
+
+class Holder:
+    table = (1.0,)
+
+    def __call__(self, x):
+        return self.table[0] * x**2 / 2
+
+
+class Named(NamedTuple):
+    a: float
+
+    def __call__(self, x):
+        return SCALE * self.a * x**2 / 2
+
+
+def _imports(x):
+    import helpers
+
+    return helpers.CURVATURE * x**2 / 2
+
+
+def _shared():
+    settings = SimpleNamespace(a=(1.0,), b=(2.0,))
+    settings.current = settings.a
+    return (lambda x: settings.current[0] * x**2 / 2), lambda: setattr(settings, "current", settings.b)
+
+
+UNSEEN = {
+    "an attribute of a class": lambda: (Holder(), lambda: setattr(Holder, "table", (2.0,))),
+    "a method of a named tuple": lambda: (Named(1.0), partial(_global, "SCALE", 2.0)),
+    "an import inside": lambda: (_imports, lambda: setattr(helpers, "CURVATURE", 2.0)),
+    "the same object by another name": _shared,
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_samples_are_of_what_an_energy_is_now(name):
+    # Catches samples of what an energy was: a cache may only be used where nothing is hidden.
+    Holder.table, helpers.CURVATURE = (1.0,), 1.0
+    _global("SCALE", 1.0)
+    energy, change = UNSEEN[name]()
+    fn = EnergyDistribution(energy, initial=dist.Normal(0, 1), sampler=FAST)
+    before = fn.sample(KEY, (5,))
+    np.testing.assert_array_equal(before, fn.sample(KEY, (5,)))
+    change()
+    after = fn.sample(KEY, (5,))
+    fresh = jax.jit(lambda key: fn.sample(key, (5,)))(KEY)
+    np.testing.assert_allclose(after, fresh, rtol=1e-5)
+    assert (before != after).any()
+
+
+def test_few_programs_are_kept():
+    # Catches memory that grows by every new energy for ever.
+    assert _compiled._program.cache_info().maxsize <= 128

@@ -891,3 +891,25 @@ def test_check_chains_says_what_a_run_on_an_accelerator_could_not():
         phase.check_chains({"tilt": 0.0}, state(2), y)
     with pytest.raises(RuntimeError, match=r"site 'z', update 1: the negative chains, or the energy at them, are no longer finite"):
         phase.sample_chains(jax.random.key(0), {"tilt": 0.0}, state(9), 3, y)
+
+
+COUPLED = {"is": False}
+
+
+@pytest.mark.parametrize("how", ["global", "number"])
+def test_a_model_is_checked_again_where_what_it_reads_has_changed(how):
+    # Catches a check that is kept by the shapes of arguments: the energy of y depends on x from the second call on, without a word.
+    def model(y, coupling=0.0):
+        x = numpyro.sample("x", dist.Normal(0, 1))
+        couples = COUPLED["is"] or coupling > 0
+        scale = jnp.exp(x) if couples else 1.0
+        numpyro.sample("y", EnergyDistribution(lambda y: scale * y**2 / 2, initial=dist.Normal(0, 1)), obs=y)
+
+    phase, y = negative_phase(model, num_chains=4), jnp.ones(3)
+    COUPLED["is"] = False
+    with seed(rng_seed=0):
+        phase(y, 0.0)
+    COUPLED["is"] = how == "global"
+    with seed(rng_seed=0), pytest.raises(NormalizerError, match="site 'y'"):
+        phase(y, 1.0 if how == "number" else 0.0)
+    COUPLED["is"] = False
