@@ -91,6 +91,9 @@ class Snapshot:
     def __hash__(self) -> int:
         return self._hash
 
+    def __reduce__(self) -> Any:
+        return Snapshot, ((),)  # in another process it is equal to none
+
 
 class Watch:
     """Functions and objects that are looked at again and again."""

@@ -206,9 +206,6 @@ class negative_phase(Messenger):
         self._frozen: bool = False
         super().__init__(fn)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_checked": {}}
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.fn is None:
             return super().__call__(*args, **kwargs)
