@@ -914,6 +914,17 @@ def test_support_that_transforms_do_not_reach_is_another(model, guide):
     assert same_support(model, guide) is False
 
 
+@pytest.mark.filterwarnings("ignore:Out-of-support")
+def test_model_of_a_support_that_numpyro_does_not_know_is_told_to_say_it():
+    # Catches an AutoNormal over the line, which takes NumPyro's word for a latent that ends at 2.
+    model = site(lambda loc: transformed(dist.Beta(2.0, loc), SCALE))
+    message = "Interval(lower_bound=0.0, upper_bound=2.0), and the guide from Normal with Real(). They must be the same: where one of the densities is 0 the formula of "
+    refused(message, BiSM(model, AutoNormal(model), SGD, SGD, NOISE).init, KEY, Y)
+    refused("Give the transform of TransformedDistribution its domain=", PAIRED["BiSM"], model, normal_guide)
+    said = site(lambda loc: transformed(dist.Beta(2.0, loc), AffineTransform(0.0, 2.0, domain=constraints.unit_interval)))
+    jax.eval_shape(lambda: BiSM(said, AutoNormal(said), SGD, SGD, NOISE).init(KEY, Y))
+
+
 @pytest.mark.parametrize(
     ("support", "shape"),
     [

@@ -150,9 +150,11 @@ def _flat(transforms: Iterable[Transform]) -> Iterator[Transform]:
 
 def _image(support: Any, transform: Transform) -> Any:
     """What a transform makes of a support; None if not known."""
-    of_input = None if support is None else _as_set(support)
-    if of_input is None or isinstance(transform, IdentityTransform):
-        return support if of_input else None
+    of_input = _as_set(support)
+    if of_input is None:
+        return None
+    if isinstance(transform, IdentityTransform):
+        return support
     kind, bounds = of_input
     if isinstance(transform, AffineTransform):
         return _affine(transform, *bounds) if kind == "reals" else None
@@ -240,6 +242,9 @@ def _kind(fn: Distribution) -> str:
 
 def _fix(model: Distribution, guide: str) -> str:
     support = model.support
+    of_model = _as_set(_support(model))
+    if of_model is not None and _same(of_model, _as_set(support) or (None, ())) is False:
+        return f"Give the transform of {_kind(model)} its domain=, as NumPyro takes its support for {support}."
     if _as_set(support) == ("integers", (0, 1)):
         return f"Draw bits in the {guide} relaxed, with GumbelBernoulli."
     if support.is_discrete:
