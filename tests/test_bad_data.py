@@ -17,6 +17,14 @@ import pytest
 from jax.tree_util import Partial
 from numpyro import handlers
 from numpyro.distributions import biject_to, constraints
+from numpyro.distributions.transforms import (
+    AffineTransform,
+    ComposeTransform,
+    ExpTransform,
+    OrderedTransform,
+    PermuteTransform,
+    SigmoidTransform,
+)
 from numpyro.handlers import mask, seed
 from numpyro.infer import SVI, Trace_ELBO, init_to_value
 from numpyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
@@ -57,6 +65,7 @@ from numpyro_ebm import (
 from numpyro_ebm.infer.engine import NonFiniteError, RunResult
 from numpyro_ebm.objectives import IMQKernel
 from numpyro_ebm.program.pair import same_support
+from numpyro_ebm.program.sites import are_possible, events_inside, require_possible
 from numpyro_ebm.samplers import MALA
 
 KEY = jax.random.key(0)
@@ -845,3 +854,168 @@ def test_params_that_are_not_finite_are_said_by_name_before_chains_move():
     phase = negative_phase(plain, num_chains=4)
     with pytest.raises(ValueError, match=r"params\['precision'\]: it is nan"):
         phase.sample_chains(KEY, {"precision": jnp.nan}, {"y/chains": {}}, 2, Y)
+
+
+def transformed(fn, *transforms):
+    return dist.TransformedDistribution(fn, list(transforms))
+
+
+POSITIVE_ORDERED = dist.ImproperUniform(constraints.positive_ordered_vector, (), (3,))
+SWAP, SCALE = PermuteTransform(jnp.array([1, 2, 0])), AffineTransform(0.0, 2.0)
+TRANSFORMED = {
+    "a scaled Beta": (dist.Uniform(0, 2), transformed(dist.Beta(2.0, 2.0), SCALE)),
+    "in a plate": (dist.Uniform(0, 2).expand([3]), transformed(dist.Beta(2.0, 2.0), SCALE).expand([3])),
+    "an array of scales": (dist.Uniform(0, VECTOR), transformed(dist.Beta(2.0, 2.0), AffineTransform(0.0, VECTOR))),
+    "signs of each": (
+        dist.Uniform(jnp.array([-1.0, 0.0]), jnp.array([0.0, 1.0])),
+        transformed(dist.Beta(2.0, 2.0), AffineTransform(0.0, jnp.array([-1.0, 1.0]))),
+    ),
+    "steps": (dist.Uniform(0, 2), transformed(NORMAL, SigmoidTransform(), SCALE)),
+    "a composition": (dist.Uniform(0, 2), transformed(NORMAL, ComposeTransform([SigmoidTransform(), SCALE]))),
+    "backwards": (dist.Uniform(-1, 1), transformed(dist.Beta(2.0, 2.0), AffineTransform(1.0, -2.0))),
+    "half a line": (dist.Pareto(2.0, 1.0), transformed(dist.Exponential(1.0), AffineTransform(2.0, 1.0))),
+    "the other half": (
+        BaseMeasure(constraints.less_than(1.0), ()),
+        transformed(dist.Exponential(1.0), AffineTransform(1.0, -3.0)),
+    ),
+    "a line": (NORMAL, transformed(dist.StudentT(3.0), AffineTransform(1.0, -3.0))),
+    "in another order": (dist.Dirichlet(VECTOR), transformed(dist.Dirichlet(2 * VECTOR), SWAP)),
+    "of both": (transformed(dist.Dirichlet(VECTOR), SWAP), dist.Dirichlet(2 * VECTOR)),
+    "ordered": (POSITIVE_ORDERED, transformed(dist.Normal(VECTOR, 1), OrderedTransform(), ExpTransform())),
+    "with a boundary": (
+        dist.ImproperUniform(constraints.positive_semidefinite, (), (2, 2)),
+        dist.Wishart(3.0, scale_matrix=jnp.eye(2)),
+    ),
+    "of a part of a domain": (dist.Pareto(1.0, 1.0), transformed(dist.Exponential(1.0), ExpTransform())),  # not known
+}
+NOT_COVERED = {
+    "a Beta of half a line": (dist.Exponential(1.0), transformed(dist.Beta(2.0, 2.0), SCALE)),
+    "a Beta of a line": (NORMAL, transformed(dist.Beta(2.0, 2.0), SCALE)),
+    "another scale": (dist.Uniform(0, 2), transformed(dist.Beta(2.0, 2.0), AffineTransform(0.0, 3.0))),
+    "another sign": (dist.Exponential(1.0), transformed(dist.Exponential(1.0), AffineTransform(0.0, -1.0))),
+    "a Dirichlet in another order": (dist.LogNormal(VECTOR, 1).to_event(1), transformed(dist.Dirichlet(VECTOR), SWAP)),
+    "LogNormal that is not ordered": (POSITIVE_ORDERED, dist.LogNormal(VECTOR, 1).to_event(1)),
+    "Exponential that is not ordered": (POSITIVE_ORDERED, dist.Exponential(1.0).expand([3]).to_event(1)),
+    "Gamma that is not ordered": (POSITIVE_ORDERED, dist.Gamma(2.0, 1.0).expand([3]).to_event(1)),
+    "exponents that are not ordered": (POSITIVE_ORDERED, transformed(dist.Normal(VECTOR, 1).to_event(1), ExpTransform())),
+}
+
+
+@pytest.mark.parametrize(("model", "guide"), TRANSFORMED.values(), ids=TRANSFORMED)
+def test_support_of_transforms_is_what_they_reach(model, guide):
+    # Catches guides that were refused, as NumPyro says that what is shifted lies anywhere on the line.
+    assert same_support(model, guide) is True
+    assert jax.jit(lambda: jnp.asarray(same_support(model, guide)))()
+
+
+@pytest.mark.parametrize(("model", "guide"), NOT_COVERED.values(), ids=NOT_COVERED)
+def test_support_that_transforms_do_not_reach_is_another(model, guide):
+    # Catches a guide over all positive vectors where the model's are ordered: it is six times too wide.
+    assert same_support(model, guide) is False
+
+
+@pytest.mark.filterwarnings("ignore:Out-of-support")
+def test_model_of_a_support_that_numpyro_does_not_know_is_told_to_say_it():
+    # Catches an AutoNormal over the line, which takes NumPyro's word for a latent that ends at 2.
+    model = site(lambda loc: transformed(dist.Beta(2.0, loc), SCALE))
+    message = "Interval(lower_bound=0.0, upper_bound=2.0), and the guide from Normal with Real()."
+    refused(message, BiSM(model, AutoNormal(model), SGD, SGD, NOISE).init, KEY, Y)
+    refused("Give the transform of TransformedDistribution its domain=", PAIRED["BiSM"], model, normal_guide)
+    said = site(lambda loc: transformed(dist.Beta(2.0, loc), AffineTransform(0.0, 2.0, domain=constraints.unit_interval)))
+    jax.eval_shape(lambda: BiSM(said, AutoNormal(said), SGD, SGD, NOISE).init(KEY, Y))
+
+
+@pytest.mark.parametrize(
+    ("support", "shape"),
+    [
+        (constraints.real, ()),
+        (constraints.positive, ()),
+        (constraints.nonnegative, ()),
+        (constraints.softplus_positive, ()),
+        (constraints.greater_than(1.0), ()),
+        (constraints.greater_than_eq(1.0), ()),
+        (constraints.less_than(1.0), ()),
+        (constraints.less_than_eq(1.0), ()),
+        (constraints.unit_interval, ()),
+        (constraints.interval(-1.0, 3.0), ()),
+        (constraints.open_interval(-1.0, 3.0), ()),
+        (constraints.circular, ()),
+        (constraints.real_vector, (3,)),
+        (constraints.real_matrix, (2, 2)),
+        (constraints.independent(constraints.positive, 1), (3,)),
+        (constraints.independent(constraints.interval(-1.0, 3.0), 2), (2, 2)),
+        (constraints.simplex, (3,)),
+        (constraints.l1_ball, (3,)),
+        (constraints.zero_sum(1), (3,)),
+        (constraints.ordered_vector, (3,)),
+        (constraints.positive_ordered_vector, (3,)),
+        (constraints.corr_cholesky, (3, 3)),
+        (constraints.corr_matrix, (3, 3)),
+        (constraints.lower_cholesky, (2, 2)),
+        (constraints.softplus_lower_cholesky, (2, 2)),
+        (constraints.scaled_unit_lower_cholesky, (2, 2)),
+        (constraints.positive_definite, (2, 2)),
+        (constraints.positive_semidefinite, (2, 2)),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, constraints.Constraint) else "",
+)
+def test_support_that_transforms_are_made_for_is_theirs(support, shape):
+    to_support = biject_to(support)
+    width = to_support.inverse_shape(shape)
+    guide = transformed(dist.Normal(jnp.zeros(width), 1).to_event(len(width)), to_support)
+    assert same_support(dist.ImproperUniform(support, (), shape), guide) is True
+
+
+@pytest.fixture
+def without_validation():
+    numpyro.enable_validation(False)
+    yield
+    numpyro.enable_validation(True)
+
+
+AT_BOUNDARY = {"Exponential": (dist.Exponential, True), "HalfNormal": (dist.HalfNormal, True), "LogNormal": (dist.LogNormal, False)}
+AT_BOUNDARY |= {
+    "Gamma": (lambda **kwargs: dist.Gamma(2.0, 1.0, **kwargs), False),
+    "an energy": (lambda **kwargs: EnergyDistribution(lambda y: y, support=constraints.positive, **kwargs), True),
+    "a vector": (lambda **kwargs: dist.Exponential(jnp.ones(2), **kwargs).to_event(1), True),
+}
+
+
+def waits(fn, first, dtype="float32"):
+    value = np.array([first, 1, 3], dtype)
+    return {"y": {"name": "y", "fn": fn, "value": np.stack([value, value + 1], -1) if fn.event_dim else value}}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+@pytest.mark.parametrize(("fn", "is_finite"), AT_BOUNDARY.values(), ids=AT_BOUNDARY)
+def test_data_on_a_boundary_are_inside_where_their_density_is_finite(fn, is_finite, dtype, without_validation):
+    # Catches waiting times that were rounded to 0, which were refused where NumPyro has a density for them.
+    observed = waits(fn(), 0, dtype)
+    assert events_inside(observed["y"], np).all()
+    assert events_inside(observed["y"]).all()
+    assert bool(are_possible(observed)) is is_finite
+    if is_finite:
+        require_possible(observed)
+    else:
+        refused("its log density is", require_possible, observed)
+    for first in (-1e-3, -1.0):
+        refused("1 of 3 observed events are outside the support", require_possible, waits(fn(), first))
+        assert not are_possible(waits(fn(), first))
+
+
+@pytest.mark.filterwarnings("ignore:Out-of-support")  # of the Normal in a LogNormal, which validates
+@pytest.mark.parametrize(("fn", "is_finite"), AT_BOUNDARY.values(), ids=AT_BOUNDARY)
+def test_data_on_a_boundary_that_is_validated_are_refused_with_a_way_out(fn, is_finite):
+    # NumPyro's log density is -inf there, of which no score is right.
+    refused("They lie on its boundary, where NumPyro's validation takes the density for 0", require_possible, waits(fn(), 0))
+    with pytest.raises(ValueError, match="Convert the data"):
+        require_possible(waits(fn(), -1))
+    observed = waits(fn(validate_args=False), 0)
+    if is_finite:
+        require_possible(observed)
+    else:
+        refused("its log density is", require_possible, observed)
+
+
+def test_counts_have_no_boundary(without_validation):
+    refused("outside the support of Poisson", require_possible, waits(dist.Poisson(1.0), np.nextafter(np.float32(1), 2)))

@@ -4,7 +4,7 @@
 """Whether a guide and a model belong together: the same latents, of the same shapes and supports, and params of their own."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,8 +18,17 @@ from numpyro.distributions import (
     Independent,
     MaskedDistribution,
     RelaxedBernoulliLogits,
-    biject_to,
+    TransformedDistribution,
     constraints,
+)
+from numpyro.distributions.transforms import (
+    AffineTransform,
+    ComposeTransform,
+    ExpTransform,
+    IdentityTransform,
+    IndependentTransform,
+    PermuteTransform,
+    Transform,
 )
 
 from numpyro_ebm._compat import is_auxiliary, layers
@@ -65,8 +74,8 @@ def require_latent(site: Site, guide: Run, names: Names = NAMES, *, plate: str |
     if not _is_true_or_traced(same_support(site["fn"], guide.sites[name]["fn"])):
         of_model, of_guide = site["fn"], guide.sites[name]["fn"]
         raise ValueError(
-            f"site '{name}': the {model} draws it from {_kind(of_model)} with the support {of_model.support}, and the {other} "
-            f"from {_kind(of_guide)} with {of_guide.support}. They must be the same: where one of the densities is 0 the "
+            f"site '{name}': the {model} draws it from {_kind(of_model)} with the support {_support(of_model)}, and the {other} "
+            f"from {_kind(of_guide)} with {_support(of_guide)}. They must be the same: where one of the densities is 0 the "
             f"formula of the other means nothing. {_fix(of_model, other)}"
         )
     if plate is not None and dim_of(site, plate) != dim_of(guide.sites[name], plate):
@@ -107,26 +116,73 @@ def same_support(model: Distribution, guide: Distribution) -> Any:
     """Whether a guide draws a latent on the support that it has in the model: a bool, or an array where bounds are traced.
 
     Bits may be relaxed. A point, of which a guide may make what it drew at once, lies anywhere, and of supports that are a user's
-    own nothing is known.
+    own nothing is known, nor of what a transform makes of less than its domain.
     """
     if isinstance(core_of(guide), Delta):
         return True
     is_relaxed = any(isinstance(part, GumbelBernoulli | RelaxedBernoulliLogits) for part in layers(guide))
     if is_relaxed and _as_set(model.support) == ("integers", (0, 1)):
         return True
-    of_model, of_guide = _as_set(model.support), _as_set(guide.support)
-    if of_model is None or of_guide is None or _same(of_model, of_guide) is True:
-        return True
-    if not model.support.is_discrete:  # NumPyro's transform may be to a larger one: to that of vectors that are not ordered
-        try:
-            reached = _as_set(biject_to(model.support).codomain)
-        except NotImplementedError:
-            reached = None
-        if reached is not None and reached[0] != of_model[0] and _same(reached, of_guide) is True:
-            return True
-    return _same(of_model, of_guide)
+    of_model, of_guide = _as_set(_support(model)), _as_set(_support(guide))
+    return of_model is None or of_guide is None or _same(of_model, of_guide)
 
 
+def _support(fn: Distribution) -> Any:
+    """Where a distribution draws, which NumPyro says of transforms as if they were of their whole domain; None if not known."""
+    part = next(part for part in layers(fn) if not isinstance(part, _AROUND))
+    if getattr(type(part), "support", None) is not TransformedDistribution.support:
+        return fn.support
+    support = _support(part.base_dist)
+    for transform in _flat(part.transforms):
+        support = _image(support, transform)
+    return support
+
+
+def _flat(transforms: Iterable[Transform]) -> Iterator[Transform]:
+    for transform in transforms:
+        if isinstance(transform, ComposeTransform):
+            yield from _flat(transform.parts)
+        elif isinstance(transform, IndependentTransform):
+            yield from _flat([transform.base_transform])
+        else:
+            yield transform
+
+
+def _image(support: Any, transform: Transform) -> Any:
+    """What a transform makes of a support; None if not known."""
+    of_input = _as_set(support)
+    if of_input is None:
+        return None
+    if isinstance(transform, IdentityTransform):
+        return support
+    kind, bounds = of_input
+    if isinstance(transform, AffineTransform):
+        return _affine(transform, *bounds) if kind == "reals" else None
+    if isinstance(transform, PermuteTransform):
+        is_symmetric = kind in _SYMMETRIC or (kind == "reals" and all(np.ndim(bound) == 0 for bound in bounds))
+        return support if is_symmetric else None
+    if isinstance(transform, ExpTransform) and kind is type(constraints.ordered_vector):
+        return constraints.positive_ordered_vector
+    domain = _as_set(transform.domain)
+    return transform.codomain if domain is not None and _same(domain, of_input) is True else None
+
+
+_SYMMETRIC = [type(constraints.simplex), type(constraints.l1_ball), type(constraints.sphere), constraints.zero_sum]
+
+
+def _affine(transform: AffineTransform, lower: Any, upper: Any) -> Any:
+    """The interval that an affine transform makes of one, either of which may be without an end."""
+    if isinstance(lower, float) and isinstance(upper, float) and (lower, upper) == (-math.inf, math.inf):
+        return constraints.real
+    numbers = transform.loc, transform.scale, lower, upper
+    is_traced = any(isinstance(x, jax.core.Tracer) for x in numbers)
+    xp: Any = jnp if is_traced else np  # JAX would trace what is known
+    loc, scale, lower, upper = map(xp.asarray, numbers)
+    ends = loc + scale * lower, loc + scale * upper
+    return constraints.interval(xp.where(scale > 0, *ends), xp.where(scale > 0, *ends[::-1]))
+
+
+_AROUND = (ExpandedDistribution, Independent, MaskedDistribution)
 _Set = tuple[Any, tuple[Any, ...]]  # of one element of an event, or of the whole: its kind, and its bounds
 
 
@@ -143,8 +199,9 @@ def _as_set(support: Any) -> _Set | None:
     for kind, of, lower, upper in _BOUNDED:
         if isinstance(support, of):
             return kind, (getattr(support, lower, -math.inf), getattr(support, upper, math.inf))
-    if isinstance(support, type(constraints.lower_cholesky)):  # by other transforms too
-        return type(constraints.lower_cholesky), ()
+    for of in _ALIKE:
+        if isinstance(support, of):
+            return of[0], ()
     return type(support), tuple(jax.tree.leaves(support))
 
 
@@ -154,6 +211,12 @@ _BOUNDED = [
     ("reals", constraints.less_than, "", "upper_bound"),
     ("integers", constraints.integer_interval, "lower_bound", "upper_bound"),
     ("integers", constraints.integer_greater_than, "lower_bound", ""),
+]
+
+
+_ALIKE = [  # by other transforms, or with their boundary
+    (type(constraints.lower_cholesky),),
+    (type(constraints.positive_definite), type(constraints.positive_semidefinite)),
 ]
 
 
@@ -174,12 +237,14 @@ def _is_true_or_traced(x: Any) -> bool:
 
 def _kind(fn: Distribution) -> str:
     """What a user called the distribution of a site: of a LogNormal, not that it is transformed from a Normal."""
-    parts = (part for part in layers(fn) if not isinstance(part, ExpandedDistribution | Independent | MaskedDistribution))
-    return type(next(parts)).__name__
+    return type(next(part for part in layers(fn) if not isinstance(part, _AROUND))).__name__
 
 
 def _fix(model: Distribution, guide: str) -> str:
     support = model.support
+    of_model = _as_set(_support(model))
+    if of_model is not None and _same(of_model, _as_set(support) or (None, ())) is False:
+        return f"Give the transform of {_kind(model)} its domain=, as NumPyro takes its support for {support}."
     if _as_set(support) == ("integers", (0, 1)):
         return f"Draw bits in the {guide} relaxed, with GumbelBernoulli."
     if support.is_discrete:

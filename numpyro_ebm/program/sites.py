@@ -88,15 +88,29 @@ def events_inside(site: Site, xp: Any = jnp) -> Any:
     """Whether each event of an observed site lies in the support of its distribution, or is masked.
 
     It is taken to where bounds are arrays of JAX, which may have been computed from a latent: :func:`has_density` tells; and where
-    the distribution was made with ``validate_args=False``, by which a user says that other values are meant.
+    the distribution was made with ``validate_args=False``, by which a user says that other values are meant. So it is on a boundary
+    that a support leaves out, where rounded data may lie, unless NumPyro validates them: it takes their density for 0.
     """
     support, value = site["fn"].support, xp.asarray(site["value"])
-    if (
-        any(isinstance(bound, Array) for bound in jax.tree.leaves(support))
-        or vars(core_of(site["fn"])).get("_validate_args") is False
+    if any(isinstance(bound, Array) for bound in jax.tree.leaves(support)) or any(
+        vars(part).get("_validate_args") is False for part in layers(site["fn"])
     ):
         return xp.ones(value.shape[: value.ndim - site["fn"].event_dim], bool)
-    return _of_events(site, xp.asarray(support(value)), xp)
+    is_validated = any(part._validate_args for part in layers(site["fn"]))
+    return _of_events(site, xp.asarray(support(value)) if is_validated else _inside_or_beside(support, value, xp), xp)
+
+
+def _inside_or_beside(support: Any, value: Any, xp: Any) -> Any:
+    """Whether values lie in a support, or less than a rounding beside it, as those on its boundary do."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    inside = xp.asarray(support(value))
+    if support.is_discrete or support.event_dim or xp.iscomplexobj(value):
+        return inside
+    value = value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(jnp.float32)
+    info = jnp.finfo(value.dtype)
+    step = abs(value) * info.eps + info.tiny  # less than tiny counts as 0 on most devices
+    return inside | xp.asarray(support(value - step)) | xp.asarray(support(value + step))
 
 
 def has_density(site: Site) -> Array:
@@ -144,9 +158,16 @@ def require_data(site: Site) -> None:
         )
     inside = events_inside(site, np)
     if not inside.all():
+        on_boundary = _of_events(site, _inside_or_beside(site["fn"].support, np.asarray(site["value"]), np), np).all()
+        where = (
+            "They lie on its boundary, where NumPyro's validation takes the density for 0: where it is finite, make the "
+            "distribution with validate_args=False. Else convert"
+            if on_boundary
+            else "Convert"
+        )
         raise ValueError(
             f"site '{site['name']}': {int((~inside).sum())} of {inside.size} observed events are outside the support of "
-            f"{kind_of(site['fn'])}, {site['fn'].support}: {_values(site, inside)}. Convert the data, or mask these out with "
+            f"{kind_of(site['fn'])}, {site['fn'].support}: {_values(site, inside)}. {where} the data, or mask these out with "
             "numpyro.handlers.mask."
         )
 
