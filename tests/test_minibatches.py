@@ -296,6 +296,23 @@ def test_covariates_are_refused_where_rows_are_drawn_without_them(batch_size, as
     whole.update(whole.init(KEY, ROWS, *args, subsample_size=None, **kwargs), ROWS, *args, subsample_size=None, **kwargs)
 
 
+@pytest.mark.parametrize("objective", [ExactScoreMatching(), KernelSteinDiscrepancy(RBFKernel(1.0))], ids=["rows", "pairs"])
+def test_a_batch_of_all_rows_keeps_them_in_order(objective):
+    """A model whose covariates come from a closure has the right number of them: drawn again, rows met those of others."""
+    covariates = normal(1, SIZE)
+
+    def regression(v):
+        slope = numpyro.param("slope", 0.5)
+        with numpyro.plate("data", len(v)):
+            numpyro.sample("v", dist.Normal(slope * covariates, 1), obs=v)
+
+    def slope_after_a_step(**settings):
+        engine = ScoreMatching(regression, SGD, objective, **settings)
+        return engine.update(engine.init(KEY, 3 * covariates), 3 * covariates)[0].params["slope"]
+
+    assert slope_after_a_step(batch_size=SIZE) == slope_after_a_step() != 0.5
+
+
 @pytest.mark.parametrize("pairs", ["all", "halves"])
 def test_no_row_is_twice_in_a_batch_whose_rows_are_compared(pairs):
     """The only two distinct rows are compared, at every step. With replacement a row met itself in half of them."""

@@ -126,7 +126,8 @@ class BiDVL(Engine):
     :param Sampler sampler: moves generated visibles on the learned energy before the upper level sees them, such as
         :class:`~numpyro_ebm.MALA`: it then sees what has low energy but is not generated.
     :param int batch_size: where no plate is subsampled, rows of the first argument in every step of either level, drawn with
-        replacement; all if not given. Arguments with a row for each are refused then.
+        replacement; all of them, in order, if not given or if it is their number. Arguments with a row for each are refused
+        beside it.
     :raises ValueError: for settings out of range; from ``init``, naming the site, for an energy with latents, latents that only
         encoder or generator has, a visible of another shape or name, rows that are in no plate or not in the same one of all
         three, shared params, or data that are not finite.

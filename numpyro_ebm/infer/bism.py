@@ -144,7 +144,8 @@ class BiSM(BilevelEngine):
     :param int num_inner_steps: steps K of the guide per step.
     :param hypergradient: :class:`~numpyro_ebm.Unrolled` or :class:`~numpyro_ebm.Implicit`.
     :param int batch_size: where no plate is subsampled, rows of the first argument in every step, drawn with replacement,
-        or without where the objective compares rows; all of them if not given. Arguments with a row for each are refused then.
+        or without where the objective compares rows; all of them, in order, if not given or if it is their number. Arguments
+        with a row for each are refused beside it.
     :raises ValueError: for settings out of range; from ``init``, naming the site and the fix, if the first argument does not
         reach exactly one continuous site, row by row, if a latent is missing from the guide, has another shape there, stands
         outside the plate of the rows, has another support or is drawn without reparametrization, or if model and guide share a

@@ -66,7 +66,8 @@ class ScoreMatching(ScoreEngine):
     :param objective: what is minimized: :class:`~numpyro_ebm.ExactScoreMatching`, :class:`~numpyro_ebm.SlicedScoreMatching`,
         :class:`~numpyro_ebm.DenoisingScoreMatching` or :class:`~numpyro_ebm.MultiscaleDenoisingScoreMatching`.
     :param int batch_size: where no plate is subsampled, rows of the first argument in every step, drawn with replacement,
-        or without where the objective compares rows; all of them if not given. Arguments with a row for each are refused then.
+        or without where the objective compares rows; all of them, in order, if not given or if it is their number. Arguments
+        with a row for each are refused beside it.
     :raises ValueError: from ``init``, naming the site and the fix, if the first argument does not reach exactly one
         continuous site, row by row; if the model has latents, mutable sites, or no params; if a subsampled plate takes its rows
         otherwise; if the model has no density at the data, because they are not finite or its energy there is not, or where the

@@ -171,7 +171,8 @@ class VaGES(BilevelEngine):
     :param int num_inner_steps: steps K of the guide per step; 0 for a guide that is not learned.
     :param estimate: :class:`~numpyro_ebm.Variational` or :class:`~numpyro_ebm.ImportanceWeighted`.
     :param int batch_size: where no plate is subsampled, rows of the first argument in every step, drawn with replacement,
-        or without where the objective compares rows; all of them if not given. Arguments with a row for each are refused then.
+        or without where the objective compares rows; all of them, in order, if not given or if it is their number. Arguments
+        with a row for each are refused beside it.
     :raises ValueError: for settings out of range; from ``init``, as for :class:`~numpyro_ebm.BiSM`.
 
     **References**

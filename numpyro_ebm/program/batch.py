@@ -115,6 +115,9 @@ def drawn_batch(
 ) -> Batch:
     """The rows of one step: those that the subsampled plate draws, else ``batch_size`` rows, else all.
 
+    A ``batch_size`` of all rows gives them as they are: drawn again, they would meet what belongs to others wherever the program
+    has covariates of its own, whose number is right.
+
     :param data: values of param and mutable sites by name.
     :param distinct: whether the ``batch_size`` rows are drawn without replacement, which costs an ordering of all rows; those of
         a plate always are.
@@ -123,6 +126,8 @@ def drawn_batch(
     if batch_size is not None:
         _require_drawable(args, kwargs, batch_size)
         num_rows = len(args[0])
+        if batch_size == num_rows:
+            return Batch(args)
         if distinct:
             index = jax.random.choice(rng_key, num_rows, (batch_size,), replace=False)
         else:
