@@ -12,6 +12,7 @@ to compute anything.
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpyro
@@ -40,6 +41,34 @@ def calling_site(fn: dist.Distribution) -> str | None:
         if isinstance(site, dict) and "name" in site and any(fn is part for part in layers(site.get("fn"))):
             return site["name"]
     return None
+
+
+@contextmanager
+def sites_named() -> Iterator[None]:
+    """Says at which sample site NumPyro's errors of shapes arose, which do not name it."""
+    try:
+        yield
+    except ValueError as error:
+        if (site := _failing_site(error)) is not None and not hasattr(error, "__notes__"):
+            name, fn = site
+            error.add_note(
+                f"site '{name}': {type(fn).__name__} has batch_shape {fn.batch_shape} and event_shape {fn.event_shape}, which does "
+                "not fit the plates around it. Dimensions that belong to one event are no batch: give a base "
+                f".to_event({len(fn.batch_shape)}), and an EnergyDistribution its event_shape."
+            )
+        raise
+
+
+def _failing_site(error: BaseException) -> tuple[str, dist.Distribution] | None:
+    """The name and the distribution of the sample site that raised an error of shapes."""
+    if "Incompatible shapes for broadcasting" not in str(error):
+        return None
+    found, frame = None, error.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_code is numpyro.sample.__code__:
+            found = frame.tb_frame.f_locals["name"], frame.tb_frame.f_locals["fn"]
+        frame = frame.tb_next
+    return found if found is not None and isinstance(found[1], dist.Distribution) and found[1].batch_shape else None
 
 
 def calling_objective() -> ELBO | None:

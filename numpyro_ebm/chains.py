@@ -17,7 +17,9 @@ from numpyro_ebm.samplers import Sampler, Target
 from numpyro_ebm.weighted import is_weighted, resampled
 
 _SUFFIX = "/chains"
-SHORT_RUN, MIXED_FIELDS, NOT_FINITE = -1, 8, 9  # beyond what samplers know
+IMPROPER, SHORT_RUN, MIXED_FIELDS, NOT_FINITE = -2, -1, 8, 9  # beyond what samplers know
+
+NEAR, FAR = 1e4, 1e6  # times where chains start
 
 #: With a fraction q of their start kept, a linear tilt is learned 1 / (1 - 2q) times too large (Conventions in the documentation):
 #: by a quarter here. Chains that restart are judged when they have learned what the energy is like.
@@ -61,7 +63,22 @@ def status_of(mutable_state: Mapping[str, Any]) -> dict[str, Array]:
 
 def is_warning(status: int) -> bool:
     """Whether a status warns of something that does not stop a run."""
-    return status in (SHORT_RUN, 1)
+    return status in (IMPROPER, SHORT_RUN, 1)
+
+
+def falls_off(target: Target, position: Array) -> Array:
+    """Whether a density of positions may be integrable: it falls off faster than 1 / r^d far out, on the lines to where chains
+    start, as a density over d elements that can be integrated does. What is not finite there is not told.
+    """
+    density = target(position)
+    size = position.size / density.size
+    away = (position != 0).reshape(*density.shape, -1).any(-1)
+    improper = jnp.zeros((), bool)
+    for sign in (1, -1):
+        near, far = target(sign * NEAR * position), target(sign * FAR * position)
+        rises = (far - near > -size * np.log(FAR / NEAR)) & jnp.isfinite(near)
+        improper |= (away & rises & (far > -jnp.inf)).any()
+    return ~improper
 
 
 def positions(chains: Mapping[str, Mapping[str, Any]]) -> dict[str, Array]:
@@ -88,15 +105,20 @@ def watch(
     status = jnp.where(trouble > 0, trouble, status)
 
     def report(status: np.ndarray, num_updates: np.ndarray, old: np.ndarray) -> None:
-        if abs(int(status)) > abs(int(old)):  # under vmap both branches of the condition run
+        if _rank(int(status)) > _rank(int(old)):  # under vmap both branches of the condition run
             tell(f"site '{name}', update {int(num_updates)}: {explain(sampler, int(status))}", int(status))
 
     old = chains["status"]
-    worse = jnp.abs(status) > jnp.abs(old)
+    worse = _rank(status) > _rank(old)
     if reports:
         told = partial(lax.cond, worse, lambda *a: jax.debug.callback(report, *a), lambda *a: None)
         lax.platform_dependent(status, chains["num_updates"], old, cpu=told, default=lambda *a: None)
     return jnp.where(worse, status, old)
+
+
+def _rank(status: Any) -> Any:
+    """How bad a status is: warnings are all alike, errors go by their number."""
+    return status * (status > 0) + 1 * (status < 0)
 
 
 def tell(message: str, status: int) -> None:
@@ -112,6 +134,12 @@ def explain(sampler: Sampler, status: int) -> str:
         return (
             "the rows of its subsampled plate have fields of their own (covariates or parameters differ between rows), so that a "
             "persistent chain would belong to another field at every step. Use persistent=False, or do not subsample."
+        )
+    if status == IMPROPER:
+        return (
+            "when its chains started its density did not fall off far out, and so could not be integrated, as that of an energy "
+            "with a negative precision, or of a network that nothing confines. Constrain parameters, as by numpyro.param(..., "
+            "constraint=constraints.positive), add a term that grows, or tilt a base that confines (TiltedDistribution)."
         )
     if status == SHORT_RUN:
         return (

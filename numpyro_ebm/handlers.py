@@ -12,6 +12,7 @@ estimated from a population of Markov chains, the negative phase of contrastive 
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Self
 
 import jax
@@ -38,17 +39,20 @@ from numpyro_ebm._compat import (
     name_inside,
     one_at_a_time,
     open_handler,
+    sites_named,
 )
 from numpyro_ebm._compiled import Watch, compiled
 from numpyro_ebm._fit import fit_of
 from numpyro_ebm._pytree import read_params
 from numpyro_ebm.chains import (
+    IMPROPER,
     MIXED_FIELDS,
     NOT_FINITE,
     ChainTarget,
     chains_name,
     chains_of,
     explain,
+    falls_off,
     positions,
     tell,
     watch,
@@ -215,7 +219,7 @@ class negative_phase(Messenger):
         if outside is not None and self._reports and not outside._reports:  # of an engine, which reads the status itself
             return self.without_reports()(*args, **kwargs)
         seen = record_run()
-        with self:
+        with sites_named(), self:
             try:
                 with seen:
                     result = self.fn(*args, **kwargs)
@@ -382,6 +386,10 @@ class negative_phase(Messenger):
         count = jnp.zeros((), jnp.int32)
         begin = {"x": start, "num_updates": count, "status": count, **population, **kept}
         chains = mutable(chains_name(name_inside(self, name)), begin)
+        if chains is begin and sampler.uses_score:
+            chains["status"] = jnp.where(falls_off(target, fresh.position), count, IMPROPER)
+            if self._reports:  # once in a fit, so that the host may be asked on every device
+                jax.debug.callback(partial(_tell_start, name, sampler), chains["status"])
         if _shapes(chains) != _shapes(begin):
             self._refuse_other_chains(name, chains, begin)
         x = chains["x"] if self.persistent else start
@@ -496,6 +504,11 @@ class negative_phase(Messenger):
                 "persistent chain would belong to another energy at every step. Use persistent=False with as many steps as "
                 "the chains need from their start, or do not subsample."
             )
+
+
+def _tell_start(name: str, sampler: Sampler, status: np.ndarray) -> None:
+    if status:
+        tell(f"site '{name}': {explain(sampler, int(status))}", int(status))
 
 
 def _frozen_chains(

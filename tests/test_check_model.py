@@ -323,3 +323,61 @@ def test_dependence_on_the_first_argument_is_told():
     assert sites["of_v"].verdict.endswith("not for the score of that argument")
     assert sites["of_x"].verdict.endswith("every engine is right as it is")
     assert not _sites(model, Y, 2.0, True)["of_v"].of_first_argument
+
+
+def _of_effects(enters, *, learned=True, global_scale=False):
+    """A latent with a learned prior, 6 rows, which enters by a function of itself, a free scale, a free shift and a covariate."""
+
+    def model(y):
+        tilt = numpyro.param("tilt", 0.0) if learned else 1.0
+        shift = numpyro.param("shift", 0.0)
+        scale = numpyro.sample("scale", dist.HalfNormal(5)) if global_scale else jnp.exp(numpyro.param("scale", 0.0))
+        with numpyro.plate("data", 6):
+            z = numpyro.sample("z", TiltedDistribution(STANDARD, lambda z: -tilt * z))
+            local = numpyro.sample("local", STANDARD)
+            mean = numpyro.deterministic("mean", enters(z, scale, shift, jnp.arange(6.0), local))
+            numpyro.sample("y", dist.Normal(mean, numpyro.param("noise", 1.0)), obs=y)
+
+    return _sites(model, jnp.zeros(6))["z"]
+
+
+ENTERS = {
+    "scaled and shifted": (lambda z, a, b, x, e: a * z + b, ("scale", "shift")),
+    "shifted first": (lambda z, a, b, x, e: (z - b) / a, ("scale", "shift")),
+    "in other units": (lambda z, a, b, x, e: 2 * (a * z + b) - 1, ("scale", "shift")),
+    "beside a covariate": (lambda z, a, b, x, e: b + x + z * a, ("scale", "shift")),
+    "rows in another order": (lambda z, a, b, x, e: (a * z + b)[jnp.array([5, 4, 3, 2, 1, 0])], ("scale", "shift")),
+    "shifted": (lambda z, a, b, x, e: z + b, ("shift",)),
+    "scaled": (lambda z, a, b, x, e: a * z, ("scale",)),
+    "slope of a covariate": (lambda z, a, b, x, e: a * z * x + b, ("scale",)),
+    "as it is": (lambda z, a, b, x, e: z, ()),
+    "as it is, with a covariate": (lambda z, a, b, x, e: z + a * x, ()),
+    "beside a latent of each row": (lambda z, a, b, x, e: z + e, ()),
+    "scaled with the covariate": (lambda z, a, b, x, e: a * (z + x), ()),
+    "in a curve": (lambda z, a, b, x, e: a * jnp.tanh(z) + b, ()),
+    "both ways": (lambda z, a, b, x, e: a * z + b + z**2, ()),
+}
+
+
+@pytest.mark.parametrize("how", ENTERS)
+def test_what_a_learned_prior_could_do_itself_is_told(how):
+    """A prior that can move and stretch, and a model that moves and stretches what it gives, learn either: mu of 3 for 10."""
+    enters, wanted = ENTERS[how]
+    assert _of_effects(enters).absorbed == wanted
+
+
+def test_a_fixed_prior_is_identified_and_a_shared_latent_is_as_free_as_a_param():
+    enters = ENTERS["scaled and shifted"][0]
+    assert _of_effects(enters, learned=False).absorbed == ()
+    site = _of_effects(enters, global_scale=True)
+    assert site.absorbed == ("scale", "shift")
+    assert "learn it under negative_phase. It enters only scaled or shifted by 'scale', 'shift'" in site.verdict
+
+
+def test_arrays_of_numpy_are_taken_by_subsampled_rows():
+    def model(v):
+        tilt = numpyro.param("tilt", 0.0)
+        with numpyro.plate("data", 6, subsample_size=2):
+            numpyro.sample("v", TiltedDistribution(STANDARD, lambda v: -tilt * v), obs=numpyro.subsample(v, event_dim=0))
+
+    assert _sites(model, np.zeros(6))["v"].params == ("tilt",)

@@ -12,11 +12,12 @@ import jax
 from numpyro.distributions import ImproperUniform
 from numpyro.handlers import block, seed, substitute
 
-from numpyro_ebm._compat import is_in_scan, one_at_a_time, scan_index
+from numpyro_ebm._compat import is_in_scan, one_at_a_time, scan_index, sites_named
 from numpyro_ebm.distributions.base_measure import BaseMeasure
 from numpyro_ebm.distributions.energy import TiltedDistribution, energy_site
 from numpyro_ebm.distributions.guard import NormalizerError
-from numpyro_ebm.program.provenance import mark, sources
+from numpyro_ebm.program.identify import scale_and_shift
+from numpyro_ebm.program.provenance import mark, sources_of
 from numpyro_ebm.program.sites import FIELD, core_of, is_factor, is_normalizer, normalizer_name, stand_in
 
 
@@ -42,6 +43,9 @@ class SiteReport:
     couples: tuple[str, ...] = ()
     #: whether its unknown normalizer depends on the model's first argument, the visible of engines that match scores
     of_first_argument: bool = False
+    #: param and latent sites that scale or shift it wherever it enters, where its own density is learned: the two may not be
+    #: identified. :func:`check_model` alone looks for them
+    absorbed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,9 +125,9 @@ def check_model(model: Callable[..., Any], *args: Any, **kwargs: Any) -> ModelRe
         y     Normal              normalized
     """
     try:
-        return check_run(model, args, kwargs, mark_visible=True)
+        return check_run(model, args, kwargs, mark_visible=True, identify=True)
     except _NEEDS_VALUES:  # the model looks at the values of its first argument, as no engine that compiles it would let it
-        return check_run(model, args, kwargs)
+        return check_run(model, args, kwargs, identify=True)
 
 
 _NEEDS_VALUES = (
@@ -143,29 +147,33 @@ def check_run(
     data: Mapping[str, Any] | None = None,
     kinds: Mapping[str, str] | None = None,
     mark_visible: bool = False,
+    identify: bool = False,
 ) -> ModelReport:
     """The report of a model; its own errors are raised as they are, since no engine could run it either.
 
     :param data: values of param and mutable sites and indices of plates, by name; the model's own where missing.
     :param kinds: what handlers outside make of sites: ``"param"``, ``"latent"`` or ``"observed"``, by name.
     :param mark_visible: whether to tell what depends on the first argument, of which the model may then know no value.
+    :param identify: whether to tell what a learned prior can do itself.
     """
     look = _look()
 
     def run() -> dict[str, Any]:
         first = mark(args[:1], _VISIBLE) if mark_visible else args[:1]
         given = jax.tree.map(lambda x: x, dict(data or {}))  # in containers of its own: mutable sites are updated in place
-        with one_at_a_time, block(), seed(rng_seed=0), look, substitute(data=given):
+        with one_at_a_time, sites_named(), block(), seed(rng_seed=0), look, substitute(data=given):
             model(*first, *args[1:], **kwargs)
         densities, look.densities = look.densities, {}  # what is traced ends with the trace
         return densities
 
     try:
-        densities = sources(run)
+        jaxpr, shapes = jax.make_jaxpr(run, return_shape=True)()
     except Exception as error:
         error.add_note("The model was run on abstract values, to tell what its energies depend on.")
         raise
-    return _Report(look, densities, kinds or {}).of_model()
+    structure = jax.tree.structure(shapes)
+    densities = jax.tree.unflatten(structure, sources_of(jaxpr))
+    return _Report(look, densities, kinds or {}, jaxpr if identify else None).of_model()
 
 
 class _look(substitute):
@@ -217,6 +225,7 @@ class _Found(NamedTuple):
     is_discrete: bool
     is_observed: bool
     in_scan: bool
+    plates: frozenset[str]
 
 
 def _found(msg: dict[str, Any]) -> _Found:
@@ -230,6 +239,7 @@ def _found(msg: dict[str, Any]) -> _Found:
         is_discrete=not is_factor(fn) and fn.support.is_discrete,
         is_observed=msg["is_observed"],
         in_scan=is_in_scan(msg),
+        plates=frozenset(frame.name for frame in msg["cond_indep_stack"]),
     )
 
 
@@ -248,7 +258,8 @@ def _is_undrawable(fn: Any) -> bool:
 class _Report:
     """What was found, and what depends on what, as reports of sites."""
 
-    def __init__(self, look: _look, densities: dict[str, Any], kinds: Mapping[str, str]) -> None:
+    def __init__(self, look: _look, densities: dict[str, Any], kinds: Mapping[str, str], jaxpr: Any) -> None:
+        self.jaxpr = jaxpr
         self.found, self.params, self.has_pool = look.found, look.params, look.has_pool
         self.behind = {name: frozenset[str]().union(*jax.tree.leaves(marks)) for name, marks in densities.items()}
         known = {name: "observed" if site.is_observed else "latent" for name, site in look.found.items()}
@@ -266,7 +277,9 @@ class _Report:
         if site.is_energy:
             given = _VISIBLE in self.behind[name]
             refused = bool(latents or (params and site.in_scan))
-            return report(refused, _verdict_on_energy(params, latents, site, given), of_first_argument=given)
+            absorbed = self._absorbed(name) if params and not refused else ()
+            verdict = _verdict_on_energy(params, latents, site, given) + _verdict_on_absorbed(absorbed)
+            return report(refused, verdict, of_first_argument=given, absorbed=absorbed)
         flat = tuple(parent for parent in (*parents, name) if parent in self.found and self.found[parent].is_flat)
         if kind == "Unit" and flat and (all_params := self._params_behind(name)):
             why = _why_no_field(self.found)
@@ -274,6 +287,14 @@ class _Report:
             fix = "a handler adds it" if self.has_pool else why or "learn it under negative_phase"
             return report(why is not None, f"{field}{_quoted(all_params)}: {fix}", () if self.has_pool else flat)
         return report(False, _verdict_on_the_rest(site, params))
+
+    def _absorbed(self, name: str) -> tuple[str, ...]:
+        """What scales or shifts a latent wherever it enters: params, and latents that are of more than one of its events."""
+        if self.jaxpr is None or self.kinds[name] != "latent":
+            return ()
+        plates = self.found[name].plates
+        shared = {site for site, found in self.found.items() if self.kinds[site] == "latent" and found.plates < plates}
+        return scale_and_shift(self.jaxpr, name, self.params | shared)
 
     def _parents(self, name: str) -> list[str]:
         """What a site's density depends on, its normalizer if that is unknown, in the order of the model."""
@@ -336,6 +357,15 @@ def _verdict_on_energy(params: tuple[str, ...], latents: tuple[str, ...], site: 
     if given:
         return "unknown normalizer, fixed by the first argument: right as it is, but not for the score of that argument"
     return "unknown normalizer, but fixed: every engine is right as it is"
+
+
+def _verdict_on_absorbed(absorbed: tuple[str, ...]) -> str:
+    if not absorbed:
+        return ""
+    return (
+        f". It enters only scaled or shifted by {_quoted(absorbed)}, as its learned density can be by itself: one of the two may "
+        "not be identified. Fix the former (as 1 and 0, with the data standardized), or scale and location of the density"
+    )
 
 
 def _quoted(names: Any) -> str:

@@ -35,12 +35,36 @@ def mark(value: Any, name: str, *, learned: bool = False) -> Any:
 def sources(fn: Callable[[], Any]) -> Any:
     """The names of the marks that each output of a function depends on, in the structure of what it returns."""
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)()
-    found = [frozenset(tag.split(":", 1)[1] for tag in tags) for tags in _of_outputs(closed, [])]
-    return jax.tree.unflatten(jax.tree.structure(shapes), found)
+    return jax.tree.unflatten(jax.tree.structure(shapes), sources_of(closed))
+
+
+def sources_of(jaxpr: Any) -> list[Sources]:
+    """The same of every output of a jaxpr."""
+    return [frozenset(tag.split(":", 1)[1] for tag in tags) for tags in _of_outputs(jaxpr, [])]
+
+
+def marked_by(equation: Any) -> str | None:
+    """The name that an equation marks a value by, if it does."""
+    if equation.primitive is name_p and equation.params["name"].startswith((_PREFIX, _LEARNED)):
+        return str(equation.params["name"].split(":", 1)[1])
+    return None
+
+
+def inner_jaxpr(equation: Any) -> Jaxpr | None:
+    """That of jit, remat or a function with a derivative of its own, whose inputs and outputs are those of the equation."""
+    inner = opened(equation.params.get("jaxpr", equation.params.get("call_jaxpr")))
+    sizes = len(equation.invars), len(equation.outvars)
+    is_call = isinstance(inner, Jaxpr) and equation.primitive is not scan_p and (len(inner.invars), len(inner.outvars)) == sizes
+    return inner if is_call else None
+
+
+def opened(jaxpr: Any) -> Any:
+    """A jaxpr without the constants that it is closed over."""
+    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
 
 
 def _of_outputs(jaxpr: Any, inputs: Sequence[Sources]) -> list[Sources]:
-    jaxpr = _opened(jaxpr)
+    jaxpr = opened(jaxpr)
     known: dict[Any, Sources] = dict(zip(jaxpr.invars, inputs, strict=False))
 
     def read(x: Any) -> Sources:
@@ -53,7 +77,7 @@ def _of_outputs(jaxpr: Any, inputs: Sequence[Sources]) -> list[Sources]:
 
 def _of_equation(equation: Any, inputs: list[Sources]) -> list[Sources]:
     params, num_outputs = equation.params, len(equation.outvars)
-    if equation.primitive is name_p and params["name"].startswith((_PREFIX, _LEARNED)):
+    if marked_by(equation) is not None:
         return [frozenset({params["name"]})]
     if equation.primitive is stop_gradient_p:
         return [frozenset(tag for tag in inputs[0] if tag.startswith(_PREFIX))]
@@ -62,14 +86,13 @@ def _of_equation(equation: Any, inputs: list[Sources]) -> list[Sources]:
     if equation.primitive is cond_p:
         branches = [_of_outputs(branch, inputs[1:]) for branch in params["branches"]]
         return [inputs[0].union(*outputs) for outputs in zip(*branches, strict=True)]
-    inner = _opened(params.get("jaxpr", params.get("call_jaxpr")))  # jit, remat, functions with derivatives of their own
-    if isinstance(inner, Jaxpr) and (len(inner.invars), len(inner.outvars)) == (len(inputs), num_outputs):
+    if (inner := inner_jaxpr(equation)) is not None:
         return _of_outputs(inner, inputs)
     return [frozenset().union(*inputs)] * num_outputs
 
 
 def _of_scan(equation: Any, inputs: list[Sources]) -> list[Sources]:
-    body = _opened(equation.params["jaxpr"])
+    body = opened(equation.params["jaxpr"])
     # what is stacked has an axis less inside; the params that count the rest have other names in every version of JAX
     num_xs = sum(outer.aval.ndim > inner.aval.ndim for outer, inner in zip(equation.invars, body.invars, strict=True))
     num_carry = sum(outer.aval.ndim == inner.aval.ndim for outer, inner in zip(equation.outvars, body.outvars, strict=True))
@@ -81,8 +104,3 @@ def _of_scan(equation: Any, inputs: list[Sources]) -> list[Sources]:
         if grown == carry:
             return [*carry, *outputs[num_carry:]]
         carry = grown
-
-
-def _opened(jaxpr: Any) -> Any:
-    """A jaxpr without the constants that it is closed over."""
-    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr

@@ -21,7 +21,7 @@ from numpyro.infer.util import compute_log_probs, helpful_support_errors
 from numpyro.primitives import Messenger
 
 from numpyro_ebm._checks import require_instance
-from numpyro_ebm._compat import in_subsampled_plate, marked_factor, one_at_a_time, scan_index
+from numpyro_ebm._compat import in_subsampled_plate, marked_factor, one_at_a_time, scan_index, sites_named
 from numpyro_ebm.distributions.energy import TiltedDistribution, energy_site, with_core
 from numpyro_ebm.program.sites import Model, Site, is_factor, is_latent, kind_of, transform_of
 
@@ -116,7 +116,8 @@ def run_model(
     :param latents: unconstrained latents by name. A latent in a subsampled plate may have a row for all data: the rows of
         this run are gathered. Sites that are missing are drawn.
     """
-    with one_at_a_time, _trace() as sites, _place(latents or {}), substitute(data=_copied(data or {})), seed(rng_seed=rng_key):
+    given = substitute(data=_copied(data or {}))
+    with one_at_a_time, sites_named(), _trace() as sites, _place(latents or {}), given, seed(rng_seed=rng_key):
         model(*args, **kwargs)
     return _read(sites)
 
@@ -170,7 +171,8 @@ def draw_latents(
         value = init_strategy({**site, "fn": with_core(site["fn"], _start_of)})
         return value if value is None or jnp.issubdtype(jnp.result_type(value), jnp.inexact) else jnp.asarray(value, float)
 
-    with one_at_a_time, trace() as sites, substitute(substitute_fn=start), substitute(data=_copied(data)), seed(rng_seed=rng_key):
+    given = substitute(data=_copied(data))
+    with one_at_a_time, sites_named(), trace() as sites, substitute(substitute_fn=start), given, seed(rng_seed=rng_key):
         model(*args, **kwargs)
     latents = {name: site for name, site in sites.items() if is_latent(site) and not site["fn"].support.is_discrete}
     return {name: transform_of(site).inv(site["value"]) for name, site in latents.items()}

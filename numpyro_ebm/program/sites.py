@@ -144,10 +144,12 @@ def _of_events(site: Site, good: Any, xp: Any) -> Any:
 
 
 def require_data(site: Site) -> None:
-    """Refuses data that are NaN, infinite or outside the support, and not masked; says nothing while data are traced.
+    """Refuses data whose shape does not fit a site, integers where an energy is of real numbers, and data that are NaN, infinite or
+    outside the support, and not masked; of the values it says nothing while they are traced.
 
     :raises ValueError: naming the site.
     """
+    _require_kind(site)
     if isinstance(site["value"], jax.core.Tracer) or isinstance(mask_of(site["fn"]), jax.core.Tracer):
         return
     finite = finite_events(site, np)
@@ -169,6 +171,27 @@ def require_data(site: Site) -> None:
             f"site '{site['name']}': {int((~inside).sum())} of {inside.size} observed events are outside the support of "
             f"{kind_of(site['fn'])}, {site['fn'].support}: {_values(site, inside)}. {where} the data, or mask these out with "
             "numpyro.handlers.mask."
+        )
+
+
+def _require_kind(site: Site) -> None:
+    """Refuses data by their shape and dtype."""
+    fn, value = site["fn"], site["value"]
+    num_dims = np.ndim(value) - fn.event_dim
+    try:
+        np.broadcast_shapes(np.shape(value)[:num_dims], fn.batch_shape)
+    except ValueError:
+        raise ValueError(
+            f"site '{site['name']}': data of shape {np.shape(value)} do not fit {kind_of(fn)} of batch_shape {fn.batch_shape} and "
+            f"event_shape {fn.event_shape}. Dimensions that belong to one event are no batch: give a base .to_event(...), and an "
+            "EnergyDistribution its event_shape."
+        ) from None
+    is_energy = any(hasattr(part, "is_normalized") and not part.is_normalized for part in layers(fn))
+    if is_energy and is_unbounded(fn.support) and hasattr(value, "dtype") and not jnp.issubdtype(value.dtype, jnp.inexact):
+        raise ValueError(
+            f"site '{site['name']}': its data are {value.dtype}, and {kind_of(fn)} is of real numbers, over which it would be "
+            "normalized. Give it the support of the data, as support=constraints.boolean, and a sampler for that; or convert data "
+            "that are real numbers to float."
         )
 
 
