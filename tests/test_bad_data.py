@@ -1065,7 +1065,9 @@ def test_a_forgotten_event_shape_is_named():
 def test_integers_are_no_events_of_an_energy_of_real_numbers(dtype):
     """Bits under an energy on the reals learned couplings without bound: it is normalized over what lies between them."""
     model = _energy_of(lambda energy: TiltedDistribution(dist.Normal(0, 1), energy))
-    refused(f"site 'v': its data are {np.dtype(dtype)}, and TiltedDistribution is of real numbers", _learn, model, np.ones(5, dtype))
+    refused(
+        f"site 'v': its data are {np.dtype(dtype)}, and TiltedDistribution is of real numbers", _learn, model, np.ones(5, dtype)
+    )
     _learn(model, np.ones(5, np.float32))
 
 

@@ -18,7 +18,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.contrib.module import eqx_module, random_eqx_module
 from numpyro.distributions import constraints
 from numpyro.handlers import lift, mask, scale, scope, seed, substitute, trace
-from numpyro.infer import MCMC, NUTS, SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from numpyro.infer import MCMC, NUTS, SVI, Predictive, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
 from numpyro.infer.util import log_density
 
@@ -913,3 +913,23 @@ def test_a_model_is_checked_again_where_what_it_reads_has_changed(how):
     with seed(rng_seed=0), pytest.raises(NormalizerError, match="site 'y'"):
         phase(y, 1.0 if how == "number" else 0.0)
     COUPLED["is"] = False
+
+
+def test_new_groups_are_of_the_learned_prior():
+    """``Predictive`` draws effects that posterior samples leave out from the energy, of as many groups as it is asked for."""
+
+    def model(y=None, num_groups=30):
+        tilt = numpyro.param("tilt", 0.0)
+        loc = numpyro.sample("loc", dist.Normal(0, 10))
+        with numpyro.plate("groups", num_groups):
+            z = numpyro.sample("z", TiltedDistribution(dist.Normal(0, 1), lambda z: z**2 / 2 - tilt * z))
+            numpyro.sample("y", dist.Normal(loc + z, 0.5), obs=y)
+
+    num = 2000
+    given = {"loc": jnp.linspace(-2, 2, num)}
+    new = Predictive(model, params={"tilt": 1.5}, posterior_samples=given)(jax.random.key(0), num_groups=2)
+    assert new["y"].shape == (num, 2)
+    z, noise = new["z"], new["y"] - new["z"] - given["loc"][:, None]  # z is normal of variance 1/2 about tilt / 2
+    for found, mean, sd in ((z, 0.75, 0.5**0.5), (noise, 0.0, 0.5)):
+        np.testing.assert_allclose(found.mean(), mean, atol=5 * sd / (2 * num) ** 0.5)
+        np.testing.assert_allclose(found.std(), sd, atol=5 * sd / (4 * num) ** 0.5)
