@@ -103,14 +103,14 @@ def quickstart():
         log_density = _log_tilted(eqx.combine(arrays, NETWORK))
         return logsumexp(log_density) - logsumexp(log_density + seen, axis=1).mean()
 
-    arrays, optim = eqx.filter(NETWORK, eqx.is_array), optax.adam(5e-3)
+    arrays, optim = eqx.filter(NETWORK, eqx.is_array), optax.adam(optax.linear_schedule(5e-3, 0.0, 3000))
 
     def step(carry, _):
         arrays, state = carry
         updates, state = optim.update(jax.grad(loss)(arrays), state)
         return (optax.apply_updates(arrays, updates), state), None
 
-    (arrays, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, length=1500))((arrays, optim.init(arrays)))
+    (arrays, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, length=3000))((arrays, optim.init(arrays)))
     best = _of_network({"energy$params": arrays})
     return Problem(model, y, _of_network, _upper, best, CHAINS, "z", optax.adam(5e-3), 1500)
 

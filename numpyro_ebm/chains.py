@@ -3,6 +3,7 @@
 
 """The negative chains of a model, as its mutable sites keep them: their names, where they stand, and whether they are well."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -67,17 +68,19 @@ def is_warning(status: int) -> bool:
 
 
 def falls_off(target: Target, position: Array) -> Array:
-    """Whether a density of positions may be integrable: it falls off faster than 1 / r^d far out, on the lines to where chains
-    start, as a density over d elements that can be integrated does. What is not finite there is not told.
+    """Whether a density of positions may be integrable: it falls off faster than 1 / r^d far out, in the directions of where chains
+    start and against them, as a density over d elements does that can be integrated. What is not finite there is not told.
     """
-    density = target(position)
-    size = position.size / density.size
-    away = (position != 0).reshape(*density.shape, -1).any(-1)
+    batch_shape = jax.eval_shape(target, position).shape
+    axes = tuple(range(len(batch_shape), position.ndim))
+    squares = (position**2).sum(axes, keepdims=True)
+    distant = position * jnp.sqrt(squares.mean(0) / jnp.where(squares == 0, 1, squares))  # all equally, one may be close to 0
+    size = position.size / math.prod(batch_shape)
     improper = jnp.zeros((), bool)
     for sign in (1, -1):
-        near, far = target(sign * NEAR * position), target(sign * FAR * position)
-        rises = (far - near > -size * np.log(FAR / NEAR)) & jnp.isfinite(near)
-        improper |= (away & rises & (far > -jnp.inf)).any()
+        near, far = target(sign * NEAR * distant), target(sign * FAR * distant)
+        rises = (far - near > -size * math.log(FAR / NEAR)) & jnp.isfinite(near) & (far > -jnp.inf)
+        improper |= (rises & (squares > 0).reshape(batch_shape)).any()
     return ~improper
 
 

@@ -12,7 +12,6 @@ estimated from a population of Markov chains, the negative phase of contrastive 
 
 import copy
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, Self
 
 import jax
@@ -24,7 +23,7 @@ from numpyro.distributions import Distribution, ExpandedDistribution, Independen
 from numpyro.distributions.util import sum_rightmost
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import ELBO
-from numpyro.primitives import Messenger, mutable
+from numpyro.primitives import Messenger
 
 from numpyro_ebm._checks import require_bool, require_count, require_key, require_setting
 from numpyro_ebm._compat import (
@@ -45,29 +44,24 @@ from numpyro_ebm._compiled import Watch, compiled
 from numpyro_ebm._fit import fit_of
 from numpyro_ebm._pytree import read_params
 from numpyro_ebm.chains import (
-    IMPROPER,
-    MIXED_FIELDS,
-    NOT_FINITE,
     ChainTarget,
     chains_name,
     chains_of,
     explain,
-    falls_off,
     positions,
     tell,
-    watch,
 )
 from numpyro_ebm.distributions.base_measure import is_flat
 from numpyro_ebm.distributions.energy import TiltedDistribution, energy_site, without_guard
 from numpyro_ebm.distributions.guard import NormalizerError, refuse_gradient
+from numpyro_ebm.negative_chains import Keeping, advance
 from numpyro_ebm.program.check import check_run
-from numpyro_ebm.program.pair import same_support
 from numpyro_ebm.program.random_field import RandomField, record_run
 from numpyro_ebm.program.run import run_model
 from numpyro_ebm.program.sites import FIELD, normalizer_name, require_data, stand_in
 from numpyro_ebm.samplers import Sampler
 from numpyro_ebm.samplers.base import require_sampler
-from numpyro_ebm.weighted import Population, Weighted, is_weighted
+from numpyro_ebm.weighted import Weighted, is_weighted
 from numpyro_ebm.weights import LogNormalizer
 
 Message = dict[str, Any]
@@ -371,84 +365,10 @@ class negative_phase(Messenger):
         return silent
 
     def _advance(self, name: str, energy: ChainTarget, start: Any, run_key: Array) -> Array:
-        """The mean log density at the chains of a site, which it moves by one run of the sampler and stores in a mutable site.
-
-        :param energy: a :class:`TiltedDistribution`, whose chains are an array, or a :class:`RandomField`, whose are one by site.
-        """
-        sampler = self._sampler_of(name, energy)
-        target = energy.chain_log_prob(sampler)
-        population: Population = {}
-        if self.weights is not None:
-            run_key, start_key, weigh_key = jax.random.split(run_key, 3)
-            start, population = self._weighted_start(start_key, name, energy, sampler, start)
-        fresh = sampler.init(energy.to_chain(start, sampler), target)
-        kept = {field: value for field, value in fresh._asdict().items() if field != "position"}
-        count = jnp.zeros((), jnp.int32)
-        begin = {"x": start, "num_updates": count, "status": count, **population, **kept}
-        chains = mutable(chains_name(name_inside(self, name)), begin)
-        if chains is begin and sampler.uses_score:
-            chains["status"] = jnp.where(falls_off(target, fresh.position), count, IMPROPER)
-            if self._reports:  # once in a fit, so that the host may be asked on every device
-                jax.debug.callback(partial(_tell_start, name, sampler), chains["status"])
-        if _shapes(chains) != _shapes(begin):
-            self._refuse_other_chains(name, chains, begin)
-        x = chains["x"] if self.persistent else start
-        if self.weights is not None:
-            population = {field: chains[field] for field in population}
-            log_density = lax.stop_gradient(energy._log_density(x))
-            x, population = self.weights.weigh(weigh_key, x, population, log_density, self.num_chains)
-        state = fresh._replace(position=energy.to_chain(x, sampler), **{field: chains[field] for field in kept})
-        state = sampler.run(run_key, target, state)
-        x = lax.stop_gradient(energy.from_chain(state.position, sampler))
-        moved = state._asdict()
-        chains.update({"x": x, "num_updates": chains["num_updates"] + 1, **{field: moved[field] for field in kept}})
-        log_density = energy._log_density(x)
-        if self.weights is not None:
-            chains.update({**population, "log_density": lax.stop_gradient(log_density)})
-        finite = jnp.all(jnp.stack([jnp.isfinite(array).all() for array in jax.tree.leaves((x, state.position, log_density))]))
-        trouble = jnp.where(finite, 0, NOT_FINITE)
-        if isinstance(energy, RandomField) and self.persistent:
-            trouble = jnp.maximum(trouble, jnp.where(energy.mixes_fields(x), MIXED_FIELDS, 0))
-        chains["status"] = watch(name, sampler, state, trouble, chains, persistent=self.persistent, reports=self._reports)
-        mean = log_density.mean(0) if self.weights is None else self.weights.mean(log_density, population, self.num_chains)
-        return mean * jnp.where(chains["status"] > 1, jnp.nan, 1)  # so that no fit goes on with such chains, whoever runs it
-
-    def _weighted_start(
-        self, rng_key: Array, name: str, energy: ChainTarget, sampler: Sampler, start: Any
-    ) -> tuple[Array, Population]:
-        """Where weighted chains start, with their weights at the parameters of the start."""
-        if not isinstance(energy, TiltedDistribution):
-            raise ValueError(f"site '{name}': weights are for the chains of energy sites, and those of a random field have none.")
-        if not sampler.is_exact:
-            raise ValueError(
-                f"site '{name}': {sampler!r} does not leave the density as it is, and weights would drift: take MALA(), or no "
-                "weights."
-            )
-        reference = energy._reference()
-        is_same = reference is None or same_support(energy, reference)
-        if reference is not None and not isinstance(is_same, Array) and not is_same:
-            raise ValueError(
-                f"site '{name}': its chains start from {type(reference).__name__} on {reference.support}, which is not its support "
-                f"{energy.support}: weights would miss the rest. Give reference= a distribution on all of it."
-            )
-        weights: Any = self.weights
-        at_start, target = energy.to_chain(start, sampler), energy.chain_log_prob(sampler)
-        is_told = name in self.init_chains
-        position, population = weights.begin(rng_key, target, sampler, at_start, self.num_chains, from_reference=not is_told)
-        start = energy.from_chain(position, sampler)
-        return start, population | {"log_density": lax.stop_gradient(energy._log_density(start))}
-
-    def _refuse_other_chains(self, name: str, chains: dict[str, Any], begin: dict[str, Any]) -> None:
-        found, wanted = _shapes(chains["x"]), _shapes(begin["x"])
-        if found != wanted:
-            raise ValueError(
-                f"site '{name}': the state holds chains of shape {found}, this handler keeps {wanted}. Use the same num_chains, or "
-                "begin from a fresh state."
-            )
-        raise ValueError(
-            f"site '{name}': the state keeps {sorted(chains)} of its chains, this handler {sorted(begin)}. Use the same sampler "
-            "and weights, or begin from a fresh state."
-        )
+        """The mean log density at the chains of a site, moved on: a :class:`TiltedDistribution`, or a :class:`RandomField`."""
+        where, is_told = chains_name(name_inside(self, name)), name in self.init_chains
+        keeping = Keeping(where, self.num_chains, self.persistent, self.weights, is_told, self._reports)
+        return advance(name, energy, self._sampler_of(name, energy), start, run_key, keeping)
 
     @property
     def _num_rows(self) -> int:
@@ -504,11 +424,6 @@ class negative_phase(Messenger):
                 "persistent chain would belong to another energy at every step. Use persistent=False with as many steps as "
                 "the chains need from their start, or do not subsample."
             )
-
-
-def _tell_start(name: str, sampler: Sampler, status: np.ndarray) -> None:
-    if status:
-        tell(f"site '{name}': {explain(sampler, int(status))}", int(status))
 
 
 def _frozen_chains(
@@ -597,10 +512,6 @@ def _require_complete(sites: dict[str, Message], params: dict[str, Any], state: 
             raise ValueError(
                 f"{what} lacks {missing}, of {wanted}: pass those of a fit, result.params and result.state.mutable_state."
             )
-
-
-def _shapes(x: Any) -> Any:
-    return jax.tree.map(jnp.shape, x)
 
 
 def _kind(leaf: Any) -> Any:
