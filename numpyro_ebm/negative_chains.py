@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 from jax import Array, lax
 from numpyro.primitives import mutable
 
@@ -48,7 +49,8 @@ def advance(name: str, energy: ChainTarget, sampler: Sampler, start: Any, run_ke
     begin = {"x": start, "num_updates": count, "status": count, **population, **kept}
     chains = mutable(keeping.where, begin)
     if chains is begin and sampler.uses_score:
-        chains["status"] = jnp.where(falls_off(target, fresh.position), count, IMPROPER)
+        with numpyro.validation_enabled(False):  # that far a transform may underflow
+            chains["status"] = jnp.where(falls_off(target, fresh.position), count, IMPROPER)
         if keeping.reports:  # once in a fit, so that the host may be asked on every device
             jax.debug.callback(partial(_tell_start, name, sampler), chains["status"])
     _require_same(name, chains, begin)
