@@ -755,6 +755,7 @@ def test_a_model_without_a_seed_is_refused():
         log_density(negative_phase(_in_plate), (jnp.zeros(2),), {}, {"tilt": 0.0, "z": jnp.zeros(2)})
 
 
+@pytest.mark.filterwarnings("ignore:site 'z'. when its chains started its density did not fall off")
 def test_a_chain_that_turns_non_finite_stops_the_run_naming_site_and_update():
     # guards against: a silent nan. The energy -z^4 is not integrable and the chain falls over its edge
     def model(y):

@@ -576,6 +576,7 @@ def test_a_pool_of_another_size_is_refused():
         _chains(negative_phase(_quadratic_field, num_chains=9), V, latents={"h": H}, state=state)
 
 
+@pytest.mark.filterwarnings("ignore:site 'random_field'. when its chains started its density did not fall off")
 def test_field_that_is_not_integrable_stops_the_run():
     # guards against: a pool that runs off to infinity unnoticed
     def model(v):
