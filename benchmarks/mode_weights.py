@@ -232,6 +232,7 @@ def main(args):
                 seconds.append(time.process_time() - begin)
                 kept = phase.sample_chains(jax.random.key(0), result.params, result, 1, problem.data)[0]
                 chains = kept[problem.site]
+                jax.clear_caches()  # svi.run compiles anew, and what it has compiled fills the memory
                 found.append((problem.weight(result.params), problem.of_chains(chains.reshape(-1, *problem.data.shape[1:]))))
             columns = "  ".join(f"{density:.3f} / {chains:.3f}" for density, chains in found)
             worst = max(abs(density - problem.wanted) for density, _ in found)

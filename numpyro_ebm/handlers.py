@@ -43,6 +43,7 @@ from numpyro_ebm._compat import (
 from numpyro_ebm._compiled import Watch, compiled
 from numpyro_ebm._fit import fit_of
 from numpyro_ebm._pytree import read_params
+from numpyro_ebm.chain_moves import Keeping, advance
 from numpyro_ebm.chains import (
     ChainTarget,
     chains_name,
@@ -54,7 +55,6 @@ from numpyro_ebm.chains import (
 from numpyro_ebm.distributions.base_measure import is_flat
 from numpyro_ebm.distributions.energy import TiltedDistribution, energy_site, without_guard
 from numpyro_ebm.distributions.guard import NormalizerError, refuse_gradient
-from numpyro_ebm.negative_chains import Keeping, advance
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.random_field import RandomField, record_run
 from numpyro_ebm.program.run import run_model

@@ -30,7 +30,7 @@ FLOORS = {
     "distributions": 2,
     "program": 3,
     "chains": 4,
-    "negative_chains": 4.5,
+    "chain_moves": 4.5,
     "handlers": 5,
     "objectives": 6,
     "evaluate": 7,
