@@ -3,6 +3,7 @@
 
 """Latents and the uncertainty of parameters after a fit, against closed forms and quadrature."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -144,6 +145,55 @@ def test_rows_that_are_coupled_are_found_out_beside_rows_of_large_score(size, sd
     noise, share = jnp.ones(size).at[0].set(sd), (jnp.arange(size) >= size - 2).astype(float)
     assert Posterior(KEY, model, {}, (y, noise, share), {}, None).plate is None
     assert Posterior(KEY, model, {}, (y, noise, 0 * share), {}, None).plate == "data"
+
+
+def _coupled_by(term, *, inside):
+    def model():
+        with numpyro.plate("data", 5):
+            x = numpyro.sample("x", dist.Normal(0, 1))
+            if inside:
+                numpyro.factor("coupling", term(x))
+        if not inside:
+            numpyro.factor("coupling", term(x))
+
+    return model
+
+
+NEXT = jnp.array([4, 0, 1, 2, 3])
+COUPLINGS = {
+    "a step of the sum": lambda x: jnp.where(x.sum() > 3, 0.0, -6.0),
+    "a step of neighbors": lambda x: jnp.where(abs(x - x[NEXT]) < 0.7, 0.0, -4.0),
+    "signs": lambda x: 2 * jnp.sign(x) * jnp.sign(x[NEXT]),
+    "a hinge that is reached late": lambda x: -8 * jnp.maximum(abs(x - x[NEXT]) - 2.5, 0),
+    "a hinge of the sum": lambda x: -8 * jnp.maximum(abs(x.sum()) - 9, 0),
+}
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("how", COUPLINGS)
+def test_rows_that_are_coupled_where_no_gradient_is_are_found_out(how, inside):
+    """Rows moved one by one by a step of all of them: the mean of the sum was 0, that of the prior, for 3.92."""
+    term = COUPLINGS[how]
+    model = _coupled_by(term if inside else lambda x: term(x).sum(), inside=inside)
+    for seed in range(3):
+        assert Posterior(jax.random.key(seed), model, {}, (), {}, None).plate is None
+
+
+def test_a_step_of_all_rows_is_sampled_jointly():
+    model = _coupled_by(COUPLINGS["a step of the sum"], inside=False)
+    draws = sample_posterior(KEY, model, {}, num_samples=1000, num_warmup=300, num_chains=16, sampler=MALA(num_steps=5))["x"]
+    sums = np.asarray(draws.sum(-1))
+    bound = 3 / np.sqrt(5)  # the sum is normal of variance 5, and as likely beyond 3 as it is, below exp(-6) times that
+    density, above = np.exp(-(bound**2) / 2) / np.sqrt(2 * np.pi), 0.5 * math.erfc(bound / np.sqrt(2))
+    exact = np.sqrt(5) * density * (1 - np.exp(-6)) / (above + (1 - above) * np.exp(-6))
+    error = 5 * sums.std() / np.sqrt(effective_sample_size(sums))
+    assert error < 0.3
+    np.testing.assert_allclose(sums.mean(), exact, atol=error)
+
+
+def test_a_step_of_a_row_couples_nothing():
+    model = _coupled_by(lambda x: jnp.where(x > 1, 0.0, -3.0) - 8 * jnp.maximum(abs(x) - 9, 0), inside=True)
+    assert Posterior(KEY, model, {}, (), {}, None).plate == "data"
 
 
 def test_rows_without_a_score_are_independent():

@@ -30,7 +30,8 @@ from numpyro_ebm._pytree import read_params
 from numpyro_ebm.distributions.guard import NormalizerError
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.program.check import check_run
-from numpyro_ebm.program.rows import dim_of, per_row, shared_plates
+from numpyro_ebm.program.provenance import mark, sources
+from numpyro_ebm.program.rows import dim_of, mixes_rows, per_row, shared_plates
 from numpyro_ebm.program.run import (
     Run,
     constrain_params,
@@ -342,13 +343,14 @@ class Posterior:
     def _factorizes(self, plate: str, latents: Latents) -> bool:
         """Whether the density is a product over rows.
 
-        NumPyro takes the user's word for it, which a sum over a plate's rows breaks. Where it is true, weighing the rows'
-        log densities weighs the rows' scores by the same numbers, and what stands outside the plate has no score. With powers
-        of two nothing is rounded by that, so that a row is judged by its own score, however large those of the others are.
+        NumPyro takes the user's word for it, which a sum over a plate's rows breaks. Where it is true, nothing outside the plate
+        depends on a latent, no row's log density changes with others, and weighing them weighs the rows' scores by the same
+        numbers. With powers of two nothing is rounded by that, so that a row is judged by its own score, however large those of the
+        others are.
         """
         size = len(self.program.plates[plate].indices)
 
-        if any(np.any(score) for score in compiled(_scores_of_rest, self, plate, latents).values()):
+        if self._rest_sees(plate, latents) or compiled(_rows_mix, self, plate, latents, self.rng_key):
             return False
         plain = compiled(_scores_of_rows, self, plate, latents, jnp.ones(size))
         for weights in _powers_of_two(size):
@@ -360,6 +362,10 @@ class Posterior:
                 if not (np.abs(found / weights[:, None] - own) <= tolerance).all():
                     return False
         return True
+
+    def _rest_sees(self, plate: str, latents: Latents) -> bool:
+        """Whether something outside a plate depends on the latents; told from the trace."""
+        return bool(sources(lambda: self._rows_and_rest(self.terms(mark(latents, "latents")), plate)[1]))
 
     def _rows_and_rest(self, terms: dict[str, Array], plate: str) -> tuple[Array, Array]:
         """The log density of every row of a plate, and of what stands outside it."""
@@ -434,8 +440,9 @@ def _scores_of_rows(posterior: Posterior, plate: str, latents: Latents, weights:
     return jax.grad(weighed)(latents)
 
 
-def _scores_of_rest(posterior: Posterior, plate: str, latents: Latents) -> Latents:
-    return jax.grad(lambda latents: posterior._rows_and_rest(posterior.terms(latents), plate)[1])(latents)
+def _rows_mix(posterior: Posterior, plate: str, latents: Latents, rng_key: Array) -> Array:
+    axes = {name: dict(site.plates)[plate] for name, site in posterior.program.latents.items()}
+    return mixes_rows(lambda latents: posterior._rows_and_rest(posterior.terms(latents), plate)[0], latents, axes, rng_key)
 
 
 def _by_site(posterior: Posterior, draws: Array) -> Latents:

@@ -24,7 +24,7 @@ from numpyro.primitives import Messenger
 from numpyro_ebm._compat import layers
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm.distributions.guard import NormalizerError
-from numpyro_ebm.program.rows import dim_of, per_row, shared_plates
+from numpyro_ebm.program.rows import ROUNDING, dim_of, per_row, shared_plates
 from numpyro_ebm.program.run import Run, jacobians_of, log_density_terms, run_model, total
 from numpyro_ebm.program.sites import FIELD, Model, is_factor, transform_of
 from numpyro_ebm.samplers import MALA, Sampler, Target
@@ -229,10 +229,6 @@ class RandomField:
             out[name] = part if self._plate is None else jnp.moveaxis(part, 1, self._axis(name))
             begin += size
         return out
-
-
-# How much a row's log density may change with its place by rounding, relative to 1 + its size.
-ROUNDING = 1e-3
 
 
 def _require_pool(program: Run, plate: str | None, masked: str | None) -> None:

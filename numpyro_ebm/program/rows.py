@@ -20,6 +20,7 @@ from jax import Array
 from numpyro_ebm.program.run import Run
 from numpyro_ebm.program.sites import Site
 
+Values = dict[str, Array]  # by site
 Indices = dict[str, Array]  # by subsampled plate, (subsample_size,)
 
 
@@ -70,6 +71,48 @@ def per_row(terms: dict[str, Array], program: Run, plate: str) -> Array:
         term = jnp.moveaxis(jnp.atleast_1d(term), frames[name][plate], 0)
         out = out + term.reshape(len(term), -1).sum(-1)
     return jnp.broadcast_to(out * (rows / size), (rows,))
+
+
+def mixes_rows(
+    log_density: Callable[[dict[str, Array]], Array], x: dict[str, Array], axes: dict[str, int], rng_key: Array
+) -> Array:
+    """Whether the log density of a row changes where others do; told by differences between places near and far, traced.
+
+    A derivative does not see a step, nor a term that is not there where it is taken.
+
+    :param log_density: of every row, ``(rows,)``, at values by site.
+    :param x: real values.
+    :param axes: of each site's values, which is that of the rows.
+    """
+    num_rows = next(x[name].shape[axis] for name, axis in axes.items())
+    is_even = jnp.arange(num_rows) % 2 == 0
+
+    def along_rows(name: str, of_rows: Array) -> Array:
+        return of_rows.reshape([-1 if i == axes[name] % x[name].ndim else 1 for i in range(x[name].ndim)])
+
+    def elsewhere(key: Array, scale: Array) -> Values:
+        keys = dict(zip(x, jax.random.split(key, len(x)), strict=True))
+        return {name: scale * jax.random.normal(keys[name], value.shape, value.dtype) for name, value in x.items()}
+
+    def changes(here: Values, there: Values) -> Array:
+        changed = []
+        for stays in (is_even, ~is_even):
+            mixed = {name: jnp.where(along_rows(name, stays), here[name], there[name]) for name in here}
+            before, after = log_density(here), log_density(mixed)
+            differ = ~(abs(after - before) <= ROUNDING * (1 + abs(before))) & jnp.isfinite(before)
+            changed.append((stays & differ).any())
+        return jnp.stack(changed).any()
+
+    next_to_each_other = {name: jnp.roll(value, 1, axes[name]) for name, value in x.items()}
+    scales = jnp.repeat(jnp.asarray([0.3, 1.0, 3.0, 10.0]), 4)
+    places = jax.vmap(elsewhere)(jax.random.split(rng_key, len(scales)), scales)
+
+    def at(here_and_there: tuple[Values, Values]) -> Array:
+        here, there = here_and_there
+        return changes(x, here) | changes(here, there)
+
+    following = jax.tree.map(lambda place: jnp.roll(place, 1, 0), places)
+    return changes(x, next_to_each_other) | changes(next_to_each_other, x) | jax.lax.map(at, (places, following)).any()
 
 
 def subsampled_indices(program: Run) -> Indices:
@@ -126,3 +169,7 @@ def all_batches(program: Run) -> Indices:
         parts.append((starts + np.arange(size)) % plate.size)  # the last batch begins again from the first row
     batches = list(itertools.product(*parts))
     return {name: jnp.asarray(np.stack([batch[i] for batch in batches])) for i, name in enumerate(program.subsampled)}
+
+
+# How much what is the same may differ by rounding, relative to 1 + its size.
+ROUNDING = 1e-3
