@@ -5,8 +5,8 @@ r"""Whether a guide stands for the posterior: what the importance weights :math:
 
 Of every row of the data two numbers: the fraction of samples that count, :math:`1 / (1 + \chi^2(p \| q))` with many of them, and
 the shape k of the generalized Pareto distribution that fits the largest weights. Where k is above .7, no practical number of
-samples has a mean that can be trusted, and the fraction is no more than a lucky number (Vehtari et al. 2024). Both are blind to what no
-sample of the guide has seen.
+samples has a mean that can be trusted, and the fraction is no more than a lucky number (Vehtari et al. 2024). Both are blind to
+what no sample of the guide has seen.
 """
 
 import numpy as np
@@ -19,6 +19,7 @@ PARETO_K = 0.7
 MIN_SAMPLES, MAX_SAMPLES, MAX_WEIGHTS = 200, 1000, 2**17  # of every row, and of all rows of a batch together
 MAX_ROWS = 200  # whose k is fitted
 ROWS_BELOW = 0.9  # the fraction of rows that are no worse than what is told
+LEAST = -600.0  # of log weights below the largest: the exponential of less is no number
 EQUAL = 1e-3  # weights are told apart by more than this: bits have few, and rounding makes many of one
 FRACTION, SHAPE = "fraction of the guide's samples that count", "Pareto k of the guide's weights"
 
@@ -51,4 +52,5 @@ def guide_findings(site: str, log_weights: Array, fix: str, *, least: float | No
 
 def _shape(log_weights: np.ndarray) -> float:
     """Pareto's k, with equal weights spread evenly: a bound that many samples reach is a light tail, and no tail at all else."""
-    return pareto_k(np.sort(log_weights) + np.linspace(0, EQUAL, len(log_weights)))
+    above = np.maximum(np.sort(log_weights) - log_weights.max(), LEAST)
+    return pareto_k(above + np.linspace(0, EQUAL, len(above)))
