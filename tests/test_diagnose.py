@@ -199,7 +199,7 @@ def test_a_report_is_a_table_and_a_finding_a_sentence():
 def test_what_cannot_be_diagnosed_is_refused():
     phase = negative_phase(wells)
     result = begun(phase, X)
-    with pytest.raises(TypeError, match="must be the negative_phase.* or the engine"):
+    with pytest.raises(TypeError, match=r"must be the negative_phase.* or the engine"):
         diagnose(result, wells, X)
     with pytest.raises(ValueError, match="no negative chains"):
         diagnose(Result({}, None), phase, X)

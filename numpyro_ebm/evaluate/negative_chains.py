@@ -250,8 +250,8 @@ def _distance(rng_key: Array, energy: Any, sampler: Any, draws: Array) -> tuple[
         if is_discrete:
             return abs(chains.mean(0) - (weights * points).sum(0))
         deciles = jnp.quantile(chains, jnp.linspace(0.1, 0.9, 9), axis=0)
-        below = [(weights * (points <= decile)).sum(0) - (chains <= decile).mean(0) for decile in deciles]
-        return jnp.max(jnp.abs(jnp.stack(below)), 0)
+        below = jax.vmap(lambda decile: (weights * (points <= decile)).sum(0) - (chains <= decile).mean(0))(deciles)
+        return jnp.max(jnp.abs(below), 0)
 
     worth = jnp.full(batch_shape, jnp.inf) if on_grid else effective_sample_size(weights)
     return lax.map(of_element, (chains, points)).max(0), worth

@@ -9,6 +9,7 @@ step of the model's. The engines differ in the upper level.
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -185,7 +186,7 @@ class BilevelEngine(ScoreEngine):
         """The fraction of the guide's samples that should count at least; and what becomes of the fit where the guide is bad."""
         return None, "the guide is far from the posterior, and the score of the marginal is then another."
 
-    @compiled_method
+    @partial(compiled_method, cheaply=True)
     def _weigh_guide(self, state: Any, rng_key: Array, *args: Any, **kwargs: Any) -> dict[str, Array]:
         """Log weights of samples of the guide on the rows of a step, ``(num_samples, rows)``, by the names of its sites."""
         batch_key, rng_key = jax.random.split(rng_key)

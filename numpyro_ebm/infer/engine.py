@@ -73,15 +73,19 @@ class NonFiniteError(RuntimeError):
         self.health = health
 
 
-def compiled_method(method: Method) -> Method:
-    """A method of a state, compiled once for all arguments that have the same shapes: arrays are traced, the rest compiled in."""
+def compiled_method(method: Method, *, cheaply: bool = False) -> Method:
+    """A method of a state, compiled once for all arguments that have the same shapes: arrays are traced, the rest compiled in.
+
+    :param cheaply: whether it is to be compiled soon more than to run fast, as what a run calls once.
+    """
+    options: Any = {"xla_backend_optimization_level": 0} if cheaply else None
 
     @wraps(method)
     def call(self: "Engine", state: State, *args: Any, **kwargs: Any) -> Any:
         self._require_state(state)
         if method not in self._compiled:
 
-            @partial(jax.jit, static_argnames="static")
+            @partial(jax.jit, static_argnames="static", compiler_options=options)
             def on_arrays(dynamic: Any, static: Rest) -> Any:
                 args, kwargs = join(dynamic, static)
                 with one_at_a_time:

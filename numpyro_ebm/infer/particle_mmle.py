@@ -560,7 +560,7 @@ class ParticleMMLE(Engine):
         numbers = self._chain_numbers(state, rng_key, *args, **kwargs)
         return self._phase.findings(numbers, state.params, state.mutable_state, args, kwargs)
 
-    @compiled_method
+    @partial(compiled_method, cheaply=True)
     def _chain_numbers(self, state: ParticleState, rng_key: Array, *args: Any, **kwargs: Any) -> ChainNumbers:
         return self._phase.numbers(rng_key, state.params, state.mutable_state, args, kwargs)
 
