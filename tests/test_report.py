@@ -60,7 +60,7 @@ def test_samples_that_alternate_are_worth_no_more_than_n_log_n_whoever_asks():
     most = 400 * np.log10(400)
     assert sample_size(x[None]) == pytest.approx(most)
     assert convergence({"x": x}, burn_in=0).ess["x"] == pytest.approx(most)
-    assert least_sample_size(x[None]) == pytest.approx(most)
+    assert least_sample_size(x[None]) == 400  # of which errors are told, to be on the safe side
 
 
 def test_what_stands_still_has_no_r_hat_and_in_two_places_an_infinite_one():

@@ -43,6 +43,6 @@ def worst_r_hat(draws: Any) -> float:
 
 
 def least_sample_size(draws: Any) -> float:
-    """Of the worst element, 1 or more; the number of draws where nothing moves."""
+    """Of the worst element, between 1 and the number of draws, which it is where nothing moves."""
     num_draws = np.shape(draws)[0] * np.shape(draws)[1]
     return max(1.0, float(np.nanmin(sample_size(draws), initial=num_draws)))
