@@ -4,7 +4,8 @@
 """Whether the report of a run can be trusted: how often it warns of a wrong fit, and of a right one.
 
 For each diagnostic there is a problem where the fit is wrong and one where all is well, each trained from many keys at once, by
-``vmap`` over ``init`` and ``update``. Of a wrong fit the number must be out of bounds that is to tell it; of a right one none may be.
+``vmap`` over ``init`` and ``update``. Of a wrong fit the number must be out of bounds that is to tell it; of a right one
+none may be.
 
 Run ``python benchmarks/report_table.py``: about ten minutes of one core; ``--only`` selects by words of a line.
 """

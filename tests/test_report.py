@@ -3,7 +3,10 @@
 
 """What a run says of its fit unasked: when it does, that it hurts nobody, and each number where it is out of bounds and not."""
 
+import importlib.util
+import sys
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -341,3 +344,28 @@ def test_chains_that_do_not_mix_are_told_of_posteriors_too():
 
     with pytest.warns(UserWarning, match="R-hat is"):
         sample_posterior(KEY, model, {}, num_samples=100, num_warmup=5)
+
+
+# How often it is right.
+
+
+@pytest.fixture(scope="module")
+def table():
+    path = Path(__file__).parents[1] / "benchmarks" / "report_table.py"
+    if not path.exists():
+        pytest.skip("the package is installed without its benchmarks")
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec = importlib.util.spec_from_file_location("report_table", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+@pytest.mark.slow
+def test_wrong_fits_are_told_and_right_ones_are_not(table):
+    """From 10 keys each, of 100 in the table of the documentation."""
+    counts = {name: table.told(name, 10)[0] for name in table.PROBLEMS}
+    assert all(count >= 9 for count in counts.values()), counts

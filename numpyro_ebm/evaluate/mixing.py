@@ -12,6 +12,8 @@ from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 R_HAT_OF_DRAWS, DRAWS_TO_JUDGE = 1.1, 100
 # Of chains that forget where they were within 22 of 50 samples; training moves an energy more slowly than that.
 R_HAT_OF_CHAINS = 1.2
+# Of chains that are known to be distributed as they should: they may be slower, as between modes, if they cross at all.
+R_HAT_OF_AGREEING = 1.5
 
 
 def r_hat(draws: Any) -> np.ndarray:

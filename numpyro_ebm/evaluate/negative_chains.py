@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array, lax
 
 from numpyro_ebm.chains import chains_of, positions
-from numpyro_ebm.evaluate.mixing import R_HAT_OF_CHAINS, least_sample_size, worst_r_hat
+from numpyro_ebm.evaluate.mixing import R_HAT_OF_AGREEING, R_HAT_OF_CHAINS, least_sample_size, worst_r_hat
 from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.handlers import chains_target, explain_chains, frozen_chains, innermost, negative_phase
 from numpyro_ebm.program.sites import FIELD
@@ -120,8 +120,14 @@ def chain_findings(
         fix = _more_jumps(site, kept, bool(numbers.has_reference[site]))
         draws = {name: by_site[name] for name in (kept["x"] if site == FIELD else [site])}
         weighted = is_weighted(kept)
+        if site == FIELD:
+            density = not_told(site, DISTANCE, "a random field has no reference that its density could be known by")
+        else:
+            density = _from_density(site, draws[site], numbers.distance[site], fix)
         if phase.persistent:
-            findings += _mixing(site, draws, None if weighted else R_HAT_OF_CHAINS, fix)
+            agrees = density.is_told and density.is_well
+            most = None if weighted else R_HAT_OF_AGREEING if agrees else R_HAT_OF_CHAINS
+            findings += _mixing(site, draws, most, fix)
         findings += _acceptance(site, kept, bool(numbers.has_reference[site]))
         if weighted:
             before = chains_of(mutable_state)[site]
@@ -129,10 +135,7 @@ def chain_findings(
             if len(before["x"]) > phase.num_chains:
                 num_taught = math.ceil(phase.num_chains / _stride(before["x"], draws[site].shape[1]))
                 findings.append(_agreement(site, draws[site][:num_taught], draws[site][num_taught:]))
-        if site == FIELD:
-            findings.append(not_told(site, DISTANCE, "a random field has no reference that its density could be known by"))
-        else:
-            findings.append(_from_density(site, draws[site], numbers.distance[site], fix))
+        findings.append(density)
     return findings
 
 

@@ -289,6 +289,4 @@ class Levels:
 
 
 ROWS_AT_ONCE = 4096  # samples of rows that are weighed together: more take memory, and less are slow
-NEARER = (
-    "Take a guide nearer to the posterior: a larger family (a full covariance), more inner steps, a smaller learning rate."
-)
+NEARER = "Take a guide nearer to the posterior: a larger family (a full covariance), more inner steps, a smaller learning rate."
