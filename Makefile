@@ -78,6 +78,8 @@ bench: $(VENV)/.installed-examples
 	$(BIN)/python benchmarks/vages_bias.py
 	$(BIN)/python benchmarks/bidvl.py
 	$(BIN)/python benchmarks/ksd_test.py
+	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/report_table.py
 	$(BIN)/python benchmarks/import_time.py
 
 clean:

@@ -15,12 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro.handlers import block, scope
 from numpyro.infer import AIES, ESS, MCMC, SA, SVI, DiscreteHMCGibbs, MixedHMC
 from numpyro.infer.autoguide import AutoGuide, AutoSemiDAIS
 from numpyro.infer.elbo import ELBO
+from numpyro.infer.importance import _psis_khat
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.primitives import _PYRO_STACK, Messenger, plate
 
@@ -33,6 +35,11 @@ one_at_a_time = threading.RLock()
 _COMPARING = (SA, AIES, ESS, DiscreteHMCGibbs, MixedHMC)
 
 WRAPPERS = (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution, dist.TransformedDistribution)
+
+
+def pareto_k(log_weights: np.ndarray) -> float:
+    """What :func:`numpyro.infer.psis_diagnostic` finds in the log weights of samples, ``(num_samples,)``."""
+    return float(_psis_khat(log_weights))
 
 
 def calling_site(fn: dist.Distribution) -> str | None:

@@ -307,7 +307,7 @@ class negative_phase(Messenger):
         rng_key, num_samples = require_key("rng_key", rng_key), require_count("num_samples", num_samples)
         params, mutable_state = _of_fit(params, mutable_state)
         self.check_chains(params, mutable_state, *args, **kwargs)
-        state, draws = compiled(_frozen_chains, rng_key, self, num_samples, params, mutable_state, args, kwargs)
+        state, draws = compiled(frozen_chains, rng_key, self, num_samples, params, mutable_state, args, kwargs)
         self.check_chains(params, state, *args, **kwargs)
         return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), draws), state
 
@@ -426,7 +426,7 @@ class negative_phase(Messenger):
             )
 
 
-def _frozen_chains(
+def frozen_chains(
     rng_key: Array,
     phase: negative_phase,
     num_samples: int,
@@ -434,8 +434,12 @@ def _frozen_chains(
     mutable_state: dict[str, Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    look: Callable[[Any], Any] = positions,
 ) -> tuple[dict[str, Any], dict[str, Array]]:
-    """The mutable state after the last of ``num_samples`` runs of the samplers, without adaptation, and where chains stood."""
+    """The mutable state after the last of ``num_samples`` runs of the samplers, without adaptation, and where chains stood.
+
+    :param look: what is kept of what mutable sites keep of chains after every run.
+    """
     held = copy.copy(phase)
     held._open, held._frozen = [], True
 
@@ -445,7 +449,7 @@ def _frozen_chains(
             held(*args, **kwargs)
         _require_complete(sites, params, state)
         state = {name: sites[name]["value"] for name in state}
-        return state, positions(chains_of(state))
+        return state, look(chains_of(state))
 
     if phase.weights is not None:
         resample_key, rng_key = jax.random.split(rng_key)
@@ -575,11 +579,17 @@ def chains_target(
 
     :param data: values of param and mutable sites.
     """
-    inside: Any = phase
-    while isinstance(inside, Messenger):
-        if isinstance(inside, negative_phase):  # the innermost has the chains
-            phase = inside
-        inside = inside.fn
+    phase = innermost(phase)
     program = run_model(substitute(phase.fn, substitute_fn=_feasible), args, kwargs, jax.random.key(0), data=data)
     energy: Any = RandomField if name == FIELD else energy_site(program.sites[name]["fn"])
     return energy, phase._sampler_of(name, energy)
+
+
+def innermost(phase: negative_phase) -> negative_phase:
+    """The handler that has the chains, where one is around another."""
+    inside: Any = phase
+    while isinstance(inside, Messenger):
+        if isinstance(inside, negative_phase):
+            phase = inside
+        inside = inside.fn
+    return phase

@@ -11,6 +11,8 @@ import jax
 import jaxlib.version
 import pytest
 
+import numpyro_ebm
+
 # Where JAX_DISABLE_MOST_OPTIMIZATIONS is set, XLA's emitter of fusions goes too: it takes half of the time that compiling still
 # takes. No public setting does so for a part of a process, and later versions of XLA cannot do without their emitter.
 if jaxlib.version.__version_info__ < (0, 11):
@@ -26,6 +28,10 @@ if jaxlib.version.__version_info__ < (0, 11):
         return options
 
     compiler.get_compile_options = _compile_options
+
+
+# Thousands of tests make runs of a few steps: those of the report ask for it.
+numpyro_ebm.enable_reports(False)
 
 
 def pytest_addoption(parser):

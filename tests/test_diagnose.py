@@ -173,7 +173,10 @@ def test_random_fields_have_r_hat_only():
         "effective sample size",
         "acceptance of steps",
         "acceptance of jumps",
+        DISTANCE,
     ]
+    assert [finding.is_told for finding in report.findings] == [True, True, True, False, False]
+    assert "no reference to jump from" in str(report)
 
 
 def test_flat_energies_are_judged_around_their_chains():
@@ -196,7 +199,7 @@ def test_a_report_is_a_table_and_a_finding_a_sentence():
 def test_what_cannot_be_diagnosed_is_refused():
     phase = negative_phase(wells)
     result = begun(phase, X)
-    with pytest.raises(TypeError, match="must be the negative_phase"):
+    with pytest.raises(TypeError, match=r"must be the negative_phase.* or the engine"):
         diagnose(result, wells, X)
     with pytest.raises(ValueError, match="no negative chains"):
         diagnose(Result({}, None), phase, X)

@@ -277,7 +277,7 @@ def _run(engine, num_steps, case, **settings):
 def test_verbs_have_the_signatures_of_svi(engine, verb):
     """Catches an argument renamed, moved, or with another default: SVI's calls must work as they are."""
     ours, svis = (inspect.signature(getattr(owner, verb)).parameters for owner in (type(engine), SVI))
-    not_in_svi = ("collect", "callbacks", "chunk_size")
+    not_in_svi = ("collect", "callbacks", "chunk_size", "report")
     ours = [p for p in ours.values() if p.name not in not_in_svi]
     svis = [p for p in svis.values() if p.name != "forward_mode_differentiation"]
     renamed = {"svi_state": "state"}
@@ -315,6 +315,18 @@ def test_run_gives_the_numbers_of_repeated_updates(case, engine, by_hand, chunk_
     _assert_same(result.state, states[-1])
     np.testing.assert_array_equal(result.losses, losses)
     assert int(result.state.num_steps) == 12
+
+
+@pytest.mark.filterwarnings("ignore:site '")
+def test_a_report_leaves_the_state_as_it_is(case, engine, by_hand):
+    """Bit for bit, of runs that are too short to be believed. Catches one that fails, which a report must not let on."""
+    states, losses = by_hand
+    result = _run(engine, 12, case, report=True)
+    _assert_same(result.state, states[-1])
+    np.testing.assert_array_equal(result.losses, losses)
+    assert not [finding for finding in result.report.findings if not finding.site], result.report
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(result))
+    assert _run(engine, 12, case).report is None
 
 
 def test_stable_update_gives_the_same_numbers_where_all_is_finite(case, engine, by_hand):

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 
 from numpyro_ebm._checks import require_count
+from numpyro_ebm.evaluate.mixing import r_hat, sample_size
 from numpyro_ebm.evaluate.standard_errors import StandardErrors
 
 
@@ -108,22 +108,14 @@ def convergence(
     kept = {name: value[burn_in:].astype(np.float64) for name, value in values.items()}
     sd = {name: value.std(0, ddof=1) for name, value in kept.items()}
     with np.errstate(invalid="ignore", divide="ignore"):  # a parameter that does not move has neither ESS nor R-hat
-        ess = {name: _effective_sample_size(value) for name, value in kept.items()}
-        r_hat = {name: split_gelman_rubin(value[None]) for name, value in kept.items()}
+        ess = {name: sample_size(value[None]) for name, value in kept.items()}
+        split = {name: r_hat(value[None]) for name, value in kept.items()}
         mcse = {name: np.where(sd[name] == 0, 0.0, sd[name] / np.sqrt(ess[name])) for name in kept}
         theory = None if standard_errors is None else _theory(standard_errors, num_particles, sd)
         ratio = None if theory is None else {name: sd[name] / theory[name] for name in sd}
     counts = np.arange(1, num_steps - burn_in + 1)
     running = {name: value.cumsum(0) / counts.reshape(-1, *(1,) * (value.ndim - 1)) for name, value in kept.items()}
-    return ConvergenceReport(running, {name: value[-1] for name, value in running.items()}, mcse, sd, ess, r_hat, theory, ratio)
-
-
-def _effective_sample_size(x: np.ndarray) -> np.ndarray:
-    """Of steps along axis 0. Those that alternate are worth more than their number, which the estimate gives a limit, n log10 n:
-    NumPyro's has none, and becomes negative.
-    """
-    most, found = len(x) * np.log10(len(x)), np.asarray(effective_sample_size(x[None]))
-    return np.where((found < 0) | (found > most), most, found)
+    return ConvergenceReport(running, {name: value[-1] for name, value in running.items()}, mcse, sd, ess, split, theory, ratio)
 
 
 def _theory(

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
-from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 from numpyro.distributions import constraints
 from numpyro.infer import init_to_sample
 
@@ -28,6 +27,7 @@ from numpyro_ebm._checks import require_count, require_key
 from numpyro_ebm._compiled import compiled
 from numpyro_ebm._pytree import read_params
 from numpyro_ebm.distributions.guard import NormalizerError
+from numpyro_ebm.evaluate.mixing import DRAWS_TO_JUDGE, R_HAT_OF_DRAWS, r_hat, sample_size
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.provenance import mark, sources
@@ -137,32 +137,27 @@ def sample_posterior(
     return compiled(_constrained, posterior, latents)
 
 
-# Of independent chains of 100 draws R-hat is above 1.1 once in ten million times.
-R_HAT_TO_WARN, SAMPLES_TO_JUDGE = 1.1, 100
-
-
 def _not_mixed(posterior: "Posterior", latents: Latents) -> str:
     """What to say of the worst element of unconstrained draws, if chains disagree in it."""
     num_chains, num_samples = next(iter(latents.values())).shape[:2]
-    if num_chains < 2 or num_samples < SAMPLES_TO_JUDGE:
+    if num_chains < 2 or num_samples < DRAWS_TO_JUDGE:
         return ""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        r_hat = {name: split_gelman_rubin(np.asarray(draws)) for name, draws in latents.items()}
-    if not any((values > R_HAT_TO_WARN).any() for values in r_hat.values()):  # nan where nothing moves
+    found = {name: r_hat(draws) for name, draws in latents.items()}
+    if not any((values > R_HAT_OF_DRAWS).any() for values in found.values()):  # nan where nothing moves
         return ""
     score = jax.grad(lambda x: posterior.row_log_density(x).sum())
     scores = jax.jit(jax.vmap(score))({name: draws[:, -1] for name, draws in latents.items()})
     # masked elements have no density, and wander
-    r_hat = {name: np.where(np.any(scores[name], 0) & (values > R_HAT_TO_WARN), values, 0.0) for name, values in r_hat.items()}
-    name = max(r_hat, key=lambda name: r_hat[name].max(initial=0))
-    if not r_hat[name].any():
+    found = {name: np.where(np.any(scores[name], 0) & (values > R_HAT_OF_DRAWS), values, 0.0) for name, values in found.items()}
+    name = max(found, key=lambda name: found[name].max(initial=0))
+    if not found[name].any():
         return ""
-    index = np.unravel_index(r_hat[name].argmax(), r_hat[name].shape)
+    index: Any = np.unravel_index(found[name].argmax(), found[name].shape)
     chains = np.asarray(latents[name])[(..., *index)]
     element = f", element {[int(i) for i in index]}" if index else ""
     return (
-        f"site '{name}'{element}: R-hat is {r_hat[name][index]:.2f}, and the {chains.size} draws of {num_chains} chains count as "
-        f"{float(effective_sample_size(chains)):.0f}: the chains have not mixed, and their means may be far off. Take more "
+        f"site '{name}'{element}: R-hat is {found[name][index]:.2f}, and the {chains.size} draws of {num_chains} chains count as "
+        f"{float(sample_size(chains)):.0f}: the chains have not mixed, and their means may be far off. Take more "
         "num_warmup and num_samples, thinning, or sampler=samplers.NUTS() where latents are narrow jointly."
     )
 

@@ -9,6 +9,7 @@ step of the model's. The engines differ in the upper level.
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,9 +22,14 @@ from numpyro.infer.autoguide import AutoGuide
 
 from numpyro_ebm._checks import require_count, require_instance
 from numpyro_ebm._compat import has_seen_model
+from numpyro_ebm._map_over import map_over
+from numpyro_ebm.evaluate.guide_weights import guide_findings, num_guide_samples
+from numpyro_ebm.evaluate.report import Finding
+from numpyro_ebm.infer.engine import compiled_method
 from numpyro_ebm.infer.score_engine import ScoreEngine, require_params, require_same_params
 from numpyro_ebm.infer.step import Health, health_of
 from numpyro_ebm.objectives.guide import PosteriorFisher
+from numpyro_ebm.objectives.latent import draw, drawn_density, row_density
 from numpyro_ebm.objectives.score import ScoreObjective
 from numpyro_ebm.optim import apply_gradient, as_transformation
 from numpyro_ebm.program.batch import Batch, require_same_rows
@@ -169,6 +175,24 @@ class BilevelEngine(ScoreEngine):
         )
         return new, value, health_of("loss", value) | health_of("param", {**theta, **phi})
 
+    def _findings(self, rng_key: Array, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
+        found = super()._findings(rng_key, state, args, kwargs)
+        for site, log_weights in self._weigh_guide(state, rng_key, *args, **kwargs).items():
+            least, fix = self._wanted_of_guide()
+            found += guide_findings(site, log_weights, f"{fix} {NEARER}", least=least)
+        return found
+
+    def _wanted_of_guide(self) -> tuple[float | None, str]:
+        """The fraction of the guide's samples that should count at least; and what becomes of the fit where the guide is bad."""
+        return None, "the guide is far from the posterior, and the score of the marginal is then another."
+
+    @partial(compiled_method, cheaply=True)
+    def _weigh_guide(self, state: Any, rng_key: Array, *args: Any, **kwargs: Any) -> dict[str, Array]:
+        """Log weights of samples of the guide on the rows of a step, ``(num_samples, rows)``, by the names of its sites."""
+        batch_key, rng_key = jax.random.split(rng_key)
+        levels = Levels(self, state, self._batch(batch_key, state.params, args, kwargs), kwargs)
+        return {", ".join(levels.latents): levels.log_weights(state.params, rng_key)}
+
     def _lower_steps(self, levels: "Levels", theta: Any, phi: Any, optim_state: Any, keys: Array) -> tuple[Any, Any]:
         """One step of the guide for every key, with gradients in ``theta`` if they are asked for."""
         if not len(keys):  # of a guide that is not learned, the lower level need not have a gradient
@@ -212,6 +236,7 @@ class Levels:
         require_same_params(model, state.theta)
         require_same_params(guide, state.phi, "the guide")
         self._of_theta, self._of_phi = model.param_transforms, guide.param_transforms
+        self.latents = sorted(model.latents)
         plate = row_plate(model, model.latents, len(self.v))
         if plate is None:
             raise ValueError(f"no plate of the {len(self.v)} rows of the first argument is around all of {sorted(model.latents)}.")
@@ -245,3 +270,23 @@ class Levels:
             model, guide = scale(self.model, scale=by_row), scale(self.guide, scale=by_row)
             loss: Array = self.lower_loss.loss(draw_key, params, model, guide, v, *self.rest, **self.kwargs)
             return loss / len(v)
+
+    def log_weights(self, params: dict[str, Any], rng_key: Array) -> Array:
+        """Of samples of the guide that stand for the posterior as the lower level sees it: bits are bits."""
+        v, rng_key = self.noisy(rng_key)
+        rest = tuple(self.rest)
+        log_p = row_density(self.model, rest, self.kwargs, self.model_key, self.plate)
+        log_q = drawn_density(self.guide, rest, self.kwargs, self.plate)
+
+        def of_some(key: Array) -> Array:
+            drawn = draw(self.guide, (v, *rest), self.kwargs, key, at_once, params=params, relaxed=False)
+            return map_over(lambda h: log_p(params, v, h.latents) - log_q(params, v, h), drawn)
+
+        num_samples = num_guide_samples(len(v))
+        at_once = min(num_samples, max(1, ROWS_AT_ONCE // len(v)))
+        found = lax.map(of_some, jax.random.split(rng_key, -(-num_samples // at_once)))
+        return found.reshape(-1, len(v))
+
+
+ROWS_AT_ONCE = 4096  # samples of rows that are weighed together: more take memory, and less are slow
+NEARER = "Take a guide nearer to the posterior: a larger family (a full covariance), more inner steps, a smaller learning rate."

@@ -30,8 +30,10 @@ from numpyro_ebm._compat import one_at_a_time
 from numpyro_ebm._compiled import Watch, frozen
 from numpyro_ebm._fit import fit_of
 from numpyro_ebm._pytree import Rest, arrays_and_rest, as_array, join, read_params, require_hashable, require_no_lists
+from numpyro_ebm.evaluate.report import Finding, FitReport, are_reports_enabled, report_of
 from numpyro_ebm.infer.init_params import InitParams
 from numpyro_ebm.infer.step import Health, Part, is_bad, keep, named
+from numpyro_ebm.program.run import own_key
 
 State = Any
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -54,6 +56,8 @@ class RunResult(NamedTuple):
     losses: Array
     #: what ``collect`` returned after every step, stacked; None without it
     collected: Any = None
+    #: what the fit says of itself; None where reports are off
+    report: FitReport | None = None
 
 
 class NonFiniteError(RuntimeError):
@@ -69,15 +73,19 @@ class NonFiniteError(RuntimeError):
         self.health = health
 
 
-def compiled_method(method: Method) -> Method:
-    """A method of a state, compiled once for all arguments that have the same shapes: arrays are traced, the rest compiled in."""
+def compiled_method(method: Method, *, cheaply: bool = False) -> Method:
+    """A method of a state, compiled once for all arguments that have the same shapes: arrays are traced, the rest compiled in.
+
+    :param cheaply: whether it is to be compiled soon more than to run fast, as what a run calls once.
+    """
+    options: Any = {"xla_backend_optimization_level": 0} if cheaply else None
 
     @wraps(method)
     def call(self: "Engine", state: State, *args: Any, **kwargs: Any) -> Any:
         self._require_state(state)
         if method not in self._compiled:
 
-            @partial(jax.jit, static_argnames="static")
+            @partial(jax.jit, static_argnames="static", compiler_options=options)
             def on_arrays(dynamic: Any, static: Rest) -> Any:
                 args, kwargs = join(dynamic, static)
                 with one_at_a_time:
@@ -179,6 +187,10 @@ class Engine(metaclass=_ReadOnly):
         """What to warn of between two chunks."""
         return []
 
+    def _findings(self, rng_key: Array, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
+        """What there is to say of a fit at its last state, which is not changed: what ``result.report`` and ``diagnose`` tell."""
+        return []
+
     # What a user calls.
 
     def init(self, rng_key: Array, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any) -> State:
@@ -248,9 +260,10 @@ class Engine(metaclass=_ReadOnly):
         collect: Callable[[State], Any] | None = None,
         callbacks: Sequence[Callable[[int, State, np.ndarray], Any]] = (),
         chunk_size: int | None = None,
+        report: bool | None = None,
         **kwargs: Any,
     ) -> RunResult:
-        """Many steps, in compiled chunks.
+        """Many steps, in compiled chunks, and a report on whether the fit can be believed.
 
         On CPUs the numbers do not depend on the chunks, bit for bit; on accelerators to rounding. There a chunk is made of loops
         of fixed length (``chunk_size``, 250 steps at most), which the device runs without asking the host, and what is left over
@@ -268,6 +281,9 @@ class Engine(metaclass=_ReadOnly):
         :param callbacks: functions ``callback(step, state, losses)`` called after every chunk, with the losses so far.
         :param int chunk_size: steps per chunk; if not given, a twentieth of the run with callbacks, and as many as take a
             fraction of a second without.
+        :param bool report: whether ``result.report`` is made, by what :func:`~numpyro_ebm.diagnose` tells of this engine, with one
+            warning for every number out of bounds; it does not change the state. As :func:`~numpyro_ebm.enable_reports` says if
+            not given: for many short runs it may take longer than they do.
         :raises ValueError: if ``num_steps`` or ``chunk_size`` is not a positive integer.
         :raises TypeError: inside ``jit``, ``vmap`` or ``grad``.
         :raises NonFiniteError: with the last good state, if a step would make anything non-finite.
@@ -276,6 +292,7 @@ class Engine(metaclass=_ReadOnly):
         num_steps = require_count("num_steps", num_steps)
         chunk_size = None if chunk_size is None else require_count("chunk_size", chunk_size)
         stable_update, progress_bar = require_bool("stable_update", stable_update), require_bool("progress_bar", progress_bar)
+        reports = are_reports_enabled() if report is None else require_bool("report", report)
         _require_outermost((rng_key, args, kwargs, init_state, init_params))
         dynamic, static = self._split(args, kwargs)
         args, kwargs = join(dynamic, static)
@@ -305,10 +322,13 @@ class Engine(metaclass=_ReadOnly):
                     bar.set_postfix_str(f"loss: {record.loss[-1]:.4f}", refresh=False)
                     for callback in callbacks:
                         callback(log.done, _copy(state), log.losses[: log.done])
+                said = report_of(lambda: self._findings(own_key(state.rng_key), state, args, kwargs)) if reports else None
             except KeyboardInterrupt as stop:
                 _keep_state(stop, state)
                 raise
-        return RunResult(self.get_params(state), state, jnp.asarray(log.losses), log.collected)
+        if said is not None:
+            said.warn(stacklevel=2)
+        return RunResult(self.get_params(state), state, jnp.asarray(log.losses), log.collected, said)
 
     def _require_state(self, state: Any, name: str = "state") -> State:
         """Refuses what is no state of this engine.

@@ -29,6 +29,8 @@ import numpyro_ebm.optim as optim_module
 from numpyro_ebm._checks import require_bool, require_count, require_instance, require_one_of, require_setting
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm.distributions.guard import NormalizerError
+from numpyro_ebm.evaluate.negative_chains import ChainNumbers
+from numpyro_ebm.evaluate.report import Finding
 from numpyro_ebm.handlers import negative_phase
 from numpyro_ebm.infer.engine import Engine, compiled_method
 from numpyro_ebm.infer.particle_settings import Averaged, Maximize, Newton, Summed
@@ -551,6 +553,16 @@ class ParticleMMLE(Engine):
         if self.dynamics is None:
             found += warnings_of(state.stiffness, float(self._step_size(state)))
         return found
+
+    def _findings(self, rng_key: Array, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
+        if not has_chains(state.mutable_state):
+            return []
+        numbers = self._chain_numbers(state, rng_key, *args, **kwargs)
+        return self._phase.findings(numbers, state.params, state.mutable_state, args, kwargs)
+
+    @partial(compiled_method, cheaply=True)
+    def _chain_numbers(self, state: ParticleState, rng_key: Array, *args: Any, **kwargs: Any) -> ChainNumbers:
+        return self._phase.numbers(rng_key, state.params, state.mutable_state, args, kwargs)
 
     def _explain(
         self, state: ParticleState, bad: dict[Part, int], args: tuple[Any, ...], kwargs: dict[str, Any]

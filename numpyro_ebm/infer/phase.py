@@ -17,6 +17,8 @@ from jax import Array
 
 from numpyro_ebm.chains import chains_of, is_warning, status_of
 from numpyro_ebm.distributions.energy import energy_site
+from numpyro_ebm.evaluate.negative_chains import NUM_SAMPLES, ChainNumbers, chain_findings, chain_numbers
+from numpyro_ebm.evaluate.report import Finding
 from numpyro_ebm.handlers import explain_chains, negative_phase, unnormalized
 from numpyro_ebm.infer.step import Health, Part
 from numpyro_ebm.program.check import ModelReport, check_run
@@ -92,6 +94,16 @@ class Phase:
         found = {site: int(status) for site, status in status_of(mutable_state).items()}
         warned = {site: status for site, status in found.items() if is_warning(status)}
         return [self.explain(site, status, args, kwargs, data=data) for site, status in warned.items()]
+
+    def numbers(self, rng_key: Array, params: Data, mutable_state: Data, args: tuple[Any, ...], kwargs: Data) -> ChainNumbers:
+        """What is measured of the chains of a fit; traced."""
+        return chain_numbers(rng_key, self._handler, NUM_SAMPLES, params, mutable_state, args, kwargs)
+
+    def findings(
+        self, numbers: ChainNumbers, params: Data, mutable_state: Data, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[Finding]:
+        """What is to be said of the chains of a fit."""
+        return chain_findings(self._handler, numbers, params, mutable_state, args, kwargs)
 
 
 def has_chains(mutable_state: dict[str, Any]) -> bool:

@@ -44,6 +44,8 @@ from numpyro_ebm.weights import effective_sample_size, normalized_weights
 COVARIANCES = ("unbiased", "biased", "none")
 #: an effective sample size below which weights are those of one sample
 DEGENERATE = 1.05
+#: which fraction of unweighted samples should count: where it is less, they have other means than the posterior
+UNWEIGHTED = 0.5
 LACKS = "the gradient would lack that of the posterior. Take 2 or more."
 
 
@@ -248,6 +250,14 @@ class VaGES(BilevelEngine):
             "samples: one sample has all the weight, so that the gradient lacks the posterior's covariance. Take a guide nearer to "
             "the posterior (more inner steps, a larger family), or more samples."
         ]
+
+    def _wanted_of_guide(self) -> tuple[float, str]:
+        if isinstance(self.estimate, Variational):
+            biased = "the guide is far from the posterior, and estimate=Variational() is biased by that at every number of samples:"
+            return UNWEIGHTED, f"{biased} estimate=ImportanceWeighted() is not."
+        return 1 / (1 + self.estimate.num_samples), (
+            "the guide is far from the posterior, and the bias of weighted samples large: take more of them, too."
+        )
 
     def _upper(self, levels: "_Levels", theta: Any, phi: Any, guide_optim_state: Any, rng_key: Array) -> Upper:
         upper = partial(levels.upper, phi=phi, rng_key=rng_key)

@@ -1,0 +1,174 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Whether the report of a run can be trusted: how often it warns of a wrong fit, and of a right one.
+
+For each diagnostic there is a problem where the fit is wrong and one where all is well, each trained from many keys at once, by
+``vmap`` over ``init`` and ``update``. Of a wrong fit the number must be out of bounds that is to tell it; of a right one
+none may be.
+
+Run ``python benchmarks/report_table.py``: about ten minutes of one core; ``--only`` selects by words of a line.
+"""
+
+import argparse
+
+import _timing
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+import optax
+from jax import lax
+from numpyro.distributions import constraints
+
+from numpyro_ebm import (
+    MALA,
+    BiSM,
+    DenoisingScoreMatching,
+    Implicit,
+    ImportanceWeighted,
+    ParticleMMLE,
+    SlicedScoreMatching,
+    TiltedDistribution,
+    VaGES,
+    Variational,
+    Weighted,
+    diagnose,
+    negative_phase,
+)
+
+# Latents with two modes, at -1.5 and 1.5, of weights .3 and .7, seen with noise.
+KIND, SPREAD, NOISE = jax.random.normal(jax.random.key(0), (3, 300))
+MODES = jnp.where(KIND < 0.524, 1.5, -1.5) + 0.3 * SPREAD + 0.2 * NOISE
+
+
+def two_modes(y):
+    tilt, slope, wall = numpyro.param("tilt", 0.0), numpyro.param("slope", -9.0), numpyro.param("wall", 2.0)
+    with numpyro.plate("data", len(y)):
+        energy = TiltedDistribution(dist.Normal(0, 2), lambda z: tilt * z + slope * z**2 + wall * z**4)
+        z = numpyro.sample("z", energy)
+        numpyro.sample("y", dist.Normal(z, 0.2), obs=y)
+
+
+def of_modes(num_jumps):
+    phase = negative_phase(two_modes, sampler=MALA(num_jumps=num_jumps))
+    return ParticleMMLE(phase, optax.adam(1e-2), num_particles=4, step_size=0.005), MODES
+
+
+def tilted(y):
+    tilt = numpyro.param("tilt", 0.0)
+    with numpyro.plate("data", len(y)):
+        z = numpyro.sample("z", TiltedDistribution(dist.Normal(0, 1), lambda z: -tilt * z))
+        numpyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+
+def of_tilt(optim=None, **settings):
+    y = 1.5 + 1.1 * NOISE
+    return ParticleMMLE(negative_phase(tilted, **settings), optim or optax.adam(1e-2), num_particles=4, step_size=0.05), y
+
+
+# Factor analysis, 5 visibles and 2 latents.
+WEIGHTS = jax.random.normal(jax.random.key(1), (5, 2))
+VISIBLE = jax.random.normal(jax.random.key(2), (2000, 2)) @ WEIGHTS.T + 0.7 * jax.random.normal(jax.random.key(3), (2000, 5))
+
+
+def factors(v):
+    weights = numpyro.param("weights", lambda key: 0.5 * jax.random.normal(key, (5, 2)))
+    scale = numpyro.param("scale", 1.0, constraint=constraints.positive)
+    with numpyro.plate("data", len(v)):
+        h = numpyro.sample("h", dist.Normal(0, 1).expand([2]).to_event(1))
+        numpyro.sample("v", dist.Normal(h @ weights.T, scale).to_event(1), obs=v)
+
+
+def full(v):
+    mean = numpyro.param("mean", jnp.zeros((2, 5)))
+    tril = numpyro.param("tril", jnp.eye(2), constraint=constraints.lower_cholesky)
+    with numpyro.plate("data", len(v)):
+        numpyro.sample("h", dist.MultivariateNormal(v @ mean.T, scale_tril=tril))
+
+
+def blind(v):
+    mean, log_scale = numpyro.param("mean", jnp.zeros(2)), numpyro.param("log_scale", jnp.zeros(2))
+    with numpyro.plate("data", len(v)):
+        numpyro.sample("h", dist.Normal(mean, jnp.exp(log_scale)).to_event(1))
+
+
+def narrow(v):
+    mean = numpyro.param("mean", jnp.zeros((2, 5)))
+    with numpyro.plate("data", len(v)):
+        numpyro.sample("h", dist.Normal(v @ mean.T, 0.05).to_event(1))
+
+
+def of_factors(engine, guide, objective, **settings):
+    return engine(factors, guide, optax.adam(1e-2), optax.adam(2e-2), objective, batch_size=100, **settings), VISIBLE
+
+
+DENOISING, SLICED, IMPLICIT = DenoisingScoreMatching(0.3), SlicedScoreMatching(), {"hypergradient": Implicit()}
+VARIATIONAL, WEIGHTED = {"estimate": Variational()}, {"estimate": ImportanceWeighted(10)}
+SHORT = {"sampler": MALA(0.02, 10, adapt=False, num_jumps=0), "persistent": False}
+STANDING = {"sampler": MALA(1e-3, 1, adapt=False, num_jumps=0), "weights": Weighted(num_monitor_chains=256)}
+# what is wrong or right: how it is learned, in how many steps, and the words of the numbers of which one must be out of bounds
+PROBLEMS = {
+    "modes without jumps": (lambda: of_modes(0), 300, ("R-hat", "density")),
+    "modes with jumps": (lambda: of_modes(None), 300, ()),
+    "short runs that are too short": (lambda: of_tilt(**SHORT), 300, ("density",)),
+    "short runs that are long": (lambda: of_tilt(sampler=MALA(0.5, 20), persistent=False), 300, ()),
+    "weights at a large learning rate": (lambda: of_tilt(optax.sgd(0.02), **STANDING), 20, ("weights keep", "monitors")),
+    "weights at a small one": (lambda: of_tilt(weights=Weighted(num_monitor_chains=256)), 300, ()),
+    "BiSM, a guide that is too narrow": (lambda: of_factors(BiSM, narrow, DENOISING, **IMPLICIT), 400, ("Pareto",)),
+    "BiSM, the posterior's family": (lambda: of_factors(BiSM, full, DENOISING, **IMPLICIT), 400, ()),
+    "VaGES unweighted, a blind guide": (lambda: of_factors(VaGES, blind, SLICED, **VARIATIONAL), 600, ("Pareto", "count")),
+    "VaGES unweighted, the posterior's family": (lambda: of_factors(VaGES, full, DENOISING, **VARIATIONAL), 600, ()),
+    "VaGES weighted, a blind guide": (lambda: of_factors(VaGES, blind, SLICED, **WEIGHTED), 600, ("Pareto", "count")),
+    "VaGES weighted, the posterior's family": (lambda: of_factors(VaGES, full, DENOISING, **WEIGHTED), 600, ()),
+}
+
+
+def trained(engine, num_steps, num_seeds, *args):
+    """States after so many steps, stacked."""
+
+    def one(key):
+        def step(state, _):
+            return engine.update(state, *args)
+
+        return lax.scan(step, engine.init(key, *args), None, num_steps)[0]
+
+    return jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(5), num_seeds))
+
+
+def told(name, num_seeds, *, max_steps=None):
+    """How many reports of a problem say what they should, of how many; and those that do not."""
+    make, num_steps, words = PROBLEMS[name]
+    engine, y = make()
+    states, wrong = trained(engine, min(num_steps, max_steps or num_steps), num_seeds, y), []
+    for i in range(num_seeds):
+        report = diagnose(jax.tree.map(lambda x, i=i: x[i], states), engine, y, rng_key=jax.random.key(i), warn=False)
+        hits = [finding for finding in report.trouble if any(word in finding.quantity for word in words)]
+        if bool(words) != bool(hits) or (not words and not report.is_well):
+            wrong.append(report)
+    return num_seeds - len(wrong), wrong
+
+
+def main(args):
+    print(f"{'':<44}{'wrong fit':>10}  as it should, of {args.num_seeds}")
+    for name, (_, _, words) in PROBLEMS.items():
+        if args.only not in name:
+            continue
+        count, wrong = told(name, args.num_seeds, max_steps=args.max_steps)
+        print(f"{name:<44}{'fires' if words else 'silent':>10}  {count}", flush=True)
+        if args.show:
+            print(*wrong[: args.show], sep="\n\n", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-seeds", type=int, default=100)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--show", type=int, default=0, help="how many of the reports that fail to print")
+    parser.add_argument("--max-steps", type=int, default=None)
+    parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
+    args = parser.parse_args()
+    if args.smoke:
+        args.num_seeds, args.max_steps = 2, 2
+    _timing.use_one_core()
+    main(args)

@@ -1,0 +1,56 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Whether a guide stands for the posterior: what the importance weights :math:`w = \tilde p / q` of its samples are worth.
+
+Of every row of the data two numbers: the fraction of samples that count, :math:`1 / (1 + \chi^2(p \| q))` with many of them, and
+the shape k of the generalized Pareto distribution that fits the largest weights. Where k is above .7, no practical number of
+samples has a mean that can be trusted, and the fraction is no more than a lucky number (Vehtari et al. 2024). Both are blind to
+what no sample of the guide has seen.
+"""
+
+import numpy as np
+from jax import Array
+
+from numpyro_ebm._compat import pareto_k
+from numpyro_ebm.evaluate.report import Finding, not_told
+
+PARETO_K = 0.7
+MIN_SAMPLES, MAX_SAMPLES, MAX_WEIGHTS = 200, 1000, 2**17  # of every row, and of all rows of a batch together
+MAX_ROWS = 200  # whose k is fitted
+ROWS_BELOW = 0.9  # the fraction of rows that are no worse than what is told
+LEAST = -600.0  # of log weights below the largest: the exponential of less is no number
+EQUAL = 1e-3  # weights are told apart by more than this: bits have few, and rounding makes many of one
+FRACTION, SHAPE = "fraction of the guide's samples that count", "Pareto k of the guide's weights"
+
+
+def num_guide_samples(num_rows: int) -> int:
+    """How many samples of the guide to weigh for each of so many rows."""
+    return min(MAX_SAMPLES, max(MIN_SAMPLES, MAX_WEIGHTS // num_rows))
+
+
+def guide_findings(site: str, log_weights: Array, fix: str, *, least: float | None) -> list[Finding]:
+    """What the log weights of samples of a guide say, ``(num_samples, rows)``.
+
+    :param site: the latents that the guide draws.
+    :param least: the fraction that should count at least, if there is one.
+    :param fix: what to do about a guide that is far from the posterior.
+    """
+    found = np.asarray(log_weights, np.float64)
+    found = found[:, :: -(-found.shape[1] // MAX_ROWS)]
+    if np.isnan(found).any() or not (found > -np.inf).any(0).all():
+        why = "some weights are no numbers, or all of a row are 0: the model has no density where the guide samples"
+        return [not_told(site, name, why) for name in (FRACTION, SHAPE)]
+    weights = np.exp(found - found.max(0))
+    fraction = weights.sum(0) ** 2 / (weights**2).sum(0) / len(weights)
+    shape = [_shape(row) for row in found.T]
+    return [
+        Finding(site, FRACTION, float(np.quantile(fraction, 1 - ROWS_BELOW)), least, None, fix),
+        Finding(site, SHAPE, float(np.quantile(shape, ROWS_BELOW)), None, PARETO_K, fix),
+    ]
+
+
+def _shape(log_weights: np.ndarray) -> float:
+    """Pareto's k, with equal weights spread evenly: a bound that many samples reach is a light tail, and no tail at all else."""
+    above = np.maximum(np.sort(log_weights) - log_weights.max(), LEAST)
+    return pareto_k(above + np.linspace(0, EQUAL, len(above)))

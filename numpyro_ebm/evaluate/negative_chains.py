@@ -1,0 +1,287 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Whether the negative chains of a fit are worth believing, and with them the energy that they have taught.
+
+Chains that learn an energy look right by construction: the energy is changed until they match the data. What tells is
+
+* whether they *mix* at the final parameters: R-hat and the effective sample size of chains that are moved on from the fit;
+* whether they are distributed as the *density* says that they teach: by quadrature for events of one or two dimensions, else by
+  importance weights of samples of the reference, :math:`w = \tilde p / b`, where these are worth enough;
+* of weighted chains, which need not mix, whether their *weights* are worth something from step to step, and whether chains that
+  teach agree with monitors that do not.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from numpyro_ebm.chains import chains_of, positions
+from numpyro_ebm.evaluate.mixing import R_HAT_OF_AGREEING, R_HAT_OF_CHAINS, least_sample_size, worst_r_hat
+from numpyro_ebm.evaluate.report import Finding, not_told
+from numpyro_ebm.handlers import chains_target, explain_chains, frozen_chains, innermost, negative_phase
+from numpyro_ebm.program.sites import FIELD
+from numpyro_ebm.samplers import Target
+from numpyro_ebm.weighted import is_weighted
+from numpyro_ebm.weights import effective_sample_size, normalized_weights
+
+DISTANCE = "distance of chains from density"
+NUM_SAMPLES = 50  # of every chain, each after one run of its sampler
+# How far chains may be from the density: a mode of 50 % may have 45. The error of both sides is added, three times over.
+TOLERANCE = 0.05
+# Weighted chains may lose half of what they are worth in a step, on average, and not more.
+KEPT_BY_WEIGHTS = 0.5
+SAMPLES_TO_JUDGE = 100
+NUM_REFERENCE = 10_000
+POINTS_PER_SIDE = {1: 1000, 2: 100}  # of chains, and as many of the reference
+MIN_POINTS_PER_SIDE = 30
+MAX_POINTS = 2**20  # of a grid or of samples of the reference, of all energies of a stack together
+MAX_DRAWN = 2**22  # numbers that are looked at of a site
+
+
+class ChainNumbers(NamedTuple):
+    """What is measured of chains that are moved on from a fit."""
+
+    #: by sample site, ``(num_samples, chains) + shape``: where some of the chains stood
+    draws: dict[str, Array]
+    #: by site of chains: what mutable sites keep of them after that
+    chains: dict[str, Any]
+    #: by energy site, of the shape of its stack: the distance from the density, how many samples this is known by;
+    #: None where there are no samples
+    distance: dict[str, tuple[Array, Array] | None]
+    #: by site of chains: whether there is a reference
+    has_reference: dict[str, Any]
+
+
+def chain_numbers(
+    rng_key: Array,
+    phase: negative_phase,
+    num_samples: int,
+    params: dict[str, Any],
+    mutable_state: dict[str, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> ChainNumbers:
+    """Moves the chains of a fit on at its parameters, and measures them; traced."""
+    move_key, judge_key = jax.random.split(rng_key)
+
+    def some(x: Array) -> Array:
+        return x[:: _stride(x, num_samples)]
+
+    def some_of_field(x: Array) -> Array:
+        x = some(x).reshape(*some(x).shape[:1], -1)
+        return x[:, :: math.ceil(num_samples * x.size / MAX_DRAWN)]
+
+    def look(chains: Mapping[str, Any]) -> dict[str, Array]:
+        of_field = chains.get(FIELD, {}).get("x", {})
+        return {name: (some_of_field if name in of_field else some)(x) for name, x in positions(chains).items()}
+
+    state, draws = frozen_chains(move_key, phase, num_samples, params, mutable_state, args, kwargs, look)
+    distance, has_reference = {}, {}
+    for site in chains_of(state):
+        energy, sampler = chains_target(phase, site, args, kwargs, {**params, **state})
+        if site == FIELD:
+            has_reference[site] = False
+        else:
+            has_reference[site] = energy.chain_log_prob(sampler).reference is not None
+            distance[site] = _distance(judge_key, energy, sampler, draws[site])
+    return ChainNumbers(draws, chains_of(state), distance, has_reference)
+
+
+def _stride(x: Any, num_samples: int) -> int:
+    """Every how many chains are looked at."""
+    return min(len(x), math.ceil(num_samples * x.size / MAX_DRAWN))
+
+
+def chain_findings(
+    phase: negative_phase,
+    numbers: ChainNumbers,
+    params: dict[str, Any],
+    mutable_state: dict[str, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> list[Finding]:
+    """What these numbers say.
+
+    :param mutable_state: that of the fit, before its chains were moved on.
+    """
+    phase, findings = innermost(phase), list[Finding]()
+    by_site = {name: np.moveaxis(np.asarray(draws), 1, 0) for name, draws in numbers.draws.items()}
+    for site, kept in numbers.chains.items():
+        if (status := int(kept["status"])) > 1:
+            why = explain_chains(phase, site, status, args, kwargs, {**params, **mutable_state})
+            findings.append(not_told(site, "R-hat", f"moved on at the final parameters, its chains fail: {why}"))
+            continue
+        fix = _more_jumps(site, kept, bool(numbers.has_reference[site]))
+        draws = {name: by_site[name] for name in (kept["x"] if site == FIELD else [site])}
+        weighted = is_weighted(kept)
+        if site == FIELD:
+            density = not_told(site, DISTANCE, "a random field has no reference that its density could be known by")
+        else:
+            density = _from_density(site, draws[site], numbers.distance[site], fix)
+        if phase.persistent:
+            agrees = density.is_told and density.is_well
+            most = None if weighted else R_HAT_OF_AGREEING if agrees else R_HAT_OF_CHAINS
+            findings += _mixing(site, draws, most, fix)
+        findings += _acceptance(site, kept, bool(numbers.has_reference[site]))
+        if weighted:
+            before = chains_of(mutable_state)[site]
+            findings.append(_collapse(site, before, phase.num_chains))
+            if len(before["x"]) > phase.num_chains:
+                num_taught = math.ceil(phase.num_chains / _stride(before["x"], draws[site].shape[1]))
+                findings.append(_agreement(site, draws[site][:num_taught], draws[site][num_taught:]))
+        findings.append(density)
+    return findings
+
+
+def _mixing(site: str, draws: dict[str, np.ndarray], most: float | None, more: str) -> list[Finding]:
+    """R-hat and effective sample size of the worst element of chains, ``(num_chains, num_samples) + shape``."""
+    found = max(map(worst_r_hat, draws.values()))
+    size = min(map(least_sample_size, draws.values()))
+    fix = f"the chains do not mix, and the weights of modes that they do not cross between are not determined. {more}"
+    return [Finding(site, "R-hat", found, None, most, fix), Finding(site, "effective sample size", size, None, None, "")]
+
+
+def _acceptance(site: str, kept: Mapping[str, Any], has_reference: bool) -> list[Finding]:
+    """Of the sampler's steps and jumps, where it keeps it."""
+    if "acceptance" not in kept:
+        return []
+    steps = float(np.min(kept["acceptance"]))
+    found = [Finding(site, "acceptance of steps", steps, 0.15, None, "take a smaller step_size, or adapt=True")]
+    if has_reference:
+        return [*found, Finding(site, "acceptance of jumps", _jumps(kept), None, None, "")]
+    why = "there is no reference to jump from, so that only R-hat tells whether chains cross between modes"
+    return [*found, not_told(site, "acceptance of jumps", why)]
+
+
+def _jumps(kept: Mapping[str, Any]) -> float:
+    return float(np.min(kept.get("jump_acceptance", 0.0)))
+
+
+def _more_jumps(site: str, kept: Mapping[str, Any], has_reference: bool) -> str:
+    if not has_reference:
+        wide = "" if site == FIELD else ", or give reference= a distribution that reaches all modes, to jump from"
+        return f"Take more num_steps, or more chains{wide}"
+    if _jumps(kept) > 0.01:
+        return "Take more num_steps or num_jumps in MALA, or more chains"
+    return (
+        "Hardly a jump is accepted: take a reference= as wide as what is learned, a base closer to it, more num_steps, or "
+        "weights=Weighted()"
+    )
+
+
+def _collapse(site: str, kept: Mapping[str, Any], num_chains: int) -> Finding:
+    """What weighted chains have kept of their worth in a step, on average over the fit, of the worst energy of a stack.
+
+    It is known by the variance of log Z that all resamplings and the present weights have spent.
+    """
+    log_weight = np.asarray(kept["log_weight"])[:num_chains]
+    now = num_chains / np.asarray(effective_sample_size(normalized_weights(jnp.asarray(log_weight)))) - 1
+    spent = num_chains * np.asarray(kept["spent_variance"])[0] + now
+    value = float(np.min(1 / (1 + spent / max(1, int(kept["num_updates"])))))
+    fix = (
+        "the energy changes faster than weights can follow, and few chains have them all: take a smaller learning rate, or more "
+        "num_steps of the sampler, or more chains"
+    )
+    return Finding(site, "fraction that weights keep in a step", value, KEPT_BY_WEIGHTS, None, fix)
+
+
+def _agreement(site: str, taught: np.ndarray, monitors: np.ndarray) -> Finding:
+    """The largest difference of the distribution functions of an element between chains that teach and monitors."""
+    noise = sum(_noise(x) for x in (taught, monitors))
+    a, b = (x.reshape(x.shape[0] * x.shape[1], -1) for x in (taught, monitors))
+    deciles = np.quantile(np.concatenate([a, b]), np.linspace(0.1, 0.9, 9), axis=0)
+    found = max(float(abs((a <= decile).mean(0) - (b <= decile).mean(0)).max()) for decile in deciles)
+    fix = (
+        "the chains that teach and those that do not have other distributions, so that weights do not tell the right one: take "
+        "a smaller learning rate, more num_steps or num_jumps of the sampler, or more chains"
+    )
+    return Finding(site, "distance of chains from monitors", found, None, TOLERANCE + 3 * noise, fix)
+
+
+def _noise(draws: np.ndarray) -> float:
+    """The error of a distribution function of these chains, each of which is worth a sample at least."""
+    return 0.5 / math.sqrt(max(least_sample_size(draws), len(draws)))
+
+
+def _from_density(site: str, draws: np.ndarray, known: Any, more: str) -> Finding:
+    """The largest difference between chains and density in the distribution function of an element."""
+    if known is None:
+        return not_told(
+            site,
+            DISTANCE,
+            "there is no reference by whose samples the density could be known, and R-hat does not see modes without a chain: give "
+            "reference= a distribution that reaches them",
+        )
+    distance, size = (np.asarray(x) for x in known)
+    if float(size.min()) < SAMPLES_TO_JUDGE:
+        why = f"{NUM_REFERENCE} samples of the reference are worth {float(size.min()):.0f} of the density, which is too far from it"
+        return not_told(site, DISTANCE, f"{why}: weights=Weighted(num_monitor_chains=...) has chains to compare with")
+    noise = _noise(draws) + 0.5 / math.sqrt(float(size.min()))
+    fix = f"the chains that have taught the energy are not distributed as it says. {more}, or a smaller learning rate"
+    return Finding(site, DISTANCE, float(distance.max()), None, TOLERANCE + 3 * noise, fix)
+
+
+def _distance(rng_key: Array, energy: Any, sampler: Any, draws: Array) -> tuple[Array, Array] | None:
+    """That distance, and how many samples the density is known by; of shape ``batch_shape``."""
+    target = energy.chain_log_prob(sampler)
+    x = energy.to_chain(draws.reshape(-1, *draws.shape[2:]), sampler)
+    batch_shape = jax.eval_shape(target, x).shape[1:]
+    event_shape = x.shape[1 + len(batch_shape) :]
+    size, is_discrete = math.prod(event_shape), energy.support.is_discrete
+    most = MAX_POINTS // math.prod(batch_shape)
+    per_side = min(POINTS_PER_SIDE.get(size, 0), int(most ** (1 / max(size, 1)) / 2))
+    on_grid = size <= 2 and not is_discrete and per_side >= MIN_POINTS_PER_SIDE
+    if on_grid:
+        known = _on_grid(rng_key, target, x, event_shape, per_side)
+    elif target.reference is None:
+        return None
+    else:
+        points = target.reference.sample(rng_key, min(NUM_REFERENCE, max(most, 1)))
+        known = points, target(points) - target.reference.log_prob(points)
+    points, log_weights = known
+    weights = normalized_weights(log_weights)
+    chains, points = (jnp.moveaxis(y.reshape(-1, *batch_shape, size), -1, 0).astype(weights.dtype) for y in (x, points))
+
+    def of_element(chains_and_points: tuple[Array, Array]) -> Array:
+        chains, points = chains_and_points
+        if is_discrete:
+            return abs(chains.mean(0) - (weights * points).sum(0))
+        deciles = jnp.quantile(chains, jnp.linspace(0.1, 0.9, 9), axis=0)
+        below = jax.vmap(lambda decile: (weights * (points <= decile)).sum(0) - (chains <= decile).mean(0))(deciles)
+        return jnp.max(jnp.abs(below), 0)
+
+    worth = jnp.full(batch_shape, jnp.inf) if on_grid else effective_sample_size(weights)
+    return lax.map(of_element, (chains, points)).max(0), worth
+
+
+def _on_grid(rng_key: Array, target: Target, x: Array, event_shape: tuple[int, ...], per_side: int) -> tuple[Array, Array]:
+    """A grid where chains and reference are, with the log of the target times the cell of each point."""
+    seen = x.reshape(*x.shape[: x.ndim - len(event_shape)], -1)
+    points = _quantiles(seen, per_side)
+    if target.reference is not None:
+        more = target.reference.sample(rng_key, NUM_REFERENCE)
+        points = jnp.sort(jnp.concatenate([points, _quantiles(more.reshape(len(more), *seen.shape[1:]), per_side)]), 0)
+    return _product(points, event_shape, target)
+
+
+def _quantiles(x: Array, per_side: int) -> Array:
+    """Quantiles of every element along axis 0, close where values are, and a tenth of their range beyond them."""
+    inner = jnp.quantile(x, jnp.linspace(5e-4, 1 - 5e-4, per_side), axis=0)
+    beyond = 0.1 * (inner[-1] - inner[0])
+    return jnp.concatenate([inner[:1] - beyond, inner, inner[-1:] + beyond])
+
+
+def _product(sides: Array, event_shape: tuple[int, ...], target: Target) -> tuple[Array, Array]:
+    """All points with one element of each side, and the log of the target times the cell of each, by the trapezoidal rule."""
+    widths = jnp.diff(sides, axis=0, prepend=sides[:1]) / 2 + jnp.diff(sides, axis=0, append=sides[-1:]) / 2
+    size, length = sides.shape[-1], len(sides)
+    index = jnp.stack(jnp.meshgrid(*[jnp.arange(length)] * size), -1).reshape(-1, size)
+    points, cells = (jnp.stack([side[index[:, i], ..., i] for i in range(size)], -1) for side in (sides, widths))
+    log_density = target(points.reshape(*points.shape[:-1], *event_shape))
+    return points, log_density + jnp.log(cells).sum(-1)

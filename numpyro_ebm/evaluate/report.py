@@ -1,0 +1,156 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What is said of a fit: numbers with their thresholds, and whether anyone wants to hear them unasked."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+
+
+class Finding(NamedTuple):
+    """One number of a :class:`FitReport`."""
+
+    #: the site that it is of, empty for the fit as a whole
+    site: str
+    #: what was measured
+    quantity: str
+    #: its value, nan where it cannot be told
+    value: float
+    #: the least or the most that it should be, or None where the number has no threshold
+    least: float | None
+    most: float | None
+    #: what to do where it is not; or why it cannot be told
+    fix: str
+
+    @property
+    def is_well(self) -> bool:
+        """Whether the value is in bounds, or cannot be told."""
+        too_small = self.least is not None and self.value < self.least
+        return not too_small and not (self.most is not None and self.value > self.most)
+
+    @property
+    def is_told(self) -> bool:
+        """Whether there is a value."""
+        return not math.isnan(self.value)
+
+    @property
+    def wanted(self) -> str:
+        """What the value should be, in words."""
+        if self.least is not None:
+            return f"at least {self.least:.3g}"
+        return "" if self.most is None else f"at most {self.most:.3g}"
+
+    def __str__(self) -> str:
+        where = f"site '{self.site}': " if self.site else ""
+        if not self.is_told:
+            return f"{where}{self.quantity} cannot be told: {self.fix}" if self.fix else f"{where}{self.quantity} cannot be told"
+        should = f" and should be {self.wanted}: {self.fix}" if self.wanted else ""
+        return f"{where}{self.quantity} is {self.value:.3g}{should}"
+
+
+def not_told(site: str, quantity: str, why: str) -> Finding:
+    """A finding without a value."""
+    return Finding(site, quantity, math.nan, None, None, why)
+
+
+@jax.tree_util.register_static  # a result of a run is a pytree of arrays, and words are none
+@dataclass(frozen=True)
+class FitReport:
+    """What a fit says of itself, ``result.report``, or :func:`diagnose`; ``print`` it as a table.
+
+    .. doctest::
+
+        >>> from numpyro_ebm import Finding, FitReport
+        >>> report = FitReport((Finding("z", "R-hat", 3.2, None, 1.2, "take more num_jumps"),))
+        >>> report.is_well
+        False
+        >>> print(report)
+        site  quantity  value  wanted
+        z     R-hat     3.2    at most 1.2  take more num_jumps
+    """
+
+    #: every number, in bounds or not
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def is_well(self) -> bool:
+        """Whether every number is in bounds."""
+        return all(finding.is_well for finding in self.findings)
+
+    @property
+    def trouble(self) -> tuple[Finding, ...]:
+        """The findings out of bounds."""
+        return tuple(finding for finding in self.findings if not finding.is_well)
+
+    def warn(self, stacklevel: int = 1) -> None:
+        """One warning for every finding out of bounds.
+
+        :param int stacklevel: as of :func:`warnings.warn`: 1 is the line that calls this.
+        """
+        for finding in self.trouble:
+            warnings.warn(str(finding), stacklevel=stacklevel + 1)
+
+    def __str__(self) -> str:
+        rows = [("site", "quantity", "value", "wanted", "")]
+        for finding in self.findings:
+            value = f"{finding.value:.3g}" if finding.is_told else "not told"
+            said = finding.fix if not (finding.is_well and finding.is_told) else ""
+            rows.append((finding.site, finding.quantity, value, finding.wanted, said))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def report_of(find: Callable[[], list[Finding]]) -> FitReport:
+    """A report that nobody has asked for, and that therefore fails nobody: an error in it is a finding that cannot be told."""
+    try:
+        return FitReport(tuple(find()))
+    except Exception as error:
+        return FitReport((not_told("", "whether the fit can be believed", f"{type(error).__name__}: {error}"),))
+
+
+_are_enabled = True
+
+
+def enable_reports(is_enabled: bool = True) -> None:
+    """Whether ``run`` of an engine reports on its fit where it is not told by ``report=``.
+
+    :param bool is_enabled: True to make reports, False to leave them out, as for loops of many short runs and in tests.
+
+    .. doctest::
+
+        >>> import numpyro_ebm
+        >>> numpyro_ebm.enable_reports(False)
+        >>> numpyro_ebm.enable_reports()
+    """
+    global _are_enabled
+    _are_enabled = is_enabled
+
+
+@contextmanager
+def reports_enabled(is_enabled: bool = True) -> Iterator[None]:
+    """:func:`enable_reports` for a while, as a context manager.
+
+    .. doctest::
+
+        >>> from numpyro_ebm import reports_enabled
+        >>> with reports_enabled(False):
+        ...     pass  # many short runs
+    """
+    before = _are_enabled
+    enable_reports(is_enabled)
+    try:
+        yield
+    finally:
+        enable_reports(before)
+
+
+def are_reports_enabled() -> bool:
+    """Whether runs report on their fits."""
+    return _are_enabled

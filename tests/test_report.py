@@ -1,0 +1,371 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a run says of its fit unasked: when it does, that it hurts nobody, and each number where it is out of bounds and not."""
+
+import importlib.util
+import sys
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro.infer import SVI, Trace_ELBO
+
+from numpyro_ebm import (
+    MALA,
+    BiSM,
+    DenoisingScoreMatching,
+    Finding,
+    FitReport,
+    GumbelBernoulli,
+    Implicit,
+    ImportanceWeighted,
+    ParticleMMLE,
+    ScoreMatching,
+    TiltedDistribution,
+    VaGES,
+    Variational,
+    Weighted,
+    convergence,
+    diagnose,
+    enable_reports,
+    negative_phase,
+    reports_enabled,
+    sample_posterior,
+)
+from numpyro_ebm.evaluate import guide_weights
+from numpyro_ebm.evaluate.guide_weights import FRACTION, SHAPE, guide_findings, num_guide_samples
+from numpyro_ebm.evaluate.mixing import least_sample_size, r_hat, sample_size, worst_r_hat
+from numpyro_ebm.evaluate.negative_chains import DISTANCE
+
+KEY = jax.random.key(0)
+SD = 0.5**0.5  # of the posterior below
+
+
+def found(report, quantity):
+    (finding,) = [finding for finding in report.findings if finding.quantity == quantity]
+    return finding
+
+
+# R-hat and the effective sample size, once.
+
+
+def test_samples_that_alternate_are_worth_no_more_than_n_log_n_whoever_asks():
+    # Catches a reader with an estimate of its own, which is negative there.
+    x = (-1.0) ** np.arange(400) + 0.1 * np.random.default_rng(0).normal(size=400)
+    most = 400 * np.log10(400)
+    assert sample_size(x[None]) == pytest.approx(most)
+    assert convergence({"x": x}, burn_in=0).ess["x"] == pytest.approx(most)
+    assert least_sample_size(x[None]) == 400  # of which errors are told, to be on the safe side
+
+
+def test_what_stands_still_has_no_r_hat_and_in_two_places_an_infinite_one():
+    still = np.zeros((4, 10, 1))
+    assert np.isnan(r_hat(still)).all()
+    assert (worst_r_hat(still), least_sample_size(still)) == (1.0, 40.0)
+    assert worst_r_hat(still + np.arange(4.0)[:, None, None]) == np.inf
+
+
+# When there is a report.
+
+
+def tilted(y):
+    tilt = numpyro.param("tilt", 0.0)
+    with numpyro.plate("data", len(y)):
+        z = numpyro.sample("z", TiltedDistribution(dist.Normal(0, 1), lambda z: -tilt * z))
+        numpyro.sample("y", dist.Normal(z, 1), obs=y)
+
+
+Y = 0.5 + jnp.sqrt(2.0) * jax.random.normal(KEY, (50,))
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return ParticleMMLE(tilted, optax.adam(0.02), num_particles=4, step_size=0.1)
+
+
+def test_a_run_reports_unless_it_is_told_not_to(engine):
+    # Catches a switch that is read once, and one that overrules what a run is told. Tests have it off.
+    def has_report(**settings):
+        return engine.run(KEY, 2, Y, progress_bar=False, **settings).report is not None
+
+    assert not has_report()
+    assert has_report(report=True)
+    with reports_enabled():
+        assert has_report()
+        assert not has_report(report=False)
+        with reports_enabled(False):
+            assert not has_report()
+        assert has_report()
+    assert not has_report()
+    enable_reports()
+    assert has_report()
+    enable_reports(False)
+    with pytest.raises(ValueError, match="report must be True or False"):
+        has_report(report="no")
+
+
+def test_nothing_is_said_of_a_fit_that_is_well(engine, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = engine.run(KEY, 200, Y, progress_bar=False, report=True)
+    assert result.report.is_well
+    assert found(result.report, "acceptance of jumps").value > 0.1
+    assert found(result.report, DISTANCE).value < 0.1
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_fit_that_is_not_well_says_so_once_and_where():
+    # Catches a report that nobody hears, and a warning that points into the package. Chains are shorter than their energy needs.
+    sampler = MALA(0.01, 2, adapt=False, num_jumps=0)
+    phase = negative_phase(tilted, num_chains=300, sampler=sampler, persistent=False)
+    engine = ParticleMMLE(phase, optax.sgd(0.0), num_particles=4, step_size=0.1)
+    with pytest.warns(UserWarning, match=r"site 'z': distance of chains from density is .* at most .* num_steps") as told:
+        result = engine.run(KEY, 3, Y, progress_bar=False, report=True, init_params={"tilt": 3.0})
+    assert [warning.filename for warning in told] == [__file__]
+    assert [finding.quantity for finding in result.report.trouble] == [DISTANCE]
+
+
+def test_a_report_that_fails_is_a_finding_and_no_error(engine, monkeypatch):
+    # Catches a fit of hours that is lost because its report is.
+    def fails(*args):
+        raise RuntimeError("no memory is left")
+
+    monkeypatch.setattr(type(engine), "_findings", fails)
+    result = engine.run(KEY, 2, Y, progress_bar=False, report=True)
+    assert result.report.is_well
+    assert "RuntimeError: no memory is left" in str(result.report)
+    with pytest.raises(RuntimeError, match="no memory"):
+        diagnose(result, engine, Y)
+
+
+def test_who_stops_a_report_keeps_the_fit(engine, monkeypatch):
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(engine), "_findings", stopped)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        engine.run(KEY, 2, Y, progress_bar=False, report=True)
+    assert int(stop.value.state.num_steps) == 2
+
+
+def test_an_engine_without_anything_to_say_has_an_empty_report():
+    def model(y):
+        loc = numpyro.param("loc", 0.0)
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(loc, 1), obs=y)
+
+    engine = ScoreMatching(model, optax.adam(0.02), DenoisingScoreMatching(0.1))
+    assert engine.run(KEY, 2, Y, progress_bar=False, report=True).report == FitReport()
+
+
+def test_diagnose_asks_an_engine_as_its_runs_do(engine):
+    result = engine.run(KEY, 100, Y, progress_bar=False, report=True)
+    for given in (result, result.state):
+        report = diagnose(given, engine, Y)
+        assert [(f.site, f.quantity) for f in report.findings] == [(f.site, f.quantity) for f in result.report.findings]
+    with pytest.raises(ValueError, match="num_samples is for the chains"):
+        diagnose(result, engine, Y, num_samples=10)
+
+
+def test_a_report_is_no_array():
+    # Catches words among the leaves of a result, which JAX could not wait for, copy or save.
+    report = FitReport((Finding("z", "R-hat", 3.2, None, 1.2, "do this"),))
+    assert jax.tree.leaves(report) == []
+    assert not report.is_well
+    assert str(report).splitlines()[1].endswith("do this")
+
+
+# Guides.
+
+
+class Guide(NamedTuple):
+    """Of a normal posterior: how much wider its variance is, and how far its mean is off, in standard deviations."""
+
+    width: float = 1.0
+    shift: float = 0.0
+
+    def __call__(self, v):
+        numpyro.param("unused", 0.0)
+        with numpyro.plate("data", len(v)):
+            numpyro.sample("h", dist.Normal(v / 2 + self.shift * SD, SD * self.width**0.5))
+
+
+def joint(v):
+    loc = numpyro.param("loc", 0.0)
+    with numpyro.plate("data", len(v)):
+        h = numpyro.sample("h", dist.Normal(loc, 1))
+        numpyro.sample("v", dist.Normal(h, 1), obs=v)
+
+
+def weighed(guide, make, model=joint, v=Y):
+    engine = make(model, guide, optax.sgd(0.0), optax.sgd(0.0), DenoisingScoreMatching(0.1))
+    return diagnose(engine.init(KEY, v), engine, v, warn=False)
+
+
+def bism(*args):
+    return BiSM(*args, hypergradient=Implicit())
+
+
+def variational(*args):
+    return VaGES(*args, estimate=Variational())
+
+
+def weighted(*args):
+    return VaGES(*args, estimate=ImportanceWeighted(10))
+
+
+@pytest.mark.parametrize("make", [bism, variational, weighted])
+def test_a_guide_that_is_the_posterior_is_well_and_one_that_is_too_narrow_is_not(make):
+    # Catches weights q / p, and an engine that looks at its guide only where it uses weights. For variances in a ratio of s the
+    # exact k is 1 - s, here .9 (found by 200 samples of each of 50 rows, of which the tenth that are worst are told).
+    well = weighed(Guide(), make)
+    assert well.is_well
+    assert found(well, FRACTION).value > 0.99
+    assert found(well, SHAPE).value < 0
+    narrow = weighed(Guide(width=0.1), make)
+    assert SHAPE in [finding.quantity for finding in narrow.trouble]
+    assert "guide nearer to the posterior" in narrow.trouble[-1].fix
+
+
+def test_the_fraction_that_counts_is_that_of_the_chi_squared_divergence():
+    # Catches a fraction of all rows together. 1 / (1 + chi^2) is exp(-d^2) for normals at a distance d.
+    report = weighed(Guide(shift=0.5), weighted)
+    assert found(report, FRACTION).value == pytest.approx(np.exp(-0.25), abs=0.05)
+    assert report.is_well
+
+
+def test_samples_without_weights_must_be_nearer_than_those_with():
+    # A guide that is off by a standard deviation moves every mean that Variational takes, and weights set it right.
+    assert [finding.quantity for finding in weighed(Guide(shift=1.0), variational).trouble] == [FRACTION]
+    assert weighed(Guide(shift=1.0), weighted).is_well
+    assert "biased" in weighed(Guide(shift=1.0), variational).trouble[0].fix
+
+
+@pytest.mark.parametrize("logit", [None, 6.0], ids=["posterior", "other bits"])
+def test_guides_of_bits_are_weighed_as_bits(logit):
+    # Catches weights of relaxed bits, which no posterior has, and a tail of equal weights that is taken for none.
+    def model(v):
+        scale = numpyro.param("scale", 1.0)
+        with numpyro.plate("data", len(v)):
+            h = numpyro.sample("h", dist.Bernoulli(logits=jnp.zeros(3)).to_event(1))
+            numpyro.sample("v", dist.Normal(h.sum(-1), 4 * scale), obs=v)
+
+    def guide(v):
+        numpyro.param("unused", 0.0)
+        logits = jnp.broadcast_to(v[:, None] / 16 - 0.1 if logit is None else logit, (len(v), 3))
+        with numpyro.plate("data", len(v)):
+            numpyro.sample("h", GumbelBernoulli(logits).to_event(1))
+
+    report = weighed(guide, bism, model)
+    assert report.is_well == (logit is None)
+    assert all(finding.is_told for finding in report.findings)
+
+
+def test_weights_that_underflow_or_are_no_numbers_are_told():
+    # Catches the warning of NumPyro's estimate, and a k of nothing.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        heavy = guide_findings("h", 1e5 * jax.random.normal(KEY, (200, 3)), "fix", least=None)
+        none = guide_findings("h", jnp.full((200, 3), -jnp.inf), "fix", least=None)
+        equal = guide_findings("h", jnp.zeros((200, 3)), "fix", least=None)
+    assert not heavy[1].is_well
+    assert [finding.is_told for finding in none] == [False, False]
+    assert all(finding.is_well and finding.is_told for finding in equal)
+
+
+def test_samples_of_a_guide_are_bounded(monkeypatch):
+    assert [num_guide_samples(rows) for rows in (1, 200, 10**6)] == [1000, 655, 200]
+    monkeypatch.setattr(guide_weights, "pareto_k", lambda log_weights: 1.0 if np.ptp(log_weights) > 1 else 0.0)
+    bad = jnp.where(jnp.arange(1000) % 5 == 0, 1.0, 0.0)  # a fifth of the rows are bad, of which a tenth is enough
+    assert guide_findings("h", bad * jax.random.normal(KEY, (200, 1000)), "fix", least=None)[1].value == 1.0
+
+
+# Chains with weights.
+
+
+def test_weighted_chains_need_not_mix():
+    # Catches R-hat as an alarm where it is none, and monitors counted as chains that teach.
+    def model(x):
+        tilt = numpyro.param("tilt", 0.0)
+        numpyro.sample("x", TiltedDistribution(dist.Normal(0, 1), lambda x: -tilt * x), obs=x)
+
+    still = MALA(0.001, 1, adapt=False, num_jumps=0)
+    phase = negative_phase(model, num_chains=400, sampler=still, weights=Weighted(num_monitor_chains=300))
+    result = SVI(phase, lambda x: None, optax.sgd(1e-4), Trace_ELBO()).run(KEY, 20, Y, progress_bar=False)
+    report = diagnose(result, phase, Y)
+    assert found(report, "R-hat").value > 1.2
+    assert found(report, "R-hat").is_well
+    assert found(report, "distance of chains from monitors").is_well
+    assert found(report, "fraction that weights keep in a step").value > 0.8
+
+
+def test_weights_that_collapse_are_told():
+    # An energy that leaps by a tilt of 2 at each step leaves e^-4 of the chains, which cannot move.
+    def model(x, tilt):
+        numpyro.sample("x", TiltedDistribution(dist.Normal(0, 1), lambda x: -tilt * x), obs=x)
+
+    still = MALA(0.001, 1, adapt=False, num_jumps=0)
+    phase = negative_phase(model, num_chains=400, sampler=still, weights=Weighted(num_monitor_chains=300))
+    state = numpyro.handlers.trace(numpyro.handlers.seed(phase, KEY)).get_trace(Y, 0.0)["x/chains"]["value"]
+    for tilt in (2.0, 4.0, 6.0):
+        given = numpyro.handlers.substitute(numpyro.handlers.seed(phase, KEY), {"x/chains": state})
+        state = numpyro.handlers.trace(given).get_trace(Y, tilt)["x/chains"]["value"]
+    report = diagnose({"x/chains": state}, phase, Y, 6.0, warn=False)
+    assert not found(report, "fraction that weights keep in a step").is_well
+
+
+def test_monitors_that_stand_elsewhere_are_told():
+    def model(x):
+        tilt = numpyro.param("tilt", 0.0)
+        numpyro.sample("x", TiltedDistribution(dist.Normal(0, 1), lambda x: -tilt * x), obs=x)
+
+    still = MALA(0.001, 1, adapt=False, num_jumps=0)
+    start = {"x": jnp.where(jnp.arange(500) < 300, 0.0, 1.0) + jax.random.normal(KEY, (500,))}
+    phase = negative_phase(model, num_chains=300, sampler=still, weights=Weighted(num_monitor_chains=200), init_chains=start)
+    svi = SVI(phase, lambda x: None, optax.sgd(0.0), Trace_ELBO())
+    report = diagnose(svi.run(KEY, 2, Y, progress_bar=False), phase, Y, warn=False)
+    finding = found(report, "distance of chains from monitors")
+    assert finding.value == pytest.approx(0.38, abs=0.1)  # 2 Phi(.5) - 1
+    assert not finding.is_well
+
+
+def test_chains_that_do_not_mix_are_told_of_posteriors_too():
+    # The third who asks for R-hat.
+    def model():
+        numpyro.sample("z", dist.MixtureSameFamily(dist.Categorical(jnp.ones(2) / 2), dist.Normal(jnp.array([-9.0, 9.0]), 0.5)))
+
+    with pytest.warns(UserWarning, match="R-hat is"):
+        sample_posterior(KEY, model, {}, num_samples=100, num_warmup=5)
+
+
+# How often it is right.
+
+
+@pytest.fixture(scope="module")
+def table():
+    path = Path(__file__).parents[1] / "benchmarks" / "report_table.py"
+    if not path.exists():
+        pytest.skip("the package is installed without its benchmarks")
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec = importlib.util.spec_from_file_location("report_table", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+@pytest.mark.slow
+def test_wrong_fits_are_told_and_right_ones_are_not(table):
+    """From 10 keys each, of 100 in the table of the documentation."""
+    counts = {name: table.told(name, 10)[0] for name in table.PROBLEMS}
+    assert all(count >= 9 for count in counts.values()), counts
