@@ -31,11 +31,15 @@ from numpyro_ebm._map_over import map_over
 from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, Upper
 from numpyro_ebm.infer.step import keep
 from numpyro_ebm.objectives.guide import PosteriorFisher
+from numpyro_ebm.objectives.latent import hard_bits
 from numpyro_ebm.objectives.score import ScoreObjective, objective_keys
 from numpyro_ebm.program.batch import Batch
 from numpyro_ebm.program.rows import per_row
 from numpyro_ebm.program.run import log_density_terms, own_key, run_model, total
 from numpyro_ebm.program.sites import Model, kind_of
+
+
+CURVATURES = ("auto", "hessian", "fisher")
 
 
 class BiSMState(NamedTuple):
@@ -88,30 +92,39 @@ class Implicit:
 
     .. math:: dJ/d\theta = \partial_\theta J - \partial_\phi J \, (\partial^2_{\phi\phi} G)^{-1} \partial^2_{\phi\theta} G,
 
-    by conjugate gradient on products with the Hessian of the lower level, averaged over samples of its noise. With
-    ``curvature="fisher"`` the Hessian is replaced by the guide's Fisher information, which is the same where the guide is the
-    posterior and the lower level a Kullback-Leibler divergence: never indefinite, and far less noisy for relaxed bits, so
-    that 3 steps on 2 samples are enough. Bits relaxed at temperature :math:`\tau` have :math:`1 - \tau` of the variance of bits,
-    which makes the implicit term larger by its inverse.
+    by conjugate gradient on products with the curvature of the lower level, averaged over samples of its noise. It stops where
+    these make the curvature negative.
 
-    :param str curvature: ``"hessian"``; or ``"fisher"``, not with :class:`~numpyro_ebm.PosteriorFisher`.
+    The curvature is the Hessian, or the guide's Fisher information, which is the same where the guide is the posterior and the
+    lower level a Kullback-Leibler divergence. ``"auto"`` takes
+
+    * the Fisher information where the model has discrete latents: never indefinite, and far less noisy for relaxed bits. The
+      Hessian is useless there on few rows (on 5 the mean of many gradients is off by .68 of itself, for .05). The information is
+      that of bits: samples for it are not relaxed;
+    * the Hessian otherwise, since a guide need not reach the posterior: the information is then another matrix. With a guide of
+      independent normal latents, where the posterior's are dependent, it costs half a nat per row in ``benchmarks/defaults.py``;
+    * the Hessian with :class:`~numpyro_ebm.PosteriorFisher`, of which the information is not the curvature.
+
+    It is the derivative of the guide's *optimum*: the guide has to be there, and to stay there as the model moves. A learning rate
+    of ``guide_optim`` that decays to 0 before the model's does leaves the model without a direction: its schedule counts
+    ``num_inner_steps`` for every step of the model.
+
+    :param str curvature: ``"auto"``, ``"hessian"``, or ``"fisher"``, not with :class:`~numpyro_ebm.PosteriorFisher`.
     :param int num_cg_steps: steps of conjugate gradient at most.
     :param float damping: added to the curvature.
     :param float tol: the residual, relative to the right-hand side, at which the steps stop.
-    :param int num_draws: samples of the lower level's noise over which its curvature is averaged, over the rows of the batch too:
-        of relaxed bits on 5 rows the Hessian is useless (a gradient that is off by .68 of itself in the mean, with 64 samples),
-        and the Fisher information is not (.05); on 100 rows the default is within .01.
+    :param int num_draws: samples of the lower level's noise over which its curvature is averaged, over the rows of the batch too.
     :raises ValueError: for settings out of range.
     """
 
-    curvature: str = "hessian"
+    curvature: str = "auto"
     num_cg_steps: int = 5
     damping: float = 1e-3
     tol: float = 1e-5
     num_draws: int = 8
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "curvature", require_one_of("curvature", self.curvature, ("hessian", "fisher")))
+        object.__setattr__(self, "curvature", require_one_of("curvature", self.curvature, CURVATURES))
         object.__setattr__(self, "num_cg_steps", require_count("num_cg_steps", self.num_cg_steps))
         object.__setattr__(self, "damping", require_nonnegative("damping", self.damping))
         object.__setattr__(self, "tol", require_nonnegative("tol", self.tol))
@@ -142,7 +155,7 @@ class BiSM(BilevelEngine):
     :param lower_loss: NumPyro's ``Trace_ELBO()``, the Kullback-Leibler divergence up to a constant, or
         :class:`~numpyro_ebm.PosteriorFisher`.
     :param int num_inner_steps: steps K of the guide per step.
-    :param hypergradient: :class:`~numpyro_ebm.Unrolled` or :class:`~numpyro_ebm.Implicit`.
+    :param hypergradient: :class:`~numpyro_ebm.Implicit`, or :class:`~numpyro_ebm.Unrolled`, the published form.
     :param int batch_size: where no plate is subsampled, rows of the first argument in every step, drawn with replacement,
         or without where the objective compares rows; all of them if not given. Arguments with a row for each are refused then.
     :raises ValueError: for settings out of range; from ``init``, naming the site and the fix, if the first argument does not
@@ -161,7 +174,7 @@ class BiSM(BilevelEngine):
 
         >>> import jax, jax.numpy as jnp, numpyro, optax
         >>> import numpyro.distributions as dist
-        >>> from numpyro_ebm import BiSM, DenoisingScoreMatching, Implicit
+        >>> from numpyro_ebm import BiSM, DenoisingScoreMatching
         >>> def model(v):
         ...     loc = numpyro.param("loc", 0.0)
         ...     with numpyro.plate("data", len(v)):
@@ -172,7 +185,7 @@ class BiSM(BilevelEngine):
         ...     with numpyro.plate("data", len(v)):
         ...         numpyro.sample("h", dist.Normal(slope * v + shift, jnp.sqrt(0.5)))
         >>> v = 2.9 + jnp.sqrt(2.0) * jax.random.normal(jax.random.key(0), (1000,))
-        >>> engine = BiSM(model, guide, optax.adam(0.01), optax.adam(0.01), DenoisingScoreMatching(0.3), hypergradient=Implicit())
+        >>> engine = BiSM(model, guide, optax.adam(0.01), optax.adam(0.01), DenoisingScoreMatching(0.3))
         >>> result = engine.run(jax.random.key(1), 1500, v, progress_bar=False)
         >>> print(f"learned {result.params['loc']:.1f}, exact {v.mean():.1f}")
         learned 2.9, exact 2.9
@@ -190,7 +203,7 @@ class BiSM(BilevelEngine):
         lower_loss: Any = None,
         num_inner_steps: int = 5,
         *,
-        hypergradient: Unrolled | Implicit = Unrolled(),
+        hypergradient: Unrolled | Implicit = Implicit(),
         batch_size: int | None = None,
     ) -> None:
         super().__init__(model, guide, optim, guide_optim, objective, lower_loss, num_inner_steps, batch_size)
@@ -254,7 +267,8 @@ def _implicit(settings: Implicit, levels: "_Levels", theta: Any, phi: Any, lower
         return map_over(partial(levels.lower, theta, phi), keys).mean()
 
     lower_gradient = jax.grad(lower, 1)
-    if settings.curvature == "fisher":
+    fisher = levels.has_discrete and not isinstance(levels.lower_loss, PosteriorFisher)
+    if settings.curvature == "fisher" or (settings.curvature == "auto" and fisher):
         product = levels.fisher_product(phi, keys)
     else:
         _, product = jax.linearize(partial(lower_gradient, theta), phi)
@@ -270,7 +284,8 @@ def _implicit(settings: Implicit, levels: "_Levels", theta: Any, phi: Any, lower
 def conjugate_gradient(product: Callable[[Any], Any], b: Any, num_steps: int, tol: float) -> Any:
     """``x`` with ``product(x) = b``, of a positive definite product of pytrees, to a residual of ``tol`` times that of 0.
 
-    The numbers are those of :func:`jax.scipy.sparse.linalg.cg`, which is a loop of open length: a GPU asks the host after every
+    Of a product that is not it is the last ``x`` before a direction of negative curvature (Steihaug 1983): what samples make of a
+    curvature near 0 has no inverse worth taking. The numbers are those of :func:`jax.scipy.sparse.linalg.cg`, which is a loop of open length: a GPU asks the host after every
     step of it whether to go on. Here all steps are made, and none changes anything once the residual is small.
     """
     enough = tol**2 * _square(b)
@@ -278,12 +293,13 @@ def conjugate_gradient(product: Callable[[Any], Any], b: Any, num_steps: int, to
     def step(carry: tuple[Any, Any, Any, Array], _: None) -> tuple[tuple[Any, Any, Any, Array], None]:
         x, residual, direction, size = carry
         curved = product(direction)
-        length = size / _dot(direction, curved)
+        curvature = _dot(direction, curved)
+        length = size / curvature
         new_x = jax.tree.map(lambda x, p: x + length * p, x, direction)
         new_residual = jax.tree.map(lambda r, c: r - length * c, residual, curved)
         new_size = _square(new_residual)
         new_direction = jax.tree.map(lambda r, p: r + (new_size / size) * p, new_residual, direction)
-        return keep(size > enough, (new_x, new_residual, new_direction, new_size), carry), None
+        return keep((size > enough) & (curvature > 0), (new_x, new_residual, new_direction, new_size), carry), None
 
     begin = jax.tree.map(jnp.zeros_like, b), b, b, _square(b)
     return lax.scan(step, begin, None, length=num_steps)[0][0]
@@ -308,7 +324,8 @@ class _Levels(Levels):
         def log_q(phi: Any, key: Array) -> Array:
             v, draw_key = self.noisy(key)
             args, draw_key = (v, *self.rest), own_key(draw_key)  # the lower loss splits its key: these are other draws
-            h = run_model(self.guide, args, self.kwargs, draw_key, data=self.phi_of(phi)).drawn
+            with hard_bits():  # relaxed at a temperature of t they have 1 - t of the variance
+                h = run_model(self.guide, args, self.kwargs, draw_key, data=self.phi_of(phi)).drawn
             data = {**self.phi_of(phi), **lax.stop_gradient(h)}
             terms, program = log_density_terms(self.guide, args, self.kwargs, draw_key, data=data)
             return per_row(terms, program, self.plate)

@@ -322,10 +322,12 @@ class _Levels(Levels):
         def of(keep: Array | None) -> Array:
             return loss(weighted_score(self.log_p, theta, log_q, h, keep))
 
-        value = of(None)
-        if estimate.jackknife:
-            without_one = jax.vmap(of)(~jnp.eye(num_samples, dtype=bool)).mean()
-            value = num_samples * value - (num_samples - 1) * without_one
+        if estimate.jackknife:  # in one map, out of which the scores of the samples are taken, once for all sets
+            all_of_them = jnp.ones((1, num_samples), bool)
+            values = jax.vmap(of)(jnp.concatenate([all_of_them, ~jnp.eye(num_samples, dtype=bool)]))
+            value = num_samples * values[0] - (num_samples - 1) * values[1:].mean()
+        else:
+            value = of(None)
         log_p = jax.lax.stop_gradient(jax.vmap(lambda h: self.log_p(theta, v, h))(h))
         return value, effective_sample_size(normalized_weights(log_p - log_q)).mean()
 
