@@ -134,8 +134,8 @@ class ImportanceWeighted:
     :raises ValueError: for settings out of range, or one sample.
     """
 
-    num_samples: int = 2
-    jackknife: bool = False
+    num_samples: int = 10
+    jackknife: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_samples", require_count("num_samples", self.num_samples))
@@ -212,7 +212,7 @@ class VaGES(BilevelEngine):
         lower_loss: Any = None,
         num_inner_steps: int = 5,
         *,
-        estimate: Variational | ImportanceWeighted = Variational(),
+        estimate: Variational | ImportanceWeighted = ImportanceWeighted(),
         batch_size: int | None = None,
     ) -> None:
         super().__init__(model, guide, optim, guide_optim, objective, lower_loss, num_inner_steps, batch_size)
