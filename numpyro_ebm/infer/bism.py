@@ -113,7 +113,8 @@ class Implicit:
     :param int num_cg_steps: steps of conjugate gradient at most.
     :param float damping: added to the curvature.
     :param float tol: the residual, relative to the right-hand side, at which the steps stop.
-    :param int num_draws: samples of the lower level's noise over which its curvature is averaged, over the rows of the batch too.
+    :param int num_draws: samples of the lower level's noise over which its curvature is averaged, over the rows of the batch too;
+        8 for the Hessian and 2 for the information if not given.
     :raises ValueError: for settings out of range.
     """
 
@@ -121,14 +122,15 @@ class Implicit:
     num_cg_steps: int = 5
     damping: float = 1e-3
     tol: float = 1e-5
-    num_draws: int = 8
+    num_draws: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "curvature", require_one_of("curvature", self.curvature, CURVATURES))
         object.__setattr__(self, "num_cg_steps", require_count("num_cg_steps", self.num_cg_steps))
         object.__setattr__(self, "damping", require_nonnegative("damping", self.damping))
         object.__setattr__(self, "tol", require_nonnegative("tol", self.tol))
-        object.__setattr__(self, "num_draws", require_count("num_draws", self.num_draws))
+        if self.num_draws is not None:
+            object.__setattr__(self, "num_draws", require_count("num_draws", self.num_draws))
 
 
 class BiSM(BilevelEngine):
@@ -261,14 +263,15 @@ class BiSM(BilevelEngine):
 def _implicit(settings: Implicit, levels: "_Levels", theta: Any, phi: Any, lower_key: Array, upper_key: Array) -> tuple[Array, Any]:
     """The upper level and its derivative by the implicit function theorem."""
     value, (direct, of_phi) = jax.value_and_grad(levels.upper, (0, 1))(theta, phi, upper_key)
-    keys = jax.random.split(lower_key, settings.num_draws)
+    is_fisher = levels.has_discrete and not isinstance(levels.lower_loss, PosteriorFisher)
+    is_fisher = is_fisher if settings.curvature == "auto" else settings.curvature == "fisher"
+    keys = jax.random.split(lower_key, settings.num_draws or (2 if is_fisher else 8))
 
     def lower(theta: Any, phi: Any) -> Array:
         return map_over(partial(levels.lower, theta, phi), keys).mean()
 
     lower_gradient = jax.grad(lower, 1)
-    fisher = levels.has_discrete and not isinstance(levels.lower_loss, PosteriorFisher)
-    if settings.curvature == "fisher" or (settings.curvature == "auto" and fisher):
+    if is_fisher:
         product = levels.fisher_product(phi, keys)
     else:
         _, product = jax.linearize(partial(lower_gradient, theta), phi)
