@@ -119,9 +119,9 @@ class Implicit:
     """
 
     curvature: str = "auto"
-    num_cg_steps: int = 5
+    num_cg_steps: int = 10
     damping: float = 1e-3
-    tol: float = 1e-5
+    tol: float = 0.1
     num_draws: int | None = None
 
     def __post_init__(self) -> None:
@@ -284,25 +284,39 @@ def _implicit(settings: Implicit, levels: "_Levels", theta: Any, phi: Any, lower
     return value, jax.tree.map(jnp.subtract, direct, transposed(x)[0])
 
 
+# Of conjugate gradient: the solution so far, its residual, the next direction, the residual's square.
+_Solving = tuple[Any, Any, Any, Array]
+
+
 def conjugate_gradient(product: Callable[[Any], Any], b: Any, num_steps: int, tol: float) -> Any:
     """``x`` with ``product(x) = b``, of a positive definite product of pytrees, to a residual of ``tol`` times that of 0.
 
     Of a product that is not it is the last ``x`` before a direction of negative curvature (Steihaug 1983): what samples make of a
-    curvature near 0 has no inverse worth taking. The numbers are those of :func:`jax.scipy.sparse.linalg.cg`, which is a loop of open length: a GPU asks the host after every
-    step of it whether to go on. Here all steps are made, and none changes anything once the residual is small.
+    curvature near 0 has no inverse worth taking. The numbers are those of :func:`jax.scipy.sparse.linalg.cg`, which is a loop of
+    open length: a GPU asks the host after every step of it whether to go on. Here all steps are gone through, and none changes
+    anything once the residual is small.
     """
     enough = tol**2 * _square(b)
 
-    def step(carry: tuple[Any, Any, Any, Array], _: None) -> tuple[tuple[Any, Any, Any, Array], None]:
+    def advance(carry: _Solving) -> _Solving:
         x, residual, direction, size = carry
         curved = product(direction)
         curvature = _dot(direction, curved)
         length = size / curvature
-        new_x = jax.tree.map(lambda x, p: x + length * p, x, direction)
         new_residual = jax.tree.map(lambda r, c: r - length * c, residual, curved)
         new_size = _square(new_residual)
         new_direction = jax.tree.map(lambda r, p: r + (new_size / size) * p, new_residual, direction)
-        return keep((size > enough) & (curvature > 0), (new_x, new_residual, new_direction, new_size), carry), None
+        new = jax.tree.map(lambda x, p: x + length * p, x, direction), new_residual, new_direction, new_size
+        return keep(curvature <= 0, (x, residual, direction, jnp.zeros_like(size)), new)  # what is nan stays so
+
+    def on_cpu(carry: _Solving) -> _Solving:  # a branch costs nothing there
+        return lax.cond(carry[3] > enough, advance, lambda carry: carry, carry)
+
+    def elsewhere(carry: _Solving) -> _Solving:  # a branch asks the host
+        return keep(carry[3] > enough, advance(carry), carry)
+
+    def step(carry: _Solving, _: None) -> tuple[_Solving, None]:
+        return lax.platform_dependent(carry, cpu=on_cpu, default=elsewhere), None
 
     begin = jax.tree.map(jnp.zeros_like, b), b, b, _square(b)
     return lax.scan(step, begin, None, length=num_steps)[0][0]
