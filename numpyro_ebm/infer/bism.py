@@ -248,8 +248,8 @@ class BiSM(BilevelEngine):
 
         return Upper(*jax.value_and_grad(upper)(theta), upper)
 
-    def _loss(self, state: BiSMState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
-        return _Levels(self, state, self._all_rows(state, args, kwargs), kwargs).upper(state.theta, state.phi, state.rng_key)
+    def _batch_loss(self, state: BiSMState, batch: Batch, kwargs: dict[str, Any]) -> Array:
+        return self._levels(state, batch, kwargs).upper(state.theta, state.phi, state.rng_key)
 
     def _fix(self) -> str:
         if self._unrolls:

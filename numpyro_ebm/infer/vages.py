@@ -255,8 +255,8 @@ class VaGES(BilevelEngine):
         value_fn = (lambda theta: upper(theta)[0]) if isinstance(self.estimate, ImportanceWeighted) else None
         return Upper(value, gradient, value_fn, {"effective_sample_size": size.astype(jnp.result_type(float))})
 
-    def _loss(self, state: VaGESState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
-        return _Levels(self, state, self._all_rows(state, args, kwargs), kwargs).upper(state.theta, state.phi, state.rng_key)[0]
+    def _batch_loss(self, state: VaGESState, batch: Batch, kwargs: dict[str, Any]) -> Array:
+        return self._levels(state, batch, kwargs).upper(state.theta, state.phi, state.rng_key)[0]
 
     def _fix(self) -> str:
         if isinstance(self.estimate, ImportanceWeighted):
