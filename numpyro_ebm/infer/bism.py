@@ -38,7 +38,6 @@ from numpyro_ebm.program.rows import per_row
 from numpyro_ebm.program.run import log_density_terms, own_key, run_model, total
 from numpyro_ebm.program.sites import Model, kind_of
 
-
 CURVATURES = ("auto", "hessian", "fisher")
 
 

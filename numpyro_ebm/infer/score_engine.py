@@ -95,16 +95,16 @@ class ScoreEngine(Engine):
         if patience and (validation is None or collect):
             fix = "collect, whose records would be lost" if collect else "no validation= rows: give some, or leave it out"
             raise ValueError(f"patience={patience} with {fix}.")
-        watch = None
         if patience:
-            watch = _Watch(lambda state: float(self.evaluate(_judged(state), *_replaced(validation, args), **_of_model(kwargs))), patience)
-            callbacks = (*callbacks, watch)
-        try:
+            of_model = _of_model(kwargs)
+            watch = _Watch(lambda state: self.evaluate(_judged(state), *_replaced(validation, args), **of_model), patience)
+            try:
+                losses = super().run(rng_key, num_steps, *args, callbacks=(*callbacks, watch), **kwargs).losses
+            except _Enough as stop:
+                losses = jnp.asarray(stop.losses)
+            result = RunResult(self.get_params(watch.state), watch.state, losses)
+        else:
             result = super().run(rng_key, num_steps, *args, collect=collect, callbacks=callbacks, **kwargs)
-        except _EarlyStop as stop:
-            result = RunResult({}, None, jnp.asarray(stop.losses))
-        if watch:
-            result = result._replace(params=self.get_params(watch.state), state=watch.state)
         for finding in self._told(result.state, validation, args, _of_model(kwargs)):
             if not finding.is_well:
                 warnings.warn(str(finding), stacklevel=2)
@@ -279,7 +279,7 @@ class ScoreEngine(Engine):
         )
 
 
-class _EarlyStop(Exception):
+class _Enough(Exception):  # noqa: N818, it is no error
     """Ends a run whose validation rows have become no better for long enough."""
 
     def __init__(self, losses: np.ndarray) -> None:
@@ -290,18 +290,19 @@ class _EarlyStop(Exception):
 class _Watch:
     """A callback that keeps the state that is best on the validation rows."""
 
-    def __init__(self, loss: Callable[[Any], float], patience: int) -> None:
+    def __init__(self, loss: Callable[[Any], Array], patience: int) -> None:
         self.loss, self.patience = loss, patience
-        self.best, self.state, self.waited = math.inf, None, 0
+        self.best, self.waited = math.inf, 0
+        self.state: Any = None
 
     def __call__(self, step: int, state: Any, losses: np.ndarray) -> None:
-        value = self.loss(state)
+        value = float(self.loss(state))
         if self.state is None or value < self.best:
             self.best, self.state, self.waited = value, state, 0
             return
         self.waited += 1
         if self.waited >= self.patience:
-            raise _EarlyStop(losses.copy())
+            raise _Enough(losses.copy())
 
 
 def _judged(state: Any) -> Any:

@@ -223,7 +223,7 @@ def weighted_score(log_p: RowDensity, params: Any, log_q: Array, h: Latents, kee
 
     def score(x: Array) -> Array:
         rows, g = scores(log_p, x, params, h)
-        # As a product of matrices for every row: of the sets that a jackknife maps this over, none holds weighted scores of its own.
+        # A product of matrices for every row: the sets that a jackknife maps this over hold no weighted scores of their own.
         return jnp.einsum("ib,ib...->b...", normalized_weights(rows - log_q, keep), g, precision="highest")
 
     return score
