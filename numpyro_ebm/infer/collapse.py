@@ -23,7 +23,7 @@ MAX_NEIGHBORS = 5000  # rows that neighbors are looked for in: of more, the near
 SAME = 1e-3  # rows closer than this are taken for one, relative to their size
 RIDGE = 1e-6  # added to a covariance, relative to its mean variance
 FIX = (
-    "the model has spikes at the data (or at the values that they are rounded to), which lower the objective without bound. Take "
+    "The model has spikes at the data (or at the values that they are rounded to), which lower the objective without bound. Take "
     "more rows, noise_scale= or curvature_penalty= of the objective, validation= and patience= of run, or DenoisingScoreMatching"
 )
 
