@@ -100,8 +100,7 @@ class Implicit:
     * the Fisher information where the model has discrete latents: never indefinite, and far less noisy for relaxed bits. The
       Hessian is useless there on few rows (on 5 the mean of many gradients is off by .68 of itself, for .05). The information is
       that of bits: samples for it are not relaxed;
-    * the Hessian otherwise, since a guide need not reach the posterior: the information is then another matrix. With a guide of
-      independent normal latents, where the posterior's are dependent, it costs half a nat per row in ``benchmarks/defaults.py``;
+    * the Hessian otherwise, since a guide need not reach the posterior: the information is then another matrix;
     * the Hessian with :class:`~numpyro_ebm.PosteriorFisher`, of which the information is not the curvature.
 
     It is the derivative of the guide's *optimum*: the guide has to be there, and to stay there as the model moves. A learning rate
