@@ -146,8 +146,8 @@ def estimators():
     yield "VaGES, L = 2, reduced", make_vages(Variational(variance_reduced=True))
     yield "VaGES, L = 2, relaxed", make_vages(Variational(relaxed=True))
     yield "VaGES, L = 10", make_vages(Variational(10))
-    yield "weighted, L = 2", make_vages(ImportanceWeighted(2))
-    yield "weighted, L = 10", make_vages(ImportanceWeighted(10))
+    yield "weighted, L = 2", make_vages(ImportanceWeighted(2, jackknife=False))
+    yield "weighted, L = 10", make_vages(ImportanceWeighted(10, jackknife=False))
     yield "jackknife, L = 2", make_vages(ImportanceWeighted(2, jackknife=True))
     yield "jackknife, L = 10", make_vages(ImportanceWeighted(10, jackknife=True))
 
@@ -176,8 +176,8 @@ def plot_bounds(ax, v, distances):
 
 
 def plot_divergence(ax, v, num_draws, distances):
-    engines = {"VaGES": make_vages(Variational(2)), "weighted, L = 2": make_vages(ImportanceWeighted(2))}
-    engines["weighted, L = 10"] = make_vages(ImportanceWeighted(10))
+    engines = {"VaGES": make_vages(Variational(2)), "weighted, L = 2": make_vages(ImportanceWeighted(2, jackknife=False))}
+    engines["weighted, L = 10"] = make_vages(ImportanceWeighted(10, jackknife=False))
     engines["jackknife, L = 10"] = make_vages(ImportanceWeighted(10, jackknife=True))
     kl = [divergence(guide_at(distance), v) for distance in distances]
     for name, engine in engines.items():
@@ -192,7 +192,7 @@ def plot_divergence(ax, v, num_draws, distances):
 
 def plot_samples(ax, v, num_draws, samples):
     phi = blind_guide()
-    forms = {"VaGES": Variational(), "weighted": ImportanceWeighted(), "jackknife": ImportanceWeighted(jackknife=True)}
+    forms = {"VaGES": Variational(), "weighted": ImportanceWeighted(jackknife=False), "jackknife": ImportanceWeighted()}
     for name, form in forms.items():
         values = np.array([relative(make_vages(replace(form, num_samples=size)), phi, v, num_draws) for size in samples])
         seen = values[:, 0] > 3 * values[:, 1]

@@ -95,6 +95,7 @@ from numpyro_ebm import (
     TiltedDistribution,
     Unrolled,
     VaGES,
+    Variational,
     amortized_normal,
     annealed_langevin,
     annealing_schedule,
@@ -301,7 +302,7 @@ def fit_by_scores(rng_key: Array, digits: Digits, num_steps: int, name: str) -> 
     optims = (warm_adam(num_steps * steps) for steps in (1, GUIDE_STEPS))
     shared = joint_model, joint_guide, *optims, objective, PosteriorFisher(), GUIDE_STEPS
     truncated = BiSM(*shared, hypergradient=Unrolled(0), batch_size=100)
-    engine = truncated if name == "bism" else VaGES(*shared, batch_size=100)
+    engine = truncated if name == "bism" else VaGES(*shared, estimate=Variational(2), batch_size=100)
     result = engine.run(fit_key, num_steps, digits.train, nets, progress_bar=False)
     nets = nets._replace(
         energy=eqx.combine(result.params["energy$params"], nets.energy), encoder=eqx.combine(result.params["encoder$params"], guide)

@@ -241,11 +241,11 @@ TABLE = {
     "Implicit": (
         Implicit,
         {
-            "curvature": "'hessian', 'fisher'",
+            "curvature": "'auto', 'hessian', 'fisher'",
             "num_cg_steps": COUNT,
             "damping": NONNEGATIVE,
             "tol": NONNEGATIVE,
-            "num_draws": COUNT,
+            "num_draws": COUNT_OR_NONE,
         },
     ),
     "VaGES": (
@@ -325,9 +325,16 @@ TABLE = {
         lambda **given: negative_phase(model).sample_chains(KEY, {}, {}, **given),
         {"num_samples": COUNT},
     ),
+    "ExactScoreMatching": (ExactScoreMatching, {"noise_scale": NONNEGATIVE, "curvature_penalty": NONNEGATIVE}),
     "SlicedScoreMatching": (
         SlicedScoreMatching,
-        {"num_projections": COUNT, "directions": "'rademacher', 'normal'", "variance_reduced": BOOL},
+        {
+            "num_projections": COUNT,
+            "directions": "'rademacher', 'normal'",
+            "variance_reduced": BOOL,
+            "noise_scale": NONNEGATIVE,
+            "curvature_penalty": NONNEGATIVE,
+        },
     ),
     "DenoisingScoreMatching": (DenoisingScoreMatching, {"sigma": POSITIVE}),
     "MultiscaleDenoisingScoreMatching": (

@@ -94,7 +94,7 @@ ENGINES = {
     "BiSM": lambda: BiSM(*PAIR, batch_size=4),
     "BiSM, implicit": lambda: BiSM(*PAIR, hypergradient=Implicit(), batch_size=4),
     "VaGES": lambda: VaGES(*PAIR, batch_size=4),
-    "VaGES, weighted": lambda: VaGES(*PAIR, estimate=ImportanceWeighted(3), batch_size=4),
+    "VaGES, weighted": lambda: VaGES(*PAIR, estimate=ImportanceWeighted(3, jackknife=False), batch_size=4),
     "BiDVL": lambda: BiDVL(energy, guide, generator, *[optax.sgd(0.1)] * 3, batch_size=4),
 }
 

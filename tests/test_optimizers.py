@@ -177,7 +177,7 @@ def engine_by(name, optim=STEP, guide_optim=STEP):
         "BiSM, implicit": lambda: BiSM(latent, guide, optim, guide_optim, objective, num_inner_steps=1, hypergradient=Implicit()),
         "VaGES": lambda: VaGES(latent, guide, optim, guide_optim, objective, num_inner_steps=1),
         "VaGES, weighted": lambda: VaGES(
-            latent, guide, optim, guide_optim, objective, num_inner_steps=1, estimate=ImportanceWeighted(3)
+            latent, guide, optim, guide_optim, objective, num_inner_steps=1, estimate=ImportanceWeighted(3, jackknife=False)
         ),
         "ParticleMMLE": lambda: ParticleMMLE(latent, optim, num_particles=2, step_size=0.1),
     }[name]()

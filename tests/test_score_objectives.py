@@ -389,3 +389,43 @@ def test_a_batch_of_one_has_no_spread_of_levels():
     ):
         with pytest.raises(ValueError, match=r"a batch of 1: the spread of noise levels .* needs 2"):
             use()
+
+
+# Noise and a curvature penalty.
+
+
+@pytest.mark.parametrize("make", [ExactScoreMatching, SlicedScoreMatching])
+def test_noise_of_an_objective_is_learned_with_the_data(make):
+    """The precision that is best on N(0, 1.5) with noise of scale .5, by quadrature over both: 1 / (1.5 + .25)."""
+    v, w = hermite(np.zeros(2), np.diag([1.5, 0.25]))
+    objective = make(noise_scale=0.5)
+    moved = objective.perturb(KEY, v)
+    np.testing.assert_allclose(moved, v + 0.5 * jax.random.normal(KEY, v.shape), rtol=1e-12)
+    rows = v.sum(1, keepdims=True)  # data plus noise
+    gradient = jax.grad(lambda p: w @ objective.loss(lambda x: -p * x, KEY, rows, rows))
+    np.testing.assert_allclose(gradient(1 / 1.75), 0, atol=1e-12)
+    assert make().perturb(KEY, v) is v
+
+
+@pytest.mark.parametrize("make", [ExactScoreMatching, SlicedScoreMatching])
+def test_curvature_penalty_widens_a_gaussian_as_noise_of_twice_its_size_does(make):
+    """p = 1 / (variance + 2 lambda), and 1 / (variance + sigma^2) by noise. Catches a lost square and a factor of 2."""
+    v, w = hermite(np.zeros(2), np.diag([1.5, 0.4]))
+    objective = make(curvature_penalty=0.2)
+    gradient = jax.grad(lambda p: w @ objective.loss(lambda x: -p * x, KEY, v, v))
+    np.testing.assert_allclose(gradient(1 / (jnp.array([1.5, 0.4]) + 0.4)), 0, atol=1e-12)
+
+
+def test_curvature_penalties_are_sums_of_squared_second_derivatives():
+    """Of the diagonal, or of all of them in the mean over directions. Catches a square of the trace."""
+    score, v, u = score_of(small_params(3)), jax.random.normal(KEY, (4, 3)), all_rademacher(3)
+    hessian = jax.vmap(jax.jacrev(lambda x: score(x[None])[0]))(v)
+    exact, plain = (ExactScoreMatching(curvature_penalty=weight).loss(score, KEY, v, v) for weight in (0.7, 0.0))
+    np.testing.assert_allclose(exact - plain, 0.7 * (jnp.diagonal(hessian, axis1=1, axis2=2) ** 2).sum(1), rtol=1e-9)
+    rows = jnp.broadcast_to(u[:, None], (8, 4, 3))
+    for reduced in (True, False):
+        sliced, plain = (
+            with_directions(SlicedScoreMatching(8, variance_reduced=reduced, curvature_penalty=weight), score, v, rows)
+            for weight in (0.7, 0.0)
+        )
+        np.testing.assert_allclose(sliced - plain, 0.7 * (hessian**2).sum((1, 2)), rtol=1e-9)

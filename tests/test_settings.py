@@ -36,7 +36,7 @@ from numpyro_ebm.samplers import NUTS
 STEP = optax.sgd(0.1)
 SETTINGS = {
     "Unrolled(num_steps=3, checkpoint=False)": lambda: Unrolled(3),
-    "Implicit(curvature='fisher', num_cg_steps=3, damping=0.0, tol=1e-05, num_draws=2)": lambda: Implicit(
+    "Implicit(curvature='fisher', num_cg_steps=3, damping=0.0, tol=0.1, num_draws=2)": lambda: Implicit(
         "fisher", np.int64(3), 0, num_draws=jnp.array(2)
     ),
     "Variational(num_samples=1, covariance='none', shared_samples=False, variance_reduced=True, relaxed=False, refine=None)": (

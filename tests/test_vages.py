@@ -428,7 +428,7 @@ def test_bits_are_hard_in_the_upper_level_unless_asked_otherwise(v):
 
 def test_weighted_steps_report_their_effective_sample_size(v):
     # With the posterior as guide all weights are equal. Catches the density of relaxed bits, or of the model alone.
-    engine = make(estimate=ImportanceWeighted(4))
+    engine = make(estimate=ImportanceWeighted(4, jackknife=False))
     np.testing.assert_allclose(steps(engine, v, 3)[2], 4, rtol=1e-5)
     state = engine.init(KEY, v, init_params={"A": -2 * start()["W"]})
     state, _ = engine.update(state, v)
@@ -475,7 +475,7 @@ def test_a_constant_in_the_energy_changes_nothing(v):
             v = numpyro.sample("v", BaseMeasure(constraints.real, (NUM_VISIBLE,)), obs=v)
             numpyro.factor("coupling", log_joint(params, v, {"h": h}) + 100 * scale)
 
-    for objective, settings in (("SSM", {}), ("DSM", {"estimate": ImportanceWeighted(3)})):
+    for objective, settings in (("SSM", {}), ("DSM", {"estimate": ImportanceWeighted(3, jackknife=False)})):
         loss, gradient, _ = steps(make(OBJECTIVES[objective], **settings), v, 2)
         again, moved, _ = steps(make(OBJECTIVES[objective], model=in_plate, **settings), v, 2)
         np.testing.assert_allclose(again, loss, rtol=1e-9)
@@ -606,7 +606,7 @@ def test_a_guide_without_params_is_refused_where_it_should_learn(v):
 
     with pytest.raises(ValueError, match="the guide has no param site"):
         make(guide=fixed, num_inner_steps=1).init(KEY, v)
-    engine = make(guide=fixed, estimate=ImportanceWeighted(3))
+    engine = make(guide=fixed, estimate=ImportanceWeighted(3, jackknife=False))
     assert engine.update(engine.init(KEY, v), v)[0].effective_sample_size > 1
 
 
@@ -622,7 +622,7 @@ def test_a_guide_that_misses_a_latent_is_refused(v):
 
 def test_degenerate_weights_are_said(v):
     # Catches a run that learns from one draw and says nothing: posteriors of width 1e-4, and a guide of width .3.
-    engine = make(model=pair, guide=far_guide, estimate=ImportanceWeighted(3), optim=optax.sgd(0.0))
+    engine = make(model=pair, guide=far_guide, estimate=ImportanceWeighted(3, jackknife=False), optim=optax.sgd(0.0))
     with pytest.warns(UserWarning, match=r"effective sample size of less than 1\.05 of 3 samples"):
         engine.run(KEY, 2, v[:, 0], noise=1e-4, progress_bar=False)
     with warnings.catch_warnings():
@@ -639,13 +639,13 @@ def test_weights_that_all_underflow_stop_the_run(v):
             v = numpyro.sample("v", BaseMeasure(constraints.real, (NUM_VISIBLE,)), obs=v)
             numpyro.factor("coupling", log_joint(params, v, {"h": h}) - jnp.where(h[..., 0] < 2, jnp.inf, 0))
 
-    engine = make(model=nowhere, estimate=ImportanceWeighted(3))
+    engine = make(model=nowhere, estimate=ImportanceWeighted(3, jackknife=False))
     why = (
         "site 'coupling': its log density is -inf at .* at latents that the guide draws.*where all weights underflow, a guide that"
     )
     with pytest.raises(ValueError, match=why):
         engine.init(KEY, v)
-    state = make(estimate=ImportanceWeighted(3)).init(KEY, v)
+    state = make(estimate=ImportanceWeighted(3, jackknife=False)).init(KEY, v)
     with pytest.raises(NonFiniteError, match=why):
         engine.run(KEY, 2, v, init_state=state, progress_bar=False)
 

@@ -241,6 +241,7 @@ class Levels:
         if plate is None:
             raise ValueError(f"no plate of the {len(self.v)} rows of the first argument is around all of {sorted(model.latents)}.")
         self.plate = plate
+        self.has_discrete = any(model.sites[name]["fn"].support.is_discrete for name in model.latents)
         self._row_dim = next(dim for name in model.latents if (dim := dim_of(model.sites[name], plate)) is not None)
 
     def theta_of(self, theta: Any) -> dict[str, Any]:

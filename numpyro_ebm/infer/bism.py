@@ -31,11 +31,14 @@ from numpyro_ebm._map_over import map_over
 from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, Upper
 from numpyro_ebm.infer.step import keep
 from numpyro_ebm.objectives.guide import PosteriorFisher
+from numpyro_ebm.objectives.latent import hard_bits
 from numpyro_ebm.objectives.score import ScoreObjective, objective_keys
 from numpyro_ebm.program.batch import Batch
 from numpyro_ebm.program.rows import per_row
 from numpyro_ebm.program.run import log_density_terms, own_key, run_model, total
 from numpyro_ebm.program.sites import Model, kind_of
+
+CURVATURES = ("auto", "hessian", "fisher")
 
 
 class BiSMState(NamedTuple):
@@ -88,34 +91,44 @@ class Implicit:
 
     .. math:: dJ/d\theta = \partial_\theta J - \partial_\phi J \, (\partial^2_{\phi\phi} G)^{-1} \partial^2_{\phi\theta} G,
 
-    by conjugate gradient on products with the Hessian of the lower level, averaged over samples of its noise. With
-    ``curvature="fisher"`` the Hessian is replaced by the guide's Fisher information, which is the same where the guide is the
-    posterior and the lower level a Kullback-Leibler divergence: never indefinite, and far less noisy for relaxed bits, so
-    that 3 steps on 2 samples are enough. Bits relaxed at temperature :math:`\tau` have :math:`1 - \tau` of the variance of bits,
-    which makes the implicit term larger by its inverse.
+    by conjugate gradient on products with the curvature of the lower level, averaged over samples of its noise. It stops where
+    these make the curvature negative.
 
-    :param str curvature: ``"hessian"``; or ``"fisher"``, not with :class:`~numpyro_ebm.PosteriorFisher`.
+    The curvature is the Hessian, or the guide's Fisher information, which is the same where the guide is the posterior and the
+    lower level a Kullback-Leibler divergence. ``"auto"`` takes
+
+    * the Fisher information where the model has discrete latents: never indefinite, and far less noisy for relaxed bits. The
+      Hessian is useless there on few rows (on 5 the mean of many gradients is off by .68 of itself, for .05). The information is
+      that of bits: samples for it are not relaxed;
+    * the Hessian otherwise, since a guide need not reach the posterior: the information is then another matrix;
+    * the Hessian with :class:`~numpyro_ebm.PosteriorFisher`, of which the information is not the curvature.
+
+    It is the derivative of the guide's *optimum*: the guide has to be there, and to stay there as the model moves. A learning rate
+    of ``guide_optim`` that decays to 0 before the model's does leaves the model without a direction: its schedule counts
+    ``num_inner_steps`` for every step of the model.
+
+    :param str curvature: ``"auto"``, ``"hessian"``, or ``"fisher"``, not with :class:`~numpyro_ebm.PosteriorFisher`.
     :param int num_cg_steps: steps of conjugate gradient at most.
     :param float damping: added to the curvature.
     :param float tol: the residual, relative to the right-hand side, at which the steps stop.
-    :param int num_draws: samples of the lower level's noise over which its curvature is averaged, over the rows of the batch too:
-        of relaxed bits on 5 rows the Hessian is useless (a gradient that is off by .68 of itself in the mean, with 64 samples),
-        and the Fisher information is not (.05); on 100 rows the default is within .01.
+    :param int num_draws: samples of the lower level's noise over which its curvature is averaged, over the rows of the batch too;
+        8 for the Hessian and 2 for the information if not given.
     :raises ValueError: for settings out of range.
     """
 
-    curvature: str = "hessian"
-    num_cg_steps: int = 5
+    curvature: str = "auto"
+    num_cg_steps: int = 10
     damping: float = 1e-3
-    tol: float = 1e-5
-    num_draws: int = 8
+    tol: float = 0.1
+    num_draws: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "curvature", require_one_of("curvature", self.curvature, ("hessian", "fisher")))
+        object.__setattr__(self, "curvature", require_one_of("curvature", self.curvature, CURVATURES))
         object.__setattr__(self, "num_cg_steps", require_count("num_cg_steps", self.num_cg_steps))
         object.__setattr__(self, "damping", require_nonnegative("damping", self.damping))
         object.__setattr__(self, "tol", require_nonnegative("tol", self.tol))
-        object.__setattr__(self, "num_draws", require_count("num_draws", self.num_draws))
+        if self.num_draws is not None:
+            object.__setattr__(self, "num_draws", require_count("num_draws", self.num_draws))
 
 
 class BiSM(BilevelEngine):
@@ -142,7 +155,7 @@ class BiSM(BilevelEngine):
     :param lower_loss: NumPyro's ``Trace_ELBO()``, the Kullback-Leibler divergence up to a constant, or
         :class:`~numpyro_ebm.PosteriorFisher`.
     :param int num_inner_steps: steps K of the guide per step.
-    :param hypergradient: :class:`~numpyro_ebm.Unrolled` or :class:`~numpyro_ebm.Implicit`.
+    :param hypergradient: :class:`~numpyro_ebm.Implicit`, or :class:`~numpyro_ebm.Unrolled`, the published form.
     :param int batch_size: where no plate is subsampled, rows of the first argument in every step, drawn with replacement,
         or without where the objective compares rows; all of them, in order, if not given or if it is their number. Arguments
         with a row for each are refused beside it.
@@ -162,7 +175,7 @@ class BiSM(BilevelEngine):
 
         >>> import jax, jax.numpy as jnp, numpyro, optax
         >>> import numpyro.distributions as dist
-        >>> from numpyro_ebm import BiSM, DenoisingScoreMatching, Implicit
+        >>> from numpyro_ebm import BiSM, DenoisingScoreMatching
         >>> def model(v):
         ...     loc = numpyro.param("loc", 0.0)
         ...     with numpyro.plate("data", len(v)):
@@ -173,7 +186,7 @@ class BiSM(BilevelEngine):
         ...     with numpyro.plate("data", len(v)):
         ...         numpyro.sample("h", dist.Normal(slope * v + shift, jnp.sqrt(0.5)))
         >>> v = 2.9 + jnp.sqrt(2.0) * jax.random.normal(jax.random.key(0), (1000,))
-        >>> engine = BiSM(model, guide, optax.adam(0.01), optax.adam(0.01), DenoisingScoreMatching(0.3), hypergradient=Implicit())
+        >>> engine = BiSM(model, guide, optax.adam(0.01), optax.adam(0.01), DenoisingScoreMatching(0.3))
         >>> result = engine.run(jax.random.key(1), 1500, v, progress_bar=False)
         >>> print(f"learned {result.params['loc']:.1f}, exact {v.mean():.1f}")
         learned 2.9, exact 2.9
@@ -191,7 +204,7 @@ class BiSM(BilevelEngine):
         lower_loss: Any = None,
         num_inner_steps: int = 5,
         *,
-        hypergradient: Unrolled | Implicit = Unrolled(),
+        hypergradient: Unrolled | Implicit = Implicit(),
         batch_size: int | None = None,
     ) -> None:
         super().__init__(model, guide, optim, guide_optim, objective, lower_loss, num_inner_steps, batch_size)
@@ -234,8 +247,8 @@ class BiSM(BilevelEngine):
 
         return Upper(*jax.value_and_grad(upper)(theta), upper)
 
-    def _loss(self, state: BiSMState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
-        return _Levels(self, state, self._all_rows(state, args, kwargs), kwargs).upper(state.theta, state.phi, state.rng_key)
+    def _batch_loss(self, state: BiSMState, batch: Batch, kwargs: dict[str, Any]) -> Array:
+        return self._levels(state, batch, kwargs).upper(state.theta, state.phi, state.rng_key)
 
     def _fix(self) -> str:
         if self._unrolls:
@@ -249,13 +262,15 @@ class BiSM(BilevelEngine):
 def _implicit(settings: Implicit, levels: "_Levels", theta: Any, phi: Any, lower_key: Array, upper_key: Array) -> tuple[Array, Any]:
     """The upper level and its derivative by the implicit function theorem."""
     value, (direct, of_phi) = jax.value_and_grad(levels.upper, (0, 1))(theta, phi, upper_key)
-    keys = jax.random.split(lower_key, settings.num_draws)
+    is_fisher = levels.has_discrete and not isinstance(levels.lower_loss, PosteriorFisher)
+    is_fisher = is_fisher if settings.curvature == "auto" else settings.curvature == "fisher"
+    keys = jax.random.split(lower_key, settings.num_draws or (2 if is_fisher else 8))
 
     def lower(theta: Any, phi: Any) -> Array:
         return map_over(partial(levels.lower, theta, phi), keys).mean()
 
     lower_gradient = jax.grad(lower, 1)
-    if settings.curvature == "fisher":
+    if is_fisher:
         product = levels.fisher_product(phi, keys)
     else:
         _, product = jax.linearize(partial(lower_gradient, theta), phi)
@@ -268,23 +283,39 @@ def _implicit(settings: Implicit, levels: "_Levels", theta: Any, phi: Any, lower
     return value, jax.tree.map(jnp.subtract, direct, transposed(x)[0])
 
 
+# Of conjugate gradient: the solution so far, its residual, the next direction, the residual's square.
+_Solving = tuple[Any, Any, Any, Array]
+
+
 def conjugate_gradient(product: Callable[[Any], Any], b: Any, num_steps: int, tol: float) -> Any:
     """``x`` with ``product(x) = b``, of a positive definite product of pytrees, to a residual of ``tol`` times that of 0.
 
-    The numbers are those of :func:`jax.scipy.sparse.linalg.cg`, which is a loop of open length: a GPU asks the host after every
-    step of it whether to go on. Here all steps are made, and none changes anything once the residual is small.
+    Of a product that is not it is the last ``x`` before a direction of negative curvature (Steihaug 1983): what samples make of a
+    curvature near 0 has no inverse worth taking. The numbers are those of :func:`jax.scipy.sparse.linalg.cg`, which is a loop of
+    open length: a GPU asks the host after every step of it whether to go on. Here all steps are gone through, and none changes
+    anything once the residual is small.
     """
     enough = tol**2 * _square(b)
 
-    def step(carry: tuple[Any, Any, Any, Array], _: None) -> tuple[tuple[Any, Any, Any, Array], None]:
+    def advance(carry: _Solving) -> _Solving:
         x, residual, direction, size = carry
         curved = product(direction)
-        length = size / _dot(direction, curved)
-        new_x = jax.tree.map(lambda x, p: x + length * p, x, direction)
+        curvature = _dot(direction, curved)
+        length = size / curvature
         new_residual = jax.tree.map(lambda r, c: r - length * c, residual, curved)
         new_size = _square(new_residual)
         new_direction = jax.tree.map(lambda r, p: r + (new_size / size) * p, new_residual, direction)
-        return keep(size > enough, (new_x, new_residual, new_direction, new_size), carry), None
+        new = jax.tree.map(lambda x, p: x + length * p, x, direction), new_residual, new_direction, new_size
+        return keep(curvature <= 0, (x, residual, direction, jnp.zeros_like(size)), new)  # what is nan stays so
+
+    def on_cpu(carry: _Solving) -> _Solving:  # a branch costs nothing there
+        return lax.cond(carry[3] > enough, advance, lambda carry: carry, carry)
+
+    def elsewhere(carry: _Solving) -> _Solving:  # a branch asks the host
+        return keep(carry[3] > enough, advance(carry), carry)
+
+    def step(carry: _Solving, _: None) -> tuple[_Solving, None]:
+        return lax.platform_dependent(carry, cpu=on_cpu, default=elsewhere), None
 
     begin = jax.tree.map(jnp.zeros_like, b), b, b, _square(b)
     return lax.scan(step, begin, None, length=num_steps)[0][0]
@@ -309,7 +340,8 @@ class _Levels(Levels):
         def log_q(phi: Any, key: Array) -> Array:
             v, draw_key = self.noisy(key)
             args, draw_key = (v, *self.rest), own_key(draw_key)  # the lower loss splits its key: these are other draws
-            h = run_model(self.guide, args, self.kwargs, draw_key, data=self.phi_of(phi)).drawn
+            with hard_bits():  # relaxed at a temperature of t they have 1 - t of the variance
+                h = run_model(self.guide, args, self.kwargs, draw_key, data=self.phi_of(phi)).drawn
             data = {**self.phi_of(phi), **lax.stop_gradient(h)}
             terms, program = log_density_terms(self.guide, args, self.kwargs, draw_key, data=data)
             return per_row(terms, program, self.plate)

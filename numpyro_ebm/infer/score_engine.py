@@ -7,7 +7,11 @@ The first argument of a model is the visible. A score is a derivative in it, whi
 the guard of their energies.
 """
 
+import inspect
+import math
 import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,9 +21,11 @@ import numpy as np
 from jax import Array, lax
 
 from numpyro_ebm._checks import require_count, require_instance
+from numpyro_ebm.evaluate import Finding
 from numpyro_ebm.handlers import unnormalized
-from numpyro_ebm.infer.engine import Engine
-from numpyro_ebm.objectives.score import ScoreObjective
+from numpyro_ebm.infer.collapse import beside, collapse_finding, gaussian_objective, validation_finding
+from numpyro_ebm.infer.engine import Engine, RunResult, compiled_method
+from numpyro_ebm.objectives.score import ScoreObjective, objective_keys
 from numpyro_ebm.program.batch import Batch, drawn_batch, first_batch, over_rows, run_at_zero, whole_batch
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.run import Run, log_density_terms, own_key, require_program, run_model, total
@@ -56,6 +62,101 @@ class ScoreEngine(Engine):
     def _all_rows(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
         """All rows of the visible, which the loss at a state is of."""
         return whole_batch(self._programs, args, kwargs, own_key(state.rng_key), data=state.params)
+
+    @abstractmethod
+    def _batch_loss(self, state: Any, batch: Batch, kwargs: dict[str, Any]) -> Array:
+        """The loss at a state on a batch; traced."""
+
+    def _loss(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
+        return self._batch_loss(state, self._all_rows(state, args, kwargs), kwargs)
+
+    def run(
+        self,
+        rng_key: Array,
+        num_steps: int,
+        *args: Any,
+        validation: Any = None,
+        patience: int | None = None,
+        collect: Callable[[Any], Any] | None = None,
+        callbacks: Sequence[Callable[[int, Any, np.ndarray], Any]] = (),
+        **kwargs: Any,
+    ) -> RunResult:
+        """Many steps, in compiled chunks, as of every engine. At the end it warns where the objective has collapsed.
+
+        :param validation: rows that are not learned from, in the place of the first argument; or all arguments, a tuple, where
+            others have rows too. At the end the objective on them is compared with that of a Gaussian.
+        :param int patience: so many chunks without a better objective on the validation rows end the run, and the best state that
+            was seen is returned; of all chunks if not given. A chunk is ``chunk_size`` steps, a twentieth of the run if not given.
+        :raises ValueError: for ``patience`` without ``validation``, or with ``collect``.
+
+        All other settings are those of the other engines' ``run``.
+        """
+        patience = None if patience is None else require_count("patience", patience)
+        if patience and (validation is None or collect):
+            fix = "collect, whose records would be lost" if collect else "no validation= rows: give some, or leave it out"
+            raise ValueError(f"patience={patience} with {fix}.")
+        if patience:
+            of_model = _of_model(kwargs)
+            watch = _Watch(lambda state: self.evaluate(_judged(state), *_replaced(validation, args), **of_model), patience)
+            try:
+                losses = super().run(rng_key, num_steps, *args, callbacks=(*callbacks, watch), **kwargs).losses
+            except _Enough as stop:
+                losses = jnp.asarray(stop.losses)
+            result = RunResult(self.get_params(watch.state), watch.state, losses)
+        else:
+            result = super().run(rng_key, num_steps, *args, collect=collect, callbacks=callbacks, **kwargs)
+        for finding in self._told(result.state, validation, args, _of_model(kwargs)):
+            if not finding.is_well:
+                warnings.warn(str(finding), stacklevel=2)
+        return result
+
+    def _told(self, state: Any, validation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
+        """What there is to say at the end of a run."""
+        found = self._findings(jax.random.key(0), state, args, kwargs)
+        if validation is None:
+            return found
+        state, rows = _judged(state), _replaced(validation, args)
+        numbers = self.evaluate(state, *args, **kwargs), self.evaluate(state, *rows, **kwargs)
+        gaussians = self._gaussian(state, args[0], args[0]), self._gaussian(state, args[0], rows[0])
+        (here, there), (at_rows, at_validation) = (map(float, pair) for pair in (numbers, gaussians))
+        return [*found, validation_finding(self._visible_site(state, args, kwargs), here, there, at_rows, at_validation)]
+
+    def _findings(self, rng_key: Array, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
+        """Of an objective that can collapse: whether it has."""
+        if not getattr(self.objective, "differentiates_score", False):
+            return []
+        numbers = map(float, jax.device_get(self._beside(state._replace(rng_key=rng_key), *args, **kwargs)))
+        return [collapse_finding(self._visible_site(state, args, kwargs), *numbers)]
+
+    @compiled_method
+    def _beside(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Array, Array, Array]:
+        """The loss on the rows of a step, and beside them; and that of a Gaussian."""
+        batch_key, move_key = jax.random.split(state.rng_key)
+        batch = self._batch(batch_key, state.params, args, kwargs)
+        v, *rest = batch.args
+
+        def loss(v: Array) -> Array:
+            return self._batch_loss(state, batch._replace(args=(v, *rest)), kwargs)
+
+        here, there = lax.map(loss, jnp.stack([v, beside(move_key, v, args[0])]))
+        return here, there, self._gaussian_loss(state.rng_key, args[0], v)
+
+    @compiled_method
+    def _gaussian(self, state: Any, data: Array, v: Array) -> Array:
+        return self._gaussian_loss(state.rng_key, data, v)
+
+    def _gaussian_loss(self, rng_key: Array, data: Array, v: Array) -> Array:
+        """The objective on rows of a Gaussian that is fitted to the data, each with its noise."""
+        keys = objective_keys(rng_key)
+        v_tilde = self.objective.perturb(keys.noise, v)
+        data = self.objective.perturb(keys.draw, data)
+        return gaussian_objective(lambda score: self.objective.loss(score, keys.loss, v, v_tilde).mean(), data)
+
+    def _visible_site(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """The name of the site of the visible."""
+        batch = self._first_batch(state.rng_key, state.params, args, kwargs)
+        visible, _ = find_visible(batch.of(self._inner), batch.args, kwargs, state.rng_key, data=state.params)
+        return visible.site
 
     def _inspect(self, rng_key: Array, data: dict[str, Any], batch: Batch, kwargs: dict[str, Any]) -> tuple[Visible, Run]:
         """The visible and a run of the model, which is refused if no score could teach it."""
@@ -178,6 +279,47 @@ class ScoreEngine(Engine):
         )
 
 
+class _Enough(Exception):  # noqa: N818, it is no error
+    """Ends a run whose validation rows have become no better for long enough."""
+
+    def __init__(self, losses: np.ndarray) -> None:
+        super().__init__()
+        self.losses = losses
+
+
+class _Watch:
+    """A callback that keeps the state that is best on the validation rows."""
+
+    def __init__(self, loss: Callable[[Any], Array], patience: int) -> None:
+        self.loss, self.patience = loss, patience
+        self.best, self.waited = math.inf, 0
+        self.state: Any = None
+
+    def __call__(self, step: int, state: Any, losses: np.ndarray) -> None:
+        value = float(self.loss(state))
+        if self.state is None or value < self.best:
+            self.best, self.state, self.waited = value, state, 0
+            return
+        self.waited += 1
+        if self.waited >= self.patience:
+            raise _Enough(losses.copy())
+
+
+def _judged(state: Any) -> Any:
+    """A state with the one key that all of a run are compared with: else the noise of the objective decides."""
+    return state._replace(rng_key=jax.random.key(0))
+
+
+def _replaced(validation: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return validation if isinstance(validation, tuple) else (validation, *args[1:])
+
+
+def _of_model(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of the model among those of ``run``."""
+    return {name: value for name, value in kwargs.items() if name not in SETTINGS_OF_RUN}
+
+
+SETTINGS_OF_RUN = set(inspect.signature(Engine.run).parameters) - {"kwargs"}
 # How much a row's score may change with the other rows by rounding, relative to 1 + its size.
 ROUNDING = 1e-3
 

@@ -137,8 +137,7 @@ class ScoreMatching(ScoreEngine):
         new = state._replace(params=params, unconstrained=theta, optim_state=optim_state, rng_key=rng_key)
         return new, value, health_of("loss", value) | health_of("param", theta)
 
-    def _loss(self, state: ScoreMatchingState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
-        batch = self._all_rows(state, args, kwargs)
+    def _batch_loss(self, state: ScoreMatchingState, batch: Batch, kwargs: dict[str, Any]) -> Array:
         self._read(state, batch, kwargs)
         return self._mean_loss(state.rng_key, state.params, batch, kwargs)
 

@@ -136,8 +136,8 @@ class ImportanceWeighted:
     :raises ValueError: for settings out of range, or one sample.
     """
 
-    num_samples: int = 2
-    jackknife: bool = False
+    num_samples: int = 10
+    jackknife: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_samples", require_count("num_samples", self.num_samples))
@@ -215,7 +215,7 @@ class VaGES(BilevelEngine):
         lower_loss: Any = None,
         num_inner_steps: int = 5,
         *,
-        estimate: Variational | ImportanceWeighted = Variational(),
+        estimate: Variational | ImportanceWeighted = ImportanceWeighted(),
         batch_size: int | None = None,
     ) -> None:
         super().__init__(model, guide, optim, guide_optim, objective, lower_loss, num_inner_steps, batch_size)
@@ -266,8 +266,8 @@ class VaGES(BilevelEngine):
         value_fn = (lambda theta: upper(theta)[0]) if isinstance(self.estimate, ImportanceWeighted) else None
         return Upper(value, gradient, value_fn, {"effective_sample_size": size.astype(jnp.result_type(float))})
 
-    def _loss(self, state: VaGESState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
-        return _Levels(self, state, self._all_rows(state, args, kwargs), kwargs).upper(state.theta, state.phi, state.rng_key)[0]
+    def _batch_loss(self, state: VaGESState, batch: Batch, kwargs: dict[str, Any]) -> Array:
+        return self._levels(state, batch, kwargs).upper(state.theta, state.phi, state.rng_key)[0]
 
     def _fix(self) -> str:
         if isinstance(self.estimate, ImportanceWeighted):
@@ -333,10 +333,12 @@ class _Levels(Levels):
         def of(keep: Array | None) -> Array:
             return loss(weighted_score(self.log_p, theta, log_q, h, keep))
 
-        value = of(None)
-        if estimate.jackknife:
-            without_one = jax.vmap(of)(~jnp.eye(num_samples, dtype=bool)).mean()
-            value = num_samples * value - (num_samples - 1) * without_one
+        if estimate.jackknife:  # in one map, out of which the scores of the samples are taken, once for all sets
+            all_of_them = jnp.ones((1, num_samples), bool)
+            values = jax.vmap(of)(jnp.concatenate([all_of_them, ~jnp.eye(num_samples, dtype=bool)]))
+            value = num_samples * values[0] - (num_samples - 1) * values[1:].mean()
+        else:
+            value = of(None)
         log_p = jax.lax.stop_gradient(jax.vmap(lambda h: self.log_p(theta, v, h))(h))
         return value, effective_sample_size(normalized_weights(log_p - log_q)).mean()
 

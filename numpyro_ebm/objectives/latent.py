@@ -68,7 +68,7 @@ def draw(
     """Independent samples of a guide, ``(num_samples,) + shape``; bits are 0 or 1 unless ``relaxed``. They have no gradient."""
 
     def one(key: Array) -> Latents:
-        with nullcontext() if relaxed else _hard_bits():
+        with nullcontext() if relaxed else hard_bits():
             return run_model(guide, args, kwargs, key, data=params).drawn
 
     keys = jax.random.split(rng_key, num_samples)
@@ -223,12 +223,13 @@ def weighted_score(log_p: RowDensity, params: Any, log_q: Array, h: Latents, kee
 
     def score(x: Array) -> Array:
         rows, g = scores(log_p, x, params, h)
-        return (_along(normalized_weights(rows - log_q, keep), g) * g).sum(0)
+        # A product of matrices for every row: the sets that a jackknife maps this over hold no weighted scores of their own.
+        return jnp.einsum("ib,ib...->b...", normalized_weights(rows - log_q, keep), g, precision="highest")
 
     return score
 
 
-class _hard_bits(Messenger):
+class hard_bits(Messenger):
     """Draws bits in place of relaxed ones, of the same floating type."""
 
     def process_message(self, msg: Site) -> None:

@@ -1,0 +1,83 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Whether score matching has put spikes at the data.
+
+An objective that differentiates the score, :math:`J = \tfrac12 \|s\|^2 + \mathrm{tr} \, \nabla s`, is minus half the Fisher
+information of what is learned. On finitely many rows it has no minimum: a density with a narrow spike at every row has as much
+information as it likes. Beside the rows it is then far worse than nothing: its objective is positive there, where a flat density
+has 0. A density that the rows do support hardly changes within half the distance to the nearest other row.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.scipy.linalg import solve_triangular
+
+from numpyro_ebm.evaluate import Finding
+
+MAX_NEIGHBORS = 5000  # rows that neighbors are looked for in: of more, the nearest is hardly closer
+SAME = 1e-3  # rows closer than this are taken for one, relative to their size
+RIDGE = 1e-6  # added to a covariance, relative to its mean variance
+FIX = (
+    "The model has spikes at the data (or at the values that they are rounded to), which lower the objective without bound. Take "
+    "more rows, noise_scale= or curvature_penalty= of the objective, validation= and patience= of run, or DenoisingScoreMatching"
+)
+
+
+def beside(rng_key: Array, v: Array, data: Array) -> Array:
+    """Rows moved in a random direction, by half the distance to the nearest other row of the data.
+
+    In units in which the covariance of the data is 1, so that directions in which all rows are close are none to move far in.
+    """
+    shape, v, data = v.shape, v.reshape(len(v), -1), data.reshape(len(data), -1)
+    center = jnp.nanmean(data, 0)
+    some = data[:: -(-len(data) // MAX_NEIGHBORS)] - center
+    some, rows = jnp.nan_to_num(some), jnp.nan_to_num(v - center)
+    covariance = some.T @ some / len(some)
+    ridge = jnp.maximum(RIDGE * jnp.diag(covariance).mean(), jnp.finfo(v.dtype).tiny)
+    root = jnp.linalg.cholesky(covariance + ridge * jnp.eye(len(center), dtype=v.dtype))
+    others, rows = (solve_triangular(root, x.T, lower=True).T for x in (some, rows))
+
+    def distance(row: Array) -> Array:
+        sizes = (others**2).sum(1) + (row**2).sum()
+        squares = sizes - 2 * jnp.matmul(others, row, precision="highest")
+        return jnp.sqrt(jnp.where(squares > SAME**2 * sizes, squares, jnp.inf).min())
+
+    directions = jax.random.normal(rng_key, rows.shape, rows.dtype)
+    length = lax.map(distance, rows, batch_size=64) / 2 / jnp.linalg.norm(directions, axis=1)
+    length = jnp.where(jnp.isfinite(length), length, 0)  # of a row that has no other
+    return (v + length[:, None] * directions @ root.T).reshape(shape)
+
+
+def gaussian_objective(loss: Callable[[Callable[[Array], Array]], Array], data: Array) -> Array:
+    """The objective of a normal distribution of independent coordinates, fitted to the data.
+
+    :param loss: the objective as a function of the score.
+    """
+    mean, variance = jnp.nanmean(data, 0), jnp.nanvar(data, 0)
+    return loss(lambda v: -(v - mean) / jnp.where(variance > 0, variance, 1))
+
+
+def collapse_finding(site: str, at_rows: float, beside_rows: float, of_gaussian: float) -> Finding:
+    """Of a model that is better than a Gaussian at the rows: whether it is better than a flat density beside them."""
+    overflows = math.isfinite(at_rows) and math.isnan(beside_rows)
+    value, most, fix = (math.inf if overflows else beside_rows), None, ""
+    if at_rows < of_gaussian:
+        most, fix = 0.0, f"at the rows it is {at_rows:.3g}, where a Gaussian reaches {of_gaussian:.3g}. {FIX}"
+    return Finding(site, "objective at half the distance to other rows", value, None, most, fix)
+
+
+def validation_finding(site: str, at_rows: float, value: float, of_gaussian: float, gaussian_value: float) -> Finding:
+    """Of a model that is better than a Gaussian at the rows: whether it comes near one at others. The last two are of the Gaussian.
+
+    Half of what it reaches is near: a flexible model of Gaussian data is a little worse at other rows, which is no collapse.
+    """
+    most, fix = None, ""
+    if at_rows < of_gaussian:
+        most = gaussian_value + abs(of_gaussian) / 2
+        fix = f"a Gaussian reaches {gaussian_value:.3g}, and at the rows that were learned from the model has {at_rows:.3g}. {FIX}"
+    return Finding(site, "objective on validation rows", value, None, most, fix)

@@ -1,0 +1,203 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Score matching that has put spikes at the data says so, and stops before it does if it is asked to."""
+
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro.distributions import constraints
+
+from numpyro_ebm import (
+    BiSM,
+    DenoisingScoreMatching,
+    EnergyDistribution,
+    ExactScoreMatching,
+    ScoreMatching,
+    SlicedScoreMatching,
+)
+from numpyro_ebm.infer.collapse import beside, collapse_finding, gaussian_objective, validation_finding
+
+KEY = jax.random.key(0)
+ROWS = jnp.asarray(np.random.default_rng(1).normal(size=(60, 1)), jnp.float32)
+OTHERS = jnp.asarray(np.random.default_rng(2).normal(size=(200, 1)), jnp.float32)
+
+
+def spikes(x):
+    """A kernel density estimate: one normal distribution at every row of ROWS, whose common width is learned; 0 is its optimum."""
+    width = jnp.exp(numpyro.param("log_width", 0.0))
+    with numpyro.plate("data", len(x)):
+        energy = EnergyDistribution(lambda x: -jax.nn.logsumexp(-(((x - ROWS) / width) ** 2) / 2), event_shape=(1,))
+        numpyro.sample("x", energy, obs=x)
+
+
+def bell(x):
+    precision = numpyro.param("precision", 1.0, constraint=constraints.positive)
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("x", EnergyDistribution(lambda x: precision * (x**2).sum() / 2, event_shape=(1,)), obs=x)
+
+
+EXACT = ExactScoreMatching()
+
+
+def run(model=spikes, objective=EXACT, num_steps=400, rows=ROWS, **settings):
+    engine = ScoreMatching(model, optax.adam(0.03), objective)
+    return engine, engine.run(KEY, num_steps, rows, progress_bar=False, **settings)
+
+
+@pytest.mark.parametrize("objective", [ExactScoreMatching(), SlicedScoreMatching()])
+def test_a_collapse_is_told_with_its_numbers_and_the_fix(objective):
+    """Catches a run that ends with an objective of minus thousands and says nothing."""
+    with pytest.warns(UserWarning, match=r"site 'x': objective at half the distance .* should be at most 0: .* noise_scale="):
+        _, result = run(objective=objective)
+    assert result.losses[-1] < -100
+    assert result.params["log_width"] < -3
+
+
+@pytest.mark.parametrize(
+    ("model", "objective", "num_steps"),
+    [
+        (bell, ExactScoreMatching(), 200),
+        (bell, SlicedScoreMatching(), 200),
+        (spikes, ExactScoreMatching(), 1),  # nothing is learned yet
+        (spikes, DenoisingScoreMatching(0.5), 400),
+        (spikes, ExactScoreMatching(noise_scale=0.5), 400),
+    ],
+)
+def test_a_fit_without_spikes_is_silent(model, objective, num_steps):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(model, objective, num_steps)
+
+
+def test_rounded_rows_collapse_and_are_told():
+    """Many rows, twenty values. Catches neighbors at distance 0, beside which nothing moves."""
+    rows = jnp.round(3 * jnp.asarray(np.random.default_rng(3).normal(size=(2000, 1)), jnp.float32)) / 3
+
+    def model(x):
+        width = jnp.exp(numpyro.param("log_width", -1.0))
+        with numpyro.plate("data", len(x)):
+            grid = jnp.arange(-12, 13) / 3
+            log_p = jax.nn.log_softmax(-(grid**2) / 2)
+            energy = EnergyDistribution(
+                lambda x: -jax.nn.logsumexp(log_p - ((x - grid) / width) ** 2 / 2 - jnp.log(width)), event_shape=(1,)
+            )
+            numpyro.sample("x", energy, obs=x)
+
+    with pytest.warns(UserWarning, match="rounded to"):
+        run(model, rows=rows)
+
+
+def test_the_rows_of_validation_tell_too():
+    with pytest.warns(UserWarning, match="site 'x'") as said:
+        run(validation=OTHERS)
+    wanted = r"site 'x': objective on validation rows is \S+ and should be at most -0.*a Gaussian reaches -0.*has -.*patience="
+    assert any(re.search(wanted, str(one.message)) for one in said)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(bell, num_steps=200, validation=OTHERS)
+
+
+def test_a_run_stops_where_validation_rows_become_worse_and_returns_the_best_state():
+    """Against the width that is best on these rows, by a search. Catches the last state in place of the best, and losses cut."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what it returns has not collapsed
+        engine, result = run(validation=OTHERS, patience=3, chunk_size=5)
+    assert len(result.losses) < 400
+    assert result.state.num_steps == len(result.losses) - 3 * 5
+    states = [result.state._replace(params={"log_width": jnp.float32(w)}) for w in np.linspace(-3, 0.5, 71)]
+    best = min(float(engine.evaluate(state, OTHERS)) for state in states)
+    assert float(engine.evaluate(result.state, OTHERS)) < best + 0.02 * abs(best)
+
+
+def test_patience_needs_rows_and_keeps_no_records():
+    with pytest.raises(ValueError, match="patience=3 with no validation= rows"):
+        run(patience=3)
+    with pytest.raises(ValueError, match="patience=3 with collect, whose records would be lost"):
+        run(patience=3, validation=OTHERS, collect=lambda state: state.num_steps)
+
+
+def test_validation_replaces_the_first_argument_or_all():
+    def model(x, shift):
+        precision = numpyro.param("precision", 1.0, constraint=constraints.positive)
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("x", dist.Normal(shift, precision**-0.5), obs=x)
+
+    engine = ScoreMatching(model, optax.adam(0.03), ExactScoreMatching())
+    x, other, shift = ROWS[:, 0], OTHERS[:, 0], jnp.zeros(60)
+    settings = {"progress_bar": False, "chunk_size": 5}
+    whole = engine.run(KEY, 20, x, shift, validation=(other, jnp.zeros(200)), patience=1, **settings)
+    part = engine.run(KEY, 20, x, shift, validation=other[:60], patience=1, **settings)
+    assert whole.state.num_steps > 0
+    assert part.state.num_steps > 0
+
+
+def test_engines_with_a_guide_tell_too():
+    """The visible is one normal distribution, and the latent does not touch it."""
+
+    def model(x):
+        width = jnp.exp(numpyro.param("log_width", 0.0))
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("h", dist.Normal(0, 1))
+            energy = EnergyDistribution(lambda x: -jax.nn.logsumexp(-(((x - ROWS) / width) ** 2) / 2), event_shape=(1,))
+            numpyro.sample("x", energy, obs=x)
+
+    def guide(x):
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("h", dist.Normal(numpyro.param("loc", 0.1), 1))
+
+    engine = BiSM(model, guide, optax.adam(0.03), optax.adam(0.01), ExactScoreMatching(), num_inner_steps=1)
+    with pytest.warns(UserWarning, match="site 'x': objective at half the distance"):
+        engine.run(KEY, 400, ROWS, progress_bar=False)
+
+
+# The numbers.
+
+
+def test_rows_move_by_half_the_distance_to_the_nearest_other():
+    """In one dimension exactly; rows that are there twice move by the distance to the next value."""
+    v = jnp.array([[0.0], [1.0], [1.0], [4.0]])
+    np.testing.assert_allclose(abs(beside(KEY, v, v) - v)[:, 0], [0.5, 0.5, 0.5, 1.5], rtol=1e-4)
+
+
+def test_rows_move_little_where_all_are_close():
+    """A covariance of 1 and 1e-4: moves have the same. Catches distances and directions in the coordinates as they are."""
+    v = jnp.asarray(np.random.default_rng(4).normal(size=(300, 2)), jnp.float32) @ jnp.array([[1.0, 1.0], [0.01, -0.01]])
+    moves = np.cov(beside(KEY, v, v).T - v.T)
+    ratio = np.linalg.eigvalsh(moves) / np.linalg.eigvalsh(np.cov(v.T))
+    assert 0.6 < ratio[0] / ratio[1] < 1.6
+    shaped = beside(KEY, v.reshape(300, 2, 1), v.reshape(300, 2, 1))
+    np.testing.assert_allclose(shaped[..., 0], beside(KEY, v, v), rtol=1e-6)
+
+
+def test_rows_that_are_all_equal_stay():
+    v = jnp.ones((3, 2))
+    np.testing.assert_array_equal(beside(KEY, v, v), v)
+
+
+def test_the_objective_of_a_gaussian_is_half_of_its_information():
+    v = jnp.asarray(np.random.default_rng(5).normal(size=(50, 2)), jnp.float32) * jnp.array([1.0, 3.0])
+    value = gaussian_objective(lambda score: ExactScoreMatching().loss(score, KEY, v, v).mean(), v)
+    np.testing.assert_allclose(value, -(1 / v.var(0)).sum() / 2, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("at_rows", "value", "is_well"),
+    [(-2.0, 1.0, False), (-2.0, -1.0, True), (-0.5, 1.0, True), (-2.0, np.nan, False), (np.nan, np.nan, True)],
+)
+def test_a_model_that_is_worse_than_a_gaussian_at_the_rows_has_no_spikes(at_rows, value, is_well):
+    """The fourth overflows beside its spikes; the last cannot be told."""
+    assert collapse_finding("x", at_rows, value, -1.0).is_well is is_well
+
+
+def test_validation_is_compared_with_a_gaussian():
+    assert not validation_finding("x", -2.0, -0.3, -1.0, -0.9).is_well  # at most -.9 + .5
+    assert validation_finding("x", -2.0, -0.5, -1.0, -0.9).is_well
+    assert validation_finding("x", -0.7, -0.3, -1.0, -0.9).is_well  # nothing is learned
