@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from numpyro_ebm.infer.stability import Particles
+from numpyro_ebm.infer.particle_batch import ParticleBatch, Particles
+from numpyro_ebm.infer.particle_moves import How, Moves, adjusted
+from numpyro_ebm.infer.stability import Blocks, stiffness
 from numpyro_ebm.program.provenance import mark, sources
 from numpyro_ebm.program.rows import all_batches, full_shape, scatter
-from numpyro_ebm.program.run import Run, draw_latents, jacobians_of, require_continuous, run_model
+from numpyro_ebm.program.run import Run, draw_latents, jacobians_of, own_key, require_continuous, run_model
 from numpyro_ebm.program.sites import Model, events_inside, finite_events, is_normalizer, require_data
 
 Args = tuple[Any, ...]
@@ -117,10 +119,12 @@ def draw_particles(
     *,
     data: dict[str, Any],
     init_strategy: Callable[..., Any],
+    tame: "Callable[[Array, dict[str, Array], Particles], Particles] | None" = None,
 ) -> Particles:
     """Particles for all rows of the data.
 
     :param program: a run of the model.
+    :param tame: what is made of those of some rows, from a key, the rows and the particles.
     """
     batches = all_batches(program)
     num_batches = max([len(rows) for rows in batches.values()], default=1)
@@ -129,7 +133,8 @@ def draw_particles(
         def one(key: Array) -> dict[str, Array]:
             return draw_latents(model, args, kwargs, key, data={**data, **rows}, init_strategy=init_strategy)
 
-        return jax.vmap(one)(jax.random.split(key, num_particles))
+        x = jax.vmap(one)(jax.random.split(key, num_particles))
+        return x if tame is None else tame(own_key(key), rows, x)
 
     keys = jax.random.split(rng_key, num_batches)
     if not batches:
@@ -142,6 +147,42 @@ def draw_particles(
         return {name: scatter(program, rows, name, store[name], x) for name, x in draw(key, rows).items()}, None
 
     return lax.scan(fill, full, (keys, batches))[0]
+
+
+NUM_ROUNDS, MOVES_PER_ROUND, LOOKS_PER_ROUND = 5, 10, 2
+WILD = 1.0  # h times the curvature
+
+
+def tamed(batch: ParticleBatch, theta: Any, x: Particles, step_size: dict[str, Any], rng_key: Array) -> Particles:
+    """Particles moved on, at fixed parameters, from where a step of theirs would be unstable; the others stay.
+
+    Samples of a prior stand anywhere in its tails, where the likelihood may be as steep as it likes: that of a scale near 0 has a
+    curvature without bound. Metropolis-adjusted moves, whose steps adapt, leave such places towards the posterior.
+    """
+    scores, blocks = lambda x: batch.scores(theta, x), Blocks(batch.program)
+    try:
+        kept = Moves("mala", None, "jacobi", 1, False).init(batch, theta, x, step_size)
+    except ValueError:  # rows that are not independent: where unadjusted particles start is where they start
+        return x
+
+    def are_wild(x: Particles, key: Array) -> Array:
+        return stiffness(batch.program, scores, x, step_size, key, LOOKS_PER_ROUND)[0] > WILD
+
+    def going(carry: tuple[Any, ...]) -> Array:
+        count, _, _, wild = carry
+        return (count < NUM_ROUNDS) & wild.any()
+
+    def round_of(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        count, x, kept, wild = carry
+        move_key, look_key = jax.random.split(jax.random.fold_in(rng_key, count))
+        counts = count * MOVES_PER_ROUND + jnp.arange(MOVES_PER_ROUND)
+        moves = How(jax.random.split(move_key, MOVES_PER_ROUND), jnp.ones(MOVES_PER_ROUND), counts)
+        new, kept = adjusted(batch, theta, x, kept, moves)
+        x = jax.tree.map(lambda wild, new, old: jnp.where(wild, new, old), blocks.spread(wild, x), new, x)
+        return count + 1, x, kept, are_wild(x, look_key)
+
+    count = jnp.zeros((), jnp.int32)
+    return lax.while_loop(going, round_of, (count, x, kept, are_wild(x, rng_key)))[1]
 
 
 def _finite_batches(
