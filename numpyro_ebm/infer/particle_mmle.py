@@ -32,7 +32,7 @@ from numpyro_ebm.distributions.guard import NormalizerError
 from numpyro_ebm.handlers import negative_phase
 from numpyro_ebm.infer.engine import Engine, compiled_method
 from numpyro_ebm.infer.particle_batch import ParticleBatch, Particles, first, number_of
-from numpyro_ebm.infer.particle_moves import Adapted, Moves
+from numpyro_ebm.infer.particle_moves import Adapted, Moves, are_independent
 from numpyro_ebm.infer.particle_settings import (
     Averaged,
     Maximize,
@@ -433,6 +433,16 @@ class ParticleMMLE(Engine):
         look_key = own_key(rng_key)  # as _start does
         latents = draw_latents(self._inner, args, kwargs, look_key, data=params, init_strategy=self._draws)
         require_good_rows(self._inner, args, kwargs, look_key, data=params, latents=latents)
+        if self.kernel == "mala":
+            particles = jax.tree.map(lambda x: jnp.asarray(x)[None], latents)
+            batch = ParticleBatch(self._inner, params, particles, look_key, args, kwargs)
+            theta = unconstrain_params(batch.program.params, batch.program.param_transforms)
+            for name, is_independent in are_independent(batch, theta, look_key).items():
+                if not is_independent:
+                    raise ValueError(
+                        f"site '{name}': rows of its plates depend on each other, and kernel='mala' accepts each by itself. Write "
+                        "what couples them outside the plates, or take kernel='langevin'."
+                    )
 
     def _inspect(self, given: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelReport:
         """What is to be known of the normalizers; refuses what negative chains cannot make right."""
@@ -503,7 +513,10 @@ class ParticleMMLE(Engine):
             num_steps=count,
             num_skipped=count,
         )
-        return strong_types(state), are_good_rows(self._inner, args, kwargs, look_key, program, data=data, latents=positions)
+        good = are_good_rows(self._inner, args, kwargs, look_key, program, data=data, latents=positions)
+        if self.kernel == "mala":
+            good = good & jnp.asarray(list(are_independent(batch, params, look_key).values())).all()
+        return strong_types(state), good
 
     def _step(self, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ParticleState, Array, Health]:
         if (given := number_of(state.particles)) != self.num_particles:

@@ -264,6 +264,27 @@ class _Term(NamedTuple):
         return self.dims.get(plate) == dim and len(self.shape) >= -dim and self.shape[dim] == size
 
 
+def are_independent(batch: ParticleBatch, theta: Any, rng_key: Array) -> dict[str, Array]:
+    """By latent site, whether its rows are independent given the rest, as its plates say, of which a sum over rows makes a lie.
+
+    Where they are, weighing densities of rows weighs their scores by the same numbers, powers of two by which nothing is rounded.
+    """
+    x = jax.tree.map(lambda x: x[None], batch.gather(batch.one))
+    found = {}
+    for name, rows in rows_of(batch, theta).items():
+
+        def weighed(value: Array, weights: Array, rows: _Rows = rows, name: str = name) -> Array:
+            return (weights * rows.log_density(theta, {**x, name: value})).sum()
+
+        shape = rows.shape_of(x[name].shape)
+        weights = 2.0 ** jax.random.randint(rng_key, shape, 0, 16).astype(x[name].dtype)
+        plain, seen = (jax.grad(weighed)(x[name], each) for each in (jnp.ones_like(weights), weights))
+        event = tuple(i for i, (size, whole) in enumerate(zip(shape, plain.shape, strict=True)) if size != whole)
+        tolerance = jnp.finfo(plain.dtype).eps ** 0.5 * jnp.abs(plain).max(event, keepdims=True, initial=0)
+        found[name] = ~(jnp.abs(seen / weights - plain) > tolerance).any()
+    return found
+
+
 def rows_of(batch: ParticleBatch, theta: Any) -> dict[str, _Rows]:
     """By latent site, its rows; told from the trace of the model, nothing is computed.
 

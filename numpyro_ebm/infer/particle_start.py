@@ -182,7 +182,12 @@ def tamed(batch: ParticleBatch, theta: Any, x: Particles, step_size: dict[str, A
         return count + 1, x, kept, are_wild(x, look_key)
 
     count = jnp.zeros((), jnp.int32)
-    return lax.while_loop(going, round_of, (count, x, kept, are_wild(x, rng_key)))[1]
+    _, x, _, wild = lax.while_loop(going, round_of, (count, x, kept, are_wild(x, rng_key)))
+    # what is still wild stands where another particle of its row does, if there is one that is not
+    tame_first, num_tame = jnp.argsort(wild, 0), jnp.maximum((~wild).sum(0), 1)
+    place = jnp.arange(len(wild)).reshape(-1, *[1] * (wild.ndim - 1))
+    source = jnp.where(wild & ~wild.all(0), jnp.take_along_axis(tame_first, place % num_tame, 0), place)
+    return {name: jnp.take_along_axis(x[name], at, 0) for name, at in blocks.spread(source, x).items()}
 
 
 def _finite_batches(

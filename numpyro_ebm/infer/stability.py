@@ -182,9 +182,9 @@ def warnings_of_lag(lag: float, num_batches: float, num_steps: int, num_moves: i
     if num_batches < MANY_BATCHES or num_steps < max(2 * num_batches, STEPS_TO_ARRIVE) or not lag > LAG:
         return []
     return [
-        f"the particles of a row move num_moves = {num_moves} times in {num_batches:.0f} steps, and stand {lag:.1f} standard deviations "
-        f"of the posterior away from where they should be (above {LAG:g}), so that the parameters learn from clouds of the past: take "
-        f"num_moves = {max(10, 2 * num_moves)} or more, or larger batches."
+        f"the particles of a row move num_moves = {num_moves} times in {num_batches:.0f} steps, and stand {lag:.1f} standard "
+        f"deviations of the posterior away from where they should be (above {LAG:g}), so that the parameters learn from clouds of "
+        f"the past: take num_moves = {max(10, 2 * num_moves)} or more, or larger batches."
     ]
 
 
