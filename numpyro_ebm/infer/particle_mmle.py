@@ -56,13 +56,14 @@ from numpyro_ebm.infer.phase import Phase, has_chains, health_of_chains
 from numpyro_ebm.infer.stability import (
     FIRST_LOOK,
     LOOK_EVERY,
-    Stiffest,
+    NEVER,
+    STEPS_PER_BATCH,
+    Look,
     fix_of,
     lag,
     local_stiffness,
     stiffest,
     warnings_of,
-    warnings_of_lag,
 )
 from numpyro_ebm.infer.step import Health, Part, health_of, is_bad, keep
 from numpyro_ebm.optim import as_transformation, kinetic_langevin, kinetic_langevin_splitting, langevin
@@ -227,7 +228,7 @@ class ParticleMMLE(Engine):
             require_noise(self.dynamics)
         self._moves = Moves(kernel, self.dynamics, order, num_moves, average_moves)
         self._draws = init_to_sample if init_strategy is None else init_strategy
-        self._next_look = FIRST_LOOK  # the number of steps from which on particles are looked at again
+        self._looked, self._next_look = 0, FIRST_LOOK  # the numbers of steps of the last look at particles and of the next
         self._phase = Phase(model)
         self._inner = self._phase.inner
 
@@ -378,14 +379,14 @@ class ParticleMMLE(Engine):
         return 2 * max(self._told_steps(state).values()) / ratio if ratio > 0 else float("inf")
 
     def stiffness(self, state: ParticleState, *args: Any, **kwargs: Any) -> float:
-        """The step h times the curvature, of the stiffest of the rows that move in the next step: the median of its particles.
+        """The step h times the curvature, of the stiffest row of a batch: the median of its particles.
 
         Unadjusted particles are spread too much by a fraction of about half of it, and diverge at 2. A run looks at it from its
         first steps on, less and less often, and warns from 1 on. It is measured over the length of a move.
 
         :param args: arguments of the model.
         """
-        return float(self._look(state, *args, **kwargs)[0].ratio)
+        return float(self._look(state, jnp.asarray(1), *args, **kwargs).row.ratio)
 
     @compiled_method
     def _local_stiffness(self, state: ParticleState, *args: Any, **kwargs: Any) -> Array:
@@ -394,14 +395,18 @@ class ParticleMMLE(Engine):
         return local_stiffness(batch.program, scores, x, self._step_size(state), state.rng_key)
 
     @compiled_method
-    def _look(self, state: ParticleState, *args: Any, **kwargs: Any) -> tuple[Stiffest, Array, Array]:
-        """The stiffest row of the next step's, how far its clouds lag behind the posterior, and how many such batches there are."""
-        batch = self._batch(state, state.rng_key, args, kwargs)
-        x, scores = batch.gather(state.particles), partial(batch.scores, state.unconstrained)
-        found = stiffest(batch.program, scores, x, self._step_size(state), state.rng_key)
-        num_batches = max(batch.program.scale(name) for name in x)
-        is_slow = num_batches > 1 and self.num_particles > 1
-        return found, lag(batch.program, scores, x) if is_slow else jnp.zeros(()), jnp.asarray(num_batches)
+    def _look(self, state: ParticleState, num_looks: Array, *args: Any, **kwargs: Any) -> Look:
+        """What there is to see in some batches."""
+
+        def look(i: Any) -> Look:
+            batch = self._batch(state, jax.random.fold_in(state.rng_key, i), args, kwargs)
+            x, scores = batch.gather(state.particles), partial(batch.scores, state.unconstrained)
+            found = stiffest(batch.program, scores, x, self._step_size(state), state.rng_key)
+            num_batches = max(batch.program.scale(name) for name in x)
+            is_slow = num_batches > 1 and self.num_particles > 1
+            return Look(found, lag(batch.program, scores, x) if is_slow else jnp.zeros(()), jnp.asarray(num_batches))
+
+        return lax.fori_loop(1, num_looks, lambda i, seen: seen.worse(look(i)), look(0))
 
     @compiled_method
     def _stiffness_at_start(self, state: ParticleState, *args: Any, **kwargs: Any) -> Array:
@@ -602,13 +607,15 @@ class ParticleMMLE(Engine):
         data = {**state.params, **state.mutable_state}
         found = self._phase.warnings(state.mutable_state, args, kwargs, data=data)
         num_steps = int(state.num_steps)
-        if num_steps < self._next_look // 2:
-            self._next_look = FIRST_LOOK  # another run
+        if num_steps < self._looked:  # another run
+            self._next_look = FIRST_LOOK
         if self.kernel == "langevin" and self.dynamics is None and num_steps >= self._next_look:
-            self._next_look = min(2 * num_steps, num_steps + LOOK_EVERY)
-            row, lag_of_clouds, num_batches = self._look(state, *args, **kwargs)
-            found += warnings_of(row, self._told_steps(state))
-            found += warnings_of_lag(float(lag_of_clouds), float(num_batches), num_steps, self.num_moves)
+            num_looks = 1 + min(num_steps, LOOK_EVERY) // STEPS_PER_BATCH
+            look = self._look(state, jnp.asarray(num_looks), *args, **kwargs)
+            told = warnings_of(look, self._told_steps(state), num_steps, self.num_moves)
+            # the same is not told twice, with another number
+            self._looked, self._next_look = num_steps, NEVER if told else min(2 * num_steps, num_steps + LOOK_EVERY)
+            found += told
         return found
 
     def _explain(
@@ -624,18 +631,22 @@ class ParticleMMLE(Engine):
         for site, is_finite in finite.items():
             if not is_finite.all():
                 where = f"at {int((~is_finite).sum())} of {is_finite.size} events and particles"
-                return (
-                    f"site '{site}': its log density is not finite {where}: the model makes these impossible, or overflows there.",
-                    "Scale the data, look at the model at these values, or start elsewhere, by init_params or init_strategy.",
+                what = (
+                    f"site '{site}': its log density is not finite {where}: the model makes these impossible, or overflows there."
                 )
+                break
+        elsewhere = "Scale the data, look at the model at these values, or start elsewhere, by init_params or init_strategy."
+        impossible = not all(is_finite.all() for is_finite in finite.values())
         if self.kernel == "mala":
-            return what, self._fix()
+            return what, elsewhere if impossible else self._fix()
         steps = self._told_steps(state)
         for h in steps.values():
             if not h > 0:
                 return f"step_size gives {h} at step {int(state.num_steps)}: it must be positive.", ""
-        ratios = self._local_stiffness(state, *args, **kwargs), self._stiffness_at_start(state, *args, **kwargs)
-        return what, fix_of(steps, *map(float, ratios))
+        there, at_start = self._local_stiffness(state, *args, **kwargs), self._stiffness_at_start(state, *args, **kwargs)
+        if impossible and not (there >= 2 or at_start >= 2):
+            return what, elsewhere
+        return what, fix_of(steps, float(there), float(at_start))
 
 
 def _health(batch: ParticleBatch, loss: Array, theta: Any, x: Particles, mutable_state: dict[str, Any]) -> Health:

@@ -31,6 +31,8 @@ STIFF = 1.0  # h times the curvature from which on it is told
 NUM_POWER_ITERATIONS = 30
 NUM_LOOKS = 8  # power iterations, a score each, of a look at particles in a run
 FIRST_LOOK, LOOK_EVERY = 20, 1000  # steps: looks are made at twice the steps of the one before, and then this often
+NEVER = 2**62
+STEPS_PER_BATCH = 100  # steps since then for each batch that is looked at: about a tenth of their scores
 
 # Clouds of data in this many batches are told to lag by more than this, after two rounds of the data and as many steps.
 MANY_BATCHES, LAG, STEPS_TO_ARRIVE = 10, 0.5, 500
@@ -47,6 +49,22 @@ class Stiffest(NamedTuple):
     share: dict[str, Array]
     #: by plate that all latents share, (): the index of the row
     rows: dict[str, Array]
+
+
+class Look(NamedTuple):
+    """What is seen of the particles of some batches."""
+
+    #: the stiffest row
+    row: Stiffest
+    #: (), the largest :func:`lag` of a batch
+    lag: Array
+    #: (), batches in the data
+    num_batches: Array
+
+    def worse(self, other: "Look") -> "Look":
+        """What is worse in either."""
+        row = jax.tree.map(partial(jnp.where, other.row.ratio > self.row.ratio), other.row, self.row)
+        return Look(row, jnp.maximum(self.lag, other.lag), self.num_batches)
 
 
 class Blocks:
@@ -162,30 +180,27 @@ def lag(program: Run, scores: Scores, x: Particles) -> Array:
     return jnp.sqrt(jnp.maximum(square - variance / num, 0) / variance)
 
 
-def warnings_of(found: Stiffest, step_size: dict[str, float]) -> list[str]:
-    """A warning of the stiffest row, where its particles are spread more than they should be."""
-    worst = float(found.ratio)
-    if not worst >= STIFF:
-        return []
-    site = max(found.share, key=lambda name: np.nan_to_num(float(found.share[name])))
-    where = " and ".join(f"row {int(row)} of plate '{plate}'" for plate, row in found.rows.items())
-    size = f"about {worst:.2f}" if np.isfinite(worst) else "too large for a finite move"
-    return [
-        f"site '{site}': step_size is h = {step_size[site]:g}, and h times the curvature is {size} for "
-        f"{where or 'the stiffest direction'}: at 2 the particles diverge, and from 1 on they are more than twice as spread as the "
-        "posterior. Take a smaller step_size, or kernel='mala', which is right at every step."
-    ]
-
-
-def warnings_of_lag(lag: float, num_batches: float, num_steps: int, num_moves: int) -> list[str]:
-    """A warning of clouds that do not follow the parameters, because the rows of a large data set are seldom in the batch."""
-    if num_batches < MANY_BATCHES or num_steps < max(2 * num_batches, STEPS_TO_ARRIVE) or not lag > LAG:
-        return []
-    return [
-        f"the particles of a row move num_moves = {num_moves} times in {num_batches:.0f} steps, and stand {lag:.1f} standard "
-        f"deviations of the posterior away from where they should be (above {LAG:g}), so that the parameters learn from clouds of "
-        f"the past: take num_moves = {max(10, 2 * num_moves)} or more, or larger batches."
-    ]
+def warnings_of(look: Look, step_size: dict[str, float], num_steps: int, num_moves: int) -> list[str]:
+    """Warnings of the stiffest row, where particles are spread too much, and of clouds that do not follow the parameters."""
+    found, worst = [], float(look.row.ratio)
+    if worst >= STIFF:
+        share = {name: np.nan_to_num(float(part)) for name, part in look.row.share.items()}
+        site = max(share, key=lambda name: share[name])
+        where = " and ".join(f"row {int(row)} of plate '{plate}'" for plate, row in look.row.rows.items())
+        size = f"about {worst:.2f}" if np.isfinite(worst) else "too large for a finite move"
+        found.append(
+            f"site '{site}': step_size is h = {step_size[site]:g}, and h times the curvature is {size} for "
+            f"{where or 'the stiffest direction'}: at 2 the particles diverge, and from 1 on they are more than twice as spread as "
+            "the posterior. Take a smaller step_size, or kernel='mala', which is right at every step."
+        )
+    lag, num_batches = float(look.lag), float(look.num_batches)
+    if num_batches >= MANY_BATCHES and num_steps >= max(2 * num_batches, STEPS_TO_ARRIVE) and lag > LAG:
+        found.append(
+            f"the particles of a row move num_moves = {num_moves} times in {num_batches:.0f} steps, and stand {lag:.1f} standard "
+            f"deviations of the posterior away from where they should be (above {LAG:g}), so that the parameters learn from clouds "
+            f"of the past: take num_moves = {max(10, 2 * num_moves)} or more, or larger batches."
+        )
+    return found
 
 
 def fix_of(step_size: dict[str, float], ratio: float, at_start: float) -> str:
