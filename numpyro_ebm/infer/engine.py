@@ -30,6 +30,7 @@ from numpyro_ebm._compat import one_at_a_time
 from numpyro_ebm._compiled import Watch, frozen
 from numpyro_ebm._fit import fit_of
 from numpyro_ebm._pytree import Rest, arrays_and_rest, as_array, join, read_params, require_hashable, require_no_lists
+from numpyro_ebm.infer.averaging import ParamSites, require_average, start_average
 from numpyro_ebm.infer.init_params import InitParams
 from numpyro_ebm.infer.step import Health, Part, is_bad, keep, named
 
@@ -103,6 +104,9 @@ class Engine(metaclass=_ReadOnly):
 
     States are named tuples of arrays with at least the fields ``params`` (constrained), ``rng_key``, ``num_steps`` and
     ``num_skipped``. Attributes are read-only: what is compiled has read them.
+
+    :param average_iterates: whether :meth:`get_params` and the result of :meth:`run` are averages of the iterates, as kept in
+        ``state.average``, instead of the last; or the exponent of their weights, 3 for True.
     """
 
     #: Fields of the state that :meth:`_step` itself leaves as they were where its health is bad. They have a row for all data,
@@ -113,7 +117,8 @@ class Engine(metaclass=_ReadOnly):
 
     _is_made = False  # after __init__
 
-    def __init__(self) -> None:
+    def __init__(self, average_iterates: bool | float = False) -> None:
+        self.average_iterates = require_average(average_iterates)
         self._compile()
 
     def _compile(self) -> None:
@@ -163,6 +168,10 @@ class Engine(metaclass=_ReadOnly):
     @abstractmethod
     def _loss(self, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
         """The loss at a state; traced."""
+
+    def _unconstrained(self, state: State) -> dict[str, Any]:
+        """The unconstrained values of all param sites at a state."""
+        return cast(dict[str, Any], state.unconstrained)
 
     def _meet(self, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What there is to do before anything is traced."""
@@ -216,13 +225,13 @@ class Engine(metaclass=_ReadOnly):
             :class:`~numpyro_ebm.BiSM` and :class:`~numpyro_ebm.VaGES` at the guide after its inner steps, unrolled ones too.
             :meth:`evaluate` gives the loss at a state.
         """
-        self._require_state(state)
+        state = self._require_state(state)
         made = self._one(state, np.False_, np.False_, *self._split(args, kwargs))
         return made.state, made.loss
 
     def stable_update(self, state: State, *args: Any, **kwargs: Any) -> tuple[State, Array]:
         """One step as by :meth:`update`, where a step that is not made is counted in ``state.num_skipped``."""
-        self._require_state(state)
+        state = self._require_state(state)
         made = self._one(state, np.False_, np.True_, *self._split(args, kwargs))
         return made.state, made.loss
 
@@ -232,9 +241,10 @@ class Engine(metaclass=_ReadOnly):
         return self._loss(state, args, kwargs)
 
     def get_params(self, state: State) -> dict[str, Any]:
-        """Values of the :func:`numpyro.param` sites, constrained, as ``Predictive`` takes them."""
-        self._require_state(state)
-        return state.params
+        """Values of the :func:`numpyro.param` sites, constrained, as ``Predictive`` takes them; averaged if the engine averages."""
+        state = self._require_state(state)
+        params: dict[str, Any] = state.params if self.average_iterates is None else state.average.params
+        return params
 
     def run(
         self,
@@ -316,6 +326,8 @@ class Engine(metaclass=_ReadOnly):
         :raises TypeError: saying what it is instead, and what to pass.
         """
         if isinstance(state, self.state_class):
+            if self.average_iterates is not None and state.average == ():  # of a fit that did not average: from here on
+                return state._replace(average=start_average(state.params, self._unconstrained(state)))
             return state
         fix = "pass what init or update of this engine gave, or .state of the result of its run"
         if isinstance(state, RunResult):
@@ -368,8 +380,14 @@ class Engine(metaclass=_ReadOnly):
 
     def _propose(self, state: State, dynamic: Any, *, static: Rest) -> tuple[State, Array, Health]:
         args, kwargs = join(dynamic, static)
-        with _meshes_explained(), one_at_a_time:
-            return self._step(state, args, kwargs)
+        if self.average_iterates is None:
+            with _meshes_explained(), one_at_a_time:
+                return self._step(state, args, kwargs)
+        sites = ParamSites()
+        with _meshes_explained(), one_at_a_time, sites:
+            new, loss, health = self._step(state, args, kwargs)
+        average = sites.next(state.average, self._unconstrained(new), self.average_iterates)
+        return new._replace(average=average), loss, health
 
     # Chunks of steps.
 
@@ -505,6 +523,8 @@ class Engine(metaclass=_ReadOnly):
         params = InitParams(init_params)
         with _meshes_explained(), one_at_a_time, params:
             state, good = self._start(rng_key, init_params, args, kwargs)
+        if self.average_iterates is not None:
+            state = state._replace(average=start_average(state.params, self._unconstrained(state)))
         return state, good, params.are_inside()
 
 

@@ -106,6 +106,8 @@ class ParticleState(NamedTuple):
     num_steps: Array
     #: (), int32: steps that ``stable_update`` skipped
     num_skipped: Array
+    #: :class:`~numpyro_ebm.infer.averaging.Average` of the iterates, where the engine averages
+    average: Any = ()
 
     @property
     def acceptance(self) -> dict[str, Array]:
@@ -134,8 +136,14 @@ class ParticleMMLE(Engine):
         optimizer of :mod:`numpyro.optim`; :class:`~numpyro_ebm.infer.Newton` of either, which gets the Newton direction; or
         :class:`~numpyro_ebm.infer.Maximize`, by which they go to the maximum for the current cloud.
     :param int num_particles: particles per latent.
-    :param step_size: the step :math:`h` of the particles, or a schedule of it by the number of steps made. A particle is stable
-        below 2 / (largest curvature of its negative log posterior); see :meth:`stability_limit`.
+    :param step_size: the step :math:`h` of the particles, or a schedule of it by the number of steps made, or a dictionary of
+        these with one for each latent site. An unadjusted particle is stable below 2 / (largest curvature of its negative log
+        posterior); see :meth:`stability_limit` and :meth:`stiffness`. With ``kernel="mala"`` where steps start from, .1 if not
+        given.
+    :param str kernel: ``"langevin"``: unadjusted moves, as published, whose variance is too large by a fraction of about half the
+        step times the curvature; ``"mala"``: Metropolis-adjusted moves of one latent site after the other, by two evaluations
+        of the score each, accepted by every row of its plates and every particle for itself. They are exact at every step, and
+        each row finds its own: ``state.acceptance`` and ``state.dynamics_state.step_size``.
     :param drift: :class:`~numpyro_ebm.infer.Summed`: the optimizer gets the gradient of the loss, a sum over data, at
         temperature ``1 / num_particles``; :class:`~numpyro_ebm.infer.Averaged`: both divided by the number of data.
     :param str order: ``"jacobi"``: particles and parameters move from the same point; ``"gauss_seidel"``: parameters see the
@@ -148,8 +156,10 @@ class ParticleMMLE(Engine):
     :param bool average_moves: whether the parameters see the mean gradient over all those moves, instead of the last.
     :param dynamics: how particles move instead of :func:`~numpyro_ebm.langevin`, such as
         :func:`~numpyro_ebm.kinetic_langevin`.
-    :param init_strategy: a NumPyro ``init_to_...`` strategy for the particles; samples of the prior if not given, of the base
-        for an energy.
+    :param init_strategy: a NumPyro ``init_to_...`` strategy for the particles. If not given they are samples of the prior, of the
+        base for an energy; those that a step of this size would not be stable at are moved towards the posterior first.
+    :param average_iterates: whether the parameters that :meth:`run` and :meth:`get_params` return are an average of the iterates,
+        weighed by about the cube of the step, instead of the last; or another power than 3. ``state.params`` is the last.
     :raises ValueError: for a setting out of range; when a model is first seen, naming the site, for a discrete latent, no
         latent or no param site, a latent outside a subsampled plate, or data that are not finite.
     :raises NormalizerError: when a model is first seen, naming the site, if an unknown normalizer depends on a latent, or on
@@ -200,8 +210,9 @@ class ParticleMMLE(Engine):
         average_moves: bool = False,
         dynamics: optax.GradientTransformationExtraArgs | None = None,
         init_strategy: Callable[..., Any] | None = None,
+        average_iterates: bool | float = False,
     ) -> None:
-        super().__init__()
+        super().__init__(average_iterates)
         self.num_particles = require_count("num_particles", num_particles, why="a cloud needs particles")
         self.kernel = require_one_of("kernel", kernel, ("langevin", "mala"))
         self.step_size = require_steps(step_size, kernel)
