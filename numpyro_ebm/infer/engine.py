@@ -9,6 +9,7 @@ loop, so that stepping and running give the same numbers and a second ``run`` co
 kept on the engine: a state restored from disk goes on in a freshly built one.
 """
 
+import re
 import time
 import warnings
 from abc import ABCMeta, abstractmethod
@@ -184,8 +185,8 @@ class Engine(metaclass=_ReadOnly):
         """What to do about numbers that are no longer finite."""
         return "Take a smaller learning rate, or clip the gradient (optax.clip_by_global_norm)."
 
-    def _warnings(self, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-        """What to warn of between two chunks."""
+    def _warnings(self, state: State, before: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        """What to warn of after a chunk, which began when ``before`` steps were made."""
         return []
 
     # What a user calls.
@@ -299,7 +300,7 @@ class Engine(metaclass=_ReadOnly):
         length = self._length(state, call, chunk_size) if _asks_the_host(state, dynamic) else None
         chunk = self._open_chunk if length is None else partial(self._fixed_chunk, length=length)
         pace = _Pace(chunk_size, length, SECONDS_PER_CHUNK if progress_bar else SECONDS_WITHOUT_BAR)
-        log, warned = _Log(num_steps), set[str]()
+        log, warned, before = _Log(num_steps), set[str](), int(state.num_steps)
         with tqdm(total=num_steps, disable=not progress_bar) as bar:
             try:
                 while log.done < num_steps:
@@ -308,9 +309,11 @@ class Engine(metaclass=_ReadOnly):
                     pace.tell(len(record.loss))
                     if bad:
                         raise self._error(state, bad, log.done + 1, args, kwargs)
-                    for message in set(self._warnings(state, args, kwargs)) - warned:
-                        warnings.warn(message, stacklevel=2)
-                        warned.add(message)
+                    for message in self._warnings(state, before, args, kwargs):
+                        if (told := re.sub(r"[\d.]+", "", message)) not in warned:  # and not again with another number
+                            warnings.warn(message, stacklevel=2)
+                            warned.add(told)
+                    before = int(state.num_steps)
                     bar.update(len(record.loss))
                     bar.set_postfix_str(f"loss: {record.loss[-1]:.4f}", refresh=False)
                     for callback in callbacks:

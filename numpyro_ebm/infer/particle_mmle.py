@@ -54,14 +54,11 @@ from numpyro_ebm.infer.particle_start import (
 )
 from numpyro_ebm.infer.phase import Phase, has_chains, health_of_chains
 from numpyro_ebm.infer.stability import (
-    FIRST_LOOK,
-    LOOK_EVERY,
-    NEVER,
-    STEPS_PER_BATCH,
     Look,
     fix_of,
     lag,
     local_stiffness,
+    looks_due,
     stiffest,
     warnings_of,
 )
@@ -239,7 +236,6 @@ class ParticleMMLE(Engine):
             require_noise(self.dynamics)
         self._moves = Moves(kernel, self.dynamics, order, num_moves, average_moves)
         self._draws = init_to_sample if init_strategy is None else init_strategy
-        self._looked, self._next_look = 0, FIRST_LOOK  # the numbers of steps of the last look at particles and of the next
         self._phase = Phase(model)
         self._inner = self._phase.inner
 
@@ -417,7 +413,9 @@ class ParticleMMLE(Engine):
             is_slow = num_batches > 1 and self.num_particles > 1
             return Look(found, lag(batch.program, scores, x) if is_slow else jnp.zeros(()), jnp.asarray(num_batches))
 
-        return lax.fori_loop(1, num_looks, lambda i, seen: seen.worse(look(i)), look(0))
+        first_look = look(0)
+        num_looks = jnp.where(first_look.num_batches > 1, num_looks, 1)
+        return lax.fori_loop(1, num_looks, lambda i, seen: seen.worse(look(i)), first_look)
 
     @compiled_method
     def _stiffness_at_start(self, state: ParticleState, *args: Any, **kwargs: Any) -> Array:
@@ -614,19 +612,13 @@ class ParticleMMLE(Engine):
     def _told_steps(self, state: ParticleState) -> dict[str, float]:
         return {name: float(h) for name, h in self._step_size(state).items()}
 
-    def _warnings(self, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    def _warnings(self, state: ParticleState, before: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         data = {**state.params, **state.mutable_state}
         found = self._phase.warnings(state.mutable_state, args, kwargs, data=data)
         num_steps = int(state.num_steps)
-        if num_steps < self._looked:  # another run
-            self._next_look = FIRST_LOOK
-        if self.kernel == "langevin" and self.dynamics is None and num_steps >= self._next_look:
-            num_looks = 1 + min(num_steps, LOOK_EVERY) // STEPS_PER_BATCH
-            look = self._look(state, jnp.asarray(num_looks), *args, **kwargs)
-            told = warnings_of(look, self._told_steps(state), num_steps, self.num_moves)
-            # the same is not told twice, with another number
-            self._looked, self._next_look = num_steps, NEVER if told else min(2 * num_steps, num_steps + LOOK_EVERY)
-            found += told
+        if self.kernel == "langevin" and self.dynamics is None and (num_batches := looks_due(before, num_steps)):
+            look = self._look(state, jnp.asarray(num_batches), *args, **kwargs)
+            found += warnings_of(look, self._told_steps(state), num_steps, self.num_moves)
         return found
 
     def _explain(

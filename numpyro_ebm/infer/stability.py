@@ -30,10 +30,9 @@ from numpyro_ebm.program.run import Run
 STIFF = 1.0  # h times the curvature from which on it is told
 NUM_POWER_ITERATIONS = 30
 NUM_LOOKS = 8  # power iterations, a score each, of a look at particles in a run
-FIRST_LOOK, LOOK_EVERY = 20, 1000  # steps: looks are made at twice the steps of the one before, and then this often
-NEVER = 2**62
-STEPS_PER_BATCH = 100  # steps since then for each batch that is looked at: about a tenth of their scores
-
+# A run looks at its particles at these numbers of steps: 20, 40, 80, ..., 1280, and then every 1280.
+FIRST_LOOK, LOOK_EVERY = 20, 1280
+STEPS_PER_BATCH = 100  # steps between looks for each batch that is looked at: its scores are a tenth of theirs
 # Clouds of data in this many batches are told to lag by more than this, after two rounds of the data and as many steps.
 MANY_BATCHES, LAG, STEPS_TO_ARRIVE = 10, 0.5, 500
 
@@ -94,6 +93,17 @@ class Blocks:
         """The shape with 1 at the axes of an event, and of plates that not all sites are in."""
         axes = {axis % len(shape) for plate, axis in self.program.latents[name].plates if plate in self.plates}
         return tuple(size if axis == 0 or axis in axes else 1 for axis, size in enumerate(shape))
+
+
+def looks_due(before: int, now: int) -> int:
+    """How many batches to look at when ``now`` steps are made and ``before`` were at the last occasion; 0 if there is no need."""
+    due = now >= FIRST_LOOK and _num_looks(now) > _num_looks(before)
+    return 1 + min(now, LOOK_EVERY) // STEPS_PER_BATCH if due else 0
+
+
+def _num_looks(num_steps: int) -> int:
+    """Numbers to look at that are not more than this."""
+    return (min(num_steps, LOOK_EVERY) // FIRST_LOOK).bit_length() + num_steps // LOOK_EVERY
 
 
 def stiffness(

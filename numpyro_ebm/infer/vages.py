@@ -244,7 +244,7 @@ class VaGES(BilevelEngine):
                 "sample a real latent and transform it with numpyro.deterministic."
             )
 
-    def _warnings(self, state: VaGESState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    def _warnings(self, state: VaGESState, before: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         if isinstance(self.estimate, Variational) or state.effective_sample_size >= DEGENERATE:
             return []
         return [
