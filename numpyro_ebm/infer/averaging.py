@@ -27,7 +27,7 @@ from numpyro_ebm.program.sites import Site
 ETA = 3.0
 
 
-class Average(NamedTuple):
+class IterateAverage(NamedTuple):
     """The average of the iterates of a fit so far."""
 
     #: param sites, constrained: the image of the next field
@@ -48,9 +48,9 @@ def require_average(average_iterates: Any) -> float | None:
     return require_nonnegative("average_iterates", average_iterates, "it is True, False, or the exponent of the weights")
 
 
-def start_average(params: dict[str, Any], unconstrained: dict[str, Any]) -> Average:
+def start_average(params: dict[str, Any], unconstrained: dict[str, Any]) -> IterateAverage:
     """An average of nothing yet, which is where the parameters stand."""
-    return Average(params, unconstrained, jnp.zeros((), jnp.int32))
+    return IterateAverage(params, unconstrained, jnp.zeros((), jnp.int32))
 
 
 class ParamSites(Messenger):
@@ -64,7 +64,7 @@ class ParamSites(Messenger):
         if msg["type"] == "param" and msg["name"] not in self.transforms:
             self.transforms[msg["name"]] = biject_to(msg["kwargs"].get("constraint", constraints.real))
 
-    def next(self, average: Average, unconstrained: dict[str, Any], eta: float) -> Average:
+    def next(self, average: IterateAverage, unconstrained: dict[str, Any], eta: float) -> IterateAverage:
         """The average with one iterate more."""
         count = average.num_iterates + 1
         weight = (1 + eta) / (count + eta)
@@ -73,4 +73,4 @@ class ParamSites(Messenger):
             return old + weight.astype(old.dtype) * (new - old)
 
         means = jax.tree.map(mean, average.unconstrained, unconstrained)
-        return Average(constrain_params(means, self.transforms), means, count)
+        return IterateAverage(constrain_params(means, self.transforms), means, count)

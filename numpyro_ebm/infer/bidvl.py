@@ -91,7 +91,7 @@ class BiDVLState(NamedTuple):
     num_steps: Array
     #: (), int32, steps that ``stable_update`` did not make
     num_skipped: Array
-    #: :class:`~numpyro_ebm.infer.averaging.Average` of the iterates, where the engine averages
+    #: :class:`~numpyro_ebm.infer.IterateAverage` of the iterates, where the engine averages
     average: Any = ()
 
 

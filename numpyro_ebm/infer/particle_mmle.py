@@ -32,7 +32,7 @@ from numpyro_ebm.distributions.guard import NormalizerError
 from numpyro_ebm.handlers import negative_phase
 from numpyro_ebm.infer.engine import Engine, compiled_method
 from numpyro_ebm.infer.particle_batch import ParticleBatch, Particles, first, number_of
-from numpyro_ebm.infer.particle_moves import Adapted, Moves, are_independent
+from numpyro_ebm.infer.particle_moves import AdaptedMoves, Moves, are_independent
 from numpyro_ebm.infer.particle_settings import (
     Averaged,
     Maximize,
@@ -93,7 +93,8 @@ class ParticleState(NamedTuple):
     optim_state: Any
     #: latent sites, unconstrained, of shape ``(num_particles,) + batch_shape + event_shape`` with a row for all data
     particles: Particles
-    #: what the moves of the particles keep, with a row for all data: velocities of dynamics, :class:`Adapted` with kernel='mala'
+    #: what the moves of the particles keep, with a row for all data: velocities of dynamics, or with kernel='mala'
+    #: :class:`~numpyro_ebm.infer.AdaptedMoves`
     dynamics_state: Any
     #: negative chains, and other mutable sites of the model
     mutable_state: dict[str, Any]
@@ -103,13 +104,13 @@ class ParticleState(NamedTuple):
     num_steps: Array
     #: (), int32: steps that ``stable_update`` skipped
     num_skipped: Array
-    #: :class:`~numpyro_ebm.infer.averaging.Average` of the iterates, where the engine averages
+    #: :class:`~numpyro_ebm.infer.IterateAverage` of the iterates, where the engine averages
     average: Any = ()
 
     @property
     def acceptance(self) -> dict[str, Array]:
         """By latent site the running mean of the acceptance of each row's moves, with kernel='mala'; empty without."""
-        return self.dynamics_state.acceptance if isinstance(self.dynamics_state, Adapted) else {}
+        return self.dynamics_state.acceptance if isinstance(self.dynamics_state, AdaptedMoves) else {}
 
 
 class ParticleMMLE(Engine):
@@ -372,7 +373,7 @@ class ParticleMMLE(Engine):
         kept = state.dynamics_state
         return state._replace(
             particles=by_site(repeat, state.particles, state.particles),
-            dynamics_state=kept if isinstance(kept, Adapted) else by_site(repeat, state.particles, kept),
+            dynamics_state=kept if isinstance(kept, AdaptedMoves) else by_site(repeat, state.particles, kept),
         )
 
     def stability_limit(self, state: ParticleState, *args: Any, **kwargs: Any) -> float:

@@ -37,7 +37,7 @@ LOG_STEPS = (np.log(1e-20), np.log(1e8))  # where there is no density every step
 Steps = dict[str, Array]  # by latent site, the step h
 
 
-class Adapted(NamedTuple):
+class AdaptedMoves(NamedTuple):
     """What Metropolis-adjusted moves keep, by latent site: one number for each row, of the particles' shape with 1 elsewhere."""
 
     #: the steps h in use
@@ -50,7 +50,7 @@ class Moved(NamedTuple):
     """What the moves of a step made."""
 
     x: Particles
-    kept: Any  # by the dynamics, or Adapted
+    kept: Any  # by the dynamics, or AdaptedMoves
     seen: Particles  # the cloud that the parameters see
     gradients: Gradients  # there, or their mean along the way
 
@@ -76,7 +76,7 @@ class Moves:
             shapes = {name: rows.shape_of(particles[name].shape)[1:] for name, rows in rows_of(batch, theta).items()}
             like = {name: (shape, jnp.promote_types(particles[name].dtype, jnp.float32)) for name, shape in shapes.items()}
             steps = {name: jnp.full(shape, step_size[name], dtype) for name, (shape, dtype) in like.items()}
-            return Adapted(steps, {name: jnp.full_like(step, TARGET_ACCEPTANCE) for name, step in steps.items()})
+            return AdaptedMoves(steps, {name: jnp.full_like(step, TARGET_ACCEPTANCE) for name, step in steps.items()})
         return () if self.dynamics is None else self.dynamics.init(particles)
 
     def __call__(
@@ -154,7 +154,7 @@ class _Chains(NamedTuple):
     score: Array
 
 
-def adjusted(batch: ParticleBatch, theta: Any, x: Particles, kept: Adapted, moves: How) -> tuple[Particles, Adapted]:
+def adjusted(batch: ParticleBatch, theta: Any, x: Particles, kept: AdaptedMoves, moves: How) -> tuple[Particles, AdaptedMoves]:
     """Metropolis-adjusted moves of one latent site after the other.
 
     :param moves: with a leading axis, one for each move.
@@ -170,7 +170,7 @@ def adjusted(batch: ParticleBatch, theta: Any, x: Particles, kept: Adapted, move
         before = moves.num_before / batch.program.scale(name)  # a row moves in its batches
         adapted = step_size[name], acceptance[name]
         x[name], step_size[name], acceptance[name] = _move_site(log_density, x[name], adapted, of_site._replace(num_before=before))
-    return x, Adapted(step_size, acceptance)
+    return x, AdaptedMoves(step_size, acceptance)
 
 
 def _move_site(

@@ -68,7 +68,7 @@ class VaGESState(NamedTuple):
     num_skipped: Array
     #: (), of the samples in the last step, a mean over rows: L where they are not weighted
     effective_sample_size: Array
-    #: :class:`~numpyro_ebm.infer.averaging.Average` of the iterates, where the engine averages
+    #: :class:`~numpyro_ebm.infer.IterateAverage` of the iterates, where the engine averages
     average: Any = ()
 
 
