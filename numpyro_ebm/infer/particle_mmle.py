@@ -414,9 +414,18 @@ class ParticleMMLE(Engine):
             is_slow = num_batches > 1 and self.num_particles > 1
             return Look(found, lag(batch.program, scores, x) if is_slow else jnp.zeros(()), jnp.asarray(num_batches))
 
-        first_look = look(0)
-        num_looks = jnp.where(first_look.num_batches > 1, num_looks, 1)
-        return lax.fori_loop(1, num_looks, lambda i, seen: seen.worse(look(i)), first_look)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(look, 0))
+
+        def going(carry: tuple[Array, Look]) -> Array:
+            i, seen = carry
+            return (i == 0) | ((i < num_looks) & (seen.num_batches > 1))  # there is more than one to see
+
+        def next_look(carry: tuple[Array, Look]) -> tuple[Array, Look]:
+            i, seen = carry
+            new = look(i)
+            return i + 1, keep(i == 0, new, seen.worse(new))
+
+        return lax.while_loop(going, next_look, (jnp.zeros((), jnp.int32), nothing))[1]
 
     @compiled_method
     def _stiffness_at_start(self, state: ParticleState, *args: Any, **kwargs: Any) -> Array:

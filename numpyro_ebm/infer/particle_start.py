@@ -170,19 +170,21 @@ def tamed(batch: ParticleBatch, theta: Any, x: Particles, step_size: dict[str, A
 
     def going(carry: tuple[Any, ...]) -> Array:
         count, _, _, wild = carry
-        return (count < NUM_ROUNDS) & wild.any()
+        return (count == 0) | ((count <= NUM_ROUNDS) & wild.any())
+
+    def moved(count: Array, x: Particles, kept: Any, wild: Array) -> tuple[Particles, Any]:
+        counts = count * MOVES_PER_ROUND + jnp.arange(MOVES_PER_ROUND)
+        keys = jax.random.split(jax.random.fold_in(rng_key, count), MOVES_PER_ROUND)
+        new, kept = adjusted(batch, theta, x, kept, How(keys, jnp.ones(MOVES_PER_ROUND), counts))
+        return jax.tree.map(lambda wild, new, old: jnp.where(wild, new, old), blocks.spread(wild, x), new, x), kept
 
     def round_of(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        count, x, kept, wild = carry
-        move_key, look_key = jax.random.split(jax.random.fold_in(rng_key, count))
-        counts = count * MOVES_PER_ROUND + jnp.arange(MOVES_PER_ROUND)
-        moves = How(jax.random.split(move_key, MOVES_PER_ROUND), jnp.ones(MOVES_PER_ROUND), counts)
-        new, kept = adjusted(batch, theta, x, kept, moves)
-        x = jax.tree.map(lambda wild, new, old: jnp.where(wild, new, old), blocks.spread(wild, x), new, x)
-        return count + 1, x, kept, are_wild(x, look_key)
+        count, x, kept, wild = carry  # none is known to be wild in the first round, which only looks
+        x, kept = lax.cond(wild.any(), moved, lambda count, x, kept, wild: (x, kept), count, x, kept, wild)
+        return count + 1, x, kept, are_wild(x, jax.random.fold_in(rng_key, -1 - count))
 
-    count = jnp.zeros((), jnp.int32)
-    _, x, _, wild = lax.while_loop(going, round_of, (count, x, kept, are_wild(x, rng_key)))
+    none = jnp.zeros_like(blocks.dot(x, x), bool)
+    _, x, _, wild = lax.while_loop(going, round_of, (jnp.zeros((), jnp.int32), x, kept, none))
     # what is still wild stands where another particle of its row does, if there is one that is not
     tame_first, num_tame = jnp.argsort(wild, 0), jnp.maximum((~wild).sum(0), 1)
     place = jnp.arange(len(wild)).reshape(-1, *[1] * (wild.ndim - 1))

@@ -29,8 +29,8 @@ from numpyro_ebm.program.run import Run
 
 STIFF = 1.0  # h times the curvature from which on it is told
 NUM_POWER_ITERATIONS = 30
-NUM_LOOKS = 8  # power iterations, a score each, of a look at particles in a run
-# A run looks at its particles at these numbers of steps: 20, 40, 80, ..., 1280, and then every 1280.
+NUM_LOOKS = 6  # power iterations, a score each, of a look at particles in a run
+# A run looks at its particles at these numbers of steps: 20, 80, 320, 1280, and then every 1280.
 FIRST_LOOK, LOOK_EVERY = 20, 1280
 STEPS_PER_BATCH = 100  # steps between looks for each batch that is looked at: its scores are a tenth of theirs
 # Clouds of data in this many batches are told to lag by more than this, after two rounds of the data and as many steps.
@@ -63,7 +63,7 @@ class Look(NamedTuple):
     def worse(self, other: "Look") -> "Look":
         """What is worse in either."""
         row = jax.tree.map(partial(jnp.where, other.row.ratio > self.row.ratio), other.row, self.row)
-        return Look(row, jnp.maximum(self.lag, other.lag), self.num_batches)
+        return Look(row, jnp.maximum(self.lag, other.lag), other.num_batches)
 
 
 class Blocks:
@@ -103,7 +103,7 @@ def looks_due(before: int, now: int) -> int:
 
 def _num_looks(num_steps: int) -> int:
     """Numbers to look at that are not more than this."""
-    return (min(num_steps, LOOK_EVERY) // FIRST_LOOK).bit_length() + num_steps // LOOK_EVERY
+    return ((min(num_steps, LOOK_EVERY) // FIRST_LOOK).bit_length() + 1) // 2 + num_steps // LOOK_EVERY
 
 
 def stiffness(
@@ -116,15 +116,23 @@ def stiffness(
     :param step_size: by site.
     :return: of shape ``(num_particles,) + sizes of the shared plates``; and the direction, as particles.
     """
-    scaled = partial(_scaled, step_size)
-    start = scaled(scores(x))
-
-    def product(v: Particles) -> Particles:
-        return jax.tree.map(jnp.subtract, start, scaled(scores(jax.tree.map(jnp.add, x, scaled(v)))))
-
+    scaled, blocks = partial(_scaled, step_size), Blocks(program)
     noise = normal_like(rng_key, x)
-    move = jax.tree.map(lambda s, xi: s + jnp.sqrt(2.0).astype(s.dtype) * xi, start, noise)
-    return _power_iteration(Blocks(program), product, move, num_looks)
+
+    def look(carry: tuple[Particles, Particles, _Power], i: Array) -> tuple[tuple[Particles, Particles, _Power], None]:
+        start, move, power = carry
+        # one score for the program to compile: the first is that of the particles, which tells their move
+        v = jax.tree.map(lambda a: jnp.where(i == 0, 0, a), power.v)
+        there = scaled(scores(jax.tree.map(jnp.add, x, scaled(v))))
+        is_first = partial(jnp.where, i == 0)
+        start = jax.tree.map(is_first, there, start)
+        move = jax.tree.map(lambda s, m, xi: is_first(s + jnp.sqrt(2.0).astype(s.dtype) * xi, m), there, move, noise)
+        power = _iterate(blocks, power._replace(v=v), jax.tree.map(jnp.subtract, start, there), blocks.dot(move, move))
+        return (start, move, jax.tree.map(is_first, _Power(move, jnp.full_like(power.largest, -jnp.inf)), power)), None
+
+    begin = noise, noise, _Power(noise, jnp.zeros_like(blocks.dot(noise, noise)))
+    (_, _, power), _ = lax.scan(look, begin, jnp.arange(num_looks + 1))
+    return power.largest, power.v
 
 
 def stiffest(program: Run, scores: Scores, x: Particles, step_size: dict[str, Array], rng_key: Array) -> Stiffest:
@@ -147,7 +155,14 @@ def local_stiffness(program: Run, scores: Scores, x: Particles, step_size: dict[
     def product(v: Particles) -> Particles:
         return jax.tree.map(jnp.negative, scaled(jax.jvp(scores, (x,), (scaled(v),))[1]))
 
-    ratio, _ = _power_iteration(Blocks(program), product, normal_like(rng_key, x), NUM_POWER_ITERATIONS)
+    blocks, start = Blocks(program), normal_like(rng_key, x)
+    length = blocks.dot(start, start)
+
+    def iterate(power: _Power, _: None) -> tuple[_Power, None]:
+        return _iterate(blocks, power, product(power.v), length), None
+
+    begin = _Power(start, jnp.full(length.shape, -jnp.inf, length.dtype))
+    ratio = lax.scan(iterate, begin, None, NUM_POWER_ITERATIONS)[0].largest
     return jnp.nanmax(jnp.where(jnp.isfinite(ratio), ratio, jnp.nan))
 
 
@@ -156,25 +171,21 @@ def _scaled(step_size: dict[str, Array], x: Particles) -> Particles:
     return {name: jnp.sqrt(jnp.asarray(step_size[name])).astype(x[name].dtype) * x[name] for name in x}
 
 
-def _power_iteration(
-    blocks: Blocks, product: Callable[[Particles], Particles], start: Particles, num_iterations: int
-) -> tuple[Array, Particles]:
-    """The largest Rayleigh quotient of each block on the way, and where the way ends; vectors keep the length of the first."""
+class _Power(NamedTuple):
+    """Where a power iteration is."""
+
+    v: Particles
+    largest: Array  # Rayleigh quotient of each block so far
+
+
+def _iterate(blocks: Blocks, power: _Power, image: Particles, length: Array) -> _Power:
+    """A step of it: the image of its vector, in each block of the given squared length."""
     tiny = 1e-30
-
-    def iterate(carry: tuple[Particles, Array], _: None) -> tuple[tuple[Particles, Array], None]:
-        v, largest = carry
-        image = product(v)
-        quotient = blocks.dot(v, image) / jnp.maximum(blocks.dot(v, v), tiny)
-        quotient = jnp.where(jnp.isnan(quotient), jnp.inf, quotient)
-        longer = jnp.sqrt(length / jnp.maximum(blocks.dot(image, image), tiny))
-        v = jax.tree.map(jnp.multiply, image, blocks.spread(longer, image))
-        return (v, jnp.maximum(largest, quotient)), None
-
-    length = blocks.dot(start, start)
-    first = (start, jnp.full(length.shape, -jnp.inf, length.dtype))
-    (v, largest), _ = lax.scan(iterate, first, None, num_iterations)
-    return largest, v
+    quotient = blocks.dot(power.v, image) / jnp.maximum(blocks.dot(power.v, power.v), tiny)
+    quotient = jnp.where(jnp.isnan(quotient), jnp.inf, quotient)
+    longer = jnp.sqrt(length / jnp.maximum(blocks.dot(image, image), tiny))
+    v = jax.tree.map(jnp.multiply, image, blocks.spread(longer, image))
+    return _Power(v, jnp.maximum(power.largest, quotient))
 
 
 def lag(program: Run, scores: Scores, x: Particles) -> Array:
