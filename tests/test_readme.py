@@ -125,11 +125,16 @@ def test_particles_page_runs_and_learns_the_closed_forms(capsys):
     printed = [
         [float(word) for word in line.replace(",", "").split() if "." in word] for line in capsys.readouterr().out.splitlines()
     ]
-    loc, scale, batches, limit, tilt, error = printed[:6]
+    loc, scale, batches, limit, stiffness, adjusted, unadjusted, by_site, averaged, tilt, error = printed[:11]
     assert loc == pytest.approx([float(y.mean())] * 2, abs=0.1)
     assert scale == pytest.approx([float(page["exact"])] * 2, abs=0.1)
     assert batches == pytest.approx([float(y.mean()), float(page["exact"])], abs=0.15)
     assert limit == [2 / 8]  # curvature 1 / .5^2 of prior and likelihood each
+    assert stiffness == [0.05 * 8]
+    assert adjusted == pytest.approx([float(page["exact"]), 0.57], abs=0.1)
+    for fit in (unadjusted, by_site):  # the spread is a latent there, with a prior
+        assert fit == pytest.approx([float(y.mean()), float(page["exact"])], abs=0.1)
+    assert averaged == pytest.approx([float(page["exact"])] * 2, abs=0.1)
     assert tilt == pytest.approx([float(y.mean())] * 2, abs=0.15)
     assert page["state"].num_steps == 40
     assert error == pytest.approx([float(jnp.sqrt(y.var() / 200))] * 2, abs=2e-3)  # some per cent of noise, and rounding

@@ -1,6 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
+from numpyro_ebm.infer.averaging import IterateAverage as IterateAverage
 from numpyro_ebm.infer.bidvl import BiDVL, BiDVLState
 from numpyro_ebm.infer.bidvl_settings import Difference as Difference
 from numpyro_ebm.infer.bidvl_settings import Hinge as Hinge
@@ -9,6 +10,7 @@ from numpyro_ebm.infer.bidvl_settings import Softplus as Softplus
 from numpyro_ebm.infer.bism import BiSM, BiSMState, Implicit, Unrolled
 from numpyro_ebm.infer.engine import NonFiniteError, RunResult
 from numpyro_ebm.infer.particle_mmle import ParticleMMLE, ParticleState
+from numpyro_ebm.infer.particle_moves import AdaptedMoves as AdaptedMoves
 from numpyro_ebm.infer.particle_settings import Averaged as Averaged
 from numpyro_ebm.infer.particle_settings import Maximize as Maximize
 from numpyro_ebm.infer.particle_settings import Newton as Newton

@@ -91,6 +91,8 @@ class BiDVLState(NamedTuple):
     num_steps: Array
     #: (), int32, steps that ``stable_update`` did not make
     num_skipped: Array
+    #: :class:`~numpyro_ebm.infer.IterateAverage` of the iterates, where the engine averages
+    average: Any = ()
 
 
 class BiDVL(Engine):
@@ -128,6 +130,8 @@ class BiDVL(Engine):
     :param int batch_size: where no plate is subsampled, rows of the first argument in every step of either level, drawn with
         replacement; all of them, in order, if not given or if it is their number. Arguments with a row for each are refused
         beside it.
+    :param average_iterates: whether the parameters that ``run`` and ``get_params`` return are an average of the iterates, weighed
+        by about the cube of the step, instead of the last; or another power than 3. ``state.params`` is the last.
     :raises ValueError: for settings out of range; from ``init``, naming the site, for an energy with latents, latents that only
         encoder or generator has, a visible of another shape or name, rows that are in no plate or not in the same one of all
         three, shared params, or data that are not finite.
@@ -180,8 +184,9 @@ class BiDVL(Engine):
         noise: bool = True,
         sampler: Sampler | None = None,
         batch_size: int | None = None,
+        average_iterates: bool | float = False,
     ) -> None:
-        super().__init__()
+        super().__init__(average_iterates)
         self.upper: Difference | Softplus | Hinge = require_setting("upper", upper, (Difference, Softplus, Hinge))
         self.lower: LowerLevel = require_setting("lower", lower, (LowerLevel,))
         self.noise = require_bool("noise", noise, "whether generated visibles are samples or means")
@@ -281,6 +286,9 @@ class BiDVL(Engine):
     @property
     def _programs(self) -> tuple[Model, Model, Model]:
         return self._energy, self.encoder, self.generator
+
+    def _unconstrained(self, state: BiDVLState) -> Params:
+        return {**state.theta, **state.phi, **state.omega}
 
     def _levels_on_all(self, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Levels":
         """The levels on all rows that are given, whatever their number."""

@@ -53,8 +53,9 @@ class BilevelEngine(ScoreEngine):
         lower_loss: Any,
         num_inner_steps: int,
         batch_size: int | None,
+        average_iterates: bool | float,
     ) -> None:
-        super().__init__(model, objective, batch_size)
+        super().__init__(model, objective, batch_size, average_iterates)
         self.guide, self.optim, self.guide_optim = guide, optim, guide_optim
         require_program("the guide", guide)
         self.num_inner_steps = require_count("num_inner_steps", num_inner_steps, least=0)
@@ -97,6 +98,9 @@ class BilevelEngine(ScoreEngine):
     @abstractmethod
     def _require_draws(self, name: str, fn: Any) -> None:
         """Refuses a distribution of the guide that this engine cannot learn with."""
+
+    def _unconstrained(self, state: Any) -> dict[str, Any]:
+        return {**state.theta, **state.phi}
 
     def _meet(self, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if isinstance(self.guide, AutoGuide) and not has_seen_model(self.guide):

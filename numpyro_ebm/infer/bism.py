@@ -60,6 +60,8 @@ class BiSMState(NamedTuple):
     num_steps: Array
     #: (), int32, steps that ``stable_update`` did not make
     num_skipped: Array
+    #: :class:`~numpyro_ebm.infer.IterateAverage` of the iterates, where the engine averages
+    average: Any = ()
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,8 @@ class BiSM(BilevelEngine):
     :param int batch_size: where no plate is subsampled, rows of the first argument in every step, drawn with replacement,
         or without where the objective compares rows; all of them, in order, if not given or if it is their number. Arguments
         with a row for each are refused beside it.
+    :param average_iterates: whether the parameters that ``run`` and ``get_params`` return are an average of the iterates, weighed
+        by about the cube of the step, instead of the last; or another power than 3. ``state.params`` is the last.
     :raises ValueError: for settings out of range; from ``init``, naming the site and the fix, if the first argument does not
         reach exactly one continuous site, row by row, if a latent is missing from the guide, has another shape there, stands
         outside the plate of the rows, has another support or is drawn without reparametrization, or if model and guide share a
@@ -206,8 +210,9 @@ class BiSM(BilevelEngine):
         *,
         hypergradient: Unrolled | Implicit = Implicit(),
         batch_size: int | None = None,
+        average_iterates: bool | float = False,
     ) -> None:
-        super().__init__(model, guide, optim, guide_optim, objective, lower_loss, num_inner_steps, batch_size)
+        super().__init__(model, guide, optim, guide_optim, objective, lower_loss, num_inner_steps, batch_size, average_iterates)
         self.hypergradient: Unrolled | Implicit = require_setting("hypergradient", hypergradient, (Unrolled, Implicit))
         is_fisher = isinstance(hypergradient, Implicit) and hypergradient.curvature == "fisher"
         if is_fisher and isinstance(self.lower_loss, PosteriorFisher):

@@ -9,6 +9,7 @@ loop, so that stepping and running give the same numbers and a second ``run`` co
 kept on the engine: a state restored from disk goes on in a freshly built one.
 """
 
+import re
 import time
 import warnings
 from abc import ABCMeta, abstractmethod
@@ -31,6 +32,7 @@ from numpyro_ebm._compiled import Watch, frozen
 from numpyro_ebm._fit import fit_of
 from numpyro_ebm._pytree import Rest, arrays_and_rest, as_array, join, read_params, require_hashable, require_no_lists
 from numpyro_ebm.evaluate.report import Finding, FitReport, are_reports_enabled, report_of
+from numpyro_ebm.infer.averaging import ParamSites, require_average, start_average
 from numpyro_ebm.infer.init_params import InitParams
 from numpyro_ebm.infer.step import Health, Part, is_bad, keep, named
 from numpyro_ebm.program.run import own_key
@@ -111,6 +113,9 @@ class Engine(metaclass=_ReadOnly):
 
     States are named tuples of arrays with at least the fields ``params`` (constrained), ``rng_key``, ``num_steps`` and
     ``num_skipped``. Attributes are read-only: what is compiled has read them.
+
+    :param average_iterates: whether :meth:`get_params` and the result of :meth:`run` are averages of the iterates, as kept in
+        ``state.average``, instead of the last; or the exponent of their weights, 3 for True.
     """
 
     #: Fields of the state that :meth:`_step` itself leaves as they were where its health is bad. They have a row for all data,
@@ -121,7 +126,8 @@ class Engine(metaclass=_ReadOnly):
 
     _is_made = False  # after __init__
 
-    def __init__(self) -> None:
+    def __init__(self, average_iterates: bool | float = False) -> None:
+        self.average_iterates = require_average(average_iterates)
         self._compile()
 
     def _compile(self) -> None:
@@ -172,6 +178,10 @@ class Engine(metaclass=_ReadOnly):
     def _loss(self, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
         """The loss at a state; traced."""
 
+    def _unconstrained(self, state: State) -> dict[str, Any]:
+        """The unconstrained values of all param sites at a state."""
+        return cast(dict[str, Any], state.unconstrained)
+
     def _meet(self, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What there is to do before anything is traced."""
 
@@ -183,8 +193,8 @@ class Engine(metaclass=_ReadOnly):
         """What to do about numbers that are no longer finite."""
         return "Take a smaller learning rate, or clip the gradient (optax.clip_by_global_norm)."
 
-    def _warnings(self, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-        """What to warn of between two chunks."""
+    def _warnings(self, state: State, before: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        """What to warn of after a chunk, which began when ``before`` steps were made."""
         return []
 
     def _findings(self, rng_key: Array, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
@@ -228,13 +238,13 @@ class Engine(metaclass=_ReadOnly):
             :class:`~numpyro_ebm.BiSM` and :class:`~numpyro_ebm.VaGES` at the guide after its inner steps, unrolled ones too.
             :meth:`evaluate` gives the loss at a state.
         """
-        self._require_state(state)
+        state = self._require_state(state)
         made = self._one(state, np.False_, np.False_, *self._split(args, kwargs))
         return made.state, made.loss
 
     def stable_update(self, state: State, *args: Any, **kwargs: Any) -> tuple[State, Array]:
         """One step as by :meth:`update`, where a step that is not made is counted in ``state.num_skipped``."""
-        self._require_state(state)
+        state = self._require_state(state)
         made = self._one(state, np.False_, np.True_, *self._split(args, kwargs))
         return made.state, made.loss
 
@@ -244,9 +254,10 @@ class Engine(metaclass=_ReadOnly):
         return self._loss(state, args, kwargs)
 
     def get_params(self, state: State) -> dict[str, Any]:
-        """Values of the :func:`numpyro.param` sites, constrained, as ``Predictive`` takes them."""
-        self._require_state(state)
-        return state.params
+        """Values of the :func:`numpyro.param` sites, constrained, as ``Predictive`` takes them; averaged if the engine averages."""
+        state = self._require_state(state)
+        params: dict[str, Any] = state.params if self.average_iterates is None else state.average.params
+        return params
 
     def run(
         self,
@@ -306,7 +317,7 @@ class Engine(metaclass=_ReadOnly):
         length = self._length(state, call, chunk_size) if _asks_the_host(state, dynamic) else None
         chunk = self._open_chunk if length is None else partial(self._fixed_chunk, length=length)
         pace = _Pace(chunk_size, length, SECONDS_PER_CHUNK if progress_bar else SECONDS_WITHOUT_BAR)
-        log, warned = _Log(num_steps), set[str]()
+        log, warned, before = _Log(num_steps), set[str](), int(state.num_steps)
         with tqdm(total=num_steps, disable=not progress_bar) as bar:
             try:
                 while log.done < num_steps:
@@ -315,9 +326,11 @@ class Engine(metaclass=_ReadOnly):
                     pace.tell(len(record.loss))
                     if bad:
                         raise self._error(state, bad, log.done + 1, args, kwargs)
-                    for message in set(self._warnings(state, args, kwargs)) - warned:
-                        warnings.warn(message, stacklevel=2)
-                        warned.add(message)
+                    for message in self._warnings(state, before, args, kwargs):
+                        if (told := re.sub(r"[\d.]+", "", message)) not in warned:  # and not again with another number
+                            warnings.warn(message, stacklevel=2)
+                            warned.add(told)
+                    before = int(state.num_steps)
                     bar.update(len(record.loss))
                     bar.set_postfix_str(f"loss: {record.loss[-1]:.4f}", refresh=False)
                     for callback in callbacks:
@@ -336,6 +349,8 @@ class Engine(metaclass=_ReadOnly):
         :raises TypeError: saying what it is instead, and what to pass.
         """
         if isinstance(state, self.state_class):
+            if self.average_iterates is not None and state.average == ():  # of a fit that did not average: from here on
+                return state._replace(average=start_average(state.params, self._unconstrained(state)))
             return state
         fix = "pass what init or update of this engine gave, or .state of the result of its run"
         if isinstance(state, RunResult):
@@ -388,8 +403,14 @@ class Engine(metaclass=_ReadOnly):
 
     def _propose(self, state: State, dynamic: Any, *, static: Rest) -> tuple[State, Array, Health]:
         args, kwargs = join(dynamic, static)
-        with _meshes_explained(), one_at_a_time:
-            return self._step(state, args, kwargs)
+        if self.average_iterates is None:
+            with _meshes_explained(), one_at_a_time:
+                return self._step(state, args, kwargs)
+        sites = ParamSites()
+        with _meshes_explained(), one_at_a_time, sites:
+            new, loss, health = self._step(state, args, kwargs)
+        average = sites.next(state.average, self._unconstrained(new), self.average_iterates)
+        return new._replace(average=average), loss, health
 
     # Chunks of steps.
 
@@ -525,6 +546,8 @@ class Engine(metaclass=_ReadOnly):
         params = InitParams(init_params)
         with _meshes_explained(), one_at_a_time, params:
             state, good = self._start(rng_key, init_params, args, kwargs)
+        if self.average_iterates is not None:
+            state = state._replace(average=start_average(state.params, self._unconstrained(state)))
         return state, good, params.are_inside()
 
 

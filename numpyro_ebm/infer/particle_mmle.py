@@ -33,33 +33,51 @@ from numpyro_ebm.evaluate.negative_chains import ChainNumbers
 from numpyro_ebm.evaluate.report import Finding
 from numpyro_ebm.handlers import negative_phase
 from numpyro_ebm.infer.engine import Engine, compiled_method
-from numpyro_ebm.infer.particle_settings import Averaged, Maximize, Newton, Summed
-from numpyro_ebm.infer.particle_start import are_good_rows, draw_particles, require_good_rows, require_learnable, require_noise
-from numpyro_ebm.infer.phase import Phase, has_chains, health_of_chains
-from numpyro_ebm.infer.stability import Particles, fix_of, largest_curvature, running_stiffness, warnings_of
-from numpyro_ebm.infer.step import Health, Part, health_of, is_bad, keep
-from numpyro_ebm.optim import (
-    Schedule,
-    as_transformation,
-    kinetic_langevin,
-    kinetic_langevin_splitting,
-    langevin,
-    require_step,
+from numpyro_ebm.infer.particle_batch import ParticleBatch, Particles, first, number_of
+from numpyro_ebm.infer.particle_moves import AdaptedMoves, Moves, are_independent
+from numpyro_ebm.infer.particle_settings import (
+    Averaged,
+    Maximize,
+    Newton,
+    StepSize,
+    Summed,
+    require_one_step,
+    require_steps,
+    require_steps_of,
+    steps_at,
 )
+from numpyro_ebm.infer.particle_start import (
+    are_good_rows,
+    draw_particles,
+    require_good_rows,
+    require_learnable,
+    require_noise,
+    tamed,
+)
+from numpyro_ebm.infer.phase import Phase, has_chains, health_of_chains
+from numpyro_ebm.infer.stability import (
+    Look,
+    fix_of,
+    lag,
+    local_stiffness,
+    looks_due,
+    stiffest,
+    warnings_of,
+)
+from numpyro_ebm.infer.step import Health, Part, health_of, is_bad, keep
+from numpyro_ebm.optim import as_transformation, kinetic_langevin, kinetic_langevin_splitting, langevin
 from numpyro_ebm.program.check import ModelReport
-from numpyro_ebm.program.rows import by_site, gather, scatter, shared_plates, subsampled_indices
+from numpyro_ebm.program.rows import by_site, shared_plates
 from numpyro_ebm.program.run import (
     Run,
     constrain_params,
     constrained,
     draw_latents,
-    log_density_terms,
     own_key,
     require_all_rows,
     require_program,
     run_model,
     strong_types,
-    total,
     unconstrain_params,
 )
 from numpyro_ebm.program.sites import Model
@@ -77,18 +95,24 @@ class ParticleState(NamedTuple):
     optim_state: Any
     #: latent sites, unconstrained, of shape ``(num_particles,) + batch_shape + event_shape`` with a row for all data
     particles: Particles
-    #: what the dynamics of the particles keep, such as velocities, with a row for all data
+    #: what the moves of the particles keep, with a row for all data: velocities of dynamics, or with kernel='mala'
+    #: :class:`~numpyro_ebm.infer.AdaptedMoves`
     dynamics_state: Any
     #: negative chains, and other mutable sites of the model
     mutable_state: dict[str, Any]
-    #: by latent site and element of its event: running mean over plates of h times the particles' variance of the score
-    stiffness: dict[str, Array]
     #: the key of the next step
     rng_key: Array
     #: (), int32: steps made
     num_steps: Array
     #: (), int32: steps that ``stable_update`` skipped
     num_skipped: Array
+    #: :class:`~numpyro_ebm.infer.IterateAverage` of the iterates, where the engine averages
+    average: Any = ()
+
+    @property
+    def acceptance(self) -> dict[str, Array]:
+        """By latent site the running mean of the acceptance of each row's moves, with kernel='mala'; empty without."""
+        return self.dynamics_state.acceptance if isinstance(self.dynamics_state, AdaptedMoves) else {}
 
 
 class ParticleMMLE(Engine):
@@ -112,8 +136,14 @@ class ParticleMMLE(Engine):
         optimizer of :mod:`numpyro.optim`; :class:`~numpyro_ebm.infer.Newton` of either, which gets the Newton direction; or
         :class:`~numpyro_ebm.infer.Maximize`, by which they go to the maximum for the current cloud.
     :param int num_particles: particles per latent.
-    :param step_size: the step :math:`h` of the particles, or a schedule of it by the number of steps made. A particle is stable
-        below 2 / (largest curvature of its negative log posterior); see :meth:`stability_limit`.
+    :param step_size: the step :math:`h` of the particles, or a schedule of it by the number of steps made, or a dictionary of
+        these with one for each latent site. An unadjusted particle is stable below 2 / (largest curvature of its negative log
+        posterior); see :meth:`stability_limit` and :meth:`stiffness`. With ``kernel="mala"`` where steps start from, .1 if not
+        given.
+    :param str kernel: ``"langevin"``: unadjusted moves, as published, whose variance is too large by a fraction of about half the
+        step times the curvature; ``"mala"``: Metropolis-adjusted moves of one latent site after the other, by two evaluations
+        of the score each, accepted by every row of its plates and every particle for itself. They are exact at every step, and
+        each row finds its own: ``state.acceptance`` and ``state.dynamics_state.step_size``.
     :param drift: :class:`~numpyro_ebm.infer.Summed`: the optimizer gets the gradient of the loss, a sum over data, at
         temperature ``1 / num_particles``; :class:`~numpyro_ebm.infer.Averaged`: both divided by the number of data.
     :param str order: ``"jacobi"``: particles and parameters move from the same point; ``"gauss_seidel"``: parameters see the
@@ -126,8 +156,10 @@ class ParticleMMLE(Engine):
     :param bool average_moves: whether the parameters see the mean gradient over all those moves, instead of the last.
     :param dynamics: how particles move instead of :func:`~numpyro_ebm.langevin`, such as
         :func:`~numpyro_ebm.kinetic_langevin`.
-    :param init_strategy: a NumPyro ``init_to_...`` strategy for the particles; samples of the prior if not given, of the base
-        for an energy.
+    :param init_strategy: a NumPyro ``init_to_...`` strategy for the particles. If not given they are samples of the prior, of the
+        base for an energy; those that a step of this size would not be stable at are moved towards the posterior first.
+    :param average_iterates: whether the parameters that :meth:`run` and :meth:`get_params` return are an average of the iterates,
+        weighed by about the cube of the step, instead of the last; or another power than 3. ``state.params`` is the last.
     :raises ValueError: for a setting out of range; when a model is first seen, naming the site, for a discrete latent, no
         latent or no param site, a latent outside a subsampled plate, or data that are not finite.
     :raises NormalizerError: when a model is first seen, naming the site, if an unknown normalizer depends on a latent, or on
@@ -168,19 +200,22 @@ class ParticleMMLE(Engine):
         model: Model,
         optim: Any,
         num_particles: int,
-        step_size: float | Schedule,
+        step_size: StepSize | None = None,
         *,
+        kernel: str = "langevin",
         drift: Summed | Averaged = Summed(),
         order: str = "jacobi",
         noise: str = "batch",
         num_moves: int = 1,
         average_moves: bool = False,
         dynamics: optax.GradientTransformationExtraArgs | None = None,
-        init_strategy: Callable[..., Any] = init_to_sample,
+        init_strategy: Callable[..., Any] | None = None,
+        average_iterates: bool | float = False,
     ) -> None:
-        super().__init__()
+        super().__init__(average_iterates)
         self.num_particles = require_count("num_particles", num_particles, why="a cloud needs particles")
-        self.step_size = require_step(step_size)
+        self.kernel = require_one_of("kernel", kernel, ("langevin", "mala"))
+        self.step_size = require_steps(step_size, kernel)
         self.drift: Summed | Averaged = require_setting("drift", drift, (Summed, Averaged))
         self.order = require_one_of("order", order, ("jacobi", "gauss_seidel"))
         self.noise = require_one_of("noise", noise, ("batch", "all"))
@@ -188,8 +223,13 @@ class ParticleMMLE(Engine):
         self.average_moves = require_bool("average_moves", average_moves)
         if dynamics is not None and noise == "all":
             raise ValueError("noise='all' is noise between visits of overdamped particles: use noise='batch' with other dynamics.")
+        if kernel == "mala" and (dynamics is not None or noise == "all"):
+            other = "dynamics=" if dynamics is not None else "noise='all'"
+            raise ValueError(
+                f"kernel='mala' does not go with {other}, which moves particles without accepting: leave one of them out."
+            )
         wanted = "one of NumPyro's strategies, such as init_to_median"
-        self.init_strategy = require_instance("init_strategy", init_strategy, ("__call__",), wanted)
+        self.init_strategy = init_strategy and require_instance("init_strategy", init_strategy, ("__call__",), wanted)
         self.model, self.optim = model, optim
         self.dynamics = None if dynamics is None else as_transformation(dynamics, "dynamics")
         moving = optax.identity() if isinstance(optim, Maximize) else optim.optim if isinstance(optim, Newton) else optim
@@ -197,24 +237,28 @@ class ParticleMMLE(Engine):
         require_program("the model", model)
         if self.dynamics is not None:
             require_noise(self.dynamics)
+        self._moves = Moves(kernel, self.dynamics, order, num_moves, average_moves)
+        self._draws = init_to_sample if init_strategy is None else init_strategy
         self._phase = Phase(model)
         self._inner = self._phase.inner
 
     # The published algorithms.
 
     @classmethod
-    def pgd(cls, model: Model, optim: Any = None, *, num_particles: int, step_size: float | Schedule, **settings: Any) -> Self:
+    def pgd(
+        cls, model: Model, optim: Any = None, *, num_particles: int, step_size: StepSize | None = None, **settings: Any
+    ) -> Self:
         """Particle gradient descent (Kuntz et al. 2023): summed drift, no noise on the parameters.
 
         :param optim: gradient descent of step ``step_size`` if not given.
         """
-        optim = optax.sgd(step_size) if optim is None else optim
+        optim = optax.sgd(require_one_step(step_size, "pgd")) if optim is None else optim
         return cls(model, optim, num_particles, step_size, **settings)
 
     @classmethod
-    def ipla(cls, model: Model, *, num_particles: int, step_size: float | Schedule, **settings: Any) -> Self:
+    def ipla(cls, model: Model, *, num_particles: int, step_size: StepSize | None = None, **settings: Any) -> Self:
         """The interacting particle Langevin algorithm (Akyildiz et al. 2025): PGD with noise on the parameters."""
-        return cls(model, langevin(step_size), num_particles, step_size, **settings)
+        return cls(model, langevin(require_one_step(step_size, "ipla")), num_particles, step_size, **settings)
 
     @classmethod
     def ebipla(
@@ -223,7 +267,7 @@ class ParticleMMLE(Engine):
         optim: Any = None,
         *,
         num_particles: int,
-        step_size: float | Schedule,
+        step_size: StepSize | None = None,
         num_chains: int = 256,
         prior_step_size: float = 0.1,
         num_prior_steps: int = 60,
@@ -245,27 +289,27 @@ class ParticleMMLE(Engine):
         if not isinstance(model, negative_phase):
             sampler = UnadjustedLangevin(prior_step_size, num_prior_steps)
             model = negative_phase(model, num_chains=num_chains, sampler=sampler, persistent=False)
-        optim = langevin(step_size) if optim is None else optim
+        optim = langevin(require_one_step(step_size, "ebipla")) if optim is None else optim
         return cls(model, optim, num_particles, step_size, **{"drift": Averaged(), "noise": "all", **settings})
 
     @classmethod
-    def soul(cls, model: Model, optim: Any = None, *, num_moves: int, step_size: float | Schedule, **settings: Any) -> Self:
+    def soul(cls, model: Model, optim: Any = None, *, num_moves: int, step_size: StepSize | None = None, **settings: Any) -> Self:
         """Stochastic optimization by unadjusted Langevin (De Bortoli et al. 2021): one chain, averaged over its moves.
 
         :param optim: gradient descent of step ``step_size`` if not given.
         :param int num_moves: moves of the chain per step of the parameters.
         """
-        optim = optax.sgd(step_size) if optim is None else optim
+        optim = optax.sgd(require_one_step(step_size, "soul")) if optim is None else optim
         settings = {"num_particles": 1, "order": "gauss_seidel", "average_moves": True, **settings}
         return cls(model, optim, step_size=step_size, num_moves=num_moves, **settings)
 
     @classmethod
-    def pqn(cls, model: Model, *, num_particles: int, step_size: float | Schedule, **settings: Any) -> Self:
+    def pqn(cls, model: Model, *, num_particles: int, step_size: StepSize | None = None, **settings: Any) -> Self:
         """Particle quasi-Newton (Kuntz et al. 2023): PGD by the Hessian in the parameters, which must be few."""
-        return cls(model, Newton(optax.sgd(step_size)), num_particles, step_size, **settings)
+        return cls(model, Newton(optax.sgd(require_one_step(step_size, "pqn"))), num_particles, step_size, **settings)
 
     @classmethod
-    def pmgd(cls, model: Model, *, num_particles: int, step_size: float | Schedule, **settings: Any) -> Self:
+    def pmgd(cls, model: Model, *, num_particles: int, step_size: StepSize | None = None, **settings: Any) -> Self:
         """Particle marginal gradient descent (Kuntz et al. 2023): parameters always at the maximum for the cloud."""
         return cls(model, Maximize(), num_particles, step_size, **{"order": "gauss_seidel", **settings})
 
@@ -321,36 +365,89 @@ class ParticleMMLE(Engine):
         """
         num_particles = self.num_particles if num_particles is None else require_count("num_particles", num_particles)
         self._require_state(state)
-        old = _num_particles(state.particles)
+        old = number_of(state.particles)
         if num_particles % old:
             raise ValueError(f"num_particles={num_particles} is no multiple of the state's {old}: copies would weigh unequally.")
 
         def repeat(name: str, x: Array) -> Array:
             return jnp.repeat(x, num_particles // old, 0)
 
+        kept = state.dynamics_state
         return state._replace(
             particles=by_site(repeat, state.particles, state.particles),
-            dynamics_state=by_site(repeat, state.particles, state.dynamics_state),
+            dynamics_state=kept if isinstance(kept, AdaptedMoves) else by_site(repeat, state.particles, kept),
         )
 
     def stability_limit(self, state: ParticleState, *args: Any, **kwargs: Any) -> float:
         """The step above which unadjusted particles diverge where they stand: 2 / (largest curvature), by power iteration.
 
         :param args: arguments of the model.
-        :return: an estimate for the particles that move in the next step, from above; inf where no direction is curved.
+        :return: an estimate for the particles that move in the next step, from above; inf where no direction is curved. Of steps
+            by latent site it is that of the largest, the others in proportion.
         """
-        curvature = float(self._largest_curvature(state, *args, **kwargs))
-        return 2 / curvature if curvature > 0 else float("inf")
+        ratio = float(self._local_stiffness(state, *args, **kwargs))
+        return 2 * max(self._told_steps(state).values()) / ratio if ratio > 0 else float("inf")
+
+    def stiffness(self, state: ParticleState, *args: Any, **kwargs: Any) -> float:
+        """The step h times the curvature, of the stiffest row of a batch: the median of its particles.
+
+        Unadjusted particles are spread too much by a fraction of about half of it, and diverge at 2. A run looks at it from its
+        first steps on, less and less often, and warns from 1 on. It is measured over the length of a move.
+
+        :param args: arguments of the model.
+        """
+        return float(self._look(state, jnp.asarray(1), *args, **kwargs).row.ratio)
 
     @compiled_method
-    def _largest_curvature(self, state: ParticleState, *args: Any, **kwargs: Any) -> Array:
-        batch = _Batch(self._inner, state, state.rng_key, args, kwargs)
-        return largest_curvature(partial(batch.scores, state.unconstrained), batch.gather(state.particles), state.rng_key)
+    def _local_stiffness(self, state: ParticleState, *args: Any, **kwargs: Any) -> Array:
+        batch = self._batch(state, state.rng_key, args, kwargs)
+        x, scores = batch.gather(state.particles), partial(batch.scores, state.unconstrained)
+        return local_stiffness(batch.program, scores, x, self._step_size(state), state.rng_key)
+
+    @compiled_method
+    def _look(self, state: ParticleState, num_looks: Array, *args: Any, **kwargs: Any) -> Look:
+        """What there is to see in some batches."""
+
+        def look(i: Any) -> Look:
+            batch = self._batch(state, jax.random.fold_in(state.rng_key, i), args, kwargs)
+            x, scores = batch.gather(state.particles), partial(batch.scores, state.unconstrained)
+            found = stiffest(batch.program, scores, x, self._step_size(state), state.rng_key)
+            num_batches = max(batch.program.scale(name) for name in x)
+            is_slow = num_batches > 1 and self.num_particles > 1
+            return Look(found, lag(batch.program, scores, x) if is_slow else jnp.zeros(()), jnp.asarray(num_batches))
+
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(look, 0))
+
+        def going(carry: tuple[Array, Look]) -> Array:
+            i, seen = carry
+            return (i == 0) | ((i < num_looks) & (seen.num_batches > 1))  # there is more than one to see
+
+        def next_look(carry: tuple[Array, Look]) -> tuple[Array, Look]:
+            i, seen = carry
+            new = look(i)
+            return i + 1, keep(i == 0, new, seen.worse(new))
+
+        return lax.while_loop(going, next_look, (jnp.zeros((), jnp.int32), nothing))[1]
+
+    @compiled_method
+    def _stiffness_at_start(self, state: ParticleState, *args: Any, **kwargs: Any) -> Array:
+        """That of particles which would start now."""
+        data, key = {**state.params, **state.mutable_state}, own_key(state.rng_key)
+        batch = self._batch(state, state.rng_key, args, kwargs)
+
+        def draw(key: Array) -> Particles:
+            rows = {**data, **batch.indices}
+            return draw_latents(self._inner, args, kwargs, key, data=rows, init_strategy=self._draws)
+
+        x = jax.vmap(draw)(jax.random.split(key, self.num_particles))
+        theta, step_size = state.unconstrained, self._step_size(state)
+        x = x if self.init_strategy is not None else tamed(batch, theta, x, step_size, key)
+        return stiffest(batch.program, partial(batch.scores, theta), x, step_size, key).ratio
 
     @compiled_method
     def _finite_terms(self, state: ParticleState, *args: Any, **kwargs: Any) -> dict[str, Array]:
         """By site, whether its log density is finite at each particle and event."""
-        batch = _Batch(self._inner, state, state.rng_key, args, kwargs)
+        batch = self._batch(state, state.rng_key, args, kwargs)
         data = batch.data(state.unconstrained)
         return map_over(
             lambda x: jax.tree.map(jnp.isfinite, batch.terms(self._inner, data=data, latents=x)[0]), batch.gather(state.particles)
@@ -360,8 +457,18 @@ class ParticleMMLE(Engine):
 
     def _refuse(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         look_key = own_key(rng_key)  # as _start does
-        latents = draw_latents(self._inner, args, kwargs, look_key, data=params, init_strategy=self.init_strategy)
+        latents = draw_latents(self._inner, args, kwargs, look_key, data=params, init_strategy=self._draws)
         require_good_rows(self._inner, args, kwargs, look_key, data=params, latents=latents)
+        if self.kernel == "mala":
+            particles = jax.tree.map(lambda x: jnp.asarray(x)[None], latents)
+            batch = ParticleBatch(self._inner, params, particles, look_key, args, kwargs)
+            theta = unconstrain_params(batch.program.params, batch.program.param_transforms)
+            for name, is_independent in are_independent(batch, theta, look_key).items():
+                if not is_independent:
+                    raise ValueError(
+                        f"site '{name}': rows of its plates depend on each other, and kernel='mala' accepts each by itself. Write "
+                        "what couples them outside the plates, or take kernel='langevin'."
+                    )
 
     def _inspect(self, given: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelReport:
         """What is to be known of the normalizers; refuses what negative chains cannot make right."""
@@ -393,136 +500,96 @@ class ParticleMMLE(Engine):
         self, rng_key: Array, init_params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[ParticleState, Array]:
         look_key = own_key(rng_key)  # of runs from which nothing is kept
-        positions = draw_latents(self._inner, args, kwargs, look_key, data=init_params, init_strategy=self.init_strategy)
+        positions = draw_latents(self._inner, args, kwargs, look_key, data=init_params, init_strategy=self._draws)
         program = run_model(self._inner, args, kwargs, look_key, data=init_params, latents=positions)
         require_learnable(program, init_params)
+        require_steps_of(self.step_size, program.latents)
         self._num_data(program)  # which a drift may need to be given
         params = unconstrain_params(program.params, program.param_transforms)
         rng_key, run_key, draw_key = jax.random.split(rng_key, 3)
         data = constrain_params(params, program.param_transforms)
+        count = jnp.zeros((), jnp.int32)
+        step_size = steps_at(self.step_size, program.latents, count)
+
+        def tame(key: Array, rows: dict[str, Array], x: Particles) -> Particles:
+            return tamed(ParticleBatch(self._inner, {**data, **rows}, x, look_key, args, kwargs), params, x, step_size, key)
+
         particles = draw_particles(
-            self._inner, args, kwargs, draw_key, program, self.num_particles, data=data, init_strategy=self.init_strategy
+            self._inner,
+            args,
+            kwargs,
+            draw_key,
+            program,
+            self.num_particles,
+            data=data,
+            init_strategy=self._draws,
+            tame=tame if self.init_strategy is None and self.dynamics is None else None,
         )
         report = self._inspect(init_params, args, kwargs)
-        mutable_state = self._phase.start(report, run_key, args, kwargs, data=data, latents=_first(particles))
-        stiffness = {name: jnp.zeros(x.shape[x.ndim - program.latents[name].event_dim :], x.dtype) for name, x in particles.items()}
-        count = jnp.zeros((), jnp.int32)
+        mutable_state = self._phase.start(report, run_key, args, kwargs, data=data, latents=first(particles))
+        batch = ParticleBatch(self._inner, {**data, **mutable_state}, particles, look_key, args, kwargs)
         state = ParticleState(
             params=data,
             unconstrained=params,
             optim_state=self._transformation.init(params),
             particles=particles,
-            dynamics_state=() if self.dynamics is None else self.dynamics.init(particles),
+            dynamics_state=self._moves.init(batch, params, particles, step_size),
             mutable_state=mutable_state,
-            stiffness=stiffness,
             rng_key=rng_key,
             num_steps=count,
             num_skipped=count,
         )
-        return strong_types(state), are_good_rows(self._inner, args, kwargs, look_key, program, data=data, latents=positions)
+        good = are_good_rows(self._inner, args, kwargs, look_key, program, data=data, latents=positions)
+        if self.kernel == "mala":
+            good = good & jnp.asarray(list(are_independent(batch, params, look_key).values())).all()
+        return strong_types(state), good
 
     def _step(self, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ParticleState, Array, Health]:
-        if (given := _num_particles(state.particles)) != self.num_particles:
+        if (given := number_of(state.particles)) != self.num_particles:
             raise ValueError(
                 f"the state has {given} particles and the engine num_particles={self.num_particles}: take engine.replicate(state)."
             )
         rng_key, model_key, move_key, rest_key, optim_key = jax.random.split(state.rng_key, 5)
-        batch = _Batch(self._inner, state, model_key, args, kwargs)
+        batch = self._batch(state, model_key, args, kwargs)
         theta, x, kept = state.unconstrained, batch.gather(state.particles), batch.gather(state.dynamics_state)
         step_size = self._step_size(state)
-        new_x, new_kept, seen, (loss, gradient, scores) = self._move(batch, theta, x, kept, step_size, move_key)
+        noise_on_all = self.noise == "all" and bool(batch.indices)
+        moved = self._moves(batch, theta, x, kept, step_size, move_key, state.num_steps, noise_on_all=noise_on_all)
+        loss, gradient, _ = moved.gradients
         mutable_state = batch.program.mutable_state
         if has_chains(state.mutable_state):
 
             def terms(model: Model, theta: Any) -> tuple[dict[str, Array], Run]:
                 # they do not depend on the particles: the handler sees one run of the model, with the first
-                return batch.terms(model, data=batch.data(theta), latents=_first(x))
+                return batch.terms(model, data=batch.data(theta), latents=first(x))
 
             of_normalizer, mutable_state = self._phase.gradient(terms, theta)
             gradient = jax.tree.map(jnp.subtract, gradient, of_normalizer)
-        new_theta, optim_state = self._move_params(batch, theta, seen, gradient, state.optim_state, optim_key)
-        stiffness = running_stiffness(batch.program, state.stiffness, state.num_steps, scores, step_size)
-        health = _health(batch, loss, new_theta, new_x, mutable_state)
+        new_theta, optim_state = self._move_params(batch, theta, moved.seen, gradient, state.optim_state, optim_key)
+        health = _health(batch, loss, new_theta, moved.x, mutable_state)
         good = ~is_bad(health)
-        particles = batch.scatter(state.particles, keep(good, new_x, x))  # the rows of the batch: the rest stay in place
-        if self.noise == "all" and batch.indices:
-            particles = self._shake(rest_key, batch, particles, jnp.where(good, step_size, 0.0))
+        particles = batch.scatter(state.particles, keep(good, moved.x, x))  # the rows of the batch: the rest stay in place
+        if noise_on_all:
+            particles = self._shake(rest_key, batch, particles, {name: jnp.where(good, h, 0.0) for name, h in step_size.items()})
         new = state._replace(
             params=constrain_params(new_theta, batch.program.param_transforms),
             unconstrained=new_theta,
             optim_state=optim_state,
             particles=particles,
-            dynamics_state=batch.scatter(state.dynamics_state, keep(good, new_kept, kept)),
+            dynamics_state=batch.scatter(state.dynamics_state, keep(good, moved.kept, kept)),
             mutable_state=mutable_state,
-            stiffness=stiffness,
             rng_key=rng_key,
         )
         return new, loss, health
 
-    def _move(
-        self, batch: "_Batch", theta: Any, x: Particles, kept: Any, step_size: Any, rng_key: Array
-    ) -> tuple[Particles, Any, Particles, "_Gradients"]:
-        """Particles after their moves, what the dynamics keep, the cloud that parameters see, and the gradients there."""
-        keys = jax.random.split(rng_key, self.num_moves)
-        noise = np.ones(self.num_moves)
-        if self.noise == "all" and batch.indices:
-            noise[-1] = 0  # it comes with that on all particles, from this visit of the batch to the next
-        jacobi = self.order == "jacobi"
-        if self.num_moves == 1 and jacobi:
-            gradients = batch.gradients(theta, x)
-            return *self._push(keys[0], x, kept, gradients.scores, step_size, noise[0]), x, gradients
-        if self.average_moves:
-            return self._move_and_average(batch, theta, x, kept, step_size, (keys, jnp.asarray(noise)))
-
-        def move(carry: tuple[Particles, Any], how: tuple[Array, Array]) -> tuple[tuple[Particles, Any], None]:
-            (x, kept), (key, noise) = carry, how
-            return self._push(key, x, kept, batch.scores(theta, x), step_size, noise), None
-
-        (new_x, new_kept), _ = lax.scan(move, (x, kept), (keys, jnp.asarray(noise)))
-        seen = x if jacobi else new_x
-        return new_x, new_kept, seen, batch.gradients(theta, seen)
-
-    def _move_and_average(
-        self, batch: "_Batch", theta: Any, x: Particles, kept: Any, step_size: Any, moves: tuple[Array, Array]
-    ) -> tuple[Particles, Any, Particles, "_Gradients"]:
-        """The same with the mean gradient over the points before the moves (Jacobi) or after them (Gauss-Seidel)."""
-        start = batch.gradients(theta, x)
-
-        def move(carry: tuple[Particles, Any, _Gradients, Any], how: tuple[Array, Array]) -> tuple[Any, None]:
-            (x, kept, before, (loss, gradient)), (key, noise) = carry, how
-            x, kept = self._push(key, x, kept, before.scores, step_size, noise)
-            after = batch.gradients(theta, x)
-            counted = before if self.order == "jacobi" else after
-            mean = jax.tree.map(lambda sum, new: sum + new / self.num_moves, (loss, gradient), (counted.loss, counted.of_params))
-            return (x, kept, after, mean), None
-
-        nothing = jax.tree.map(jnp.zeros_like, (start.loss, start.of_params))
-        (new_x, new_kept, last, (loss, gradient)), _ = lax.scan(move, (x, kept, start, nothing), moves)
-        return new_x, new_kept, x if self.order == "jacobi" else new_x, _Gradients(loss, gradient, last.scores)
-
-    def _push(
-        self, rng_key: Array, x: Particles, kept: Any, scores: Particles, step_size: Any, noise: Any
-    ) -> tuple[Particles, Any]:
-        """One move of the particles of a batch, with noise (1) or without (0)."""
-        if self.dynamics is not None:
-            minus = jax.tree.map(jnp.negative, scores)
-            moves, kept = self.dynamics.update(minus, kept, x, temperature=1.0, rng_key=rng_key)
-            return optax.apply_updates(x, moves), kept
-        h = jnp.asarray(step_size)
-        x = jax.tree.map(lambda x, s: x + h.astype(x.dtype) * s, x, scores)
-        if isinstance(noise, Array) or noise:
-            sd = noise * jnp.sqrt(2 * h)
-            x = jax.tree.map(lambda x, xi: x + sd.astype(x.dtype) * xi, x, optim_module.normal_like(rng_key, x))
-        return x, kept
-
-    def _shake(self, rng_key: Array, batch: "_Batch", particles: Particles, step_size: Array) -> Particles:
+    def _shake(self, rng_key: Array, batch: ParticleBatch, particles: Particles, step_size: dict[str, Array]) -> Particles:
         """Noise of variance 2h / L on all particles, batch or not (Marks et al. 2026, algorithm 2)."""
         noise = optim_module.normal_like(rng_key, particles)
-        sd = {name: jnp.sqrt(2 * step_size / batch.program.scale(name)) for name in particles}
+        sd = {name: jnp.sqrt(2 * step_size[name] / batch.program.scale(name)) for name in particles}
         return {name: x + sd[name].astype(x.dtype) * noise[name] for name, x in particles.items()}
 
     def _move_params(
-        self, batch: "_Batch", theta: Any, seen: Particles, gradient: Any, optim_state: Any, rng_key: Array
+        self, batch: ParticleBatch, theta: Any, seen: Particles, gradient: Any, optim_state: Any, rng_key: Array
     ) -> tuple[Any, Any]:
         if isinstance(self.optim, (Newton, Maximize)):
             flat, unravel = ravel_pytree(theta)
@@ -541,17 +608,29 @@ class ParticleMMLE(Engine):
         return optax.apply_updates(theta, updates), optim_state
 
     def _loss(self, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
-        batch = _Batch(self._inner, state, state.rng_key, args, kwargs)
+        batch = self._batch(state, state.rng_key, args, kwargs)
         return batch.loss(state.unconstrained, batch.gather(state.particles))
 
-    def _step_size(self, state: ParticleState) -> Any:
-        return self.step_size(state.num_steps) if callable(self.step_size) else self.step_size
+    def _batch(self, state: ParticleState, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ParticleBatch:
+        """The rows that a key gives."""
+        batch = ParticleBatch(self._inner, {**state.params, **state.mutable_state}, state.particles, rng_key, args, kwargs)
+        _require_same_sites(batch.program, state)
+        require_all_rows(batch.program, state.particles)
+        return batch
 
-    def _warnings(self, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    def _step_size(self, state: ParticleState) -> dict[str, Any]:
+        return steps_at(self.step_size, state.particles, state.num_steps)
+
+    def _told_steps(self, state: ParticleState) -> dict[str, float]:
+        return {name: float(h) for name, h in self._step_size(state).items()}
+
+    def _warnings(self, state: ParticleState, before: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         data = {**state.params, **state.mutable_state}
         found = self._phase.warnings(state.mutable_state, args, kwargs, data=data)
-        if self.dynamics is None:
-            found += warnings_of(state.stiffness, float(self._step_size(state)))
+        num_steps = int(state.num_steps)
+        if self.kernel == "langevin" and self.dynamics is None and (num_batches := looks_due(before, num_steps)):
+            look = self._look(state, jnp.asarray(num_batches), *args, **kwargs)
+            found += warnings_of(look, self._told_steps(state), num_steps, self.num_moves)
         return found
 
     def _findings(self, rng_key: Array, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
@@ -577,92 +656,36 @@ class ParticleMMLE(Engine):
         for site, is_finite in finite.items():
             if not is_finite.all():
                 where = f"at {int((~is_finite).sum())} of {is_finite.size} events and particles"
-                return (
-                    f"site '{site}': its log density is not finite {where}: the model makes these impossible, or overflows there.",
-                    "Scale the data, look at the model at these values, or start elsewhere, by init_params or init_strategy.",
+                what = (
+                    f"site '{site}': its log density is not finite {where}: the model makes these impossible, or overflows there."
                 )
-        if not (h := float(self._step_size(state))) > 0:
-            return f"step_size gives {h} at step {int(state.num_steps)}: it must be positive.", ""
-        limit = self.stability_limit(state, *args, **kwargs)
-        return what, fix_of(h, limit)
+                break
+        elsewhere = "Scale the data, look at the model at these values, or start elsewhere, by init_params or init_strategy."
+        impossible = not all(is_finite.all() for is_finite in finite.values())
+        if self.kernel == "mala":
+            return what, elsewhere if impossible else self._fix()
+        steps = self._told_steps(state)
+        for h in steps.values():
+            if not h > 0:
+                return f"step_size gives {h} at step {int(state.num_steps)}: it must be positive.", ""
+        there, at_start = self._local_stiffness(state, *args, **kwargs), self._stiffness_at_start(state, *args, **kwargs)
+        if impossible and not (there >= 2 or at_start >= 2):
+            return what, elsewhere
+        return what, fix_of(steps, float(there), float(at_start))
 
 
-class _Gradients(NamedTuple):
-    """The loss at a cloud, and its gradients."""
-
-    loss: Array  # (), minus the mean over particles of the log joint density
-    of_params: Any  # gradient of the loss
-    scores: Particles  # of each particle, without the scale of its plates
-
-
-class _Batch:
-    """One run of a model on some rows of the data: what a step needs to know, and its log joint density."""
-
-    def __init__(self, model: Model, state: ParticleState, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.model = model
-        self.terms = partial(log_density_terms, args=args, kwargs=kwargs, rng_key=rng_key)
-        data = {**state.params, **state.mutable_state}
-        self.program = run_model(model, args, kwargs, rng_key, data=data, latents=_first(state.particles))
-        _require_same_sites(self.program, state)
-        require_all_rows(self.program, state.particles)
-        self.indices = subsampled_indices(self.program)
-        self._given = {**state.mutable_state, **self.indices}  # to another run on the same rows
-
-    def gather(self, stores: Any) -> Any:
-        """The batch's rows of particles, or of what is kept with them."""
-        return by_site(lambda name, x: gather(self.program, self.indices, name, x), self.program.latents, stores)
-
-    def scatter(self, stores: Any, rows: Any) -> Any:
-        """All rows, with the batch's replaced."""
-        return by_site(lambda name, *x: scatter(self.program, self.indices, name, *x), self.program.latents, stores, rows)
-
-    def data(self, theta: Any) -> dict[str, Any]:
-        """What :attr:`terms` needs beside latents: values of param and mutable sites, and which rows."""
-        return {**constrain_params(theta, self.program.param_transforms), **self._given}
-
-    def log_joint(self, theta: Any, x: Particles) -> Array:
-        """The log joint density, summed over particles."""
-        data = self.data(theta)
-        return map_over(lambda x: total(self.terms(self.model, data=data, latents=x)[0]), x).sum()
-
-    def loss(self, theta: Any, x: Particles) -> Array:
-        return -self.log_joint(theta, x) / _num_particles(x)
-
-    def gradients(self, theta: Any, x: Particles) -> _Gradients:
-        """One backward pass for parameters and particles together."""
-        value, (of_params, of_x) = jax.value_and_grad(self.log_joint, (0, 1))(theta, x)
-        of_params = jax.tree.map(lambda g: -g / _num_particles(x), of_params)
-        return _Gradients(-value / _num_particles(x), of_params, self._unscaled(of_x))
-
-    def scores(self, theta: Any, x: Particles) -> Particles:
-        """Scores of the particles alone."""
-        return self._unscaled(jax.grad(self.log_joint, 1)(theta, x))
-
-    def _unscaled(self, scores: Particles) -> Particles:
-        # A plate's scale makes a batch stand for all data, which is meant for parameters: a row's own posterior has none.
-        return {name: score / self.program.scale(name) for name, score in scores.items()}
-
-
-def _first(particles: Particles) -> Particles:
-    return {name: x[0] for name, x in particles.items()}
-
-
-def _num_particles(particles: Particles) -> int:
-    return len(next(iter(particles.values())))
+def _health(batch: ParticleBatch, loss: Array, theta: Any, x: Particles, mutable_state: dict[str, Any]) -> Health:
+    """0 for everything that is finite and in range; of chains their status."""
+    health = health_of("loss", loss) | health_of("param", theta) | health_of("particles", x)
+    for name, plate in batch.program.plates.items():
+        health[Part("plate", name)] = 1 - plate.is_row.all().astype(jnp.int32)
+    return health | health_of_chains(mutable_state)
 
 
 def _require_same_sites(program: Run, state: ParticleState) -> None:
     for kind, wanted, given in (("latent", program.latents, state.particles), ("param", program.params, state.params)):
         if wanted.keys() != given.keys():
             raise ValueError(f"the state is of another model: its {kind} sites are {sorted(given)}, the model's {sorted(wanted)}.")
-
-
-def _health(batch: _Batch, loss: Array, theta: Any, x: Particles, mutable_state: dict[str, Any]) -> Health:
-    """0 for everything that is finite and in range; of chains their status."""
-    health = health_of("loss", loss) | health_of("param", theta) | health_of("particles", x)
-    for name, plate in batch.program.plates.items():
-        health[Part("plate", name)] = 1 - plate.is_row.all().astype(jnp.int32)
-    return health | health_of_chains(mutable_state)
 
 
 def _minimize(loss: Callable[[Array], Array], start: Array, max_steps: int) -> Array:

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from numpyro_ebm.infer.stability import Particles
+from numpyro_ebm.infer.particle_batch import ParticleBatch, Particles
+from numpyro_ebm.infer.particle_moves import How, Moves, adjusted
+from numpyro_ebm.infer.stability import Blocks, stiffness
 from numpyro_ebm.program.provenance import mark, sources
 from numpyro_ebm.program.rows import all_batches, full_shape, scatter
-from numpyro_ebm.program.run import Run, draw_latents, jacobians_of, require_continuous, run_model
+from numpyro_ebm.program.run import Run, draw_latents, jacobians_of, own_key, require_continuous, run_model
 from numpyro_ebm.program.sites import Model, events_inside, finite_events, is_normalizer, require_data
 
 Args = tuple[Any, ...]
@@ -117,10 +119,12 @@ def draw_particles(
     *,
     data: dict[str, Any],
     init_strategy: Callable[..., Any],
+    tame: "Callable[[Array, dict[str, Array], Particles], Particles] | None" = None,
 ) -> Particles:
     """Particles for all rows of the data.
 
     :param program: a run of the model.
+    :param tame: what is made of those of some rows, from a key, the rows and the particles.
     """
     batches = all_batches(program)
     num_batches = max([len(rows) for rows in batches.values()], default=1)
@@ -129,7 +133,8 @@ def draw_particles(
         def one(key: Array) -> dict[str, Array]:
             return draw_latents(model, args, kwargs, key, data={**data, **rows}, init_strategy=init_strategy)
 
-        return jax.vmap(one)(jax.random.split(key, num_particles))
+        x = jax.vmap(one)(jax.random.split(key, num_particles))
+        return x if tame is None else tame(own_key(key), rows, x)
 
     keys = jax.random.split(rng_key, num_batches)
     if not batches:
@@ -142,6 +147,49 @@ def draw_particles(
         return {name: scatter(program, rows, name, store[name], x) for name, x in draw(key, rows).items()}, None
 
     return lax.scan(fill, full, (keys, batches))[0]
+
+
+NUM_ROUNDS, MOVES_PER_ROUND, LOOKS_PER_ROUND = 5, 10, 2
+WILD = 1.0  # h times the curvature
+
+
+def tamed(batch: ParticleBatch, theta: Any, x: Particles, step_size: dict[str, Any], rng_key: Array) -> Particles:
+    """Particles moved on, at fixed parameters, from where a step of theirs would be unstable; the others stay.
+
+    Samples of a prior stand anywhere in its tails, where the likelihood may be as steep as it likes: that of a scale near 0 has a
+    curvature without bound. Metropolis-adjusted moves, whose steps adapt, leave such places towards the posterior.
+    """
+    scores, blocks = lambda x: batch.scores(theta, x), Blocks(batch.program)
+    try:
+        kept = Moves("mala", None, "jacobi", 1, False).init(batch, theta, x, step_size)
+    except ValueError:  # rows that are not independent: where unadjusted particles start is where they start
+        return x
+
+    def are_wild(x: Particles, key: Array) -> Array:
+        return stiffness(batch.program, scores, x, step_size, key, LOOKS_PER_ROUND)[0] > WILD
+
+    def going(carry: tuple[Any, ...]) -> Array:
+        count, _, _, wild = carry
+        return (count == 0) | ((count <= NUM_ROUNDS) & wild.any())
+
+    def moved(count: Array, x: Particles, kept: Any, wild: Array) -> tuple[Particles, Any]:
+        counts = count * MOVES_PER_ROUND + jnp.arange(MOVES_PER_ROUND)
+        keys = jax.random.split(jax.random.fold_in(rng_key, count), MOVES_PER_ROUND)
+        new, kept = adjusted(batch, theta, x, kept, How(keys, jnp.ones(MOVES_PER_ROUND), counts))
+        return jax.tree.map(lambda wild, new, old: jnp.where(wild, new, old), blocks.spread(wild, x), new, x), kept
+
+    def round_of(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        count, x, kept, wild = carry  # none is known to be wild in the first round, which only looks
+        x, kept = lax.cond(wild.any(), moved, lambda count, x, kept, wild: (x, kept), count, x, kept, wild)
+        return count + 1, x, kept, are_wild(x, jax.random.fold_in(rng_key, -1 - count))
+
+    none = jnp.zeros_like(blocks.dot(x, x), bool)
+    _, x, _, wild = lax.while_loop(going, round_of, (jnp.zeros((), jnp.int32), x, kept, none))
+    # what is still wild stands where another particle of its row does, if there is one that is not
+    tame_first, num_tame = jnp.argsort(wild, 0), jnp.maximum((~wild).sum(0), 1)
+    place = jnp.arange(len(wild)).reshape(-1, *[1] * (wild.ndim - 1))
+    source = jnp.where(wild & ~wild.all(0), jnp.take_along_axis(tame_first, place % num_tame, 0), place)
+    return {name: jnp.take_along_axis(x[name], at, 0) for name, at in blocks.spread(source, x).items()}
 
 
 def _finite_batches(

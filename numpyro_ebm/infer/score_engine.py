@@ -36,8 +36,8 @@ from numpyro_ebm.program.visible import Visible, find_visible, require_batch, re
 class ScoreEngine(Engine):
     """An engine that learns a model by the scores of its visible."""
 
-    def __init__(self, model: Model, objective: ScoreObjective, batch_size: int | None) -> None:
-        super().__init__()
+    def __init__(self, model: Model, objective: ScoreObjective, batch_size: int | None, average_iterates: bool | float) -> None:
+        super().__init__(average_iterates)
         wanted = "a score objective such as DenoisingScoreMatching(0.1)"
         self.model, self.objective = model, require_instance("objective", objective, ("perturb", "loss", "weight"), wanted)
         self.batch_size = None if batch_size is None else require_count("batch_size", batch_size)

@@ -47,6 +47,8 @@ class ScoreMatchingState(NamedTuple):
     num_steps: Array
     #: (), int32, steps that ``stable_update`` did not make
     num_skipped: Array
+    #: :class:`~numpyro_ebm.infer.IterateAverage` of the iterates, where the engine averages
+    average: Any = ()
 
 
 class ScoreMatching(ScoreEngine):
@@ -68,6 +70,8 @@ class ScoreMatching(ScoreEngine):
     :param int batch_size: where no plate is subsampled, rows of the first argument in every step, drawn with replacement,
         or without where the objective compares rows; all of them, in order, if not given or if it is their number. Arguments
         with a row for each are refused beside it.
+    :param average_iterates: whether the parameters that ``run`` and ``get_params`` return are an average of the iterates, weighed
+        by about the cube of the step, instead of the last; or another power than 3. ``state.params`` is the last.
     :raises ValueError: from ``init``, naming the site and the fix, if the first argument does not reach exactly one
         continuous site, row by row; if the model has latents, mutable sites, or no params; if a subsampled plate takes its rows
         otherwise; if the model has no density at the data, because they are not finite or its energy there is not, or where the
@@ -97,8 +101,16 @@ class ScoreMatching(ScoreEngine):
 
     state_class = ScoreMatchingState
 
-    def __init__(self, model: Model, optim: Any, objective: ScoreObjective, *, batch_size: int | None = None) -> None:
-        super().__init__(model, objective, batch_size)
+    def __init__(
+        self,
+        model: Model,
+        optim: Any,
+        objective: ScoreObjective,
+        *,
+        batch_size: int | None = None,
+        average_iterates: bool | float = False,
+    ) -> None:
+        super().__init__(model, objective, batch_size, average_iterates)
         self.optim = optim
         self._transformation = as_transformation(optim)
 

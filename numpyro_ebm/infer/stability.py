@@ -1,79 +1,255 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whether unadjusted particles are stable where they stand, and what to say where they are not.
+r"""Whether unadjusted particles are stable where they stand, and what to say where they are not.
 
-Langevin particles of step h diverge where h times the curvature of their negative log posterior is above 2.
+Langevin particles of step :math:`h` diverge where h times the curvature :math:`c` of their negative log posterior is above 2, and
+are twice as spread as the posterior at :math:`hc = 1`. Rows whose posteriors are independent have a curvature each, and of
+many rows it is the stiffest that counts. Curvature is measured over the length of a move, by differences of scores,
+
+.. math:: hc(v) = -h \, v \cdot [s(x + v) - s(x)] / |v|^2,
+
+first along a move of the particle and then by power iteration: it is no more than the largest on the way, so that nothing is said
+of particles that are on their way through places where hc is below 1, and what hops to and fro between flat places is seen.
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from jax import Array, lax
 
+from numpyro_ebm.infer.particle_batch import Particles
 from numpyro_ebm.optim import normal_like
+from numpyro_ebm.program.rows import shared_plates
 from numpyro_ebm.program.run import Run
 
-Particles = dict[str, Array]  # by latent site, of shape (num_particles, ...)
-
-# On a quadratic h Var(score) = hc / (1 - hc/2): 4 at hc = 4/3, where the particles' variance is three times too large.
-STIFF, STIFFNESS_RATE, STIFFNESS_CLIP = 4.0, 0.02, 20.0
-STIFFNESS_DELAY = 100  # visits of a row before its scores are taken for those of the posterior
+STIFF = 1.0  # h times the curvature from which on it is told
 NUM_POWER_ITERATIONS = 30
+NUM_LOOKS = 6  # power iterations, a score each, of a look at particles in a run
+# A run looks at its particles at these numbers of steps: 20, 80, 320, 1280, and then every 1280.
+FIRST_LOOK, LOOK_EVERY = 20, 1280
+STEPS_PER_BATCH = 100  # steps between looks for each batch that is looked at: its scores are a tenth of theirs
+# Clouds of data in this many batches are told to lag by more than this, after two rounds of the data and as many steps.
+MANY_BATCHES, LAG, STEPS_TO_ARRIVE = 10, 0.5, 500
+
+Scores = Callable[[Particles], Particles]
 
 
-def largest_curvature(scores: Callable[[Particles], Particles], x: Particles, rng_key: Array) -> Array:
-    """The largest eigenvalue of minus the derivative of ``scores`` at ``x``, by power iteration: an estimate from below."""
+class Stiffest(NamedTuple):
+    """The stiffest row of a batch: the median over its particles."""
 
-    def minus_score(x: Particles) -> Particles:
-        return jax.tree.map(jnp.negative, scores(x))
-
-    def iterate(v: Particles, _: None) -> tuple[Particles, Array]:
-        v = jax.jvp(minus_score, (x,), (v,))[1]
-        norm = optax.tree.norm(v)
-        return jax.tree.map(lambda a: a / jnp.maximum(norm, 1e-30), v), norm
-
-    v = normal_like(rng_key, x)
-    norm = optax.tree.norm(v)
-    return lax.scan(iterate, jax.tree.map(lambda a: a / norm, v), None, NUM_POWER_ITERATIONS)[1][-1]
+    #: (), h times its curvature
+    ratio: Array
+    #: by site, (): its share of the direction that is curved most
+    share: dict[str, Array]
+    #: by plate that all latents share, (): the index of the row
+    rows: dict[str, Array]
 
 
-def running_stiffness(
-    run: Run, stiffness: dict[str, Array], num_steps: Array, scores: Particles, step_size: Any
-) -> dict[str, Array]:
-    """The running mean of h times the particles' variance of the score, by latent site and element of its event."""
+class Look(NamedTuple):
+    """What is seen of the particles of some batches."""
 
-    def of_site(name: str, score: Array) -> Array:
-        # about the particles' mean: what all share is travel, or parameters that swing, and no stiffness of theirs
-        variance = score.var(0, ddof=1) if len(score) > 1 else score[0] ** 2
-        variance = variance.mean(tuple(range(variance.ndim - run.latents[name].event_dim)))
-        new = jnp.minimum(step_size * variance, STIFFNESS_CLIP).astype(score.dtype)
-        on_its_way = num_steps < STIFFNESS_DELAY * run.scale(name)  # steep places are passed, and not kept
-        return stiffness[name] + jnp.where(on_its_way, 0, STIFFNESS_RATE) * (new - stiffness[name])
+    #: the stiffest row
+    row: Stiffest
+    #: (), the largest :func:`lag` of a batch
+    lag: Array
+    #: (), batches in the data
+    num_batches: Array
 
-    return {name: of_site(name, score) for name, score in scores.items()}
-
-
-def warnings_of(stiffness: dict[str, Array], step_size: float) -> list[str]:
-    """A warning for every site whose stiffest element is near the limit."""
-    worst = {name: float(jnp.max(ratio)) for name, ratio in stiffness.items()}
-    return [
-        f"site '{name}': step_size is h = {step_size:g}, and h times the curvature is about {2 * ratio / (2 + ratio):.2f} for the "
-        "stiffest element: at 2 the particles diverge, and from 1 on they are more than twice as spread as the posterior. Take a "
-        "smaller step_size."
-        for name, ratio in worst.items()
-        if ratio > STIFF
-    ]
+    def worse(self, other: "Look") -> "Look":
+        """What is worse in either."""
+        row = jax.tree.map(partial(jnp.where, other.row.ratio > self.row.ratio), other.row, self.row)
+        return Look(row, jnp.maximum(self.lag, other.lag), other.num_batches)
 
 
-def fix_of(step_size: float, limit: float) -> str:
-    """What to do about particles that are no longer finite, where they would be stable below ``limit``."""
-    if not step_size < limit:
-        return f"The step_size h = {step_size:g} is above the stability limit of about {limit:.2g} there: take half of that."
+class Blocks:
+    """The independent rows of a cloud: what one element of the plates that all latents share holds, for each particle."""
+
+    def __init__(self, program: Run) -> None:
+        self.program, self.plates = program, shared_plates(program, program.latents)
+
+    def parts(self, a: Particles, b: Particles) -> dict[str, Array]:
+        """Inner products, by site and block."""
+        return {name: self._sum(name, a[name] * b[name]) for name in a}
+
+    def dot(self, a: Particles, b: Particles) -> Array:
+        """Inner products, by block: of shape ``(num_particles,) + sizes of the shared plates``."""
+        return sum(self.parts(a, b).values(), jnp.zeros(()))
+
+    def spread(self, of_blocks: Array, like: Particles) -> Particles:
+        """What there is one of for each block, for each site: of shapes that go with positions."""
+        return {name: of_blocks.reshape(self._kept(name, x.shape)) for name, x in like.items()}
+
+    def _sum(self, name: str, x: Array) -> Array:
+        kept = self._kept(name, x.shape)
+        outside = tuple(axis for axis, (size, whole) in enumerate(zip(kept, x.shape, strict=True)) if size != whole)
+        return x.sum(outside).reshape((len(x), *(len(self.program.plates[plate].indices) for plate in self.plates)))
+
+    def _kept(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape with 1 at the axes of an event, and of plates that not all sites are in."""
+        axes = {axis % len(shape) for plate, axis in self.program.latents[name].plates if plate in self.plates}
+        return tuple(size if axis == 0 or axis in axes else 1 for axis, size in enumerate(shape))
+
+
+def looks_due(before: int, now: int) -> int:
+    """How many batches to look at when ``now`` steps are made and ``before`` were at the last occasion; 0 if there is no need."""
+    due = now >= FIRST_LOOK and _num_looks(now) > _num_looks(before)
+    return 1 + min(now, LOOK_EVERY) // STEPS_PER_BATCH if due else 0
+
+
+def _num_looks(num_steps: int) -> int:
+    """Numbers to look at that are not more than this."""
+    return ((min(num_steps, LOOK_EVERY) // FIRST_LOOK).bit_length() + 1) // 2 + num_steps // LOOK_EVERY
+
+
+def stiffness(
+    program: Run, scores: Scores, x: Particles, step_size: dict[str, Array], rng_key: Array, num_looks: int = NUM_LOOKS
+) -> tuple[Array, Particles]:
+    """H times the curvature of each block of each particle, over the length of its move, and the direction of it.
+
+    It is inf where a move leads to scores that are not finite.
+
+    :param step_size: by site.
+    :return: of shape ``(num_particles,) + sizes of the shared plates``; and the direction, as particles.
+    """
+    scaled, blocks = partial(_scaled, step_size), Blocks(program)
+    noise = normal_like(rng_key, x)
+
+    def look(carry: tuple[Particles, Particles, _Power], i: Array) -> tuple[tuple[Particles, Particles, _Power], None]:
+        start, move, power = carry
+        # one score for the program to compile: the first is that of the particles, which tells their move
+        v = jax.tree.map(lambda a: jnp.where(i == 0, 0, a), power.v)
+        there = scaled(scores(jax.tree.map(jnp.add, x, scaled(v))))
+        is_first = partial(jnp.where, i == 0)
+        start = jax.tree.map(is_first, there, start)
+        move = jax.tree.map(lambda s, m, xi: is_first(s + jnp.sqrt(2.0).astype(s.dtype) * xi, m), there, move, noise)
+        power = _iterate(blocks, power._replace(v=v), jax.tree.map(jnp.subtract, start, there), blocks.dot(move, move))
+        return (start, move, jax.tree.map(is_first, _Power(move, jnp.full_like(power.largest, -jnp.inf)), power)), None
+
+    begin = noise, noise, _Power(noise, jnp.zeros_like(blocks.dot(noise, noise)))
+    (_, _, power), _ = lax.scan(look, begin, jnp.arange(num_looks + 1))
+    return power.largest, power.v
+
+
+def stiffest(program: Run, scores: Scores, x: Particles, step_size: dict[str, Array], rng_key: Array) -> Stiffest:
+    """:func:`stiffness` of the median particle of each row: one that passes a steep place does not make its row stiff."""
+    ratio, direction = stiffness(program, scores, x, step_size, rng_key)
+    blocks = Blocks(program)
+    ratio, share = jnp.median(ratio, 0), {name: part.mean(0) for name, part in blocks.parts(direction, direction).items()}
+    worst = jnp.unravel_index(jnp.argmax(ratio), ratio.shape) if ratio.ndim else ()
+    rows = {plate: program.plates[plate].indices[i] for plate, i in zip(blocks.plates, worst, strict=True)}
+    return Stiffest(ratio[worst], {name: part[worst] for name, part in share.items()}, rows)
+
+
+def local_stiffness(program: Run, scores: Scores, x: Particles, step_size: dict[str, Array], rng_key: Array) -> Array:
+    """The largest h times the curvature where particles stand, by derivatives: from below.
+
+    Blocks where it is not finite are left out; nan where all are.
+    """
+    scaled = partial(_scaled, step_size)
+
+    def product(v: Particles) -> Particles:
+        return jax.tree.map(jnp.negative, scaled(jax.jvp(scores, (x,), (scaled(v),))[1]))
+
+    blocks, start = Blocks(program), normal_like(rng_key, x)
+    length = blocks.dot(start, start)
+
+    def iterate(power: _Power, _: None) -> tuple[_Power, None]:
+        return _iterate(blocks, power, product(power.v), length), None
+
+    begin = _Power(start, jnp.full(length.shape, -jnp.inf, length.dtype))
+    ratio = lax.scan(iterate, begin, None, NUM_POWER_ITERATIONS)[0].largest
+    return jnp.nanmax(jnp.where(jnp.isfinite(ratio), ratio, jnp.nan))
+
+
+def _scaled(step_size: dict[str, Array], x: Particles) -> Particles:
+    """In units in which every step is 1, or back from them: the curvature is then h times that in the model's."""
+    return {name: jnp.sqrt(jnp.asarray(step_size[name])).astype(x[name].dtype) * x[name] for name in x}
+
+
+class _Power(NamedTuple):
+    """Where a power iteration is."""
+
+    v: Particles
+    largest: Array  # Rayleigh quotient of each block so far
+
+
+def _iterate(blocks: Blocks, power: _Power, image: Particles, length: Array) -> _Power:
+    """A step of it: the image of its vector, in each block of the given squared length."""
+    tiny = 1e-30
+    quotient = blocks.dot(power.v, image) / jnp.maximum(blocks.dot(power.v, power.v), tiny)
+    quotient = jnp.where(jnp.isnan(quotient), jnp.inf, quotient)
+    longer = jnp.sqrt(length / jnp.maximum(blocks.dot(image, image), tiny))
+    v = jax.tree.map(jnp.multiply, image, blocks.spread(longer, image))
+    return _Power(v, jnp.maximum(power.largest, quotient))
+
+
+def lag(program: Run, scores: Scores, x: Particles) -> Array:
+    """How far clouds stand from the posterior, in standard deviations of it: 0 but for noise where they follow it.
+
+    By the mean score of a row's particles, which is 0 under the posterior, and whose variance tells the curvature.
+    """
+    found, blocks = scores(x), Blocks(program)
+    mean = {name: jnp.broadcast_to(score.mean(0), score.shape) for name, score in found.items()}
+    rest = jax.tree.map(jnp.subtract, found, mean)
+    num = len(next(iter(x.values())))
+    square, variance = blocks.dot(mean, mean).mean(), blocks.dot(rest, rest).mean() * num / (num - 1)
+    return jnp.sqrt(jnp.maximum(square - variance / num, 0) / variance)
+
+
+def warnings_of(look: Look, step_size: dict[str, float], num_steps: int, num_moves: int) -> list[str]:
+    """Warnings of the stiffest row, where particles are spread too much, and of clouds that do not follow the parameters."""
+    found, worst = [], float(look.row.ratio)
+    if worst >= STIFF:
+        share = {name: np.nan_to_num(float(part)) for name, part in look.row.share.items()}
+        site = max(share, key=lambda name: share[name])
+        where = " and ".join(f"row {int(row)} of plate '{plate}'" for plate, row in look.row.rows.items())
+        size = f"about {worst:.2f}" if np.isfinite(worst) else "too large for a finite move"
+        found.append(
+            f"site '{site}': step_size is h = {step_size[site]:g}, and h times the curvature is {size} for "
+            f"{where or 'the stiffest direction'}: at 2 the particles diverge, and from 1 on they are more than twice as spread as "
+            "the posterior. Take a smaller step_size, or kernel='mala', which is right at every step."
+        )
+    lag, num_batches = float(look.lag), float(look.num_batches)
+    if num_batches >= MANY_BATCHES and num_steps >= max(2 * num_batches, STEPS_TO_ARRIVE) and lag > LAG:
+        found.append(
+            f"the particles of a row move num_moves = {num_moves} times in {num_batches:.0f} steps, and stand {lag:.1f} standard "
+            f"deviations of the posterior away from where they should be (above {LAG:g}), so that the parameters learn from clouds "
+            f"of the past: take num_moves = {max(10, 2 * num_moves)} or more, or larger batches."
+        )
+    return found
+
+
+def fix_of(step_size: dict[str, float], ratio: float, at_start: float) -> str:
+    """What to do about particles that are no longer finite.
+
+    :param step_size: by site.
+    :param ratio: h times the curvature where they stand, which should be below 2; not finite where it is not known.
+    :param at_start: the same where particles start; inf where a move from there is not finite.
+    """
+    one = len(set(step_size.values())) == 1
+    h = f"{next(iter(step_size.values())):g}" if one else ", ".join(f"{h:g} at '{name}'" for name, h in step_size.items())
+
+    def limit(ratio: float) -> str:
+        if not np.isfinite(ratio):
+            return "by far"
+        return f"of about {2 * next(iter(step_size.values())) / ratio:.2g}" if one else f"by a factor of {ratio / 2:.2g}"
+
+    is_known = bool(np.isfinite(ratio) and ratio > 0)
+    if is_known and ratio >= 2:
+        return f"The step_size h = {h} is above the stability limit {limit(ratio)} there: take half of that."
+    if at_start >= 2:
+        return (
+            f"The step_size h = {h} is above the stability limit {limit(at_start)} where particles start: take a fifth of that, or "
+            "kernel='mala', which is right at every step."
+        )
+    known = f", limit {limit(ratio).removeprefix('of ')}" if is_known and one else ""
     return (
-        f"Particles are stable there at fixed parameters (h = {step_size:g}, limit about {limit:.2g}): take a smaller learning "
-        "rate, which is the step_size too where parameters move by it, or a smaller step_size for places that are steeper."
+        f"Particles are stable {'there' if is_known else 'where they start'} at fixed parameters (h = {h}{known}): take a smaller "
+        "learning rate, which is the step_size too where parameters move by it, or a smaller step_size for places that are "
+        "steeper, or kernel='mala'."
     )

@@ -70,6 +70,8 @@ class VaGESState(NamedTuple):
     num_skipped: Array
     #: (), of the samples in the last step, a mean over rows: L where they are not weighted
     effective_sample_size: Array
+    #: :class:`~numpyro_ebm.infer.IterateAverage` of the iterates, where the engine averages
+    average: Any = ()
 
 
 Refine = Callable[[Array, Callable[[Latents], Array], Latents], Latents]
@@ -175,6 +177,8 @@ class VaGES(BilevelEngine):
     :param int batch_size: where no plate is subsampled, rows of the first argument in every step, drawn with replacement,
         or without where the objective compares rows; all of them, in order, if not given or if it is their number. Arguments
         with a row for each are refused beside it.
+    :param average_iterates: whether the parameters that ``run`` and ``get_params`` return are an average of the iterates, weighed
+        by about the cube of the step, instead of the last; or another power than 3. ``state.params`` is the last.
     :raises ValueError: for settings out of range; from ``init``, as for :class:`~numpyro_ebm.BiSM`.
 
     **References**
@@ -217,8 +221,9 @@ class VaGES(BilevelEngine):
         *,
         estimate: Variational | ImportanceWeighted = ImportanceWeighted(),
         batch_size: int | None = None,
+        average_iterates: bool | float = False,
     ) -> None:
-        super().__init__(model, guide, optim, guide_optim, objective, lower_loss, num_inner_steps, batch_size)
+        super().__init__(model, guide, optim, guide_optim, objective, lower_loss, num_inner_steps, batch_size, average_iterates)
         self.estimate: Variational | ImportanceWeighted = require_setting("estimate", estimate, (Variational, ImportanceWeighted))
         if estimate.num_samples == 1 and getattr(self.objective, "differentiates_score", False):
             raise ValueError(f"num_samples=1: this objective differentiates the score, which has a covariance, and {LACKS}")
@@ -242,7 +247,7 @@ class VaGES(BilevelEngine):
                 "sample a real latent and transform it with numpyro.deterministic."
             )
 
-    def _warnings(self, state: VaGESState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    def _warnings(self, state: VaGESState, before: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         if isinstance(self.estimate, Variational) or state.effective_sample_size >= DEGENERATE:
             return []
         return [
