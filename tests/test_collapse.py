@@ -22,6 +22,7 @@ from numpyro_ebm import (
     ExactScoreMatching,
     ScoreMatching,
     SlicedScoreMatching,
+    reports_enabled,
 )
 from numpyro_ebm.infer.collapse import beside, collapse_finding, gaussian_objective, validation_finding
 
@@ -45,6 +46,12 @@ def bell(x):
 
 
 EXACT = ExactScoreMatching()
+
+
+@pytest.fixture(autouse=True)
+def _reports():
+    with reports_enabled():
+        yield
 
 
 def run(model=spikes, objective=EXACT, num_steps=400, rows=ROWS, **settings):

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from numpyro_ebm._checks import require_count, require_instance
-from numpyro_ebm.evaluate import Finding
+from numpyro_ebm._checks import require_bool, require_count, require_instance
+from numpyro_ebm.evaluate.report import Finding, are_reports_enabled, report_of
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.infer.collapse import beside, collapse_finding, gaussian_objective, validation_finding
 from numpyro_ebm.infer.engine import Engine, RunResult, compiled_method
@@ -79,12 +79,13 @@ class ScoreEngine(Engine):
         patience: int | None = None,
         collect: Callable[[Any], Any] | None = None,
         callbacks: Sequence[Callable[[int, Any, np.ndarray], Any]] = (),
+        report: bool | None = None,
         **kwargs: Any,
     ) -> RunResult:
-        """Many steps, in compiled chunks, as of every engine. At the end it warns where the objective has collapsed.
+        """Many steps, in compiled chunks, and a report on whether the fit can be believed, as of every engine.
 
         :param validation: rows that are not learned from, in the place of the first argument; or all arguments, a tuple, where
-            others have rows too. At the end the objective on them is compared with that of a Gaussian.
+            others have rows too. The report compares the objective on them with that of a Gaussian.
         :param int patience: so many chunks without a better objective on the validation rows end the run, and the best state that
             was seen is returned; of all chunks if not given. A chunk is ``chunk_size`` steps, a twentieth of the run if not given.
         :raises ValueError: for ``patience`` without ``validation``, or with ``collect``.
@@ -95,24 +96,26 @@ class ScoreEngine(Engine):
         if patience and (validation is None or collect):
             fix = "collect, whose records would be lost" if collect else "no validation= rows: give some, or leave it out"
             raise ValueError(f"patience={patience} with {fix}.")
+        reports = are_reports_enabled() if report is None else require_bool("report", report)
+        of_model = _of_model(kwargs)
         if patience:
-            of_model = _of_model(kwargs)
             watch = _Watch(lambda state: self.evaluate(_judged(state), *_replaced(validation, args), **of_model), patience)
             try:
-                losses = super().run(rng_key, num_steps, *args, callbacks=(*callbacks, watch), **kwargs).losses
+                losses = super().run(rng_key, num_steps, *args, callbacks=(*callbacks, watch), report=False, **kwargs).losses
             except _Enough as stop:
                 losses = jnp.asarray(stop.losses)
             result = RunResult(self.get_params(watch.state), watch.state, losses)
         else:
-            result = super().run(rng_key, num_steps, *args, collect=collect, callbacks=callbacks, **kwargs)
-        for finding in self._told(result.state, validation, args, _of_model(kwargs)):
-            if not finding.is_well:
-                warnings.warn(str(finding), stacklevel=2)
-        return result
+            result = super().run(rng_key, num_steps, *args, collect=collect, callbacks=callbacks, report=False, **kwargs)
+        if not reports:
+            return result
+        said = report_of(lambda: self._told(result.state, validation, args, of_model))
+        said.warn(stacklevel=2)
+        return result._replace(report=said)
 
     def _told(self, state: Any, validation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
         """What there is to say at the end of a run."""
-        found = self._findings(jax.random.key(0), state, args, kwargs)
+        found = self._findings(own_key(state.rng_key), state, args, kwargs)
         if validation is None:
             return found
         state, rows = _judged(state), _replaced(validation, args)
