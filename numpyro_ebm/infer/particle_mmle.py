@@ -47,6 +47,7 @@ from numpyro_ebm.infer.particle_settings import (
     steps_at,
 )
 from numpyro_ebm.infer.particle_start import (
+    WILD,
     are_good_rows,
     draw_particles,
     require_good_rows,
@@ -56,6 +57,9 @@ from numpyro_ebm.infer.particle_start import (
 )
 from numpyro_ebm.infer.phase import Phase, has_chains, health_of_chains
 from numpyro_ebm.infer.stability import (
+    ALL_BATCHES,
+    NUM_SCORES,
+    SCORES_AT_START,
     Look,
     fix_of,
     lag,
@@ -67,7 +71,7 @@ from numpyro_ebm.infer.stability import (
 from numpyro_ebm.infer.step import Health, Part, health_of, is_bad, keep
 from numpyro_ebm.optim import as_transformation, kinetic_langevin, kinetic_langevin_splitting, langevin
 from numpyro_ebm.program.check import ModelReport
-from numpyro_ebm.program.rows import by_site, shared_plates
+from numpyro_ebm.program.rows import all_batches, by_site, shared_plates
 from numpyro_ebm.program.run import (
     Run,
     constrain_params,
@@ -343,7 +347,16 @@ class ParticleMMLE(Engine):
         dynamics = kinetic_langevin(step_size, friction, inverse_mass=inverse_mass)
         return cls(model, optim, num_particles, step_size, dynamics=dynamics, **settings)
 
-    # Between runs.
+    # What a user calls.
+
+    def init(self, rng_key: Array, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any) -> ParticleState:
+        """The state to start from, as :meth:`Engine.init`; particles stand where a step is stable, if no strategy says where."""
+        state: ParticleState = super().init(rng_key, *args, init_params=init_params, **kwargs)
+        if self.init_strategy is not None or self.dynamics is not None:
+            return state
+        look = self._look(state, *map(jnp.asarray, (0, ALL_BATCHES, SCORES_AT_START)), *args, **kwargs)
+        is_traced = isinstance(look.wildest, jax.core.Tracer)
+        return self._settled(state, *args, **kwargs) if is_traced or look.wildest > WILD else state
 
     @compiled_method
     def get_particles(self, state: ParticleState, *args: Any, **kwargs: Any) -> Particles:
@@ -396,7 +409,7 @@ class ParticleMMLE(Engine):
 
         :param args: arguments of the model.
         """
-        return float(self._look(state, jnp.asarray(1), *args, **kwargs).row.ratio)
+        return float(self._look(state, *map(jnp.asarray, (0, 1, NUM_SCORES)), *args, **kwargs).row.ratio)
 
     @compiled_method
     def _local_stiffness(self, state: ParticleState, *args: Any, **kwargs: Any) -> Array:
@@ -405,29 +418,42 @@ class ParticleMMLE(Engine):
         return local_stiffness(batch.program, scores, x, self._step_size(state), state.rng_key)
 
     @compiled_method
-    def _look(self, state: ParticleState, num_looks: Array, *args: Any, **kwargs: Any) -> Look:
-        """What there is to see in some batches."""
+    def _look(
+        self, state: ParticleState, first_batch: Array, num_batches: Array, num_scores: Array, *args: Any, **kwargs: Any
+    ) -> Look:
+        """What there is to see in some of the batches that show all rows.
+
+        :param num_scores: how closely to look.
+        """
+        batches = all_batches(self._batch(state, state.rng_key, args, kwargs).program)
+        num_all = max((len(rows) for rows in batches.values()), default=1)
 
         def look(i: Any) -> Look:
-            batch = self._batch(state, jax.random.fold_in(state.rng_key, i), args, kwargs)
+            rows = {plate: index[(first_batch + i) % num_all] for plate, index in batches.items()}
+            batch = self._batch(state, state.rng_key, args, kwargs, rows)
             x, scores = batch.gather(state.particles), partial(batch.scores, state.unconstrained)
-            found = stiffest(batch.program, scores, x, self._step_size(state), state.rng_key)
-            num_batches = max(batch.program.scale(name) for name in x)
-            is_slow = num_batches > 1 and self.num_particles > 1
-            return Look(found, lag(batch.program, scores, x) if is_slow else jnp.zeros(()), jnp.asarray(num_batches))
+            key = jax.random.fold_in(own_key(state.rng_key), i)
+            row, wildest = stiffest(batch.program, scores, x, self._step_size(state), key, num_scores)
+            is_slow = batches and self.num_particles > 1
+            return Look(row, wildest, lag(batch.program, scores, x) if is_slow else jnp.zeros(()), jnp.asarray(float(num_all)))
 
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(look, 0))
+        num_batches = jnp.minimum(num_batches, num_all)
+        return lax.fori_loop(0, num_batches, lambda i, seen: keep(i == 0, new := look(i), seen.worse(new)), nothing)
 
-        def going(carry: tuple[Array, Look]) -> Array:
-            i, seen = carry
-            return (i == 0) | ((i < num_looks) & (seen.num_batches > 1))  # there is more than one to see
+    @compiled_method
+    def _settled(self, state: ParticleState, *args: Any, **kwargs: Any) -> ParticleState:
+        """The state with all particles where a step is stable."""
+        key, step_size = own_key(state.rng_key), self._step_size(state)
+        batches = all_batches(self._batch(state, state.rng_key, args, kwargs).program)
 
-        def next_look(carry: tuple[Array, Look]) -> tuple[Array, Look]:
-            i, seen = carry
-            new = look(i)
-            return i + 1, keep(i == 0, new, seen.worse(new))
+        def settle(particles: Particles, rows: dict[str, Array]) -> tuple[Particles, None]:
+            batch = self._batch(state._replace(particles=particles), state.rng_key, args, kwargs, rows)
+            x = tamed(batch, state.unconstrained, batch.gather(particles), step_size, key)
+            return batch.scatter(particles, x), None
 
-        return lax.while_loop(going, next_look, (jnp.zeros((), jnp.int32), nothing))[1]
+        particles = lax.scan(settle, state.particles, batches)[0] if batches else settle(state.particles, {})[0]
+        return state._replace(particles=particles)
 
     @compiled_method
     def _stiffness_at_start(self, state: ParticleState, *args: Any, **kwargs: Any) -> Array:
@@ -442,7 +468,7 @@ class ParticleMMLE(Engine):
         x = jax.vmap(draw)(jax.random.split(key, self.num_particles))
         theta, step_size = state.unconstrained, self._step_size(state)
         x = x if self.init_strategy is not None else tamed(batch, theta, x, step_size, key)
-        return stiffest(batch.program, partial(batch.scores, theta), x, step_size, key).ratio
+        return stiffest(batch.program, partial(batch.scores, theta), x, step_size, key)[0].ratio
 
     @compiled_method
     def _finite_terms(self, state: ParticleState, *args: Any, **kwargs: Any) -> dict[str, Array]:
@@ -511,19 +537,8 @@ class ParticleMMLE(Engine):
         count = jnp.zeros((), jnp.int32)
         step_size = steps_at(self.step_size, program.latents, count)
 
-        def tame(key: Array, rows: dict[str, Array], x: Particles) -> Particles:
-            return tamed(ParticleBatch(self._inner, {**data, **rows}, x, look_key, args, kwargs), params, x, step_size, key)
-
         particles = draw_particles(
-            self._inner,
-            args,
-            kwargs,
-            draw_key,
-            program,
-            self.num_particles,
-            data=data,
-            init_strategy=self._draws,
-            tame=tame if self.init_strategy is None and self.dynamics is None else None,
+            self._inner, args, kwargs, draw_key, program, self.num_particles, data=data, init_strategy=self._draws
         )
         report = self._inspect(init_params, args, kwargs)
         mutable_state = self._phase.start(report, run_key, args, kwargs, data=data, latents=first(particles))
@@ -611,9 +626,12 @@ class ParticleMMLE(Engine):
         batch = self._batch(state, state.rng_key, args, kwargs)
         return batch.loss(state.unconstrained, batch.gather(state.particles))
 
-    def _batch(self, state: ParticleState, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ParticleBatch:
-        """The rows that a key gives."""
-        batch = ParticleBatch(self._inner, {**state.params, **state.mutable_state}, state.particles, rng_key, args, kwargs)
+    def _batch(
+        self, state: ParticleState, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Any = None
+    ) -> ParticleBatch:
+        """The rows of subsampled plates that are given, or that a key gives."""
+        data = {**state.params, **state.mutable_state, **(rows or {})}
+        batch = ParticleBatch(self._inner, data, state.particles, rng_key, args, kwargs)
         _require_same_sites(batch.program, state)
         require_all_rows(batch.program, state.particles)
         return batch
@@ -629,7 +647,7 @@ class ParticleMMLE(Engine):
         found = self._phase.warnings(state.mutable_state, args, kwargs, data=data)
         num_steps = int(state.num_steps)
         if self.kernel == "langevin" and self.dynamics is None and (num_batches := looks_due(before, num_steps)):
-            look = self._look(state, jnp.asarray(num_batches), *args, **kwargs)
+            look = self._look(state, *map(jnp.asarray, (num_steps, num_batches, NUM_SCORES)), *args, **kwargs)
             found += warnings_of(look, self._told_steps(state), num_steps, self.num_moves)
         return found
 

@@ -16,10 +16,10 @@ from jax import Array, lax
 
 from numpyro_ebm.infer.particle_batch import ParticleBatch, Particles
 from numpyro_ebm.infer.particle_moves import How, Moves, adjusted
-from numpyro_ebm.infer.stability import Blocks, stiffness
+from numpyro_ebm.infer.stability import SCORES_AT_START, Blocks, stiffness
 from numpyro_ebm.program.provenance import mark, sources
 from numpyro_ebm.program.rows import all_batches, full_shape, scatter
-from numpyro_ebm.program.run import Run, draw_latents, jacobians_of, own_key, require_continuous, run_model
+from numpyro_ebm.program.run import Run, draw_latents, jacobians_of, require_continuous, run_model
 from numpyro_ebm.program.sites import Model, events_inside, finite_events, is_normalizer, require_data
 
 Args = tuple[Any, ...]
@@ -119,12 +119,10 @@ def draw_particles(
     *,
     data: dict[str, Any],
     init_strategy: Callable[..., Any],
-    tame: "Callable[[Array, dict[str, Array], Particles], Particles] | None" = None,
 ) -> Particles:
     """Particles for all rows of the data.
 
     :param program: a run of the model.
-    :param tame: what is made of those of some rows, from a key, the rows and the particles.
     """
     batches = all_batches(program)
     num_batches = max([len(rows) for rows in batches.values()], default=1)
@@ -133,8 +131,7 @@ def draw_particles(
         def one(key: Array) -> dict[str, Array]:
             return draw_latents(model, args, kwargs, key, data={**data, **rows}, init_strategy=init_strategy)
 
-        x = jax.vmap(one)(jax.random.split(key, num_particles))
-        return x if tame is None else tame(own_key(key), rows, x)
+        return jax.vmap(one)(jax.random.split(key, num_particles))
 
     keys = jax.random.split(rng_key, num_batches)
     if not batches:
@@ -149,7 +146,7 @@ def draw_particles(
     return lax.scan(fill, full, (keys, batches))[0]
 
 
-NUM_ROUNDS, MOVES_PER_ROUND, LOOKS_PER_ROUND = 5, 10, 2
+NUM_ROUNDS, MOVES_PER_ROUND = 5, 10
 WILD = 1.0  # h times the curvature
 
 
@@ -166,7 +163,7 @@ def tamed(batch: ParticleBatch, theta: Any, x: Particles, step_size: dict[str, A
         return x
 
     def are_wild(x: Particles, key: Array) -> Array:
-        return stiffness(batch.program, scores, x, step_size, key, LOOKS_PER_ROUND)[0] > WILD
+        return stiffness(batch.program, scores, x, step_size, key, SCORES_AT_START)[0] > WILD
 
     def going(carry: tuple[Any, ...]) -> Array:
         count, _, _, wild = carry

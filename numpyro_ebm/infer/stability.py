@@ -15,7 +15,7 @@ of particles that are on their way through places where hc is below 1, and what 
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,8 @@ from numpyro_ebm.program.run import Run
 
 STIFF = 1.0  # h times the curvature from which on it is told
 NUM_POWER_ITERATIONS = 30
-NUM_LOOKS = 6  # power iterations, a score each, of a look at particles in a run
+NUM_SCORES, SCORES_AT_START = 6, 2  # power iterations, a score each, of a look at particles in a run, and before it
+ALL_BATCHES = 2**30
 # A run looks at its particles at these numbers of steps: 20, 80, 320, 1280, and then every 1280.
 FIRST_LOOK, LOOK_EVERY = 20, 1280
 STEPS_PER_BATCH = 100  # steps between looks for each batch that is looked at: its scores are a tenth of theirs
@@ -55,6 +56,8 @@ class Look(NamedTuple):
 
     #: the stiffest row
     row: Stiffest
+    #: (), h times the curvature of the stiffest particle of all
+    wildest: Array
     #: (), the largest :func:`lag` of a batch
     lag: Array
     #: (), batches in the data
@@ -63,7 +66,7 @@ class Look(NamedTuple):
     def worse(self, other: "Look") -> "Look":
         """What is worse in either."""
         row = jax.tree.map(partial(jnp.where, other.row.ratio > self.row.ratio), other.row, self.row)
-        return Look(row, jnp.maximum(self.lag, other.lag), other.num_batches)
+        return Look(row, jnp.maximum(self.wildest, other.wildest), jnp.maximum(self.lag, other.lag), other.num_batches)
 
 
 class Blocks:
@@ -107,7 +110,7 @@ def _num_looks(num_steps: int) -> int:
 
 
 def stiffness(
-    program: Run, scores: Scores, x: Particles, step_size: dict[str, Array], rng_key: Array, num_looks: int = NUM_LOOKS
+    program: Run, scores: Scores, x: Particles, step_size: dict[str, Array], rng_key: Array, num_scores: Any
 ) -> tuple[Array, Particles]:
     """H times the curvature of each block of each particle, over the length of its move, and the direction of it.
 
@@ -119,7 +122,7 @@ def stiffness(
     scaled, blocks = partial(_scaled, step_size), Blocks(program)
     noise = normal_like(rng_key, x)
 
-    def look(carry: tuple[Particles, Particles, _Power], i: Array) -> tuple[tuple[Particles, Particles, _Power], None]:
+    def look(i: Array, carry: tuple[Particles, Particles, _Power]) -> tuple[Particles, Particles, _Power]:
         start, move, power = carry
         # one score for the program to compile: the first is that of the particles, which tells their move
         v = jax.tree.map(lambda a: jnp.where(i == 0, 0, a), power.v)
@@ -128,21 +131,26 @@ def stiffness(
         start = jax.tree.map(is_first, there, start)
         move = jax.tree.map(lambda s, m, xi: is_first(s + jnp.sqrt(2.0).astype(s.dtype) * xi, m), there, move, noise)
         power = _iterate(blocks, power._replace(v=v), jax.tree.map(jnp.subtract, start, there), blocks.dot(move, move))
-        return (start, move, jax.tree.map(is_first, _Power(move, jnp.full_like(power.largest, -jnp.inf)), power)), None
+        return start, move, jax.tree.map(is_first, _Power(move, jnp.full_like(power.largest, -jnp.inf)), power)
 
     begin = noise, noise, _Power(noise, jnp.zeros_like(blocks.dot(noise, noise)))
-    (_, _, power), _ = lax.scan(look, begin, jnp.arange(num_looks + 1))
+    _, _, power = lax.fori_loop(0, num_scores + 1, look, begin)
     return power.largest, power.v
 
 
-def stiffest(program: Run, scores: Scores, x: Particles, step_size: dict[str, Array], rng_key: Array) -> Stiffest:
-    """:func:`stiffness` of the median particle of each row: one that passes a steep place does not make its row stiff."""
-    ratio, direction = stiffness(program, scores, x, step_size, rng_key)
+def stiffest(
+    program: Run, scores: Scores, x: Particles, step_size: dict[str, Array], rng_key: Array, num_scores: Any = NUM_SCORES
+) -> tuple[Stiffest, Array]:
+    """:func:`stiffness` of the median particle of each row: one that passes a steep place does not make its row stiff.
+
+    :return: the stiffest row, and the stiffness of the stiffest particle of all.
+    """
+    of_particles, direction = stiffness(program, scores, x, step_size, rng_key, num_scores)
     blocks = Blocks(program)
-    ratio, share = jnp.median(ratio, 0), {name: part.mean(0) for name, part in blocks.parts(direction, direction).items()}
+    ratio, share = jnp.median(of_particles, 0), {name: part.mean(0) for name, part in blocks.parts(direction, direction).items()}
     worst = jnp.unravel_index(jnp.argmax(ratio), ratio.shape) if ratio.ndim else ()
     rows = {plate: program.plates[plate].indices[i] for plate, i in zip(blocks.plates, worst, strict=True)}
-    return Stiffest(ratio[worst], {name: part[worst] for name, part in share.items()}, rows)
+    return Stiffest(ratio[worst], {name: part[worst] for name, part in share.items()}, rows), of_particles.max()
 
 
 def local_stiffness(program: Run, scores: Scores, x: Particles, step_size: dict[str, Array], rng_key: Array) -> Array:
