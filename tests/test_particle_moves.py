@@ -136,8 +136,16 @@ def test_rows_that_are_not_independent_are_refused_by_name():
             numpyro.sample("y", dist.Normal(x, 1), obs=y[index])
         numpyro.factor("sum", -(x.sum() ** 2))
 
-    with pytest.raises(ValueError, match="site 'x': rows of its plates depend on each other, and kernel='mala'"):
-        ParticleMMLE(inside, STILL, 2, kernel="mala").init(KEY, Y)
+    def step(y):
+        loc = numpyro.param("loc", 0.5)
+        with numpyro.plate("data", len(y)):
+            x = numpyro.sample("x", dist.Normal(loc, 1))
+            numpyro.factor("far", jnp.where(abs(x - jnp.roll(x, 1)) < 0.7, 0.0, -4.0))
+            numpyro.sample("y", dist.Normal(x, 1), obs=y)
+
+    for model in (inside, step):
+        with pytest.raises(ValueError, match="site 'x': rows of its plates depend on each other, and kernel='mala'"):
+            ParticleMMLE(model, STILL, 2, kernel="mala").init(KEY, Y)
     ParticleMMLE(inside, STILL, 2, 0.1).init(KEY, Y)  # as unadjusted particles do not mind
     with pytest.raises(ValueError, match="site 'x': site 'sum' outside the subsampled plate 'data' depends on it"):
         ParticleMMLE(outside, STILL, 2, kernel="mala").init(KEY, Y)

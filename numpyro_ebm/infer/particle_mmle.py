@@ -131,8 +131,8 @@ class ParticleMMLE(Engine):
     The published algorithms are settings of this engine, by the constructors :meth:`pgd`, :meth:`ipla`, :meth:`ebipla`,
     :meth:`soul`, :meth:`pqn`, :meth:`pmgd`, :meth:`kiplmc1`, :meth:`kiplmc2` and :meth:`mpd`.
 
-    The loss is minus the mean over particles of the log joint density, up to unknown normalizers. It is not a bound on the
-    likelihood, and it cannot be used to compare two fits.
+    The loss is minus the mean over particles of the log joint density of unconstrained latents (the log Jacobians of their
+    constraints included), up to unknown normalizers. It is not a bound on the likelihood, and it cannot be used to compare two fits.
 
     :param model: a NumPyro model, or :class:`negative_phase(model, ...) <numpyro_ebm.negative_phase>` to say how its negative
         chains move.

@@ -27,6 +27,7 @@ import numpyro_ebm.optim as optim_module
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm.infer.particle_batch import Gradients, ParticleBatch, Particles
 from numpyro_ebm.program.provenance import mark, sources
+from numpyro_ebm.program.rows import mixes_rows
 
 TARGET_ACCEPTANCE = 0.574
 GAIN, GAIN_DELAY, GAIN_POWER = 0.5, 20.0, 0.6  # kappa_0, t_0: 40 moves from .1 to 1e-4
@@ -267,8 +268,10 @@ class _Term(NamedTuple):
 def are_independent(batch: ParticleBatch, theta: Any, rng_key: Array) -> dict[str, Array]:
     """By latent site, whether its rows are independent given the rest, as its plates say, of which a sum over rows makes a lie.
 
-    Where they are, weighing densities of rows weighs their scores by the same numbers, powers of two by which nothing is rounded.
+    Where they are, weighing densities of rows weighs their scores by the same numbers, powers of two by which nothing is rounded;
+    and no density of a row changes where others do, which tells of steps.
     """
+    mix_key, weigh_key = jax.random.split(rng_key)
     x = jax.tree.map(lambda x: x[None], batch.gather(batch.one))
     found = {}
     for name, rows in rows_of(batch, theta).items():
@@ -277,12 +280,26 @@ def are_independent(batch: ParticleBatch, theta: Any, rng_key: Array) -> dict[st
             return (weights * rows.log_density(theta, {**x, name: value})).sum()
 
         shape = rows.shape_of(x[name].shape)
-        weights = 2.0 ** jax.random.randint(rng_key, shape, 0, 16).astype(x[name].dtype)
+        weights = 2.0 ** jax.random.randint(weigh_key, shape, 0, 16).astype(x[name].dtype)
         plain, seen = (jax.grad(weighed)(x[name], each) for each in (jnp.ones_like(weights), weights))
         event = tuple(i for i, (size, whole) in enumerate(zip(shape, plain.shape, strict=True)) if size != whole)
         tolerance = jnp.finfo(plain.dtype).eps ** 0.5 * jnp.abs(plain).max(event, keepdims=True, initial=0)
         found[name] = ~(jnp.abs(seen / weights - plain) > tolerance).any()
+        for dim in rows.plates.values():
+            found[name] &= ~_mixes(rows, theta, x, dim, mix_key)
     return found
+
+
+def _mixes(rows: _Rows, theta: Any, x: Particles, dim: int, rng_key: Array) -> Array:
+    """Whether the log density of a row of the plate at ``dim`` changes where others do."""
+
+    def of_rows(value: dict[str, Array]) -> Array:
+        density = rows.log_density(theta, {**x, rows.name: value[rows.name][None]})
+        axis = dim - rows.event_dim + density.ndim
+        return density.sum(tuple(i for i in range(density.ndim) if i != axis))
+
+    one = {rows.name: x[rows.name][0]}
+    return mixes_rows(of_rows, one, {rows.name: dim - rows.event_dim}, rng_key)
 
 
 def rows_of(batch: ParticleBatch, theta: Any) -> dict[str, _Rows]:

@@ -28,6 +28,7 @@ from numpyro_ebm.infer.engine import Engine, RunResult, compiled_method
 from numpyro_ebm.objectives.score import ScoreObjective, objective_keys
 from numpyro_ebm.program.batch import Batch, drawn_batch, first_batch, over_rows, run_at_zero, whole_batch
 from numpyro_ebm.program.check import check_run
+from numpyro_ebm.program.rows import ROUNDING
 from numpyro_ebm.program.run import Run, log_density_terms, own_key, require_program, run_model, total
 from numpyro_ebm.program.sites import Model, Site, are_possible, has_density, is_masked, require_data, require_possible
 from numpyro_ebm.program.visible import Visible, find_visible, require_batch, require_rows, require_unscaled
@@ -323,8 +324,6 @@ def _of_model(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 SETTINGS_OF_RUN = set(inspect.signature(Engine.run).parameters) - {"kwargs"}
-# How much a row's score may change with the other rows by rounding, relative to 1 + its size.
-ROUNDING = 1e-3
 
 
 def _keys_of_moves(rng_key: Array, v: Array) -> Array:
