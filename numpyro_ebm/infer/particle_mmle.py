@@ -132,7 +132,7 @@ class ParticleMMLE(Engine):
     :meth:`soul`, :meth:`pqn`, :meth:`pmgd`, :meth:`kiplmc1`, :meth:`kiplmc2` and :meth:`mpd`.
 
     The loss is minus the mean over particles of the log joint density of unconstrained latents (the log Jacobians of their
-    constraints included), up to unknown normalizers. It is not a bound on the likelihood, and it cannot be used to compare two fits.
+    constraints included), up to unknown normalizers. It is no bound on the likelihood, and cannot be used to compare two fits.
 
     :param model: a NumPyro model, or :class:`negative_phase(model, ...) <numpyro_ebm.negative_phase>` to say how its negative
         chains move.
