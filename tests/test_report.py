@@ -251,7 +251,7 @@ def test_samples_without_weights_must_be_nearer_than_those_with():
 
 @pytest.mark.parametrize("logit", [None, 6.0], ids=["posterior", "other bits"])
 def test_guides_of_bits_are_weighed_as_bits(logit):
-    # Catches weights of relaxed bits, which no posterior has, and a tail of equal weights that is taken for none.
+    # Catches a tail of equal weights that is taken for none, or for a heavy one.
     def model(v):
         scale = numpyro.param("scale", 1.0)
         with numpyro.plate("data", len(v)):
@@ -267,6 +267,24 @@ def test_guides_of_bits_are_weighed_as_bits(logit):
     report = weighed(guide, bism, model)
     assert report.is_well == (logit is None)
     assert all(finding.is_told for finding in report.findings)
+
+
+def test_the_fraction_that_counts_of_bits_is_that_of_bits():
+    # Catches weights of relaxed bits, which vary less. Three bits of probability q for one half have (.25 / q + .25 / (1 - q))^-3.
+    def model(v):
+        scale = numpyro.param("scale", 1e3)
+        with numpyro.plate("data", len(v)):
+            h = numpyro.sample("h", dist.Bernoulli(logits=jnp.zeros(3)).to_event(1))
+            numpyro.sample("v", dist.Normal(h.sum(-1), scale), obs=v)
+
+    def guide(v):
+        numpyro.param("unused", 0.0)
+        with numpyro.plate("data", len(v)):
+            numpyro.sample("h", GumbelBernoulli(jnp.ones((len(v), 3)), temperature=1.0).to_event(1))
+
+    q = jax.nn.sigmoid(1.0)
+    exact = float((0.25 / q + 0.25 / (1 - q)) ** -3)
+    assert found(weighed(guide, bism, model), FRACTION).value == pytest.approx(exact, abs=0.05)
 
 
 def test_weights_that_underflow_or_are_no_numbers_are_told():
