@@ -7,7 +7,6 @@ The first argument of a model is the visible. A score is a derivative in it, whi
 the guard of their energies.
 """
 
-import inspect
 import math
 import warnings
 from abc import abstractmethod
@@ -75,10 +74,15 @@ class ScoreEngine(Engine):
         rng_key: Array,
         num_steps: int,
         *args: Any,
-        validation: Any = None,
-        patience: int | None = None,
+        progress_bar: bool = True,
+        stable_update: bool = False,
+        init_state: Any = None,
+        init_params: dict[str, Any] | None = None,
         collect: Callable[[Any], Any] | None = None,
         callbacks: Sequence[Callable[[int, Any, np.ndarray], Any]] = (),
+        chunk_size: int | None = None,
+        validation: Any = None,
+        patience: int | None = None,
         **kwargs: Any,
     ) -> RunResult:
         """Many steps, in compiled chunks, as of every engine. At the end it warns where the objective has collapsed.
@@ -95,17 +99,24 @@ class ScoreEngine(Engine):
         if patience and (validation is None or collect):
             fix = "collect, whose records would be lost" if collect else "no validation= rows: give some, or leave it out"
             raise ValueError(f"patience={patience} with {fix}.")
+        settings: dict[str, Any] = {
+            "progress_bar": progress_bar,
+            "stable_update": stable_update,
+            "init_state": init_state,
+            "init_params": init_params,
+            "chunk_size": chunk_size,
+            **kwargs,
+        }
         if patience:
-            of_model = _of_model(kwargs)
-            watch = _Watch(lambda state: self.evaluate(_judged(state), *_replaced(validation, args), **of_model), patience)
+            watch = _Watch(lambda state: self.evaluate(_judged(state), *_replaced(validation, args), **kwargs), patience)
             try:
-                losses = super().run(rng_key, num_steps, *args, callbacks=(*callbacks, watch), **kwargs).losses
+                losses = super().run(rng_key, num_steps, *args, callbacks=(*callbacks, watch), **settings).losses
             except _Enough as stop:
                 losses = jnp.asarray(stop.losses)
             result = RunResult(self.get_params(watch.state), watch.state, losses)
         else:
-            result = super().run(rng_key, num_steps, *args, collect=collect, callbacks=callbacks, **kwargs)
-        for finding in self._told(result.state, validation, args, _of_model(kwargs)):
+            result = super().run(rng_key, num_steps, *args, collect=collect, callbacks=callbacks, **settings)
+        for finding in self._told(result.state, validation, args, kwargs):
             if not finding.is_well:
                 warnings.warn(str(finding), stacklevel=2)
         return result
@@ -314,12 +325,6 @@ def _replaced(validation: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return validation if isinstance(validation, tuple) else (validation, *args[1:])
 
 
-def _of_model(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of the model among those of ``run``."""
-    return {name: value for name, value in kwargs.items() if name not in SETTINGS_OF_RUN}
-
-
-SETTINGS_OF_RUN = set(inspect.signature(Engine.run).parameters) - {"kwargs"}
 # How much a row's score may change with the other rows by rounding, relative to 1 + its size.
 ROUNDING = 1e-3
 
