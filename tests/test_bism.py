@@ -4,6 +4,7 @@
 """Bi-level score matching against the marginal model, enumeration and finite differences, in double precision."""
 
 import itertools
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -250,6 +251,15 @@ def test_fishers_information_is_the_curvature_where_the_guide_is_the_posterior(o
         assert (jnp.abs(draws[name].mean(0) - exact) < 5 * error + 0.01 * size).all(), name
 
 
+@pytest.mark.parametrize(
+    ("lower_loss", "curvature"), [(Trace_ELBO(), "fisher"), (PosteriorFisher(), "hessian")], ids=["ELBO", "PosteriorFisher"]
+)
+def test_curvature_of_bits_is_chosen_by_the_lower_loss(lower_loss, curvature, v):
+    # Catches a Hessian of relaxed bits where the information is known, and an information that is not the curvature.
+    chosen, given = (engine_of(lower_loss=lower_loss, hypergradient=Implicit(name)) for name in ("auto", curvature))
+    assert_close(gradient_by(chosen, v), gradient_by(given, v), 1e-12)
+
+
 class WeightedKL(ExactKL):
     """The divergence at the rows of an objective, each with its weight."""
 
@@ -302,6 +312,9 @@ def test_implicit_gradient_with_a_trained_guide_is_exact_within_its_noise():
     fisher, elbo = (BiSM(linear, linear_guide, STEP, STEP, objective, by, **settings) for by in (PosteriorFisher(), Trace_ELBO()))
     start = elbo.init(KEY, v)._replace(phi=state.phi)
     assert_close(gradient_by(fisher, v, start), exact, 1e-6)
+    settings["hypergradient"] = replace(settings["hypergradient"], curvature="hessian")  # what "auto" is for normal latents
+    hessian = BiSM(linear, linear_guide, STEP, STEP, objective, Trace_ELBO(), **settings)
+    assert_close(gradient_by(hessian, v, start), gradient_by(elbo, v, start), 1e-12)
     draws = jax.vmap(lambda key: gradient_by(elbo, v, start._replace(rng_key=key)))(jax.random.split(KEY, 200))
     for name in ("loc", "spread"):
         error = draws[name].std(ddof=1) / np.sqrt(200)

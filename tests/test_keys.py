@@ -91,9 +91,9 @@ def generator(v):
 PAIR = joint, guide, optax.sgd(0.1), optax.sgd(0.1), Watched()
 ENGINES = {
     "ScoreMatching": lambda: ScoreMatching(marginal, optax.sgd(0.1), Watched(), batch_size=4),
-    "BiSM": lambda: BiSM(*PAIR, batch_size=4),
+    "BiSM": lambda: BiSM(*PAIR, hypergradient=Unrolled(), batch_size=4),
     "BiSM, implicit": lambda: BiSM(*PAIR, hypergradient=Implicit(), batch_size=4),
-    "VaGES": lambda: VaGES(*PAIR, batch_size=4),
+    "VaGES": lambda: VaGES(*PAIR, estimate=Variational(), batch_size=4),
     "VaGES, weighted": lambda: VaGES(*PAIR, estimate=ImportanceWeighted(3, jackknife=False), batch_size=4),
     "BiDVL": lambda: BiDVL(energy, guide, generator, *[optax.sgd(0.1)] * 3, batch_size=4),
 }

@@ -269,6 +269,16 @@ def test_conjugate_gradient_is_that_of_jax():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), ours, theirs)
 
 
+def test_conjugate_gradient_stops_before_a_direction_of_negative_curvature():
+    """By hand: the first step has curvature 2 - 1 and reaches (2, 2), the next direction is (6, 12). Catches the step along it,
+    which JAX's makes, and numbers that are nan and lost.
+    """
+    b = jnp.ones(2)
+    np.testing.assert_allclose(conjugate_gradient(lambda x: jnp.array([2.0, -1.0]) * x, b, 10, 0.0), [2, 2])
+    np.testing.assert_array_equal(conjugate_gradient(lambda x: -x, b, 10, 0.0), [0, 0])
+    assert jnp.isnan(conjugate_gradient(lambda x: jnp.nan * x, b, 10, 0.0)).all()
+
+
 # Where the loop cannot be, and meshes.
 
 

@@ -21,6 +21,7 @@ from numpyro_ebm import (
     ScoreMatching,
     Unrolled,
     VaGES,
+    Variational,
     find_map,
     fisher_divergence,
 )
@@ -175,7 +176,7 @@ def engine_by(name, optim=STEP, guide_optim=STEP):
     return {
         "BiSM": lambda: BiSM(latent, guide, optim, guide_optim, objective, num_inner_steps=1, hypergradient=Unrolled(1)),
         "BiSM, implicit": lambda: BiSM(latent, guide, optim, guide_optim, objective, num_inner_steps=1, hypergradient=Implicit()),
-        "VaGES": lambda: VaGES(latent, guide, optim, guide_optim, objective, num_inner_steps=1),
+        "VaGES": lambda: VaGES(latent, guide, optim, guide_optim, objective, num_inner_steps=1, estimate=Variational()),
         "VaGES, weighted": lambda: VaGES(
             latent, guide, optim, guide_optim, objective, num_inner_steps=1, estimate=ImportanceWeighted(3, jackknife=False)
         ),

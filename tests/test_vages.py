@@ -355,7 +355,7 @@ def test_effective_sample_size_is_between_one_and_the_number_of_draws():
 
 def make(objective=OBJECTIVES["DSM"], model=model, guide=guide, optim=None, guide_optim=None, **settings):
     optim, guide_optim = optim or optax.sgd(1.0), guide_optim or optax.sgd(0.0)
-    return VaGES(model, guide, optim, guide_optim, objective, **{"num_inner_steps": 0, **settings})
+    return VaGES(model, guide, optim, guide_optim, objective, **{"num_inner_steps": 0, "estimate": Variational(), **settings})
 
 
 def steps(engine, v, num):

@@ -7,7 +7,6 @@ The first argument of a model is the visible. A score is a derivative in it, whi
 the guard of their energies.
 """
 
-import inspect
 import math
 import warnings
 from abc import abstractmethod
@@ -76,11 +75,16 @@ class ScoreEngine(Engine):
         rng_key: Array,
         num_steps: int,
         *args: Any,
-        validation: Any = None,
-        patience: int | None = None,
+        progress_bar: bool = True,
+        stable_update: bool = False,
+        init_state: Any = None,
+        init_params: dict[str, Any] | None = None,
         collect: Callable[[Any], Any] | None = None,
         callbacks: Sequence[Callable[[int, Any, np.ndarray], Any]] = (),
+        chunk_size: int | None = None,
         report: bool | None = None,
+        validation: Any = None,
+        patience: int | None = None,
         **kwargs: Any,
     ) -> RunResult:
         """Many steps, in compiled chunks, and a report on whether the fit can be believed, as of every engine.
@@ -98,19 +102,27 @@ class ScoreEngine(Engine):
             fix = "collect, whose records would be lost" if collect else "no validation= rows: give some, or leave it out"
             raise ValueError(f"patience={patience} with {fix}.")
         reports = are_reports_enabled() if report is None else require_bool("report", report)
-        of_model = _of_model(kwargs)
+        settings: dict[str, Any] = {
+            "progress_bar": progress_bar,
+            "stable_update": stable_update,
+            "init_state": init_state,
+            "init_params": init_params,
+            "chunk_size": chunk_size,
+            "report": False,  # which is made below, of the state that is returned
+            **kwargs,
+        }
         if patience:
-            watch = _Watch(lambda state: self.evaluate(_judged(state), *_replaced(validation, args), **of_model), patience)
+            watch = _Watch(lambda state: self.evaluate(_judged(state), *_replaced(validation, args), **kwargs), patience)
             try:
-                losses = super().run(rng_key, num_steps, *args, callbacks=(*callbacks, watch), report=False, **kwargs).losses
+                losses = super().run(rng_key, num_steps, *args, callbacks=(*callbacks, watch), **settings).losses
             except _Enough as stop:
                 losses = jnp.asarray(stop.losses)
             result = RunResult(self.get_params(watch.state), watch.state, losses)
         else:
-            result = super().run(rng_key, num_steps, *args, collect=collect, callbacks=callbacks, report=False, **kwargs)
+            result = super().run(rng_key, num_steps, *args, collect=collect, callbacks=callbacks, **settings)
         if not reports:
             return result
-        said = report_of(lambda: self._told(result.state, validation, args, of_model))
+        said = report_of(lambda: self._told(result.state, validation, args, kwargs))
         said.warn(stacklevel=2)
         return result._replace(report=said)
 
@@ -316,14 +328,6 @@ def _judged(state: Any) -> Any:
 
 def _replaced(validation: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return validation if isinstance(validation, tuple) else (validation, *args[1:])
-
-
-def _of_model(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of the model among those of ``run``."""
-    return {name: value for name, value in kwargs.items() if name not in SETTINGS_OF_RUN}
-
-
-SETTINGS_OF_RUN = set(inspect.signature(Engine.run).parameters) - {"kwargs"}
 
 
 def _keys_of_moves(rng_key: Array, v: Array) -> Array:
