@@ -155,6 +155,14 @@ def test_a_step_that_is_too_large_where_particles_start_is_said():
     assert "inf" not in str(error.value).replace("finite", "")
 
 
+def test_the_limit_where_particles_start_is_said_where_there_is_none_to_tell():
+    assert "h = 0.1 is above the stability limit of about 0.05 where particles start" in fix_of({"x": 0.1}, np.nan, 4.0)
+    assert "above the stability limit by far where particles start" in fix_of({"x": 0.1}, np.nan, np.inf)
+    assert "h = 0.1 at 'x', 0.2 at 'y' is above the stability limit by a factor of 2 there" in fix_of(
+        {"x": 0.1, "y": 0.2}, 4.0, 1.0
+    )
+
+
 def test_no_limit_that_is_not_known_is_printed():
     ratios = [np.nan, np.inf, -1.0, 0.0, 0.5, 4.0]
     for steps, there, at_start in itertools.product([{"x": 0.1}, {"x": 0.1, "y": 0.2}], ratios, ratios):
