@@ -133,6 +133,26 @@ def test_a_fit_that_is_not_well_says_so_once_and_where():
     assert [finding.quantity for finding in result.report.trouble] == [DISTANCE]
 
 
+def test_particles_report_how_stiff_they_are_or_how_often_they_are_accepted(engine):
+    def normal(y):
+        loc = numpyro.param("loc", 0.0)
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(numpyro.sample("z", dist.Normal(loc, 1)), 1), obs=y)
+
+    quantity = "h times the curvature of the stiffest row"  # every row has a curvature of 2
+    stiff = ParticleMMLE(normal, optax.sgd(0.0), num_particles=4, step_size=0.7)
+    with pytest.warns(UserWarning, match=rf"site 'z': {quantity} is 1.4 and should be at most 1: .*kernel='mala'"):
+        result = stiff.run(KEY, 3, Y, progress_bar=False, report=True)
+    assert found(result.report, quantity).value == pytest.approx(1.4, rel=1e-3)
+    result = engine.run(KEY, 2, Y, progress_bar=False, report=True)
+    assert found(result.report, quantity).value == pytest.approx(0.2, rel=1e-3)
+    adjusted = ParticleMMLE(normal, optax.sgd(0.0), num_particles=4, kernel="mala")
+    report = adjusted.run(KEY, 100, Y, progress_bar=False, report=True).report
+    (finding,) = report.findings
+    assert finding.quantity == "acceptance of moves in the row with the least"
+    assert 0.4 < finding.value < 0.7
+
+
 def test_a_report_that_fails_is_a_finding_and_no_error(engine, monkeypatch):
     # Catches a fit of hours that is lost because its report is.
     def fails(*args):

@@ -34,7 +34,7 @@ from numpyro_ebm.evaluate.report import Finding
 from numpyro_ebm.handlers import negative_phase
 from numpyro_ebm.infer.engine import Engine, compiled_method
 from numpyro_ebm.infer.particle_batch import ParticleBatch, Particles, first, number_of
-from numpyro_ebm.infer.particle_moves import AdaptedMoves, Moves, are_independent
+from numpyro_ebm.infer.particle_moves import LEAST_ACCEPTANCE, SLOW, AdaptedMoves, Moves, are_independent
 from numpyro_ebm.infer.particle_settings import (
     Averaged,
     Maximize,
@@ -66,6 +66,7 @@ from numpyro_ebm.infer.stability import (
     local_stiffness,
     looks_due,
     stiffest,
+    stiffness_finding,
     warnings_of,
 )
 from numpyro_ebm.infer.step import Health, Part, health_of, is_bad, keep
@@ -652,10 +653,16 @@ class ParticleMMLE(Engine):
         return found
 
     def _findings(self, rng_key: Array, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
-        if not has_chains(state.mutable_state):
-            return []
-        numbers = self._chain_numbers(state, rng_key, *args, **kwargs)
-        return self._phase.findings(numbers, state.params, state.mutable_state, args, kwargs)
+        found = [
+            Finding(site, "acceptance of moves in the row with the least", float(kept.min()), LEAST_ACCEPTANCE, None, SLOW)
+            for site, kept in state.acceptance.items()
+        ]
+        if self.kernel == "langevin" and self.dynamics is None:
+            found.append(stiffness_finding(self._look(state, *map(jnp.asarray, (0, 1, NUM_SCORES)), *args, **kwargs)))
+        if has_chains(state.mutable_state):
+            numbers = self._chain_numbers(state, rng_key, *args, **kwargs)
+            found += self._phase.findings(numbers, state.params, state.mutable_state, args, kwargs)
+        return found
 
     @partial(compiled_method, cheaply=True)
     def _chain_numbers(self, state: ParticleState, rng_key: Array, *args: Any, **kwargs: Any) -> ChainNumbers:

@@ -31,6 +31,8 @@ from numpyro_ebm.program.rows import mixes_rows
 
 TARGET_ACCEPTANCE = 0.574
 GAIN, GAIN_DELAY, GAIN_POWER = 0.5, 20.0, 0.6  # kappa_0, t_0: 40 moves from .1 to 1e-4
+LEAST_ACCEPTANCE = 0.15  # of a row that moves well enough to be believed
+SLOW = "a row's moves are hardly accepted, and its particles may stand where they started: take more num_moves, or look at the row"
 ACCEPTANCE_RATE = 0.02  # of its running mean
 SMALL_MOVES = 0.25  # the fraction that is shrunk tenfold, the same of those a hundredfold, and so on
 LOG_STEPS = (np.log(1e-20), np.log(1e8))  # where there is no density every step is accepted: it must not grow forever

@@ -22,11 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from numpyro_ebm.evaluate.report import Finding
 from numpyro_ebm.infer.particle_batch import Particles
 from numpyro_ebm.optim import normal_like
 from numpyro_ebm.program.rows import shared_plates
 from numpyro_ebm.program.run import Run
 
+FIX = "take a smaller step_size, or kernel='mala', which is right at every step"
 STIFF = 1.0  # h times the curvature from which on it is told
 NUM_POWER_ITERATIONS = 30
 NUM_SCORES, SCORES_AT_START = 6, 2  # power iterations, a score each, of a look at particles in a run, and before it
@@ -213,14 +215,13 @@ def warnings_of(look: Look, step_size: dict[str, float], num_steps: int, num_mov
     """Warnings of the stiffest row, where particles are spread too much, and of clouds that do not follow the parameters."""
     found, worst = [], float(look.row.ratio)
     if worst >= STIFF:
-        share = {name: np.nan_to_num(float(part)) for name, part in look.row.share.items()}
-        site = max(share, key=lambda name: share[name])
+        site = _stiffest_site(look)
         where = " and ".join(f"row {int(row)} of plate '{plate}'" for plate, row in look.row.rows.items())
         size = f"about {worst:.2f}" if np.isfinite(worst) else "too large for a finite move"
         found.append(
             f"site '{site}': step_size is h = {step_size[site]:g}, and h times the curvature is {size} for "
             f"{where or 'the stiffest direction'}: at 2 the particles diverge, and from 1 on they are more than twice as spread as "
-            "the posterior. Take a smaller step_size, or kernel='mala', which is right at every step."
+            f"the posterior. {FIX.capitalize()}."
         )
     lag, num_batches = float(look.lag), float(look.num_batches)
     if num_batches >= MANY_BATCHES and num_steps >= max(2 * num_batches, STEPS_TO_ARRIVE) and lag > LAG:
@@ -230,6 +231,17 @@ def warnings_of(look: Look, step_size: dict[str, float], num_steps: int, num_mov
             f"of the past: take num_moves = {max(10, 2 * num_moves)} or more, or larger batches."
         )
     return found
+
+
+def _stiffest_site(look: Look) -> str:
+    share = {name: np.nan_to_num(float(part)) for name, part in look.row.share.items()}
+    return max(share, key=lambda name: share[name])
+
+
+def stiffness_finding(look: Look) -> Finding:
+    """The stiffest row as a number of a report."""
+    why = f"its particles are more than twice as spread as the posterior, and what is learned from them is biased: {FIX}"
+    return Finding(_stiffest_site(look), "h times the curvature of the stiffest row", float(look.row.ratio), None, STIFF, why)
 
 
 def fix_of(step_size: dict[str, float], ratio: float, at_start: float) -> str:
