@@ -19,15 +19,19 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 from jax import lax
+from jax.scipy.special import logsumexp
 from numpyro.distributions import constraints
 
 from numpyro_ebm import (
     MALA,
     BiSM,
     DenoisingScoreMatching,
+    EnergyDistribution,
+    ExactScoreMatching,
     Implicit,
     ImportanceWeighted,
     ParticleMMLE,
+    ScoreMatching,
     SlicedScoreMatching,
     TiltedDistribution,
     VaGES,
@@ -103,6 +107,37 @@ def of_factors(engine, guide, objective, **settings):
     return engine(factors, guide, optax.adam(1e-2), optax.adam(2e-2), objective, batch_size=100, **settings), VISIBLE
 
 
+def normal(y):
+    loc = numpyro.param("loc", 0.0)
+    with numpyro.plate("data", len(y)):
+        scale = jnp.where(jnp.arange(len(y)) == 0, 0.25, 1.0)  # of one row the posterior is steeper
+        numpyro.sample("y", dist.Normal(numpyro.sample("z", dist.Normal(loc, 1)), scale), obs=y)
+
+
+def of_particles(**settings):
+    return ParticleMMLE(normal, optax.adam(1e-2), num_particles=10, **settings), 1.5 + 1.1 * NOISE
+
+
+FEW = NOISE[:60, None]
+
+
+def spikes(x):
+    width = jnp.exp(numpyro.param("log_width", -0.5))
+    with numpyro.plate("data", len(x)):
+        energy = EnergyDistribution(lambda x: -logsumexp(-(((x - FEW) / width) ** 2) / 2), event_shape=(1,))
+        numpyro.sample("x", energy, obs=x)
+
+
+def bell(x):
+    precision = numpyro.param("precision", 1.0, constraint=constraints.positive)
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("x", EnergyDistribution(lambda x: precision * (x**2).sum() / 2, event_shape=(1,)), obs=x)
+
+
+def of_scores(model, objective):
+    return ScoreMatching(model, optax.adam(0.03), objective), FEW
+
+
 DENOISING, SLICED, IMPLICIT = DenoisingScoreMatching(0.3), SlicedScoreMatching(), {"hypergradient": Implicit()}
 VARIATIONAL, WEIGHTED = {"estimate": Variational()}, {"estimate": ImportanceWeighted(10)}
 SHORT = {"sampler": MALA(0.02, 10, adapt=False, num_jumps=0), "persistent": False}
@@ -115,6 +150,11 @@ PROBLEMS = {
     "short runs that are long": (lambda: of_tilt(sampler=MALA(0.5, 20), persistent=False), 300, ()),
     "weights at a large learning rate": (lambda: of_tilt(optax.sgd(0.02), **STANDING), 20, ("weights keep", "monitors")),
     "weights at a small one": (lambda: of_tilt(weights=Weighted(num_monitor_chains=256)), 300, ()),
+    "particles, h above the limit of one row": (lambda: of_particles(step_size=0.1), 300, ("curvature",)),
+    "particles, h for all rows": (lambda: of_particles(step_size=0.03), 300, ()),
+    "adjusted particles": (lambda: of_particles(kernel="mala"), 300, ()),
+    "exact score matching, spikes": (lambda: of_scores(spikes, ExactScoreMatching()), 400, ("half the distance",)),
+    "exact score matching, a bell": (lambda: of_scores(bell, ExactScoreMatching()), 400, ()),
     "BiSM, a guide that is too narrow": (lambda: of_factors(BiSM, narrow, DENOISING, **IMPLICIT), 400, ("Pareto",)),
     "BiSM, the posterior's family": (lambda: of_factors(BiSM, full, DENOISING, **IMPLICIT), 400, ()),
     "VaGES unweighted, a blind guide": (lambda: of_factors(VaGES, blind, SLICED, **VARIATIONAL), 600, ("Pareto", "count")),
