@@ -231,7 +231,10 @@ if __name__ == "__main__":
     parser.add_argument("--smoke", action="store_true", help="a few steps of a small machine, to see that it runs")
     args = parser.parse_args()
     fisher = Implicit("fisher", num_cg_steps=3, num_draws=2)
-    args.unroll, args.implicit = (0, 5), (Implicit(), Implicit(num_cg_steps=3, num_draws=2), fisher)
+    args.unroll, args.implicit = (
+        (0, 5),
+        (Implicit("hessian", num_cg_steps=5, tol=1e-5), Implicit("hessian", num_cg_steps=3, tol=1e-5, num_draws=2), fisher),
+    )
     args.compile = ((5, 0, False), (5, 5, False), (50, 5, False), (5, 50, False), (5, 50, True))
     if args.smoke:
         args.unroll, args.implicit, args.compile = (5,), (fisher,), ((5, 5, True),)

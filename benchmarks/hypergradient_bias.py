@@ -178,7 +178,7 @@ def exact_lower_level(v, exact, args):
     start = at_posterior._replace(params={**at_posterior.params, **off}, phi=off)
     descent = optax.sgd(alpha)
     unroll = [Unrolled(n) for n in args.unroll]
-    implicit = [Implicit(num_cg_steps=n, damping=0.0, tol=0.0, num_draws=1) for n in args.num_cg_steps]
+    implicit = [Implicit("hessian", num_cg_steps=n, damping=0.0, tol=0.0, num_draws=1) for n in args.num_cg_steps]
     heads = [f"N = {n}" for n in args.unroll] + [f"{n} CG" for n in args.num_cg_steps]
     print(f"{'':<10}" + "".join(f"{head:>9}" for head in heads))
     draws = [draw_gradients(make_engine(descent, ExactKL(), one), v, args.num_draws) for one in unroll + implicit]

@@ -120,7 +120,9 @@ def make_engine(method: str) -> ScoreMatching | BiSM:
     )  # eps_root: the guide's Adam is differentiated, and sqrt(0) has no slope
     if how == "exact":
         return ScoreMatching(marginal, adam, OBJECTIVES[objective], batch_size=BATCH_SIZE)
-    hypergradient: Unrolled | Implicit = Implicit("fisher", num_cg_steps=3, num_draws=2) if how == "Fisher" else Implicit()
+    hypergradient: Unrolled | Implicit = (
+        Implicit("fisher", num_cg_steps=3, num_draws=2) if how == "Fisher" else Implicit("hessian", num_cg_steps=5, tol=1e-5)
+    )
     if how.startswith("N"):
         hypergradient = Unrolled(int(how.removeprefix("N = ")))
     shared: dict[str, Any] = {"num_inner_steps": NUM_INNER_STEPS, "batch_size": BATCH_SIZE}

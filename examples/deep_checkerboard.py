@@ -237,7 +237,11 @@ def main(args: argparse.Namespace) -> None:
     keys = jax.random.split(jax.random.key(args.seed), 6)
     nets = Nets(point_energy(keys[0], NUM_LATENTS), point_guide(keys[1], NUM_LATENTS))
 
-    forms = {"none": Unrolled(0), "unrolled": Unrolled(args.num_unroll_steps), "implicit": Implicit()}
+    forms = {
+        "none": Unrolled(0),
+        "unrolled": Unrolled(args.num_unroll_steps),
+        "implicit": Implicit("hessian", num_cg_steps=5, tol=1e-5),
+    }
     engine = make_engine(num_steps, args.learning_rate, forms[args.hypergradient])
     begin = time.perf_counter()
     result = engine.run(keys[2], num_steps, data, nets)
