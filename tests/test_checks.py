@@ -223,6 +223,7 @@ def _noise(**given):
 
 COUNT, COUNT_OR_NONE, NATURAL, NATURAL_OR_NONE, TWO = "count", "count or None", "natural", "natural or None", "two"
 POSITIVE, NONNEGATIVE, NEGATIVE, OPTIONAL = "positive", "nonnegative", "negative", "positive or None"
+STEP_OR_NONE = "positive, or None for a kernel"
 FRACTION, FRACTION_OR_ZERO = "fraction", "fraction or zero"
 BOOL, OPTIM, SAMPLER, OBJECTIVE, LOSS = "bool", "optim", "sampler", "objective", "loss"
 BILEVEL = {"guide_optim": OPTIM, "lower_loss": LOSS, "num_inner_steps": NATURAL}
@@ -302,7 +303,7 @@ TABLE = {
         {
             "optim": OPTIM,
             "num_particles": COUNT,
-            "step_size": POSITIVE,
+            "step_size": STEP_OR_NONE,
             "drift": "Summed(...) or Averaged(...)",
             "order": "'jacobi', 'gauss_seidel'",
             "noise": "'batch', 'all'",
@@ -419,6 +420,7 @@ BAD = {
     TWO: ([1, None, *NO_COUNT], ValueError, "{} must be an integer of 2 or more, got {!r}"),
     OPTIONAL: ([0, 0.0, -0.1, *NO_NUMBER], ValueError, "{} must be a positive finite number, got {!r}"),
     POSITIVE: ([0, 0.0, -0.1, None, *NO_NUMBER], ValueError, "{} must be a positive finite number, got {!r}"),
+    STEP_OR_NONE: ([0, 0.0, -0.1, *NO_NUMBER], ValueError, "{} must be a positive finite number, got {!r}"),
     NONNEGATIVE: ([-0.1, None, *NO_NUMBER], ValueError, "{} must be a finite number of 0 or more, got {!r}"),
     NEGATIVE: ([0.5, 0, None, *NO_NUMBER], ValueError, "{} must be a negative finite number, got {!r}"),
     FRACTION: ([0, 1.0, -0.1, None, *NO_NUMBER], ValueError, "{} must be a number between 0 and 1, got {!r}"),

@@ -75,7 +75,7 @@ def test_weights_of_rows_are_counts_of_them_in_draws_modes_and_standard_errors()
 
 def test_particles_of_a_plate_at_a_dim_of_its_own_keep_their_rows():
     # dims -1 and -3 of three, events of 2, subsampled: catches rows gathered along another axis. No parameter moves.
-    y, h = normal(0, 4, 1, 3, 2), 0.2
+    y, h = normal(0, 4, 1, 3, 2), 0.15
 
     def model(y):
         loc = numpyro.param("loc", 0.0)

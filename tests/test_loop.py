@@ -111,8 +111,15 @@ def test_a_fixed_loop_never_asks_the_host(name):
 
 
 def _primitives(program):
-    found = set()
+    found, of_platform = set(), set()
     for equation in program.eqns if hasattr(program, "eqns") else program.jaxpr.eqns:
+        if equation.primitive.name == "platform_index":
+            of_platform |= set(equation.outvars)
+        elif equation.primitive.name == "cond" and equation.invars[0] in of_platform:
+            found |= _primitives(
+                equation.params["branches"][-1]
+            )  # which one is known when it is compiled: the default, not a CPU's
+            continue
         found.add(equation.primitive.name)
         for inside in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
             if hasattr(inside, "eqns") or hasattr(inside, "jaxpr"):

@@ -106,10 +106,10 @@ def test_clouds_that_lag_behind_the_parameters_are_told():
             numpyro.sample("y", dist.Normal(x, 3.0), obs=y[index])
 
     drifting = optax.stateless(lambda gradient, params: jax.tree.map(lambda g: 0.05 + 0 * g, gradient))
-    messages = _told(ParticleMMLE(model, drifting, 10, 0.05), 1000, Y)
+    messages = _told(ParticleMMLE(model, drifting, 10, 0.05), 1000, Y, chunk_size=1000)
     assert any(message.startswith("the particles of a row move num_moves = 1 times in 20 steps, and stand") for message in messages)
     assert any("take num_moves = 10 or more" in message for message in messages)
-    assert not _told(ParticleMMLE(model, STILL, 10, 0.05), 1000, Y)
+    assert not _told(ParticleMMLE(model, STILL, 10, 0.05), 1000, Y, chunk_size=1000)  # which have arrived by then
 
 
 # Where particles start.

@@ -43,7 +43,7 @@ def require_average(average_iterates: Any) -> float | None:
 
     :raises ValueError: for anything else.
     """
-    if isinstance(average_iterates, bool):
+    if average_iterates is True or average_iterates is False:
         return ETA if average_iterates else None
     return require_nonnegative("average_iterates", average_iterates, "it is True, False, or the exponent of the weights")
 

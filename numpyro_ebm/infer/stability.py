@@ -199,16 +199,19 @@ def _iterate(blocks: Blocks, power: _Power, image: Particles, length: Array) -> 
 
 
 def lag(program: Run, scores: Scores, x: Particles) -> Array:
-    """How far clouds stand from the posterior, in standard deviations of it: 0 but for noise where they follow it.
+    """How far clouds stand from the posterior at least, in standard deviations of it: 0 where they follow it.
 
-    By the mean score of a row's particles, which is 0 under the posterior, and whose variance tells the curvature.
+    By the mean score of a row's particles, which is 0 under the posterior but for noise, four errors of which are taken out; the
+    variance of scores tells the curvature.
     """
     found, blocks = scores(x), Blocks(program)
     mean = {name: jnp.broadcast_to(score.mean(0), score.shape) for name, score in found.items()}
     rest = jax.tree.map(jnp.subtract, found, mean)
     num = len(next(iter(x.values())))
     square, variance = blocks.dot(mean, mean).mean(), blocks.dot(rest, rest).mean() * num / (num - 1)
-    return jnp.sqrt(jnp.maximum(square - variance / num, 0) / variance)
+    num_elements = sum(score[0].size for score in found.values())
+    noise = variance / num * (1 + 4 * (2 / num_elements) ** 0.5)
+    return jnp.sqrt(jnp.maximum(square - noise, 0) / variance)
 
 
 def warnings_of(look: Look, step_size: dict[str, float], num_steps: int, num_moves: int) -> list[str]:
