@@ -151,7 +151,7 @@ PROBLEMS = {
     "weights at a large learning rate": (lambda: of_tilt(optax.sgd(0.02), **STANDING), 20, ("weights keep", "monitors")),
     "weights at a small one": (lambda: of_tilt(weights=Weighted(num_monitor_chains=256)), 300, ()),
     "particles, h above the limit of one row": (lambda: of_particles(step_size=0.1), 300, ("curvature",)),
-    "particles, h for all rows": (lambda: of_particles(step_size=0.03), 300, ()),
+    "particles, h for all rows": (lambda: of_particles(step_size=0.02), 300, ()),
     "adjusted particles": (lambda: of_particles(kernel="mala"), 300, ()),
     "exact score matching, spikes": (lambda: of_scores(spikes, ExactScoreMatching()), 400, ("half the distance",)),
     "exact score matching, a bell": (lambda: of_scores(bell, ExactScoreMatching()), 400, ()),

@@ -17,6 +17,7 @@ from numpyro_ebm.chains import IMPROPER, MIXED_FIELDS, NOT_FINITE, ChainTarget, 
 from numpyro_ebm.distributions.energy import TiltedDistribution
 from numpyro_ebm.program.pair import same_support
 from numpyro_ebm.program.random_field import RandomField
+from numpyro_ebm.program.sites import is_without_end
 from numpyro_ebm.samplers import Sampler
 from numpyro_ebm.weighted import Population, Weighted
 
@@ -48,7 +49,7 @@ def advance(name: str, energy: ChainTarget, sampler: Sampler, start: Any, run_ke
     count = jnp.zeros((), jnp.int32)
     begin = {"x": start, "num_updates": count, "status": count, **population, **kept}
     chains = mutable(keeping.where, begin)
-    if chains is begin and sampler.uses_score:
+    if chains is begin and sampler.uses_score and all(map(is_without_end, energy.supports)):
         with numpyro.validation_enabled(False):  # that far a transform may underflow
             chains["status"] = jnp.where(falls_off(target, fresh.position), count, IMPROPER)
         if keeping.reports:  # once in a fit, so that the host may be asked on every device

@@ -34,6 +34,10 @@ class ChainTarget(Protocol):
     def chain_sampler(self) -> Sampler:
         """How chains move if no sampler is named."""
 
+    @property
+    def supports(self) -> list[Any]:
+        """The supports of the values."""
+
     def to_chain(self, value: Any, sampler: Sampler) -> Array:
         """Values as positions of a sampler."""
 

@@ -1094,6 +1094,19 @@ def _heavy(energy, event_shape, initial):
     return EnergyDistribution(lambda x: 2 * jnp.log1p((x**2).sum()) + 0 * energy(x), event_shape, initial=initial)
 
 
+def _on_simplex(fn):
+    def model(v):
+        a = numpyro.param("a", 1.0)
+        with numpyro.plate("data", 5):
+            numpyro.sample("v", fn(lambda x: -a * x[0]), obs=jnp.full((5, 3), 1 / 3))
+
+    return model
+
+
+def _flat_on_simplex(energy):
+    return EnergyDistribution(energy, (3,), support=constraints.simplex, initial=dist.Dirichlet(jnp.ones(3)))
+
+
 STARTS = {
     "negative precision": (_start(-0.5), True),
     "slower than a power of its dimension": (_start(0.5, 0.01), True),
@@ -1102,6 +1115,8 @@ STARTS = {
     "positive precision": (_start(0.5), False),
     "small precision": (_start(1e-6), False),
     "heavy tails": (_start(0.0, fn=_heavy), False),
+    "a simplex": (_on_simplex(lambda energy: TiltedDistribution(dist.Dirichlet(jnp.ones(3)), energy)), False),
+    "flat on a simplex": (_on_simplex(_flat_on_simplex), False),
     "a base that wins": (_start(-0.4, fn=_tilted), False),
 }
 

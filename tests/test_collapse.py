@@ -22,6 +22,7 @@ from numpyro_ebm import (
     ExactScoreMatching,
     ScoreMatching,
     SlicedScoreMatching,
+    diagnose,
     reports_enabled,
 )
 from numpyro_ebm.infer.collapse import beside, collapse_finding, gaussian_objective, validation_finding
@@ -110,6 +111,15 @@ def test_the_rows_of_validation_tell_too():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(bell, num_steps=200, validation=OTHERS)
+
+
+def test_arrays_of_numpy_are_told_of_as_those_of_jax_are():
+    """Catches a report that cannot read what the run has read, and calls the fit well."""
+    with pytest.warns(UserWarning, match="site 'x'") as said:
+        engine, result = run(rows=np.asarray(ROWS), validation=np.asarray(OTHERS))
+    assert [re.sub(r"\W.*", "", str(one.message)) for one in said] == ["site", "site"]
+    assert [finding.is_well for finding in result.report.findings] == [False, False]
+    assert not diagnose(result, engine, np.asarray(ROWS), warn=False).is_well
 
 
 def test_a_run_stops_where_validation_rows_become_worse_and_returns_the_best_state():

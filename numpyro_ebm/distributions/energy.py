@@ -286,6 +286,11 @@ class TiltedDistribution(Distribution):
         """How the chains of :class:`~numpyro_ebm.negative_phase` move if it names no sampler: by ``sampler``, if it was given."""
         return self._default_chain_sampler if self.sampler is None else self.sampler
 
+    @property
+    def supports(self) -> list[Any]:
+        """The supports of what chains move."""
+        return [self.support]
+
     def to_chain(self, value: Array, sampler: Sampler) -> Array:
         """Events as positions of ``sampler``: unconstrained if it uses the score."""
         value = self.as_events(value)

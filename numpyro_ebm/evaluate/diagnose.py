@@ -23,7 +23,7 @@ class Reporting(Protocol):
 
     def _require_state(self, state: Any) -> Any: ...
 
-    def _findings(self, rng_key: Array, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]: ...
+    def _find(self, rng_key: Array, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]: ...
 
 
 def diagnose(
@@ -91,7 +91,7 @@ def diagnose(
         if num_samples is not None:
             raise ValueError("num_samples is for the chains of a negative_phase(model): pass that, or leave num_samples out.")
         state = program._require_state(getattr(result, "state", result))
-        findings = program._findings(rng_key, state, args, kwargs)
+        findings = program._find(rng_key, state, args, kwargs)
     else:
         what = type(program).__name__
         raise TypeError(f"program must be the negative_phase(model) that was learned, or the engine that has learned, got {what}.")

@@ -77,11 +77,13 @@ class FitReport:
 
     #: every number, in bounds or not
     findings: tuple[Finding, ...] = ()
+    #: the error that kept the report from being made, "" where it was made
+    failure: str = ""
 
     @property
     def is_well(self) -> bool:
-        """Whether every number is in bounds."""
-        return all(finding.is_well for finding in self.findings)
+        """Whether the report was made, and every number is in bounds."""
+        return not self.failure and all(finding.is_well for finding in self.findings)
 
     @property
     def trouble(self) -> tuple[Finding, ...]:
@@ -89,14 +91,22 @@ class FitReport:
         return tuple(finding for finding in self.findings if not finding.is_well)
 
     def warn(self, stacklevel: int = 1) -> None:
-        """One warning for every finding out of bounds.
+        """One warning for every finding out of bounds, and for a report that could not be made.
 
         :param int stacklevel: as of :func:`warnings.warn`: 1 is the line that calls this.
         """
-        for finding in self.trouble:
-            warnings.warn(str(finding), stacklevel=stacklevel + 1)
+        for said in [str(finding) for finding in self.trouble] + [self._failed] * bool(self.failure):
+            warnings.warn(said, stacklevel=stacklevel + 1)
+
+    @property
+    def _failed(self) -> str:
+        return f"whether this fit can be believed is not told, because its report failed: {self.failure}"
 
     def __str__(self) -> str:
+        if self.failure:
+            return self._failed
+        if not self.findings:
+            return "There is nothing to check of such a fit."
         rows = [("site", "quantity", "value", "wanted", "")]
         for finding in self.findings:
             value = f"{finding.value:.3g}" if finding.is_told else "not told"
@@ -108,11 +118,11 @@ class FitReport:
 
 
 def report_of(find: Callable[[], list[Finding]]) -> FitReport:
-    """A report that nobody has asked for, and that therefore fails nobody: an error in it is a finding that cannot be told."""
+    """A report that nobody has asked for, and that therefore fails nobody: an error in it is said, and the fit is kept."""
     try:
         return FitReport(tuple(find()))
     except Exception as error:
-        return FitReport((not_told("", "whether the fit can be believed", f"{type(error).__name__}: {error}"),))
+        return FitReport(failure=f"{type(error).__name__}: {error}")
 
 
 _are_enabled = True

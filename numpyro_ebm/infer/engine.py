@@ -201,6 +201,11 @@ class Engine(metaclass=_ReadOnly):
         """What there is to say of a fit at its last state, which is not changed: what ``result.report`` and ``diagnose`` tell."""
         return []
 
+    def _find(self, rng_key: Array, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
+        """The same for arguments as they are given by users."""
+        args, kwargs = join(*self._split(args, kwargs))
+        return self._findings(rng_key, state, args, kwargs)
+
     # What a user calls.
 
     def init(self, rng_key: Array, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any) -> State:

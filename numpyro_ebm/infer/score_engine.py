@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array, lax
 
 from numpyro_ebm._checks import require_bool, require_count, require_instance
+from numpyro_ebm._pytree import join
 from numpyro_ebm.evaluate.report import Finding, are_reports_enabled, report_of
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.infer.collapse import beside, collapse_finding, gaussian_objective, validation_finding
@@ -122,7 +123,8 @@ class ScoreEngine(Engine):
             result = super().run(rng_key, num_steps, *args, collect=collect, callbacks=callbacks, **settings)
         if not reports:
             return result
-        said = report_of(lambda: self._told(result.state, validation, args, kwargs))
+        arrays, of_model = join(*self._split(args, kwargs))  # as the run has read them
+        said = report_of(lambda: self._told(result.state, validation, arrays, of_model))
         said.warn(stacklevel=2)
         return result._replace(report=said)
 

@@ -29,7 +29,8 @@ from numpyro_ebm.program.rows import shared_plates
 from numpyro_ebm.program.run import Run
 
 FIX = "take a smaller step_size, or kernel='mala', which is right at every step"
-STIFF = 1.0  # h times the curvature from which on it is told
+STIFF = 1.0  # h times the curvature from which on it is told during a run
+STIFF_AT_END = 0.5  # and in its report: particles are a third too widely spread, and parameters off by about a standard error
 NUM_POWER_ITERATIONS = 30
 NUM_SCORES, SCORES_AT_START = 6, 2  # power iterations, a score each, of a look at particles in a run, and before it
 ALL_BATCHES = 2**30
@@ -243,8 +244,9 @@ def _stiffest_site(look: Look) -> str:
 
 def stiffness_finding(look: Look) -> Finding:
     """The stiffest row as a number of a report."""
-    why = f"its particles are more than twice as spread as the posterior, and what is learned from them is biased: {FIX}"
-    return Finding(_stiffest_site(look), "h times the curvature of the stiffest row", float(look.row.ratio), None, STIFF, why)
+    why = f"unadjusted particles are too widely spread by half of it or more, and what is learned from them is biased: {FIX}"
+    ratio = float(look.row.ratio)
+    return Finding(_stiffest_site(look), "h times the curvature of the stiffest row", ratio, None, STIFF_AT_END, why)
 
 
 def fix_of(step_size: dict[str, float], ratio: float, at_start: float) -> str:
@@ -264,7 +266,7 @@ def fix_of(step_size: dict[str, float], ratio: float, at_start: float) -> str:
 
     is_known = bool(np.isfinite(ratio) and ratio > 0)
     if is_known and ratio >= 2:
-        return f"The step_size h = {h} is above the stability limit {limit(ratio)} there: take half of that."
+        return f"The step_size h = {h} is above the stability limit {limit(ratio)} there: take half of that, or kernel='mala'."
     if at_start >= 2:
         return (
             f"The step_size h = {h} is above the stability limit {limit(at_start)} where particles start: take a fifth of that, or "

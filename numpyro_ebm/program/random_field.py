@@ -125,6 +125,11 @@ class RandomField:
             raise ValueError(f"init_chains['{FIELD}'] names {unknown}: the sites of the field are {sorted(self._values)}.")
         return {name: self._start_of(name, rng_key, given) for name in self._values}
 
+    @property
+    def supports(self) -> list[Any]:
+        """The supports of its sites."""
+        return [self._program.sites[name]["fn"].support for name in self._values]
+
     def to_chain(self, x: Values, sampler: Any = None) -> Array:
         """The pool as positions of a sampler, of shape ``(num_chains, num_elements)``."""
         parts = [self._as_rows(name, position) for name, position in self._unconstrained(x).items()]

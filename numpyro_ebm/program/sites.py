@@ -76,6 +76,15 @@ def is_unbounded(support: Any) -> bool:
     return type(support) is type(constraints.real)
 
 
+def is_without_end(support: Any) -> bool:
+    """Whether a support is all real arrays, or those on one side of a bound."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    half_lines = constraints.positive, constraints.nonnegative, constraints.softplus_positive
+    kinds = {type(constraint) for constraint in half_lines} | {constraints.greater_than, constraints.less_than}
+    return type(support) in kinds | {type(constraints.real)}
+
+
 def finite_events(site: Site, xp: Any = jnp) -> Any:
     """Whether each event of an observed site is finite or masked.
 
