@@ -371,7 +371,7 @@ def test_a_fixed_prior_is_identified_and_a_shared_latent_is_as_free_as_a_param()
     assert _of_effects(enters, learned=False).absorbed == ()
     site = _of_effects(enters, global_scale=True)
     assert site.absorbed == ("scale", "shift")
-    assert "learn it under negative_phase. It enters only scaled or shifted by 'scale', 'shift'" in site.verdict
+    assert "learn it under negative_phase. It is scaled or shifted by 'scale', 'shift' wherever it enters" in site.verdict
 
 
 def test_arrays_of_numpy_are_taken_by_subsampled_rows():
@@ -381,3 +381,15 @@ def test_arrays_of_numpy_are_taken_by_subsampled_rows():
             numpyro.sample("v", TiltedDistribution(STANDARD, lambda v: -tilt * v), obs=numpyro.subsample(v, event_dim=0))
 
     assert _sites(model, np.zeros(6))["v"].params == ("tilt",)
+
+
+def test_a_learned_base_under_a_learned_energy_is_told_too():
+    def model(y, tilted):
+        base = dist.Normal(numpyro.param("loc", 0.0), numpyro.param("scale", 1.0))
+        tilt = numpyro.param("tilt", 0.0) if tilted else 1.0
+        with numpyro.plate("data", 6):
+            z = numpyro.sample("z", TiltedDistribution(base, lambda z: -tilt * z))
+            numpyro.sample("y", dist.Normal(z, 1), obs=y)
+
+    assert _sites(model, jnp.zeros(6), True)["z"].absorbed == ("loc", "scale")
+    assert _sites(model, jnp.zeros(6), False)["z"].absorbed == ()

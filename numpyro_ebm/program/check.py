@@ -13,7 +13,7 @@ from numpyro.distributions import ImproperUniform
 from numpyro.handlers import block, seed, substitute
 
 from numpyro_ebm._compat import is_in_scan, one_at_a_time, scan_index, sites_named
-from numpyro_ebm.distributions.base_measure import BaseMeasure
+from numpyro_ebm.distributions.base_measure import BaseMeasure, is_flat
 from numpyro_ebm.distributions.energy import TiltedDistribution, energy_site
 from numpyro_ebm.distributions.guard import NormalizerError
 from numpyro_ebm.program.identify import scale_and_shift
@@ -137,6 +137,7 @@ _NEEDS_VALUES = (
     jax.errors.TracerIntegerConversionError,
 )
 _VISIBLE = "(first argument)"
+_BASE = "(base of) "  # beside the densities of sites, that of the base of an energy
 
 
 def check_run(
@@ -212,6 +213,9 @@ class _look(substitute):
         else:
             self.found[name] = _found(msg)
             self.densities[name] = _density(msg)
+            energy = energy_site(msg["fn"])
+            if energy is not None and not is_flat(energy.base) and energy_site(energy.base) is None:
+                self.densities[_BASE + name] = energy.base.log_prob(stand_in(energy))
 
 
 class _Found(NamedTuple):
@@ -289,9 +293,13 @@ class _Report:
         return report(False, _verdict_on_the_rest(site, params))
 
     def _absorbed(self, name: str) -> tuple[str, ...]:
-        """What scales or shifts a latent wherever it enters: params, and latents that are of more than one of its events."""
+        """What scales or shifts a latent: params of the base that an energy tilts; or wherever it enters, params, and latents that
+        are of more than one of its events.
+        """
         if self.jaxpr is None or self.kinds[name] != "latent":
             return ()
+        if own := self.params & self.behind.get(_BASE + name, frozenset()):  # beside params of the energy alone
+            return tuple(sorted(own)) if own < self.params & self.behind[name] else ()
         plates = self.found[name].plates
         shared = {site for site, found in self.found.items() if self.kinds[site] == "latent" and found.plates < plates}
         return scale_and_shift(self.jaxpr, name, self.params | shared)
@@ -363,8 +371,8 @@ def _verdict_on_absorbed(absorbed: tuple[str, ...]) -> str:
     if not absorbed:
         return ""
     return (
-        f". It enters only scaled or shifted by {_quoted(absorbed)}, as its learned density can be by itself: one of the two may "
-        "not be identified. Fix the former (as 1 and 0, with the data standardized), or scale and location of the density"
+        f". It is scaled or shifted by {_quoted(absorbed)} wherever it enters, as its learned density can be by itself: one of the "
+        "two may not be identified. Fix the former (as 1 and 0, with the data standardized), or scale and location of the density"
     )
 
 
