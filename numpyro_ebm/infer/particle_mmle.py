@@ -426,14 +426,15 @@ class ParticleMMLE(Engine):
 
         :param num_scores: how closely to look.
         """
-        batches = all_batches(self._batch(state, state.rng_key, args, kwargs).program)
+        program_key, look_key = jax.random.split(own_key(state.rng_key))
+        batches = all_batches(self._batch(state, program_key, args, kwargs).program)
         num_all = max((len(rows) for rows in batches.values()), default=1)
 
         def look(i: Any) -> Look:
             rows = {plate: index[(first_batch + i) % num_all] for plate, index in batches.items()}
-            batch = self._batch(state, state.rng_key, args, kwargs, rows)
+            batch = self._batch(state, program_key, args, kwargs, rows)
             x, scores = batch.gather(state.particles), partial(batch.scores, state.unconstrained)
-            key = jax.random.fold_in(own_key(state.rng_key), i)
+            key = jax.random.fold_in(look_key, i)
             row, wildest = stiffest(batch.program, scores, x, self._step_size(state), key, num_scores)
             is_slow = batches and self.num_particles > 1
             return Look(row, wildest, lag(batch.program, scores, x) if is_slow else jnp.zeros(()), jnp.asarray(float(num_all)))
@@ -445,11 +446,11 @@ class ParticleMMLE(Engine):
     @compiled_method
     def _settled(self, state: ParticleState, *args: Any, **kwargs: Any) -> ParticleState:
         """The state with all particles where a step is stable."""
-        key, step_size = own_key(state.rng_key), self._step_size(state)
-        batches = all_batches(self._batch(state, state.rng_key, args, kwargs).program)
+        program_key, key = jax.random.split(own_key(state.rng_key))
+        step_size, batches = self._step_size(state), all_batches(self._batch(state, program_key, args, kwargs).program)
 
         def settle(particles: Particles, rows: dict[str, Array]) -> tuple[Particles, None]:
-            batch = self._batch(state._replace(particles=particles), state.rng_key, args, kwargs, rows)
+            batch = self._batch(state._replace(particles=particles), program_key, args, kwargs, rows)
             x = tamed(batch, state.unconstrained, batch.gather(particles), step_size, key)
             return batch.scatter(particles, x), None
 
