@@ -52,12 +52,14 @@ from numpyro_ebm import (
     BiSM,
     DenoisingScoreMatching,
     EnergyDistribution,
+    ImportanceWeighted,
     NormalizerError,
     ParticleMMLE,
     ScoreMatching,
     TiltedDistribution,
     Unrolled,
     VaGES,
+    Variational,
     check_model,
     negative_phase,
 )
@@ -263,6 +265,8 @@ class Row(NamedTuple):
     loss: Any = None
     #: the loss of the twin, where that of the row would use its known density
     loss_of_twin: Any = None
+    #: of VaGES
+    estimate: Any = ImportanceWeighted()
     #: the energy site, and where latents start
     site: str = "z"
     start: dict[str, Any] = {"z": Z, "z_base": Z, "a/z": Z}
@@ -295,7 +299,7 @@ def learn(engine, row, prior, place):
         "ParticleMMLE": lambda: ParticleMMLE(model, SGD, num_particles=2, step_size=0.1, init_strategy=start),
         "ScoreMatching": lambda: ScoreMatching(model, SGD, NOISE),
         "BiSM": lambda: BiSM(model, guide, SGD, SGD, NOISE, loss, num_inner_steps=1, hypergradient=Unrolled(1)),
-        "VaGES": lambda: VaGES(model, guide, SGD, SGD, NOISE, loss, num_inner_steps=1),
+        "VaGES": lambda: VaGES(model, guide, SGD, SGD, NOISE, loss, num_inner_steps=1, estimate=row.estimate),
         "BiDVL": lambda: BiDVL(model, encoder, generator, SGD, SGD, SGD),
     }[engine]()
     state, _ = made.update(made.init(KEY, Y), Y)
@@ -336,7 +340,15 @@ def objective(name, loss, *cells, **settings):
 
 
 def guides(name, *cells, guide=None, **settings):
+    if name in JOINT:
+        settings["estimate"] = Variational()  # the default is refused: see below
     return row("guides", name, cells[0], NO, NO, *cells[1:], NO, guide=guide or auto(name), **settings)
+
+
+JOINT = (
+    *("AutoDiagonalNormal", "AutoMultivariateNormal", "AutoLowRankMultivariateNormal", "AutoLaplaceApproximation"),
+    *("AutoBatchedMultivariateNormal", "AutoBatchedLowRankMultivariateNormal", "AutoBNAFNormal", "AutoIAFNormal", "AutoDAIS"),
+)
 
 
 def handler(name, *cells, **settings):
@@ -696,3 +708,10 @@ def test_the_page_shows_this_table():
 
 def _shown(cell):
     return cell.split(":")[0] if cell else "—"
+
+
+@pytest.mark.parametrize("name", ["AutoDiagonalNormal", "AutoIAFNormal", "AutoDAIS"])
+def test_weights_refuse_guides_that_draw_all_rows_together(name):
+    engine = VaGES(latent(tilted), auto(name)(latent(tilted)), SGD, SGD, NOISE, num_inner_steps=1)
+    with pytest.raises(ValueError, match=r"weights are one for each row: write a guide .* or take estimate=Variational\(\)"):
+        engine.update(engine.init(KEY, Y), Y)

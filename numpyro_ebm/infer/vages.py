@@ -333,7 +333,7 @@ class _Levels(Levels):
     ) -> tuple[Array, Array]:
         num_samples = estimate.num_samples
         drawn = self._draw(phi, v, rng_key, num_samples)
-        h, log_q = drawn.latents, jax.lax.stop_gradient(jax.vmap(lambda h: self.log_q(phi, v, h))(drawn))
+        h, log_q = drawn.latents, jax.lax.stop_gradient(self._log_q_of(phi, v, drawn))
 
         def of(keep: Array | None) -> Array:
             return loss(weighted_score(self.log_p, theta, log_q, h, keep))
@@ -346,6 +346,21 @@ class _Levels(Levels):
             value = of(None)
         log_p = jax.lax.stop_gradient(jax.vmap(lambda h: self.log_p(theta, v, h))(h))
         return value, effective_sample_size(normalized_weights(log_p - log_q)).mean()
+
+    def _log_q_of(self, phi: Any, v: Array, drawn: Drawn) -> Array:
+        """The guide's log density at its samples, row by row.
+
+        :raises ValueError: for a guide that has none, as NumPyro's automatic guides of a joint latent.
+        """
+        try:
+            return jax.vmap(lambda h: self.log_q(phi, v, h))(drawn)
+        except ValueError as error:
+            if f"plate '{self.plate}'" not in str(error):
+                raise
+            raise ValueError(
+                "the guide draws the latents of all rows together, and weights are one for each row: write a guide whose latents "
+                f"are in plate '{self.plate}' (AutoNormal is one), or take estimate=Variational()."
+            ) from error
 
     def _draw(self, phi: Any, v: Array, rng_key: Array, num_samples: int, *, relaxed: bool = False) -> Drawn:
         return draw(self.guide, (v, *self.rest), self.kwargs, rng_key, num_samples, params=phi, relaxed=relaxed)
