@@ -17,7 +17,7 @@ from numpyro_ebm import EnergyDistribution, ExactScoreMatching, ScoreMatching
 from numpyro_ebm.infer import engine as engine_module
 from numpyro_ebm.infer.bism import conjugate_gradient
 from numpyro_ebm.infer.engine import NonFiniteError
-from numpyro_ebm.infer.step import Part, health_of, is_bad, named
+from numpyro_ebm.train.health import Part, health_of, is_bad, named
 
 pytestmark = pytest.mark.usefixtures("optimized")
 FAMILIES = ("pgd", "ebipla", "kinetic and subsampled", "score matching", "bism", "vages", "bidvl")

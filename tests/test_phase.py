@@ -12,7 +12,7 @@ import pytest
 
 from numpyro_ebm import NormalizerError, TiltedDistribution, UnadjustedLangevin, negative_phase
 from numpyro_ebm.infer.phase import Phase, has_chains, health_of_chains
-from numpyro_ebm.infer.step import Part
+from numpyro_ebm.train.health import Part
 from numpyro_ebm.program.run import log_density_terms
 
 KEY = jax.random.key(3)

@@ -27,7 +27,7 @@ from numpyro_ebm.evaluate.guide_weights import guide_findings, num_guide_samples
 from numpyro_ebm.evaluate.report import Finding
 from numpyro_ebm.infer.engine import compiled_method
 from numpyro_ebm.infer.score_engine import ScoreEngine, require_params, require_same_params
-from numpyro_ebm.infer.step import Health, health_of
+from numpyro_ebm.train.health import Health, health_of
 from numpyro_ebm.objectives.guide import PosteriorFisher
 from numpyro_ebm.objectives.latent import draw, drawn_density, row_density
 from numpyro_ebm.objectives.score import ScoreObjective

@@ -29,7 +29,7 @@ from numpyro.infer import TraceGraph_ELBO
 from numpyro_ebm._checks import require_bool, require_count, require_nonnegative, require_one_of, require_setting
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, Upper
-from numpyro_ebm.infer.step import keep
+from numpyro_ebm.train.health import keep
 from numpyro_ebm.objectives.guide import PosteriorFisher
 from numpyro_ebm.objectives.latent import hard_bits
 from numpyro_ebm.objectives.score import ScoreObjective, objective_keys
