@@ -84,8 +84,8 @@ def load(path: str | os.PathLike[str], engine: Any, *args: Any, **kwargs: Any) -
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
         raise ValueError(f"'{path}' is no file of save, or it is damaged: {error}.") from error
     fix = (
-        f"Load it with the engine and the arguments of its fit. The file has a {record['state']}; this {type(engine).__name__} makes a "
-        f"{type(wanted).__name__}."
+        f"Load it with the engine and the arguments of its fit. The file has a {record['state']}; this {type(engine).__name__} "
+        f"makes a {type(wanted).__name__}."
     )
     require_same(f"'{path}'", fix, saved, wanted)
     return rebuilt(saved, numbers, wanted)
