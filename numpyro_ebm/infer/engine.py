@@ -36,6 +36,7 @@ from numpyro_ebm.infer.averaging import ParamSites, require_average, start_avera
 from numpyro_ebm.infer.init_params import InitParams
 from numpyro_ebm.infer.step import Health, Part, is_bad, keep, named
 from numpyro_ebm.program.run import own_key
+from numpyro_ebm.train.devices import as_sharding, number_of_rows
 
 State = Any
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -277,6 +278,7 @@ class Engine(metaclass=_ReadOnly):
         callbacks: Sequence[Callable[[int, State, np.ndarray], Any]] = (),
         chunk_size: int | None = None,
         report: bool | None = None,
+        mesh: Any = None,
         **kwargs: Any,
     ) -> RunResult:
         """Many steps, in compiled chunks, and a report on whether the fit can be believed.
@@ -300,6 +302,8 @@ class Engine(metaclass=_ReadOnly):
         :param bool report: whether ``result.report`` is made, by what :func:`~numpyro_ebm.diagnose` tells of this engine, with one
             warning for every number out of bounds; it does not change the state. As :func:`~numpyro_ebm.enable_reports` says if
             not given: for many short runs it may take longer than they do.
+        :param mesh: devices to run on: a :class:`jax.sharding.Mesh` whose axis is that of the rows and of negative chains, or a
+            :class:`~numpyro_ebm.Sharding`, which says what goes along which axis. The answer is the same, to rounding.
         :raises ValueError: if ``num_steps`` or ``chunk_size`` is not a positive integer.
         :raises TypeError: inside ``jit``, ``vmap`` or ``grad``.
         :raises NonFiniteError: with the last good state, if a step would make anything non-finite.
@@ -310,12 +314,17 @@ class Engine(metaclass=_ReadOnly):
         stable_update, progress_bar = require_bool("stable_update", stable_update), require_bool("progress_bar", progress_bar)
         reports = are_reports_enabled() if report is None else require_bool("report", report)
         _require_outermost((rng_key, args, kwargs, init_state, init_params))
+        sharding = None if mesh is None else as_sharding(mesh)
+        if sharding is not None:
+            args, kwargs = sharding.place_data(args, kwargs)
         dynamic, static = self._split(args, kwargs)
         args, kwargs = join(dynamic, static)
         if init_state is None:
             state = self.init(rng_key, *args, init_params=init_params, **kwargs)
         else:
             state = self._require_state(init_state, "init_state")
+        if sharding is not None:
+            state = sharding.place_state(state, number_of_rows(args, kwargs))
         state = _copy(state)  # the loop overwrites what it is given
         call = _Call(dynamic, static, np.bool_(stable_update), collect)
         chunk_size = chunk_size or (max(1, num_steps // 20) if callbacks else None)
