@@ -607,7 +607,7 @@ def any_engine():
 
 def test_large_collected_values_are_kept_in_a_bounded_buffer(any_engine, monkeypatch):
     """Catches steps lost where the buffer of the compiled loop is shorter than a chunk."""
-    monkeypatch.setattr("numpyro_ebm.infer.engine.MAX_BUFFER", 200)  # bytes: four steps of the record below
+    monkeypatch.setattr("numpyro_ebm.train.steps.MAX_BUFFER", 200)  # bytes: four steps of the record below
     result = any_engine.run(KEY, 10, Y, progress_bar=False, collect=lambda state: jnp.full(11, state.num_steps), chunk_size=10)
     np.testing.assert_array_equal(result.collected, np.repeat(np.arange(1, 11)[:, None], 11, 1))
 
@@ -621,7 +621,7 @@ def test_progress_bar_is_shown_once_per_chunk_and_says_the_loss(any_engine, caps
 
 def test_light_steps_share_their_calls_of_the_compiled_loop(any_engine, monkeypatch):
     """Catches a host round trip per step, which takes far longer than a light step."""
-    calls, loop = [], any_engine._open_loop
-    monkeypatch.setattr(any_engine, "_open_loop", lambda *args, **kwargs: calls.append(1) or loop(*args, **kwargs))
+    calls, loop = [], any_engine._steps.open_loop
+    monkeypatch.setattr(any_engine._steps, "open_loop", lambda *args, **kwargs: calls.append(1) or loop(*args, **kwargs))
     any_engine.run(KEY, 20_000, Y, progress_bar=False)
     assert len(calls) < 2000

@@ -69,7 +69,6 @@ from numpyro_ebm.infer.stability import (
     stiffness_finding,
     warnings_of,
 )
-from numpyro_ebm.train.health import Health, Part, health_of, is_bad, keep
 from numpyro_ebm.optim import as_transformation, kinetic_langevin, kinetic_langevin_splitting, langevin
 from numpyro_ebm.program.check import ModelReport
 from numpyro_ebm.program.rows import all_batches, by_site, shared_plates
@@ -87,6 +86,7 @@ from numpyro_ebm.program.run import (
 )
 from numpyro_ebm.program.sites import Model
 from numpyro_ebm.samplers import UnadjustedLangevin
+from numpyro_ebm.train.health import Health, Part, health_of, is_bad, keep
 
 
 class ParticleState(NamedTuple):

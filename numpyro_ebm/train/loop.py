@@ -40,9 +40,7 @@ class Learner(Protocol):
     def _warnings(self, state: State, before: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         """What to warn of after a chunk, which began when ``before`` steps were made."""
 
-    def _error(
-        self, state: State, bad: dict[Part, int], step: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Exception:
+    def _error(self, state: State, bad: dict[Part, int], step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception:
         """What to raise for a step that is bad."""
 
 
