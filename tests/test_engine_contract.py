@@ -35,7 +35,8 @@ from numpyro_ebm import (
     Variational,
     negative_phase,
 )
-from numpyro_ebm.infer.engine import Engine, NonFiniteError, RunResult
+from numpyro_ebm.infer.engine import Engine, RunResult
+from numpyro_ebm.train.health import NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("optimized")
 Y = jnp.array([0.4, 2.9, 1.1, 3.2, -0.6, 1.4])  # mean 1.4

@@ -28,10 +28,11 @@ from numpyro_ebm._pytree import Rest, arrays_and_rest, as_array, join, read_para
 from numpyro_ebm.evaluate.report import Finding, FitReport, are_reports_enabled, report_of
 from numpyro_ebm.infer.averaging import ParamSites, require_average, start_average
 from numpyro_ebm.infer.init_params import InitParams
+from numpyro_ebm.program.minibatch import Minibatch, minibatch_of
 from numpyro_ebm.program.run import own_key
 from numpyro_ebm.train.devices import as_sharding, number_of_rows
 from numpyro_ebm.train.fingerprint import fingerprint_of
-from numpyro_ebm.train.health import Health, Part, named
+from numpyro_ebm.train.health import Health, NonFiniteError, Part, named
 from numpyro_ebm.train.loop import Always, calling, copied, drive, saved
 from numpyro_ebm.train.steps import Call, Steps, keep_state
 
@@ -54,19 +55,6 @@ class RunResult(NamedTuple):
     report: FitReport | None = None
 
 
-class NonFiniteError(RuntimeError):
-    """A run met numbers that are not finite, or chains that diverge, and stopped before it kept them."""
-
-    def __init__(self, message: str, state: Any, step: int, health: dict[Part, int]) -> None:
-        super().__init__(message)
-        #: the last good state: ``run(..., init_state=error.state)`` goes on from it
-        self.state = state
-        #: the step, counted from 1 within the run, that was not made
-        self.step = step
-        #: what was bad about it: a code by ``(kind, site)``, such as ``{("param", "loc"): 1}``
-        self.health = health
-
-
 def compiled_method(method: Method, *, cheaply: bool = False) -> Method:
     """A method of a state, compiled once for all arguments that have the same shapes: arrays are traced, the rest compiled in.
 
@@ -77,6 +65,7 @@ def compiled_method(method: Method, *, cheaply: bool = False) -> Method:
     @wraps(method)
     def call(self: "Engine", state: State, *args: Any, **kwargs: Any) -> Any:
         self._require_state(state)
+        args, kwargs = self._opened(args, kwargs)
         if method not in self._compiled:
 
             @partial(jax.jit, static_argnames="static", compiler_options=options)
@@ -370,11 +359,20 @@ class Engine(metaclass=_ReadOnly):
 
     def _split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Array], Rest]:
         """The arrays of a call's arguments, and what is compiled in, with what it and the programs hold and read now."""
-        dynamic, static = _split(args, kwargs)
+        dynamic, static = _split(*self._opened(args, kwargs))
         if self._watch is None:
             self._watch = Watch(*(value for name, value in vars(self).items() if not name.startswith("_")))
         static = frozen(static)
         return dynamic, static._replace(frozen=(static.frozen, self._watch.snapshot()))
+
+    def _opened(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the model, where a :class:`Minibatch` is given in their place."""
+        batch = minibatch_of(args)
+        return (args, kwargs) if batch is None else self._of_minibatch(batch, kwargs)
+
+    def _of_minibatch(self, batch: Minibatch, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """How the programs are called with a minibatch: by its rows alone, where it does not matter which they are."""
+        return batch.args, {**kwargs, **batch.kwargs}
 
     def _propose(self, state: State, dynamic: Any, *, static: Rest) -> tuple[State, Array, Health]:
         args, kwargs = join(dynamic, static)
