@@ -36,7 +36,7 @@ from numpyro_ebm.infer.averaging import ParamSites, require_average, start_avera
 from numpyro_ebm.infer.init_params import InitParams
 from numpyro_ebm.infer.step import Health, Part, is_bad, keep, named
 from numpyro_ebm.program.run import own_key
-from numpyro_ebm.train.devices import as_sharding, number_of_rows
+from numpyro_ebm.train.devices import as_sharding, number_of_rows, processes_explained
 
 State = Any
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -316,15 +316,19 @@ class Engine(metaclass=_ReadOnly):
         _require_outermost((rng_key, args, kwargs, init_state, init_params))
         sharding = None if mesh is None else as_sharding(mesh)
         if sharding is not None:
+            sharding.require_agreement("rng_key, init_params", (rng_key, init_params))
             args, kwargs = sharding.place_data(args, kwargs)
         dynamic, static = self._split(args, kwargs)
         args, kwargs = join(dynamic, static)
         if init_state is None:
+            if sharding is not None:
+                sharding.require_same_program(self._begin, rng_key, read_params("init_params", init_params or {}), dynamic, static)
             state = self.init(rng_key, *args, init_params=init_params, **kwargs)
         else:
             state = self._require_state(init_state, "init_state")
         if sharding is not None:
             state = sharding.place_state(state, number_of_rows(args, kwargs))
+            sharding.require_same_program(self._one, state, np.False_, np.False_, dynamic, static)
         state = _copy(state)  # the loop overwrites what it is given
         call = _Call(dynamic, static, np.bool_(stable_update), collect)
         chunk_size = chunk_size or (max(1, num_steps // 20) if callbacks else None)
@@ -332,7 +336,7 @@ class Engine(metaclass=_ReadOnly):
         chunk = self._open_chunk if length is None else partial(self._fixed_chunk, length=length)
         pace = _Pace(chunk_size, length, SECONDS_PER_CHUNK if progress_bar else SECONDS_WITHOUT_BAR)
         log, warned, before = _Log(num_steps), set[str](), int(state.num_steps)
-        with tqdm(total=num_steps, disable=not progress_bar) as bar:
+        with tqdm(total=num_steps, disable=not progress_bar) as bar, processes_explained():
             try:
                 while log.done < num_steps:
                     state, record, bad = chunk(state, min(pace.next(), num_steps - log.done), call)

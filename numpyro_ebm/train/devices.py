@@ -10,7 +10,9 @@ that is decided here is which axis of an array goes along which axis of the mesh
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ import numpy as np
 from jax import Array
 from jax.example_libraries.optimizers import OptimizerState
 from jax.experimental.multihost_utils import process_allgather
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, GetAttrKey, keystr
 
 from numpyro_ebm._pytree import arrays_and_rest, as_array, join
@@ -75,7 +77,7 @@ class Sharding:
                 "each an axis of its own, as with jax.make_mesh((2, 2), ('data', 'particles')), or leave particles=None."
             )
         if not isinstance(self.params or {}, dict):
-            raise TypeError(f"params must map names of param sites to PartitionSpecs, got a {type(self.params).__name__}.")
+            raise TypeError(f"params must map names of param sites to PartitionSpecs, got {self.params!r}.")
         for path, spec in _specs(self.params).items():
             if not isinstance(spec, PartitionSpec):
                 raise TypeError(f"params{keystr(path)} must be a PartitionSpec, got {spec!r}.")
@@ -147,14 +149,10 @@ class Sharding:
         specs = self._specs_of_state(state, paths, leaves, num_rows)
         return jax.tree.unflatten(structure, [self._put(leaf, spec) for leaf, spec in zip(leaves, specs, strict=True)])
 
-    def replicate(self, what: str, tree: Any) -> Any:
-        """A pytree of arrays that every device has.
-
-        :param str what: what it is, for the message of an error: ``"rng_key"``.
-        """
-        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-        self._require_agreement({what + keystr(path): leaf for path, leaf in leaves})
-        return jax.tree.map(lambda x: self._put(x, PartitionSpec()), tree)
+    def replicate(self, tree: Any) -> Any:
+        """A pytree whose arrays are there on every device."""
+        arrays, rest = arrays_and_rest(tree)
+        return join([self._put(_readable(x), PartitionSpec()) for x in arrays], rest)
 
     def joined(self, part: Any) -> Array:
         """One array of the rows that every process has a part of: an argument for a fit by all of them.
@@ -262,46 +260,71 @@ class Sharding:
 
     # Several processes.
 
+    def require_agreement(self, what: str, tree: Any) -> None:
+        """Refuses arrays that every process has by itself and that differ, of which JAX would take any for those of all.
+
+        :param str what: what they are, for the message: ``"rng_key"``.
+        """
+        self._require_agreement({what + keystr(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]})
+
     def _require_agreement(self, arrays: dict[str, Any]) -> None:
-        """Refuses arrays that every process has by itself and that differ, of which JAX would take any for all."""
         if not self._is_shared:
             return
         local = {name: x for name, x in arrays.items() if not (isinstance(x, Array) and not x.is_fully_addressable)}
-        differing = _differing({name: _digest(x) for name, x in local.items()})
-        if differing:
+        if differing := _differing({name: _digest(x) for name, x in local.items()}):
             raise ValueError(
-                f"{', '.join(differing)}: the processes give different values, and each must give all of it. Where every process "
-                "has rows of its own, make them one array by Sharding(...).joined(rows)."
+                f"{', '.join(differing)}: the processes have different values, of what must be the same in each. Where every one "
+                "has rows of its own, make them one array first, by Sharding(...).joined(rows)."
             )
 
-    def require_same_program(self, lower: Callable[[], Sequence[str]]) -> None:
-        """Refuses to start where processes would run different programs, each waiting for what the other never sends.
+    def require_same_program(self, program: Any, *args: Any, **static: Any) -> None:
+        """Refuses to start where processes would run different programs, each waiting for what the others never send.
 
-        :param lower: the texts of what is to be compiled; not called in a single process.
+        :param program: a function of :func:`jax.jit`, which is called with the rest; not looked at where there is one process.
         :raises RuntimeError: with the reason, as far as it is known.
         """
         if not self._is_shared:
             return
-        digests = {f"program {i}": hashlib.sha256(text.encode()).hexdigest() for i, text in enumerate(lower())}
-        of_python = {"hash": str(hash("numpyro_ebm")), "jax": jax.__version__, "numpy": np.__version__}
-        if not _differing(digests):
+        if not _differing({"program": hashlib.sha256(program.lower(*args, **static).as_text().encode()).hexdigest()}):
             return
-        reasons = _differing(of_python)
-        why = "PYTHONHASHSEED differs between them, on which the order of sets depends, as of sites made in a loop over one: "
-        fix = "start every process with the same, PYTHONHASHSEED=0. "
-        if "hash" not in reasons:
-            why, fix = "", "Give every process the same model, settings, shapes and versions of packages. "
-        raise RuntimeError(f"the processes have different programs, and would wait for each other for ever. {why}{fix}".rstrip())
+        if _differing({"order of sets": str(hash("numpyro_ebm"))}):
+            reason = "The order of sets differs between them, by which models and NumPyro may go: start each with the same"
+            reason += " PYTHONHASHSEED, as in PYTHONHASHSEED=0 python program.py; and with the same model, settings and packages"
+        else:
+            reason = "Give each the same model, settings and shapes, and the same versions of packages"
+        raise RuntimeError(f"the processes have different programs, and would wait for each other for ever. {reason}.")
+
+
+@contextmanager
+def processes_explained() -> Iterator[None]:
+    """Says what it means that JAX cannot reach another process."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() > 1 and re.search("gloo|nccl|connection|coordination|heartbeat|socket", str(error), re.IGNORECASE):
+            error.add_note(
+                "Another of the processes has ended or cannot be reached: what it has printed says why. None can go on alone: JAX "
+                "ends this one, at the latest heartbeat_timeout_seconds of jax.distributed.initialize later. Start them all again."
+            )
+        raise
 
 
 def as_sharding(mesh: Any) -> Sharding:
-    """What is given as ``mesh=``: a :class:`Sharding`, or a mesh, whose only axis is that of rows and chains, or its ``"data"``."""
-    if isinstance(mesh, Sharding):
-        return mesh
+    """What is given as ``mesh=``: a :class:`Sharding`, or a mesh, whose only axis or else ``"data"`` is that of rows and chains.
+
+    :raises ValueError: if explicit axes are set for all that is computed, which would not go with the mesh.
+    """
+    around = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit in around.axis_types:
+        raise ValueError(
+            f"jax.set_mesh has set a mesh with explicit axes, {around.axis_names}, on which JAX wants to be told how each result "
+            "is laid out. Leave it out, since mesh= says where arrays go, or set one with "
+            f"axis_types=(jax.sharding.AxisType.Auto,) * {len(around.axis_names)}."
+        )
     if isinstance(mesh, Mesh) and len(mesh.axis_names) == 1:
         (axis,) = mesh.axis_names
         return Sharding(mesh, rows=axis, chains=axis)
-    return Sharding(mesh)
+    return mesh if isinstance(mesh, Sharding) else Sharding(mesh)
 
 
 def number_of_rows(args: tuple[Any, ...], kwargs: dict[str, Any], axis: int = 0) -> int | None:
@@ -364,8 +387,9 @@ def _name(path: Path) -> str:
 
 def _digest(x: Any) -> str:
     x = jax.random.key_data(x) if isinstance(x, Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-    here = np.ascontiguousarray(x)
-    return f"{here.dtype} {here.shape} {hashlib.sha256(here.data).hexdigest()}"
+    here = np.asarray(x)
+    content = np.ascontiguousarray(here).reshape(-1).view(np.uint8).data
+    return f"{here.dtype} {here.shape} {hashlib.sha256(content).hexdigest()}"
 
 
 def _differing(digests: dict[str, str]) -> list[str]:
