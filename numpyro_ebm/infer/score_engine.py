@@ -32,6 +32,7 @@ from numpyro_ebm.program.rows import ROUNDING
 from numpyro_ebm.program.run import Run, log_density_terms, own_key, require_program, run_model, total
 from numpyro_ebm.program.sites import Model, Site, are_possible, has_density, is_masked, require_data, require_possible
 from numpyro_ebm.program.visible import Visible, find_visible, require_batch, require_rows, require_unscaled
+from numpyro_ebm.train.devices import as_sharding
 
 
 class ScoreEngine(Engine):
@@ -84,6 +85,7 @@ class ScoreEngine(Engine):
         callbacks: Sequence[Callable[[int, Any, np.ndarray], Any]] = (),
         chunk_size: int | None = None,
         report: bool | None = None,
+        mesh: Any = None,
         validation: Any = None,
         patience: int | None = None,
         **kwargs: Any,
@@ -103,6 +105,10 @@ class ScoreEngine(Engine):
             fix = "collect, whose records would be lost" if collect else "no validation= rows: give some, or leave it out"
             raise ValueError(f"patience={patience} with {fix}.")
         reports = are_reports_enabled() if report is None else require_bool("report", report)
+        if mesh is not None:  # here, for what looks at the rows before and after the run
+            sharding = as_sharding(mesh)
+            args, kwargs = sharding.place_data(args, kwargs)
+            validation = sharding.replicate(validation)
         settings: dict[str, Any] = {
             "progress_bar": progress_bar,
             "stable_update": stable_update,
@@ -110,6 +116,7 @@ class ScoreEngine(Engine):
             "init_params": init_params,
             "chunk_size": chunk_size,
             "report": False,  # which is made below, of the state that is returned
+            "mesh": mesh,
             **kwargs,
         }
         if patience:

@@ -77,7 +77,7 @@ class Sharding:
                 "each an axis of its own, as with jax.make_mesh((2, 2), ('data', 'particles')), or leave particles=None."
             )
         if not isinstance(self.params or {}, dict):
-            raise TypeError(f"params must map names of param sites to PartitionSpecs, got a {type(self.params).__name__}.")
+            raise TypeError(f"params must map names of param sites to PartitionSpecs, got {self.params!r}.")
         for path, spec in _specs(self.params).items():
             if not isinstance(spec, PartitionSpec):
                 raise TypeError(f"params{keystr(path)} must be a PartitionSpec, got {spec!r}.")
@@ -288,8 +288,8 @@ class Sharding:
         if not _differing({"program": hashlib.sha256(program.lower(*args, **static).as_text().encode()).hexdigest()}):
             return
         if _differing({"order of sets": str(hash("numpyro_ebm"))}):
-            reason = "NumPyro lowers a model in the order of a set, which PYTHONHASHSEED decides, and theirs differ. Set the same"
-            reason += " for each before Python starts, as in PYTHONHASHSEED=0 python program.py"
+            reason = "The order of sets differs between them, by which models and NumPyro may go: start each with the same"
+            reason += " PYTHONHASHSEED, as in PYTHONHASHSEED=0 python program.py; and with the same model, settings and packages"
         else:
             reason = "Give each the same model, settings and shapes, and the same versions of packages"
         raise RuntimeError(f"the processes have different programs, and would wait for each other for ever. {reason}.")
