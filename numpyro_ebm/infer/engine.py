@@ -33,7 +33,7 @@ from numpyro_ebm.program.run import own_key
 from numpyro_ebm.train.devices import as_sharding, number_of_rows
 from numpyro_ebm.train.fingerprint import fingerprint_of
 from numpyro_ebm.train.health import Health, NonFiniteError, Part, named
-from numpyro_ebm.train.loop import Always, calling, copied, drive, saved
+from numpyro_ebm.train.loop import Always, at_multiples, calling, copied, drive, saved
 from numpyro_ebm.train.steps import Call, Steps, keep_state
 
 State = Any
@@ -316,10 +316,11 @@ class Engine(metaclass=_ReadOnly):
         call = Call(dynamic, static, np.bool_(stable_update), collect)
         every = chunk_size or (max(1, num_steps // 20) if callbacks else None)
         with saved(checkpoint, lambda: fingerprint_of(self, arguments=(args, kwargs)), self._steps, state, call) as run:
-            look = calling(callbacks, run.log, every, num_steps)
+            state = state if run.found is None else run.found[0]["state"]
+            look = at_multiples(calling(callbacks, run.log), run.log, every, num_steps)
             state, _ = drive(
                 self,
-                copied(run.state),  # the loop overwrites what it is given
+                copied(state),  # the loop overwrites what it is given
                 Always(call, args, kwargs),
                 num_steps,
                 run.log,

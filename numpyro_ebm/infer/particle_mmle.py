@@ -493,7 +493,7 @@ class ParticleMMLE(Engine):
         return (batch,), kwargs
 
     def _rows_of(self, state: ParticleState, batch: Minibatch) -> dict[str, Any]:
-        """The fields of a state that have a row for all data: by leaf the axis of the rows, or None."""
+        """The fields of a state that have a row for all data: by leaf the axis of the rows, or what is no integer."""
         program = run_model(self._inner, (batch,), {}, state.rng_key, data=state.params, latents=first(state.particles))
         (plate,) = program.subsampled
 
@@ -502,8 +502,7 @@ class ParticleMMLE(Engine):
             return None if at is None else at % x.ndim
 
         fields = {name: getattr(state, name) for name in sorted(self.kept_by_step)}
-        nothing = jax.tree.map(lambda x: None, fields)
-        return {name: by_site(axis, program.latents, tree) for name, tree in fields.items()} if program.latents else nothing
+        return {name: by_site(axis, program.latents, tree) for name, tree in fields.items()}
 
     def _noise_at_rest(self, state: ParticleState, num_data: int, batch_size: int) -> dict[str, Array]:
         """By site, the variance of the noise that a row gets in each step that it is not in the batch of."""

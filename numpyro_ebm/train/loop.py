@@ -56,26 +56,32 @@ class Source(Protocol):
         :raises StopIteration: if there are no more.
         """
 
-    def seen(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of the last step."""
-
-    def made(self, state: State, num_steps: int) -> None:
+    def made(self, num_steps: int) -> None:
         """Learns that so many steps of those are made."""
+
+    def seen(self, *, next: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the last step that was made, or of the next."""
+
+
+Describe = Callable[[State], tuple[dict[str, Any], dict[str, Any]]]  # what is saved: arrays, and what JSON can hold
 
 
 class Saved:
-    """A run that is saved as it goes, if it is: its log, and the state that it goes on from.
+    """A run that is saved as it goes, if it is: its log, and what it goes on from.
 
-    :param parts: what is saved beside the state and the losses, now and each time.
+    :param describe: what is saved beside the losses.
     """
 
-    def __init__(self, writer: CheckpointWriter | None, loss: Any, state: State, parts: Callable[[], dict[str, Any]]) -> None:
-        self._writer, self._parts, self.meta = writer, parts, dict[str, Any]()
-        self.state, self.log, self.found, self.metric = state, Log(), None, None
-        wanted = {"state": state, "losses": OpenLength(loss.dtype), **parts()}
-        if writer is not None and (found := writer.restore(wanted)) is not None:
-            self.found = found
-            self.state, self.log, self.meta = found.tree["state"], Log(found.tree["losses"]), found.meta
+    def __init__(self, writer: CheckpointWriter | None, loss: Any, state: State, describe: Describe) -> None:
+        self._writer, self._describe = writer, describe
+        self.log = Log()
+        #: the arrays and the rest that were found, if any were
+        self.found: tuple[dict[str, Any], dict[str, Any]] | None = None
+        if writer is None:
+            return
+        restored = writer.restore({**describe(state)[0], "losses": OpenLength(loss.dtype)})
+        if restored is not None:
+            self.found, self.log = (restored.tree, restored.meta), Log(restored.tree["losses"])
 
     def steps_left(self) -> int | None:
         """Until a checkpoint is due."""
@@ -89,8 +95,13 @@ class Saved:
     def save(self, state: State) -> None:
         """Saves it as it is now."""
         if self._writer is not None:
-            tree = {"state": state, "losses": self.log.losses, **self._parts()}
-            self._writer.save(self.log.done, tree, self.meta, self.metric)
+            tree, meta = self._describe(state)
+            self._writer.save(self.log.done, {**tree, "losses": self.log.losses}, meta, meta.get("metric"))
+
+
+def state_alone(state: State) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is saved of a run whose data are in memory."""
+    return {"state": state}, {}
 
 
 @contextmanager
@@ -100,15 +111,15 @@ def saved(
     steps: Steps,
     state: State,
     call: Call,
-    parts: Callable[[], dict[str, Any]] = dict,
+    describe: Describe = state_alone,
 ) -> Iterator[Saved]:
     """A run that is saved where ``checkpoint`` says, if it is given: also where an error ends it, at its last good state."""
     if checkpoint is None:
-        yield Saved(None, np.empty(0), state, parts)
+        yield Saved(None, None, state, describe)
         return
     writer = as_checkpoints(checkpoint).open(fingerprint())
     try:
-        run = Saved(writer, steps.loss(state, call), state, parts)
+        run = Saved(writer, steps.loss(state, call), state, describe)
         try:
             yield run
         except BaseException as error:
@@ -128,11 +139,11 @@ class Always:
     def next(self, state: State, num_steps: int) -> tuple[State, Call, int, int]:
         return state, self.call, 0, num_steps
 
-    def seen(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return self.args, self.kwargs
-
-    def made(self, state: State, num_steps: int) -> None:
+    def made(self, num_steps: int) -> None:
         pass
+
+    def seen(self, *, next: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return self.args, self.kwargs
 
 
 class Log:
@@ -229,9 +240,9 @@ def drive(
                 state, record, bad = chunk(state, wanted, call, first=first)
                 log.add(record)
                 pace.tell(len(record.loss))
-                source.made(state, len(record.loss))
+                source.made(len(record.loss))
                 if bad:
-                    raise learner._error(state, bad, log.done + 1, *source.seen())
+                    raise learner._error(state, bad, log.done + 1, *source.seen(next=True))
                 for message in learner._warnings(state, before, *source.seen()):
                     if (told := re.sub(r"[\d.]+", "", message)) not in warned:  # and not again with another number
                         warnings.warn(message, stacklevel=stacklevel)
@@ -248,13 +259,16 @@ def drive(
     return state, "num_steps"
 
 
-def calling(callbacks: Sequence[Callable[..., Any]], log: Log, every: int | None, num_steps: int | None) -> Between:
-    """Callbacks ``callback(step, state, losses)``, one of which may return True to end the run."""
+def at_multiples(look: Between, log: Log, every: int | None, num_steps: int | None) -> Between:
+    """What is looked at only after a multiple of some steps, and at the end."""
+    return lambda state: None if log.done != num_steps and every and log.done % every else look(state)
+
+
+def calling(callbacks: Sequence[Callable[..., Any]], log: Log, *more: Any) -> Between:
+    """Callbacks ``callback(step, state, losses, *more)``, one of which may return True to end the run."""
 
     def look(state: State) -> str | None:
-        if log.done != num_steps and every and log.done % every:
-            return None
-        ends = [callback(log.done, copied(state), log.losses) is True for callback in callbacks]
+        ends = [callback(log.done, copied(state), log.losses, *more) is True for callback in callbacks]
         return "callback" if any(ends) else None
 
     return look
