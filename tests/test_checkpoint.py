@@ -32,6 +32,8 @@ from numpyro_ebm.train.leaves import OpenLength, checksum, leaves_of
 from numpyro_ebm.train.store import Store
 
 pytest.importorskip("orbax.checkpoint")
+# When orbax cannot read or write an array it stops waiting for the others, which then find that nobody listens.
+pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
 
 RUN = {"engine": "ParticleMMLE", "num_particles": "10"}
 
@@ -408,9 +410,6 @@ def test_a_checkpoint_whose_writer_was_killed_is_told(tmp_path, which):
     assert not list(tmp_path.glob("*tmp*"))
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::pytest.PytestUnhandledThreadExceptionWarning"
-)
 def test_a_full_disk_is_told_and_the_next_checkpoint_is_written(tmp_path):
     # Catches an error of the background that nobody sees, a torn checkpoint, and a run that is lost because of its disk.
     small, big = {"x": np.ones(3)}, {"x": np.ones(1_000_000)}
