@@ -27,7 +27,7 @@ from jax import Array
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.primitives import Messenger
 
-from numpyro_ebm._compiled import LIBRARIES, PLAIN, _is_library, _Look, _Same
+from numpyro_ebm._compiled import LIBRARIES, PLAIN, Look, Same, is_library
 from numpyro_ebm.train.leaves import checksum
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -112,21 +112,21 @@ def _tokens(value: Any, seen: list[Any]) -> Iterator[str]:
     """
     look = _LookAtSettings(value)
     for found in look.snapshot.found:
-        if isinstance(found, _Same):
+        if isinstance(found, Same):
             yield from _tokens_of_one(found.value, seen)
         else:
             yield _plain(found)
     for function, code, _ in look._functions:  # what they take of modules of the user, where a look ends
-        if not _is_library(function.__globals__.get("__name__")):
+        if not is_library(function.__globals__.get("__name__")):
             yield from _tokens_of_modules(function, code, seen)
 
 
-class _LookAtSettings(_Look):
+class _LookAtSettings(Look):
     """A look at what handlers and automatic guides are told, and not at what they keep of the runs that they see."""
 
     def _into(self, x: Any, written: frozenset[str] | None) -> None:
         if isinstance(x, Messenger | AutoGuide):
-            self._found.append(_Same(type(x)))
+            self._found.append(Same(type(x)))
             self._names_in(vars(x), _settings(x), written)
         else:
             super()._into(x, written)
@@ -174,7 +174,7 @@ def _tokens_of_parts(value: Any, seen: list[Any]) -> Iterator[str]:
 def _tokens_of_modules(function: FunctionType, code: CodeType, seen: list[Any]) -> Iterator[str]:
     for module_name in code.co_names:
         module = function.__globals__.get(module_name)
-        if isinstance(module, ModuleType) and not _is_library(module.__name__):
+        if isinstance(module, ModuleType) and not is_library(module.__name__):
             for name in code.co_names:
                 part = vars(module).get(name)
                 if part is not None and not isinstance(part, ModuleType) and not any(part is other for other in seen):
