@@ -24,13 +24,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from numpyro.infer.autoguide import AutoGuide
 from numpyro.primitives import Messenger
 
-from numpyro_ebm._compiled import LIBRARIES, PLAIN, _is_library, _Look, _Same
+from numpyro_ebm._compiled import LIBRARIES, PLAIN, Look, Same, is_library
 from numpyro_ebm.train.leaves import checksum
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 MADE_BY_INIT = {"constrain_fn", "mutable_state"}  # attributes of NumPyro's SVI that are no settings
+KEPT_BY_HANDLERS = {"rng_key", "trace"}  # attributes of NumPyro's handlers that change in every run
 EXPANDED = ("numpyro", "optax", "numpyro_ebm")  # libraries whose objects hold settings in attributes
 MAX_TEXT = 120
 
@@ -72,11 +74,13 @@ def describe(value: Any) -> str:
 
 
 def _lines(name: str, value: Any) -> Iterator[tuple[str, str]]:
-    yield name, describe(value)
-    if isinstance(value, Messenger):  # what a handler is told has lines of its own
-        for part, setting in vars(value).items():
-            if not part.startswith("_") and part not in ("fn", "model"):
-                yield f"{name}.{part}", describe(setting)
+    if not isinstance(value, Messenger):
+        yield name, describe(value)
+    else:  # what a handler is told has lines of its own
+        yield name, f"{_text(value)}, digest {_digest(getattr(value, 'fn', None))}"
+        for part in _settings(value):
+            if part != "fn":
+                yield f"{name}.{part}", describe(vars(value)[part])
 
 
 def _text(value: Any) -> str:
@@ -106,15 +110,34 @@ def _tokens(value: Any, seen: list[Any]) -> Iterator[str]:
 
     :param seen: what was looked into before, kept so that no other object is given its address.
     """
-    look = _Look(value)
+    look = _LookAtSettings(value)
     for found in look.snapshot.found:
-        if isinstance(found, _Same):
+        if isinstance(found, Same):
             yield from _tokens_of_one(found.value, seen)
         else:
             yield _plain(found)
     for function, code, _ in look._functions:  # what they take of modules of the user, where a look ends
-        if not _is_library(function.__globals__.get("__name__")):
+        if not is_library(function.__globals__.get("__name__")):
             yield from _tokens_of_modules(function, code, seen)
+
+
+class _LookAtSettings(Look):
+    """A look at what handlers and automatic guides are told, and not at what they keep of the runs that they see."""
+
+    def _into(self, x: Any, written: frozenset[str] | None) -> None:
+        if isinstance(x, Messenger | AutoGuide):
+            self._found.append(Same(type(x)))
+            self._names_in(vars(x), _settings(x), written)
+        else:
+            super()._into(x, written)
+
+
+def _settings(told: Any) -> list[str]:
+    """The attributes of a handler or an automatic guide that are settings."""
+    if isinstance(told, AutoGuide):
+        params = {name for cls in type(told).__mro__ for name in inspect.signature(vars(cls).get("__init__", cls)).parameters}
+        return [name for name in vars(told) if name.lstrip("_") in params]
+    return [name for name in vars(told) if not name.startswith("_") and name not in KEPT_BY_HANDLERS]
 
 
 def _tokens_of_one(value: Any, seen: list[Any]) -> Iterator[str]:
@@ -151,7 +174,7 @@ def _tokens_of_parts(value: Any, seen: list[Any]) -> Iterator[str]:
 def _tokens_of_modules(function: FunctionType, code: CodeType, seen: list[Any]) -> Iterator[str]:
     for module_name in code.co_names:
         module = function.__globals__.get(module_name)
-        if isinstance(module, ModuleType) and not _is_library(module.__name__):
+        if isinstance(module, ModuleType) and not is_library(module.__name__):
             for name in code.co_names:
                 part = vars(module).get(name)
                 if part is not None and not isinstance(part, ModuleType) and not any(part is other for other in seen):

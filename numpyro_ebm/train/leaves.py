@@ -161,21 +161,24 @@ def _fits(saved: Leaf, wanted: Leaf, value: Any) -> bool:
 def _placed(leaf: Leaf, numbers: Any, wanted: Any) -> Any:
     if leaf.kind in KINDS.values():
         return numbers.item()
-    if leaf.kind == "numpy" and isinstance(wanted, np.ndarray | np.generic | OpenLength):
-        return numbers[()] if isinstance(wanted, np.generic) else numbers
-    if isinstance(wanted, np.ndarray):
-        return np.asarray(numbers)
-    sharding = getattr(wanted, "sharding", None)
-    if not is_spread(numbers):  # a copy: a view of NumPy's memory cannot be given to the device to write over
-        numbers = (
-            jnp.array(numbers)
-            if sharding is None or leaf.kind.startswith("key ")
-            else jax.device_put(numbers, sharding, may_alias=False)
-        )
-    if not leaf.kind.startswith("key "):
+    sharding = _sharding(wanted)
+    if isinstance(wanted, np.generic):
+        return numbers[()]
+    if isinstance(wanted, np.ndarray | OpenLength) or (leaf.kind == "numpy" and not isinstance(wanted, Array) and sharding is None):
         return numbers
-    key = jax.random.wrap_key_data(numbers, impl=leaf.kind[4:])
-    return key if sharding is None else jax.device_put(key, sharding)
+    if leaf.kind.startswith("key "):
+        key = jax.random.wrap_key_data(jnp.array(numbers), impl=leaf.kind[4:])
+        return key if sharding is None else jax.device_put(key, sharding)
+    if is_spread(numbers):
+        return numbers
+    # a copy: the device may not write over NumPy's memory
+    return jnp.array(numbers) if sharding is None else jax.device_put(numbers, sharding, may_alias=False)
+
+
+def _sharding(wanted: Any) -> Any:
+    """Where an array is to be, if that is said: an array that is just on the default device may go wherever it is needed."""
+    is_free = isinstance(wanted, Array) and not wanted.committed
+    return None if is_free else getattr(wanted, "sharding", None)
 
 
 @jax.jit

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from numpyro.infer import SVI
 
+from numpyro_ebm.train.checkpoint import newest_state
 from numpyro_ebm.train.leaves import Leaf, bytes_of, checksum, is_spread, leaves_of, on_host, read_leaves, rebuilt, require_same
 
 DESCRIPTION = "state.json"
@@ -59,11 +60,11 @@ def save(state: Any, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], engine: Any, *args: Any, **kwargs: Any) -> Any:
-    """Reads the state that :func:`save` has written.
+    """Reads the state that :func:`save` has written, or the newest one in the folder of a run with ``checkpoint=``.
 
     ``run(..., init_state=load(...))`` goes on from it, with the same numbers as if it had not been saved.
 
-    :param path: the file.
+    :param path: the file, or the folder.
     :param engine: an engine as the one whose state it is, freshly made or not. NumPyro's ``SVI`` is initialized, as its ``update``
         and ``get_params`` need it.
     :param args: what ``engine.init`` is called with after the key: arguments of the model.
@@ -76,6 +77,8 @@ def load(path: str | os.PathLike[str], engine: Any, *args: Any, **kwargs: Any) -
         wanted = engine.init(key, *args, **kwargs)
     else:
         wanted = jax.eval_shape(lambda: engine.init(key, *args, **kwargs))
+    if path.is_dir():
+        return newest_state(path.absolute(), wanted)
     try:
         with zipfile.ZipFile(path) as archive:
             record = json.loads(archive.read(DESCRIPTION))
