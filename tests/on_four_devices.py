@@ -3,7 +3,7 @@
 
 """What needs several devices. ``test_devices.py`` runs this file in a process of its own, with four forced devices of the CPU."""
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +42,21 @@ def _persistent():
     return ParticleMMLE(model, optax.sgd(RATE), num_particles=3, step_size=0.1)
 
 
+def _drawn(y, subsample_size=None):
+    loc = numpyro.param("loc", 0.5)
+    with numpyro.plate("data", len(y), subsample_size=subsample_size):
+        batch = numpyro.subsample(y, event_dim=0)
+        x = numpyro.sample("x", dist.Normal(loc, 1))
+        numpyro.sample("y", dist.Normal(x, 1), obs=batch)
+
+
+def _subsampled():
+    return ParticleMMLE.kiplmc1(partial(_drawn, subsample_size=4), num_particles=3, step_size=0.1, friction=1.5)
+
+
 ENGINES = {
-    **{name: CASES[name].make for name in CASES if name not in ("ipla", "bism", "vages")},  # of others in another setting
+    **{name: CASES[name].make for name in ("pgd", "ebipla", "score matching", "bism, implicit", "vages, weighted", "bidvl")},
+    "kinetic and subsampled": _subsampled,
     "mala": _mala,
     "persistent chains": _persistent,
 }
@@ -108,15 +121,31 @@ def test_every_engine_learns_the_same_on_any_number_of_devices(name):
     assert all(len(x.devices()) == 1 for x in jax.tree.leaves(start))
 
 
-def test_a_device_computes_its_own_rows_alone():
-    """With 28 rows, of which each has 7. Catches a step for all rows on every device, which is right and no faster."""
-    engine, y = ParticleMMLE(_normal, optax.sgd(RATE), num_particles=3, step_size=0.05), np.linspace(-1, 4, 28, dtype=np.float32)
-    sharding = Sharding(_mesh(4))
-    (placed,), _ = sharding.place_data((y,), {})
-    state = sharding.place_state(engine.init(KEY, placed), 28)
-    program = engine._one.lower(state, np.False_, np.False_, *engine._split((placed,), {})).compile().as_text()
-    assert "f32[3,7]" in program
-    assert "f32[3,28]" not in program
+@pytest.mark.parametrize(("subsample_size", "own", "whole"), [(None, "f32[3,11]", "f32[3,44]"), (20, "f32[3,5]", "f32[3,20]")])
+def test_a_device_computes_its_own_rows_alone(subsample_size, own, whole):
+    """Of 44 rows, of which each has 11, or of a batch of 20. Catches a step that each makes for all: right, and no faster."""
+    engine, y = ParticleMMLE(_drawn, optax.sgd(RATE), num_particles=3, step_size=0.05), np.linspace(-1, 4, 44, dtype=np.float32)
+    texts = []
+
+    def kept(program):
+        return lambda *args, **static: texts.append(program.lower(*args, **static).compile().as_text()) or program(*args, **static)
+
+    engine._steps.open_loop = kept(engine._steps.open_loop)
+    alone, fit = (
+        engine.run(KEY, 4, y, subsample_size=subsample_size, chunk_size=4, progress_bar=False, mesh=_mesh(num_devices))
+        for num_devices in (1, 4)
+    )
+    _assert_close(fit.state, alone.state)
+    on_one, on_four = texts[0], texts[-1]
+    assert on_one.count(whole) > 20
+    assert on_four.count(own) > 20
+    assert on_four.count(whole) < 0.2 * on_one.count(whole)  # a batch of particles is gathered from where they are
+
+
+def test_a_batch_that_does_not_go_evenly_is_refused():
+    engine = ParticleMMLE(_drawn, optax.sgd(RATE), num_particles=3, step_size=0.05)
+    with pytest.raises(ValueError, match=r"6 rows of a batch, plate 'data', .* 4 devices of axis 'data'.* take a subsample_size"):
+        _run(engine, mesh=_mesh(4), subsample_size=6)
 
 
 def test_svi_learns_the_same():

@@ -30,7 +30,7 @@ from numpyro_ebm.infer.averaging import ParamSites, require_average, start_avera
 from numpyro_ebm.infer.init_params import InitParams
 from numpyro_ebm.program.minibatch import Minibatch, minibatch_of
 from numpyro_ebm.program.run import own_key
-from numpyro_ebm.train.devices import as_sharding, number_of_rows
+from numpyro_ebm.train.devices import as_sharding, number_of_rows, spread_batches
 from numpyro_ebm.train.fingerprint import fingerprint_of
 from numpyro_ebm.train.health import Health, NonFiniteError, Part, named
 from numpyro_ebm.train.loop import Always, at_multiples, calling, copied, drive, saved
@@ -311,7 +311,8 @@ class Engine(metaclass=_ReadOnly):
         else:
             state = self._require_state(init_state, "init_state")
         if sharding is not None:
-            state = sharding.place_state(state, number_of_rows(args, kwargs))
+            num_rows = number_of_rows(args, kwargs)
+            state, static = sharding.place_state(state, num_rows), sharding.with_layout(static, num_rows)
             sharding.require_same_program(self._steps.one, state, np.False_, np.False_, dynamic, static)
         call = Call(dynamic, static, np.bool_(stable_update), collect)
         every = chunk_size or (max(1, num_steps // 20) if callbacks else None)
@@ -378,10 +379,10 @@ class Engine(metaclass=_ReadOnly):
     def _propose(self, state: State, dynamic: Any, *, static: Rest) -> tuple[State, Array, Health]:
         args, kwargs = join(dynamic, static)
         if self.average_iterates is None:
-            with _meshes_explained(), one_at_a_time:
+            with _meshes_explained(), one_at_a_time, spread_batches(static):
                 return self._step(state, args, kwargs)
         sites = ParamSites()
-        with _meshes_explained(), one_at_a_time, sites:
+        with _meshes_explained(), one_at_a_time, spread_batches(static), sites:
             new, loss, health = self._step(state, args, kwargs)
         average = sites.next(state.average, self._unconstrained(new), self.average_iterates)
         return new._replace(average=average), loss, health

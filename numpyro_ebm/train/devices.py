@@ -12,9 +12,9 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,8 +23,9 @@ from jax.example_libraries.optimizers import OptimizerState
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, GetAttrKey, keystr
+from numpyro.primitives import Messenger
 
-from numpyro_ebm._pytree import arrays_and_rest, as_array, join
+from numpyro_ebm._pytree import Rest, arrays_and_rest, as_array, join
 from numpyro_ebm.chains import chains_name, chains_of
 
 __all__ = ["Sharding"]
@@ -134,7 +135,7 @@ class Sharding:
             return self._put(x, PartitionSpec())
         if is_part and self._is_shared:
             return self._join(x, axis)
-        self._require_even("rows", num_rows, "rows", f"leave {num_rows % self._size(self.rows)} of them out")
+        self.require_even("rows", num_rows, "rows", f"leave {num_rows % self._size(self.rows)} of them out")
         return self._put(x, _at(axis, self.rows))
 
     def place_state(self, state: Any, num_rows: int | None = None) -> Any:
@@ -171,7 +172,7 @@ class Sharding:
             if len(set(shapes)) > 1:
                 raise ValueError(f"the processes have rows of shapes {shapes}: give each of them equally many.")
         num_rows = part.shape[axis] * (self.mesh.devices.size // len(self.mesh.local_devices))
-        self._require_even("rows", num_rows, "rows", "leave some of them out")
+        self.require_even("rows", num_rows, "rows", "leave some of them out")
         return jax.make_array_from_process_local_data(NamedSharding(self.mesh, _at(axis, self.rows)), part)
 
     # What goes where.
@@ -207,17 +208,17 @@ class Sharding:
         num_chains = len(jax.tree.leaves(kept["x"])[0])
         if not self.chains or leaf.shape[:1] != (num_chains,):
             return PartitionSpec()
-        self._require_even("chains", num_chains, f"negative chains, '{pool}',", "take a num_chains that divides evenly")
+        self.require_even("chains", num_chains, f"negative chains, '{pool}',", "take a num_chains that divides evenly")
         return PartitionSpec(self.chains)
 
     def _spec_of_particles(self, latent: str, cloud: tuple[int, ...], leaf: Any, num_rows: int | None) -> PartitionSpec:
         """Of particles, ``(num_particles,)`` + the shape of the site, and of what is kept of them, whole or of each row."""
         axes: list[Axes] = [None] * len(cloud)
         if self.particles:
-            self._require_even("particles", cloud[0], f"particles, '{latent}',", "take a num_particles that divides evenly")
+            self.require_even("particles", cloud[0], f"particles, '{latent}',", "take a num_particles that divides evenly")
             axes[0] = self.particles
         if self.rows and num_rows in cloud[1:]:
-            self._require_even("rows", num_rows, f"rows, of particles '{latent}',", "leave some of them out")
+            self.require_even("rows", num_rows, f"rows, of particles '{latent}',", "leave some of them out")
             axes[cloud.index(num_rows, 1)] = self.rows
         given = (1,) * (len(cloud) - leaf.ndim) + leaf.shape
         if len(given) > len(cloud):
@@ -239,7 +240,11 @@ class Sharding:
         sizes = [self._size((part,) if isinstance(part, str) else part) for part in spec]
         return len(spec) <= len(shape) and all(n % size == 0 for n, size in zip(shape, sizes, strict=False))
 
-    def _require_even(self, setting: str, count: int, what: str, fix: str) -> None:
+    def require_even(self, setting: str, count: int, what: str, fix: str) -> None:
+        """Refuses what does not go evenly along the axes of a setting.
+
+        :raises ValueError: naming the axis, with the fix.
+        """
         axes = getattr(self, setting)
         size = self._size(axes)
         if count % size:
@@ -257,6 +262,12 @@ class Sharding:
             return jax.random.wrap_key_data(self._put(jax.random.key_data(x), spec), impl=jax.random.key_impl(x))
         here = np.asarray(x)
         return jax.make_array_from_callback(here.shape, sharding, lambda index: here[index])
+
+    def with_layout(self, static: Rest, num_rows: int | None) -> Rest:
+        """What is compiled into the steps of a run, with where the rows go of batches that the model draws."""
+        if self.rows is None or num_rows is None:
+            return static
+        return static._replace(frozen=(static.frozen, BatchLayout(self.mesh, self.rows, num_rows)))
 
     # Several processes.
 
@@ -293,6 +304,39 @@ class Sharding:
         else:
             reason = "Give each the same model, settings and shapes, and the same versions of packages"
         raise RuntimeError(f"the processes have different programs, and would wait for each other for ever. {reason}.")
+
+
+class BatchLayout(NamedTuple):
+    """Where rows go that a plate draws from all rows. A program is compiled for it, so that it is a part of what is compiled in."""
+
+    mesh: Mesh
+    rows: Axes
+    num_rows: int
+
+
+class _SpreadBatches(Messenger):
+    def __init__(self, layout: BatchLayout) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] != "plate" or msg["args"][0] != self.layout.num_rows or msg["args"][1] in (None, self.layout.num_rows):
+            return
+        mesh, rows, _ = self.layout
+        what = f"rows of a batch, plate '{msg['name']}',"
+        Sharding(mesh, rows=rows, chains=None).require_even(
+            "rows", msg["args"][1], what, "take a subsample_size that divides evenly"
+        )
+        msg["value"] = jax.lax.with_sharding_constraint(msg["value"], NamedSharding(mesh, PartitionSpec(rows)))
+
+
+def spread_batches(static: Rest) -> AbstractContextManager[Any]:
+    """Has every device compute rows of its own of the batch that a subsampled plate draws, where a :class:`BatchLayout` is given.
+
+    Else each computes the whole batch: rows that are drawn from parts on all devices belong to none of them.
+    """
+    layout = static.frozen[-1] if isinstance(static.frozen, tuple) and static.frozen else None
+    return _SpreadBatches(layout) if isinstance(layout, BatchLayout) else nullcontext()
 
 
 @contextmanager
