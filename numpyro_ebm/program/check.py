@@ -17,6 +17,7 @@ from numpyro_ebm.distributions.base_measure import BaseMeasure, is_flat
 from numpyro_ebm.distributions.energy import TiltedDistribution, energy_site
 from numpyro_ebm.distributions.guard import NormalizerError
 from numpyro_ebm.program.identify import scale_and_shift
+from numpyro_ebm.program.minibatch import taking_rows
 from numpyro_ebm.program.provenance import mark, sources_of
 from numpyro_ebm.program.sites import FIELD, core_of, is_factor, is_normalizer, normalizer_name, stand_in
 
@@ -163,7 +164,7 @@ def check_run(
         first = mark(args[:1], _VISIBLE) if mark_visible else args[:1]
         given = jax.tree.map(lambda x: x, dict(data or {}))  # in containers of its own: mutable sites are updated in place
         with one_at_a_time, sites_named(), block(), seed(rng_seed=0), look, substitute(data=given):
-            model(*first, *args[1:], **kwargs)
+            taking_rows(model)(*first, *args[1:], **kwargs)
         densities, look.densities = look.densities, {}  # what is traced ends with the trace
         return densities
 

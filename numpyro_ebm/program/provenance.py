@@ -45,7 +45,7 @@ def sources_of(jaxpr: Any) -> list[Sources]:
 
 
 def are_gathered(values: str, places: str, fn: Callable[[], Any]) -> bool:
-    """Whether a function takes parts out of what is made of the values marked ``values``, at places made of those marked ``places``."""
+    """Whether a function takes parts out of what is made of values marked ``values``, at places made of those marked ``places``."""
     found: list[bool] = []
 
     def see(equation: Any, inputs: list[Sources]) -> None:

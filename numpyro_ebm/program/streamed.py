@@ -22,8 +22,8 @@ def require_rows_taken(
 
     :param str what: what the program is called: ``"the model"``.
     :param num_rows: rows of the data, if that is known.
-    :raises ValueError: if no plate is subsampled, or one of another size than the data; if the model takes rows out of its arguments
-        by the indices of the plate, which are those of rows that are not there.
+    :raises ValueError: if a plate has the size of the minibatch, or another than the data; if the model takes rows out of its
+        arguments by the indices of the plate, which are those of rows that are not there.
     """
     program = run_model(model, (batch,), {}, rng_key, data=data)
     size = len(batch.index) if batch.index is not None else _num_rows(batch)
@@ -46,8 +46,8 @@ def require_rows_taken(
 
     if batch.index is not None and are_gathered("rows", "index", lambda: densities(batch.index, batch.args, batch.kwargs)):
         raise ValueError(
-            f"{what} takes rows out of an argument by the indices of a plate, as in y[index]: the argument holds the {size} rows of "
-            "the minibatch alone, and JAX would take its last row for all others. Write numpyro.subsample(y, event_dim=...)."
+            f"{what} takes rows out of an argument by the indices of a plate, as in y[index]: the argument holds the {size} rows "
+            "of the minibatch alone, and JAX would take its last row for all others. Write numpyro.subsample(y, event_dim=...)."
         )
     return program
 

@@ -3,8 +3,11 @@
 
 """Long and large runs: data from anywhere, any number of devices, saved and gone on with."""
 
+from numpyro_ebm.program.minibatch import Minibatch
+from numpyro_ebm.train.batches import Batches
 from numpyro_ebm.train.checkpoint import Checkpoints
 from numpyro_ebm.train.devices import Sharding
+from numpyro_ebm.train.fit import FitResult, fit
 from numpyro_ebm.train.state_file import load, save
 
-__all__ = ["Checkpoints", "Sharding", "load", "save"]
+__all__ = ["Batches", "Checkpoints", "FitResult", "Minibatch", "Sharding", "fit", "load", "save"]

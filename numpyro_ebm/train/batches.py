@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from numpyro_ebm._checks import require_count, require_one_of
+from numpyro_ebm._checks import require_bool, require_count
 from numpyro_ebm.program.minibatch import Minibatch
 
 Position = dict[str, Any]  # which JSON can hold
@@ -21,11 +21,11 @@ Position = dict[str, Any]  # which JSON can hold
 class Batches:
     """Minibatches of arrays, in an order that depends on a seed alone.
 
-    Arrays are whatever has ``len`` and gives rows by their indices: NumPy's, memory-mapped files, datasets of HDF5 or Zarr, lists of
-    rows. A row is read when a step needs it.
+    Arrays are whatever has ``len`` and gives rows by their indices: NumPy's, memory-mapped files, datasets of HDF5 or Zarr, lists
+    of rows. A row is read when a step needs it.
 
-    An epoch shows every row once, in a new order, but for less than ``batch_size`` rows that are left over, other ones in every epoch.
-    Without shuffling the rows go round: those that are left over begin the next batch.
+    An epoch shows every row once, in a new order, but for less than ``batch_size`` rows that are left over, other ones in every
+    epoch. Without shuffling the rows go round: those that are left over begin the next batch.
 
     :param arrays: arguments of the model, with equally many rows.
     :param int batch_size: rows per batch.
@@ -57,7 +57,7 @@ class Batches:
     ) -> None:
         self.arrays, self.kwargs = arrays, dict(kwargs or {})
         self.batch_size = require_count("batch_size", batch_size)
-        self.shuffle = require_one_of("shuffle", shuffle, (True, False, "batches"))
+        self.shuffle = shuffle if shuffle == "batches" else require_bool("shuffle", shuffle)
         self.seed = require_count("seed", seed, least=0)
         named = {f"array {i}": x for i, x in enumerate(arrays)} | {f"'{name}'": x for name, x in self.kwargs.items()}
         if not named:
@@ -115,7 +115,7 @@ class Batches:
 
 
 def minibatch_from(item: Any) -> Minibatch:
-    """What a loader gives, as a minibatch: ``(index, args, kwargs)``, an array, a tuple or list of arrays, or a dictionary of them."""
+    """What a loader gives, as a minibatch: ``(index, args, kwargs)``, an array, a tuple or list of them, or a dictionary."""
     if isinstance(item, Minibatch):
         return item
     is_named = isinstance(item, tuple) and len(item) == 3 and isinstance(item[1], tuple) and isinstance(item[2], dict)
@@ -259,7 +259,7 @@ def _length(name: str, x: Any) -> int:
     try:
         return len(x)
     except TypeError:
-        raise TypeError(f"{name} of Batches, a {type(x).__name__}, has no length: give what has rows, or fit an iterable.") from None
+        raise TypeError(f"{name} of Batches, a {type(x).__name__}, has no length: give what has rows.") from None
 
 
 def _rows(name: str, x: Any, index: np.ndarray) -> np.ndarray:

@@ -61,7 +61,12 @@ class RowStore:
         self.visited = np.zeros(num_rows, bool)
         self.noise: dict[str, float] = {f.site: 0.0 for f in self.fields if f.site}  # variance that a row at rest has got so far
         self.noise_then = {site: np.zeros(num_rows) for site in self.noise}  # when each row was here last
-        self._rows = np.empty(0, int)  # those that are on the device
+        self._rows, self._size = np.empty(0, int), 0  # those that are on the device, and how many have room there
+
+    @property
+    def num_on_device(self) -> int:
+        """Rows that the device has room for."""
+        return self._size
 
     def tree(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, beside :meth:`over` of the state."""
@@ -108,6 +113,7 @@ class RowStore:
         """
         self._rows, places = np.unique(index, return_inverse=True)
         size = min(index.size, self.num_rows)
+        self._size = size
         padded = np.concatenate([self._rows, np.repeat(self._rows[:1], size - len(self._rows))])
         numbers = np.random.Generator(np.random.Philox(key=np.asarray(jax.random.key_data(rng_key)).ravel()[:2].astype(np.uint64)))
         for field, array in zip(self.fields, self.arrays, strict=True):

@@ -47,7 +47,7 @@ class Stacks:
     """
 
     def __init__(self, stream: Stream, place: Place, first: Minibatch, num_steps: int | None = None) -> None:
-        self.stream, self.place = stream, place
+        self.stream, self.place, self.first = stream, place, first
         self.shapes = shapes_of(first)
         size = sum(np.asarray(x).nbytes for x in jax.tree.leaves((first.args, first.kwargs)) if hasattr(x, "__array__"))
         self.num_steps = num_steps or max(1, min(MAX_STEPS, MAX_BYTES // max(size, 1)))
@@ -150,8 +150,8 @@ def require_same_shapes(wanted: Any, batch: Minibatch) -> None:
     if given != wanted:
         pairs = [(a, b) for a, b in zip(given[1], wanted[1], strict=True) if a != b] or [(given[2], wanted[2])]
         raise ValueError(
-            f"a batch of the source has an argument of {_told(pairs[0][0])}, and the first had {_told(pairs[0][1])}. All must be alike: "
-            "leave the last, smaller batch of an epoch out (drop_last=True of PyTorch's DataLoader, drop_remainder=True elsewhere)."
+            f"a batch of the source has an argument of {_told(pairs[0][0])}, and the first had {_told(pairs[0][1])}. All must be "
+            "alike: leave the last, smaller batch of an epoch out (drop_last=True of PyTorch's DataLoader, drop_remainder=True elsewhere)."
         )
 
 
