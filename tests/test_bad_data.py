@@ -66,11 +66,11 @@ from numpyro_ebm import (
     to_inference_data,
 )
 from numpyro_ebm.infer.engine import RunResult
-from numpyro_ebm.train.health import NonFiniteError
 from numpyro_ebm.objectives import IMQKernel
 from numpyro_ebm.program.pair import same_support
 from numpyro_ebm.program.sites import are_possible, events_inside, require_possible
 from numpyro_ebm.samplers import MALA
+from numpyro_ebm.train.health import NonFiniteError
 
 KEY = jax.random.key(0)
 Y = jnp.array([0.4, 2.9, 1.1, 3.2, -0.6, 1.4])

@@ -16,10 +16,9 @@ from test_engine_contract import CASES, KEY, RATE, Y, _assert_same, _keep, _pgd
 from numpyro_ebm import EnergyDistribution, ExactScoreMatching, ScoreMatching
 from numpyro_ebm.infer import engine as engine_module
 from numpyro_ebm.infer.bism import conjugate_gradient
-from numpyro_ebm.train.health import NonFiniteError
 from numpyro_ebm.train import loop as loop_module
 from numpyro_ebm.train import steps as steps_module
-from numpyro_ebm.train.health import Part, health_of, is_bad, named
+from numpyro_ebm.train.health import NonFiniteError, Part, health_of, is_bad, named
 
 pytestmark = pytest.mark.usefixtures("optimized")
 FAMILIES = ("pgd", "ebipla", "kinetic and subsampled", "score matching", "bism", "vages", "bidvl")

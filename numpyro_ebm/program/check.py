@@ -4,6 +4,7 @@
 """Which sites of a model have an unknown normalizer, what it depends on, and what is needed to learn them."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,12 +13,12 @@ import jax
 from numpyro.distributions import ImproperUniform
 from numpyro.handlers import block, seed, substitute
 
-from numpyro_ebm._compat import is_in_scan, one_at_a_time, scan_index, sites_named
+from numpyro_ebm._compat import is_in_scan, one_at_a_time, open_handler, scan_index, sites_named
 from numpyro_ebm.distributions.base_measure import BaseMeasure, is_flat
 from numpyro_ebm.distributions.energy import TiltedDistribution, energy_site
 from numpyro_ebm.distributions.guard import NormalizerError
 from numpyro_ebm.program.identify import scale_and_shift
-from numpyro_ebm.program.minibatch import taking_rows
+from numpyro_ebm.program.minibatch import rows_given, taking_rows
 from numpyro_ebm.program.provenance import mark, sources_of
 from numpyro_ebm.program.sites import FIELD, core_of, is_factor, is_normalizer, normalizer_name, stand_in
 
@@ -158,13 +159,14 @@ def check_run(
     :param mark_visible: whether to tell what depends on the first argument, of which the model may then know no value.
     :param identify: whether to tell what a learned prior can do itself.
     """
-    look = _look()
+    look, outside = _look(), open_handler(rows_given)  # which a block would hide
 
     def run() -> dict[str, Any]:
         first = mark(args[:1], _VISIBLE) if mark_visible else args[:1]
         given = jax.tree.map(lambda x: x, dict(data or {}))  # in containers of its own: mutable sites are updated in place
         with one_at_a_time, sites_named(), block(), seed(rng_seed=0), look, substitute(data=given):
-            taking_rows(model)(*first, *args[1:], **kwargs)
+            with nullcontext() if outside is None else rows_given(outside.batch):
+                taking_rows(model)(*first, *args[1:], **kwargs)
         densities, look.densities = look.densities, {}  # what is traced ends with the trace
         return densities
 

@@ -40,6 +40,8 @@ def minibatch_of(args: tuple[Any, ...]) -> Minibatch | None:
 
 def taking_rows(model: Model) -> Model:
     """A model that may be called with a :class:`Minibatch` in the place of its arguments."""
+    if getattr(model, "takes_rows", False):
+        return model
 
     def on_rows(*args: Any, **kwargs: Any) -> Any:
         batch = minibatch_of(args)
@@ -48,6 +50,7 @@ def taking_rows(model: Model) -> Model:
         with rows_given(batch):
             return model(*batch.args, **{**kwargs, **batch.kwargs})
 
+    on_rows.takes_rows = True  # type: ignore[attr-defined]
     return on_rows
 
 
@@ -59,7 +62,7 @@ class rows_given(Messenger):
 
     def __init__(self, batch: Minibatch) -> None:
         super().__init__()
-        self.index, self.places = batch.index, batch.places
+        self.batch, self.index, self.places = batch, batch.index, batch.places
         self.num_rows = None if batch.index is None else len(batch.index)
         self.plate: str | None = None
 

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from numpyro_ebm.program.batch import run_at_zero
 from numpyro_ebm.program.minibatch import Minibatch
 from numpyro_ebm.program.provenance import are_gathered, mark
-from numpyro_ebm.program.run import Run, run_model, terms_of
+from numpyro_ebm.program.run import Run, terms_of
 from numpyro_ebm.program.sites import Model
 
 
@@ -25,7 +26,8 @@ def require_rows_taken(
     :raises ValueError: if a plate has the size of the minibatch, or another than the data; if the model takes rows out of its
         arguments by the indices of the plate, which are those of rows that are not there.
     """
-    program = run_model(model, (batch,), {}, rng_key, data=data)
+    batch = jax.tree.map(lambda x: jnp.asarray(x) if hasattr(x, "__array__") else x, batch)  # NumPy's refuse what JAX clamps
+    program = run_at_zero(model, (batch,), {}, rng_key, data or {})
     size = len(batch.index) if batch.index is not None else _num_rows(batch)
     for name, plate in program.plates.items():
         if not plate.is_subsampled and plate.size == size and size != num_rows:
@@ -42,7 +44,7 @@ def require_rows_taken(
 
     def densities(index: Any, args: Any, kwargs: Any) -> Any:
         marked = Minibatch(mark(index, "index"), mark(args, "rows"), mark(kwargs, "rows"), batch.places)
-        return [term.sum() for term in terms_of(run_model(model, (marked,), {}, rng_key, data=data)).values()]
+        return [term.sum() for term in terms_of(run_at_zero(model, (marked,), {}, rng_key, data or {})).values()]
 
     if batch.index is not None and are_gathered("rows", "index", lambda: densities(batch.index, batch.args, batch.kwargs)):
         raise ValueError(

@@ -145,8 +145,11 @@ class Stream(Protocol):
     def position(self) -> Position:
         """Where the next one is."""
 
-    def seek(self, position: Position) -> None:
-        """Goes on from there."""
+    def seek(self, position: Position, ahead: int) -> None:
+        """Goes on from there.
+
+        :param ahead: how many of those that follow the run has seen too.
+        """
 
 
 def stream_of(source: Any, num_epochs: int | None) -> Stream:
@@ -183,7 +186,7 @@ class _Indexed:
     def position(self) -> Position:
         return {"step": self.step}
 
-    def seek(self, position: Position) -> None:
+    def seek(self, position: Position, ahead: int) -> None:
         self.step = position["step"]
 
 
@@ -228,19 +231,20 @@ class _Iterated:
             position["state"] = {"base64": base64.b64encode(state).decode()} if isinstance(state, bytes) else state
         return position
 
-    def seek(self, position: Position) -> None:
+    def seek(self, position: Position, ahead: int) -> None:
         if self.begins_again:
             self.iterator, self._held = iter(self.source), None
         if "state" in position:
+            self._held = None
             self.epoch, self.step = position["epoch"], position["step"]
             state = position["state"]
             is_bytes = isinstance(state, dict) and set(state) == {"base64"}
             self.iterator.set_state(base64.b64decode(state["base64"]) if is_bytes else state)  # type: ignore[attr-defined]
             return
         num_read = position["step"]
-        if num_read:
+        if num_read + ahead:
             warnings.warn(
-                f"the source, a {type(self.source).__name__}, cannot say where it is: {num_read} batches are read and thrown away. "
+                f"the source, a {type(self.source).__name__}, cannot say where it is: {num_read + ahead} batches are read and thrown away. "
                 "The rows that follow are those that would have followed only if it gives the same order each time; Batches, or "
                 "loaders with get_state and set_state, do not need to.",
                 stacklevel=4,

@@ -26,6 +26,7 @@ from numpyro_ebm.program.streamed import require_rows_taken
 from numpyro_ebm.train.batches import Batches, stream_of
 from numpyro_ebm.train.devices import Sharding, as_sharding, said_anywhere
 from numpyro_ebm.train.fingerprint import fingerprint_of
+from numpyro_ebm.train.health import NonFiniteError
 from numpyro_ebm.train.loop import Between, at_multiples, calling, copied, drive, saved
 from numpyro_ebm.train.row_store import RowStore
 from numpyro_ebm.train.stacks import Stack, Stacks, is_array
@@ -249,7 +250,7 @@ class _Source:
         self.data, self.stacks, self.stable, self.rows, self.rng_key = data, stacks, stable, rows, rng_key
         self.stack: Stack | None = None
         self.at, self.done = 0, 0  # the next step within the stack, and of all
-        self._position = stacks.stream.position()
+        self._position, self._failed = stacks.stream.position(), None
         self.call = self.call_of(stacks.first)
 
     def call_of(self, first: Minibatch) -> Call:
@@ -279,22 +280,24 @@ class _Source:
         if self.stack is not None:
             if self.rows is not None:
                 self.rows.put(state)
-            self.at = 0
+            self.stack, self.at = None, 0
+        if self._failed is not None:
+            raise self._failed
         stack = self.stacks.next()
-        self.stack, self._position, batch = stack, stack.position, stack.batch
+        self._position, batch = stack.position, stack.batch
         if self.rows is not None:
             assert stack.index is not None
-            self._begin(state, stack)
+            stack = stack._replace(count=self._begin(state, stack))
             state, places = self.rows.take(state, stack.index, jax.random.fold_in(state.rng_key, 1))
             batch = batch._replace(places=jnp.asarray(places))
             if self.data.sharding is not None:
                 state = self.data.sharding.place_state(state, self.rows.num_on_device)
             self._noise = self.data.learner._noise_at_rest(state, self.rows.num_rows, stack.index.shape[1])
-        self.call = self.data.call(batch, self.stable, is_stack=True)
+        self.stack, self.call = stack, self.data.call(batch, self.stable, is_stack=True)
         return state
 
-    def _begin(self, state: State, stack: Stack) -> None:
-        """Particles for the rows that are seen for the first time."""
+    def _begin(self, state: State, stack: Stack) -> int:
+        """Particles for the rows that are seen for the first time; how many minibatches there are before one that has bad rows."""
         assert self.rows is not None
         assert stack.index is not None
         for i in range(stack.count):
@@ -302,8 +305,16 @@ class _Source:
                 args, kwargs = jax.tree.map(lambda x, i=i: x[i] if is_array(x) else x, (stack.batch.args, stack.batch.kwargs))
                 one = self.data.of(_own_places(Minibatch(jnp.asarray(stack.index[i]), args, kwargs)))
                 key = jax.random.fold_in(self.rng_key, self.done - self.at + i)
-                made = self.data.learner.init(key, one, init_params=state.params)
+                try:
+                    made = self.data.learner.init(key, one, init_params=state.params)
+                except ValueError as error:
+                    step = self.done - self.at + i + 1
+                    self._failed = NonFiniteError(f"step {step}: {error}", state, step, {})
+                    if i == 0:
+                        raise self._failed from error
+                    return i
                 self.rows.begin(stack.index[i], made)
+        return stack.count
 
     # Of checkpoints and the result.
 
@@ -323,7 +334,7 @@ class _Source:
 
     def restore(self, tree: dict[str, Any], meta: dict[str, Any], state: State) -> State:
         """Goes on from what was saved."""
-        self.stacks.stream.seek(meta["position"])
+        self.stacks.stream.seek(meta["position"], meta["at"])
         self._position, self.at, self.done = meta["position"], meta["at"], len(tree["losses"])
         if isinstance(state, SVIProgress):
             return SVIProgress(*tree["state"], *tree["counts"])

@@ -3,17 +3,19 @@
 
 """NumPyro's ``SVI`` as a learner of the loop: its steps, with a health of their own."""
 
+import copy
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from numpyro.infer import SVI
+from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.svi import SVIState
 
 from numpyro_ebm._compat import one_at_a_time
 from numpyro_ebm._pytree import Rest, arrays_and_rest, as_array, join, require_hashable
-from numpyro_ebm.program.minibatch import Minibatch, rows_given
+from numpyro_ebm.program.minibatch import Minibatch, taking_rows
 from numpyro_ebm.train.health import Health, NonFiniteError, Part, health_of, named
 from numpyro_ebm.train.steps import Steps
 
@@ -34,20 +36,27 @@ class SVISteps:
     state_class = SVIProgress
 
     def __init__(self, svi: SVI) -> None:
-        self.svi = svi
+        self._given, self.svi = svi, copy.copy(svi)
+        self.svi.model, self.svi.guide = taking_rows(svi.model), svi.guide
+        if isinstance(svi.guide, AutoGuide):  # which is called as it is, and runs a model of its own
+            svi.guide.model = taking_rows(svi.guide.model)
+        else:
+            self.svi.guide = taking_rows(svi.guide)
         self._steps = Steps(self._propose)
         self._loss = jax.jit(self._evaluate, static_argnames="static")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"svi": self.svi}
+        return {"svi": self._given}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["svi"])  # type: ignore[misc]
 
     def init(self, rng_key: Array, batch: Minibatch, init_params: dict[str, Any] | None = None) -> SVIProgress:
         """The state to start from."""
-        with one_at_a_time, rows_given(batch):
-            return counting(self.svi.init(rng_key, *batch.args, init_params=init_params, **batch.kwargs))
+        with one_at_a_time:
+            state = self.svi.init(rng_key, batch, init_params=init_params)
+        self._given.constrain_fn = self.svi.constrain_fn  # as init of its own would have done
+        return counting(state)
 
     def evaluate(self, state: SVIProgress, batch: Minibatch) -> Array:
         """The loss at a state."""
@@ -72,16 +81,16 @@ class SVISteps:
 
     def _propose(self, state: SVIProgress, dynamic: Any, *, static: Rest) -> tuple[SVIProgress, Array, Health]:
         (batch,), _ = join(dynamic, static)
-        with one_at_a_time, rows_given(batch):
-            new, loss = self.svi.update(plain(state), *batch.args, **batch.kwargs)
+        with one_at_a_time:
+            new, loss = self.svi.update(plain(state), batch)
         health = health_of("loss", loss) | health_of("param", self.svi.optim.get_params(new.optim_state))
         made = state._replace(optim_state=new.optim_state, mutable_state=new.mutable_state, rng_key=new.rng_key)
         return made, loss, health
 
     def _evaluate(self, state: SVIProgress, dynamic: Any, static: Rest) -> Array:
         (batch,), _ = join(dynamic, static)
-        with one_at_a_time, rows_given(batch):
-            return self.svi.evaluate(plain(state), *batch.args, **batch.kwargs)
+        with one_at_a_time:
+            return self.svi.evaluate(plain(state), batch)
 
     def _warnings(self, state: SVIProgress, before: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         return []
