@@ -178,6 +178,22 @@ def test_vages_page_runs_and_weights_fix_a_blind_guide(capsys):
     assert 2 < page["weighted"].state.effective_sample_size < 9
 
 
+@pytest.mark.filterwarnings("ignore:.*rows move once:UserWarning")
+def test_minibatches_page_runs_and_learns_from_a_file(capsys):
+    """200,000 rows of a memory-mapped file, a metric, early stopping, a checkpoint; and the same call again, which has nothing to do."""
+    page = run("docs/minibatches.md")
+    printed = capsys.readouterr().out.strip()
+    text = (ROOT / "docs/minibatches.md").read_text(encoding="utf-8")
+    assert [printed] == re.findall(r"It prints `([^`]*)`", text)
+    assert page["result"].state.particles["x"].shape == (10, 200_000, 8)
+
+
+def test_saving_page_runs_and_goes_on():
+    page = run("docs/save_and_resume.md")
+    assert page["again"].state.num_steps == 300
+    assert len(page["result"].losses) == 300
+
+
 def test_devices_page_runs_and_learns(capsys):
     page = run("docs/devices.md")
     text = (ROOT / "docs" / "devices.md").read_text(encoding="utf-8")

@@ -215,7 +215,7 @@ def test_other_data_or_settings_are_refused(tmp_path):
     quietly(particles(), batches(), num_steps=4, checkpoint=tmp_path)
     with pytest.raises(ValueError, match="num_particles: 3 in the folder, 4 here"):
         quietly(particles(num_particles=4), batches(), num_steps=6, checkpoint=tmp_path)
-    with pytest.raises(ValueError, match="batches: .*seed=1.* in the folder, .*seed=2"):
+    with pytest.raises(ValueError, match=r"batches: .*seed=1.* in the folder, .*seed=2"):
         quietly(particles(), batches(seed=2), num_steps=6, checkpoint=tmp_path)
 
 
@@ -262,7 +262,7 @@ def test_nan_in_the_data_is_told_with_its_step(make, tmp_path):
     y = Y.copy()
     order = batches(shuffle=False)
     y[order.at(3).index[2]] = np.nan
-    with pytest.raises(NonFiniteError, match="^step 4: ") as error:
+    with pytest.raises(NonFiniteError, match=r"^step 4: ") as error:
         quietly(make(), Batches(y, batch_size=B, shuffle=False), num_steps=9, checkpoint=tmp_path)
     assert error.value.step == 4
     good = quietly(make(), batches(shuffle=False), num_steps=3)

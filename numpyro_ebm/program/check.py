@@ -164,9 +164,9 @@ def check_run(
     def run() -> dict[str, Any]:
         first = mark(args[:1], _VISIBLE) if mark_visible else args[:1]
         given = jax.tree.map(lambda x: x, dict(data or {}))  # in containers of its own: mutable sites are updated in place
-        with one_at_a_time, sites_named(), block(), seed(rng_seed=0), look, substitute(data=given):
-            with nullcontext() if outside is None else rows_given(outside.batch):
-                taking_rows(model)(*first, *args[1:], **kwargs)
+        rows = nullcontext() if outside is None else rows_given(outside.batch)
+        with one_at_a_time, sites_named(), block(), seed(rng_seed=0), look, substitute(data=given), rows:
+            taking_rows(model)(*first, *args[1:], **kwargs)
         densities, look.densities = look.densities, {}  # what is traced ends with the trace
         return densities
 

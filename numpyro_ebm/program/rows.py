@@ -144,7 +144,7 @@ def scatter(program: Run, places: Indices, name: str, store: Array, rows: Array)
     return store.at[jnp.ix_(*(axes.get(i, jnp.arange(size)) for i, size in enumerate(store.shape)))].set(rows)
 
 
-def by_site(function: Callable[..., Array], names: Any, *trees: Any) -> Any:
+def by_site(function: Callable[..., Any], names: Any, *trees: Any) -> Any:
     """``function(name, *leaves)`` at the leaves that belong to a site, for pytrees that hold dictionaries of sites.
 
     Other leaves, such as counts, are those of the last tree.

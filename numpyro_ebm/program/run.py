@@ -348,7 +348,7 @@ class _place(substitute):
 
     def postprocess_message(self, msg: Site) -> None:
         if msg["type"] == "plate":
-            self.indices[msg["name"]] = msg.get(PLACES, msg["value"])
+            self.indices[msg["name"]] = msg[PLACES] if PLACES in msg else msg["value"]
 
 
 def _start_of(fn: Distribution) -> Distribution:

@@ -130,8 +130,9 @@ def minibatch_from(item: Any) -> Minibatch:
 class Stream(Protocol):
     """Minibatches one after another, and where in them a run is."""
 
-    #: rows of the data, if that is known
-    num_rows: int | None
+    @property
+    def num_rows(self) -> int | None:
+        """Rows of the data, if that is known."""
 
     def peek(self) -> Minibatch:
         """The first one, which is still to come."""
@@ -244,7 +245,8 @@ class _Iterated:
         num_read = position["step"]
         if num_read + ahead:
             warnings.warn(
-                f"the source, a {type(self.source).__name__}, cannot say where it is: {num_read + ahead} batches are read and thrown away. "
+                f"the source, a {type(self.source).__name__}, cannot say where it is: {num_read + ahead} batches are read and "
+                "thrown away. "
                 "The rows that follow are those that would have followed only if it gives the same order each time; Batches, or "
                 "loaders with get_state and set_state, do not need to.",
                 stacklevel=4,

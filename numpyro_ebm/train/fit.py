@@ -191,8 +191,7 @@ def fit(
         run.save(state)
         said = None
         if reports and hasattr(learner, "_findings"):
-            args, kwargs = source.seen()
-            said = report_of(lambda: learner._findings(own_key(state.rng_key), state, args, kwargs))
+            said = report_of(lambda: learner._findings(own_key(state.rng_key), state, *source.seen()))
     if said is not None:
         said.warn(stacklevel=2)
     if patience is not None and judge.best is not None:
@@ -250,7 +249,8 @@ class _Source:
         self.data, self.stacks, self.stable, self.rows, self.rng_key = data, stacks, stable, rows, rng_key
         self.stack: Stack | None = None
         self.at, self.done = 0, 0  # the next step within the stack, and of all
-        self._position, self._failed = stacks.stream.position(), None
+        self._position = stacks.stream.position()
+        self._failed: NonFiniteError | None = None  # of the rows after this stack
         self.call = self.call_of(stacks.first)
 
     def call_of(self, first: Minibatch) -> Call:
@@ -260,10 +260,10 @@ class _Source:
     # Of the loop.
 
     def next(self, state: State, num_steps: int) -> tuple[State, Call, int, int]:
-        if self.stack is None or self.at >= self.stack.count:
+        if self.stack is None or self.at >= self.stack.num_batches:
             state = self._opened(state)
         assert self.stack is not None
-        return state, self.call, self.at, min(num_steps, self.stack.count - self.at)
+        return state, self.call, self.at, min(num_steps, self.stack.num_batches - self.at)
 
     def made(self, num_steps: int) -> None:
         if self.rows is not None:
@@ -286,24 +286,25 @@ class _Source:
         stack = self.stacks.next()
         self._position, batch = stack.position, stack.batch
         if self.rows is not None:
-            assert stack.index is not None
-            stack = stack._replace(count=self._begin(state, stack))
-            state, places = self.rows.take(state, stack.index, jax.random.fold_in(state.rng_key, 1))
+            assert stack.rows is not None
+            stack = stack._replace(num_batches=self._begin(state, stack))
+            assert stack.rows is not None
+            state, places = self.rows.take(state, stack.rows, jax.random.fold_in(state.rng_key, 1))
             batch = batch._replace(places=jnp.asarray(places))
             if self.data.sharding is not None:
                 state = self.data.sharding.place_state(state, self.rows.num_on_device)
-            self._noise = self.data.learner._noise_at_rest(state, self.rows.num_rows, stack.index.shape[1])
+            self._noise = self.data.learner._noise_at_rest(state, self.rows.num_rows, stack.rows.shape[1])
         self.stack, self.call = stack, self.data.call(batch, self.stable, is_stack=True)
         return state
 
     def _begin(self, state: State, stack: Stack) -> int:
         """Particles for the rows that are seen for the first time; how many minibatches there are before one that has bad rows."""
         assert self.rows is not None
-        assert stack.index is not None
-        for i in range(stack.count):
-            if self.rows.fresh(stack.index[i]).any():
+        assert stack.rows is not None
+        for i in range(stack.num_batches):
+            if self.rows.fresh(stack.rows[i]).any():
                 args, kwargs = jax.tree.map(lambda x, i=i: x[i] if is_array(x) else x, (stack.batch.args, stack.batch.kwargs))
-                one = self.data.of(_own_places(Minibatch(jnp.asarray(stack.index[i]), args, kwargs)))
+                one = self.data.of(_own_places(Minibatch(jnp.asarray(stack.rows[i]), args, kwargs)))
                 key = jax.random.fold_in(self.rng_key, self.done - self.at + i)
                 try:
                     made = self.data.learner.init(key, one, init_params=state.params)
@@ -313,8 +314,8 @@ class _Source:
                     if i == 0:
                         raise self._failed from error
                     return i
-                self.rows.begin(stack.index[i], made)
-        return stack.count
+                self.rows.begin(stack.rows[i], made)
+        return stack.num_batches
 
     # Of checkpoints and the result.
 

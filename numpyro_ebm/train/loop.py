@@ -85,7 +85,7 @@ class Saved:
 
     def steps_left(self) -> int | None:
         """Until a checkpoint is due."""
-        return self._writer and self._writer.steps_left(self.log.done)
+        return None if self._writer is None else self._writer.steps_left(self.log.done)
 
     def save_if_due(self, state: State) -> None:
         """Saves it if it is time."""

@@ -30,9 +30,9 @@ class Stack(NamedTuple):
     #: the arguments of the model, arrays of them on the device and with a leading axis of steps
     batch: Minibatch
     #: (num_steps, B) which rows they are, on the host; None where that is not known
-    index: np.ndarray | None
+    rows: np.ndarray | None
     #: minibatches, without those that only fill it
-    count: int
+    num_batches: int
     #: where the first of them is in the source
     position: Position
 
@@ -151,7 +151,8 @@ def require_same_shapes(wanted: Any, batch: Minibatch) -> None:
         pairs = [(a, b) for a, b in zip(given[1], wanted[1], strict=True) if a != b] or [(given[2], wanted[2])]
         raise ValueError(
             f"a batch of the source has an argument of {_told(pairs[0][0])}, and the first had {_told(pairs[0][1])}. All must be "
-            "alike: leave the last, smaller batch of an epoch out (drop_last=True of PyTorch's DataLoader, drop_remainder=True elsewhere)."
+            "alike: leave the last, smaller batch of an epoch out (drop_last=True of PyTorch's DataLoader, drop_remainder=True "
+            "elsewhere)."
         )
 
 
