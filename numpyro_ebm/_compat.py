@@ -28,6 +28,9 @@ from numpyro.primitives import _PYRO_STACK, Messenger, plate
 
 Handler = TypeVar("Handler", bound=Messenger)
 
+PLACES = "numpyro_ebm.places"
+"""Where the message of a plate says at which places of a store the rows are that it shows, if not at their own."""
+
 one_at_a_time = threading.RLock()
 """Who runs a model holds it: NumPyro's stack of handlers is one for all threads."""
 

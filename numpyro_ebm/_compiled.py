@@ -57,7 +57,7 @@ def compiled(function: Callable[..., T], *args: Any) -> T:
         return function(*args)
     program: Callable[[list[Array]], Any] = jax.jit(lambda arrays: function(*join(arrays, rest)))
     try:
-        look = _Look(function, rest, with_lists=True)
+        look = Look(function, rest, with_lists=True)
         if look.sees_all:
             program = _program(function, rest._replace(frozen=look.snapshot))
     except Exception:  # of a pytree that does without its arrays, or of a part that does not hash
@@ -100,7 +100,7 @@ class Watch:
 
     def __init__(self, *values: Any) -> None:
         self._values = values
-        self._look = _Look(*values)
+        self._look = Look(*values)
 
     def __reduce__(self) -> Any:
         return Watch, self._values
@@ -108,26 +108,26 @@ class Watch:
     def snapshot(self) -> Snapshot:
         """What they hold now: looked for only where something has become another object."""
         if not self._look.is_current():
-            last, self._look = self._look.snapshot, _Look(*self._values)
+            last, self._look = self._look.snapshot, Look(*self._values)
             if self._look.snapshot == last:
                 self._look.snapshot = last  # the same object is compared at once
         return self._look.snapshot
 
 
-class _Same:
+class Same:
     """A value compared by identity."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
+        return isinstance(other, Same) and self.value is other.value
 
     def __hash__(self) -> int:
         return id(self.value)
 
 
-class _Look:
+class Look:
     """A walk through values and what they hold."""
 
     def __init__(self, *values: Any, with_lists: bool = False) -> None:
@@ -160,7 +160,7 @@ class _Look:
         if isinstance(x, PLAIN):
             self._found += cast(list[Hashable], [type(x), repr(x) if isinstance(x, (float, complex)) else x])  # -0.0 == 0.0
         elif isinstance(x, Array):
-            self._found.append(_Same(x))  # it cannot change
+            self._found.append(Same(x))  # it cannot change
             self.sees_all &= not isinstance(x, jax.core.Tracer)
         elif id(x) in self._seen:
             self._found.append(self._seen[id(x)][0])  # the same as before: which of them it is
@@ -176,7 +176,7 @@ class _Look:
         elif isinstance(x, (list, set)) and written is not None and not self._with_lists:
             pass
         elif isinstance(x, (tuple, list)):
-            self.sees_all &= type(x) in (tuple, list) or _is_library(type(x).__module__)  # those of users may have methods
+            self.sees_all &= type(x) in (tuple, list) or is_library(type(x).__module__)  # those of users may have methods
             self._changes_inside |= isinstance(x, list)
             self._found += (type(x), len(x))
             for part in x:
@@ -193,7 +193,7 @@ class _Look:
         elif isinstance(x, np.ndarray):
             small = x.nbytes <= MAX_BYTES and type(x) is np.ndarray and x.dtype != object
             self.sees_all, self._changes_inside = self.sees_all and small, self._changes_inside or small
-            self._found += (x.shape, x.dtype, x.tobytes()) if small else (_Same(x),)
+            self._found += (x.shape, x.dtype, x.tobytes()) if small else (Same(x),)
         elif isinstance(x, MethodType):
             self._at(x.__func__, written)
             self._at(x.__self__, _outside(x.__func__.__code__).written)
@@ -203,16 +203,16 @@ class _Look:
         elif isinstance(x, type):
             self._class(x)
         elif isinstance(x, ModuleType):
-            self.sees_all &= _is_library(x.__name__)
-        elif _is_library(type(x).__module__) and hasattr(x, "__wrapped__"):
+            self.sees_all &= is_library(x.__name__)
+        elif is_library(type(x).__module__) and hasattr(x, "__wrapped__"):
             self._at(x.__wrapped__, written)
         else:
             self._object(x, written)
 
     def _function(self, function: FunctionType) -> None:
         code, variables = function.__code__, function.__globals__
-        names, is_library = _outside(code), _is_library(variables.get("__name__"))
-        self._found.append(_Same(code))
+        names, is_library = _outside(code), is_library(variables.get("__name__"))
+        self._found.append(Same(code))
         self._functions.append((function, code, function.__defaults__))
         self.sees_all &= names.is_plain or is_library
         self._at((function.__defaults__, function.__kwdefaults__), names.written)
@@ -229,9 +229,9 @@ class _Look:
             self._sizes.append((attributes, len(attributes)))
 
     def _class(self, cls: type) -> None:
-        self._found.append(_Same(cls))
+        self._found.append(Same(cls))
         for owner in cls.__mro__:
-            if not _is_library(owner.__module__):
+            if not is_library(owner.__module__):
                 self.sees_all = False  # a class holds whatever it likes
                 for name, member in list(vars(owner).items()):
                     self._places.append((vars(owner), name, member))
@@ -243,9 +243,9 @@ class _Look:
     def _object(self, x: Any, written: _Names) -> None:
         cls = type(x)
         is_open = isinstance(x, FOLLOWED) or is_dataclass(x) or cls.__module__.startswith("numpyro_ebm.")
-        if _is_library(cls.__module__) and not is_open:
+        if is_library(cls.__module__) and not is_open:
             is_fixed = _is_fixed(x)
-            self._found.append(x if is_fixed and isinstance(x, Hashable) else _Same(x))
+            self._found.append(x if is_fixed and isinstance(x, Hashable) else Same(x))
             self.sees_all &= is_fixed
             return
         self._class(cls)
@@ -310,7 +310,7 @@ def _slots(cls: type) -> list[str]:
 
 
 @lru_cache(4096)
-def _is_library(module: str | None) -> bool:
+def is_library(module: str | None) -> bool:
     """Whether a module is one of those that are taken to be fixed, and no file of the user's of the same name."""
     top = (module or "").partition(".")[0]
     if top not in LIBRARIES:

@@ -65,7 +65,8 @@ from numpyro_ebm import (
     standard_errors,
     to_inference_data,
 )
-from numpyro_ebm.infer.engine import NonFiniteError, RunResult
+from numpyro_ebm.infer.engine import RunResult
+from numpyro_ebm.train.health import NonFiniteError
 from numpyro_ebm.objectives import IMQKernel
 from numpyro_ebm.program.pair import same_support
 from numpyro_ebm.program.sites import are_possible, events_inside, require_possible

@@ -35,7 +35,8 @@ from numpyro_ebm import (
     Variational,
     negative_phase,
 )
-from numpyro_ebm.infer.engine import Engine, NonFiniteError, RunResult
+from numpyro_ebm.infer.engine import Engine, RunResult
+from numpyro_ebm.train.health import NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("optimized")
 Y = jnp.array([0.4, 2.9, 1.1, 3.2, -0.6, 1.4])  # mean 1.4
@@ -277,7 +278,7 @@ def _run(engine, num_steps, case, **settings):
 def test_verbs_have_the_signatures_of_svi(engine, verb):
     """Catches an argument renamed, moved, or with another default: SVI's calls must work as they are."""
     ours, svis = (inspect.signature(getattr(owner, verb)).parameters for owner in (type(engine), SVI))
-    not_in_svi = ("collect", "callbacks", "chunk_size", "report", "validation", "patience")
+    not_in_svi = ("collect", "callbacks", "chunk_size", "report", "mesh", "validation", "patience")
     ours = [p for p in ours.values() if p.name not in not_in_svi]
     svis = [p for p in svis.values() if p.name != "forward_mode_differentiation"]
     renamed = {"svi_state": "state"}
@@ -607,7 +608,7 @@ def any_engine():
 
 def test_large_collected_values_are_kept_in_a_bounded_buffer(any_engine, monkeypatch):
     """Catches steps lost where the buffer of the compiled loop is shorter than a chunk."""
-    monkeypatch.setattr("numpyro_ebm.infer.engine.MAX_BUFFER", 200)  # bytes: four steps of the record below
+    monkeypatch.setattr("numpyro_ebm.train.steps.MAX_BUFFER", 200)  # bytes: four steps of the record below
     result = any_engine.run(KEY, 10, Y, progress_bar=False, collect=lambda state: jnp.full(11, state.num_steps), chunk_size=10)
     np.testing.assert_array_equal(result.collected, np.repeat(np.arange(1, 11)[:, None], 11, 1))
 
@@ -621,7 +622,7 @@ def test_progress_bar_is_shown_once_per_chunk_and_says_the_loss(any_engine, caps
 
 def test_light_steps_share_their_calls_of_the_compiled_loop(any_engine, monkeypatch):
     """Catches a host round trip per step, which takes far longer than a light step."""
-    calls, loop = [], any_engine._open_loop
-    monkeypatch.setattr(any_engine, "_open_loop", lambda *args, **kwargs: calls.append(1) or loop(*args, **kwargs))
+    calls, loop = [], any_engine._steps.open_loop
+    monkeypatch.setattr(any_engine._steps, "open_loop", lambda *args, **kwargs: calls.append(1) or loop(*args, **kwargs))
     any_engine.run(KEY, 20_000, Y, progress_bar=False)
     assert len(calls) < 2000

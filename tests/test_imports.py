@@ -34,6 +34,7 @@ FLOORS = {
     "handlers": 5,
     "objectives": 6,
     "evaluate": 7,
+    "train": 7,
     "infer": 8,
     "inference_data": 9,
 }

@@ -34,7 +34,8 @@ from numpyro_ebm import (
 )
 from numpyro_ebm.evaluate.posterior import Posterior
 from numpyro_ebm.evaluate.standard_errors import _moments
-from numpyro_ebm.infer import engine as engine_module
+from numpyro_ebm.train import loop as loop_module
+from numpyro_ebm.train import steps as steps_module
 
 FAMILIES = ("pgd", "ebipla", "score matching", "bism", "vages", "bidvl")
 families = pytest.mark.parametrize("case", [CASES[name] for name in FAMILIES], ids=FAMILIES)
@@ -175,7 +176,7 @@ def test_an_engine_can_be_copied_after_it_has_run(copied):
     # Catches compiled functions in a pickle, and those of another engine in a copy.
     engine, state, _, value = _steps(CASES["pgd"])
     other = copied(engine)
-    assert other._one is not engine._one
+    assert other._steps.one is not engine._steps.one
     np.testing.assert_allclose(other.evaluate(state, Y), value, rtol=1e-6)
     with pytest.raises(AttributeError, match="cannot be changed"):
         other.num_particles = 7
@@ -232,7 +233,7 @@ def test_threads_learn_side_by_side():
 @pytest.mark.parametrize("asks_the_host", [False, True])
 def test_ctrl_c_keeps_the_state(monkeypatch, asks_the_host):
     # Catches a run whose state is lost, or one that the loop has overwritten.
-    monkeypatch.setattr(engine_module, "_asks_the_host", lambda *trees: asks_the_host)
+    monkeypatch.setattr(loop_module, "asks_the_host", lambda *trees: asks_the_host)
     engine, seen = CASES["pgd"].make(), []
 
     def stop(step, state, losses):
@@ -249,14 +250,14 @@ def test_ctrl_c_keeps_the_state(monkeypatch, asks_the_host):
 
 def test_ctrl_c_while_the_device_works_keeps_the_state(monkeypatch):
     # The host waits for the device once a chunk, and the state before it has been overwritten.
-    monkeypatch.setattr(engine_module, "_asks_the_host", lambda *trees: True)
+    monkeypatch.setattr(loop_module, "asks_the_host", lambda *trees: True)
     engine = CASES["pgd"].make()
     wanted = engine.run(KEY, 3, Y, progress_bar=False, chunk_size=3).state
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine_module, "_joined", interrupted)
+    monkeypatch.setattr(steps_module, "joined", interrupted)
     with pytest.raises(KeyboardInterrupt) as error:
         engine.run(KEY, 12, Y, progress_bar=False, chunk_size=3)
     _assert_same(error.value.state, wanted)

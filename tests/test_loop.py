@@ -16,8 +16,10 @@ from test_engine_contract import CASES, KEY, RATE, Y, _assert_same, _keep, _pgd
 from numpyro_ebm import EnergyDistribution, ExactScoreMatching, ScoreMatching
 from numpyro_ebm.infer import engine as engine_module
 from numpyro_ebm.infer.bism import conjugate_gradient
-from numpyro_ebm.infer.engine import NonFiniteError
-from numpyro_ebm.infer.step import Part, health_of, is_bad, named
+from numpyro_ebm.train.health import NonFiniteError
+from numpyro_ebm.train import loop as loop_module
+from numpyro_ebm.train import steps as steps_module
+from numpyro_ebm.train.health import Part, health_of, is_bad, named
 
 pytestmark = pytest.mark.usefixtures("optimized")
 FAMILIES = ("pgd", "ebipla", "kinetic and subsampled", "score matching", "bism", "vages", "bidvl")
@@ -75,8 +77,8 @@ def test_a_step_is_traced_once_and_compiled_twice(case, engine, start, updated, 
     _run(engine, case, start, collect=_keep)
     engine.stable_update(start, *case.args)
     assert runs == []
-    assert engine._one._cache_size() == 1
-    assert engine._open_loop._cache_size() == 2  # without and with a function to collect
+    assert engine._steps.one._cache_size() == 1
+    assert engine._steps.open_loop._cache_size() == 2  # without and with a function to collect
 
 
 # Loops of fixed length, as accelerators have them.
@@ -84,8 +86,8 @@ def test_a_step_is_traced_once_and_compiled_twice(case, engine, start, updated, 
 
 @pytest.fixture
 def fixed(monkeypatch):
-    monkeypatch.setattr(engine_module, "_asks_the_host", lambda *trees: True)
-    monkeypatch.setattr(engine_module, "FIXED_LENGTH", 5)
+    monkeypatch.setattr(loop_module, "asks_the_host", lambda *trees: True)
+    monkeypatch.setattr(steps_module, "FIXED_LENGTH", 5)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 4, 12])
@@ -104,7 +106,9 @@ def test_a_fixed_loop_never_asks_the_host(name):
     engine, args = CASES[name].make(), CASES[name].args
     dynamic, static = engine_module._split(args, {})
     program = jax.make_jaxpr(
-        lambda state: engine._make_fixed(state, np.False_, np.False_, dynamic, static=static, collect=None, length=3)
+        lambda state: engine._steps._make_fixed(
+            state, np.False_, np.False_, 0, dynamic, static=static, collect=None, length=3, stacked=()
+        )
     )(jax.eval_shape(lambda: engine.init(KEY, *args)))
     assert "scan" in _primitives(program)
     assert not {"while", "cond"} & _primitives(program)
@@ -180,9 +184,9 @@ def test_no_step_is_made_after_a_bad_one_though_it_would_be_good(monkeypatch, ch
     assert np.isfinite(losses[:first]).all()
     assert np.isfinite(losses[first + 1 :]).any()
     good = engine.run(KEY, first, bad, progress_bar=False, init_state=start).state if first else start
-    monkeypatch.setattr(engine_module, "_asks_the_host", lambda *trees: True)
+    monkeypatch.setattr(loop_module, "asks_the_host", lambda *trees: True)
     for length in (5, 30):  # one of loops and single steps, one of single steps alone
-        monkeypatch.setattr(engine_module, "FIXED_LENGTH", length)
+        monkeypatch.setattr(steps_module, "FIXED_LENGTH", length)
         with pytest.raises(NonFiniteError, match=f"^step {first + 1}: site 'y'") as error:
             engine.run(KEY, 20, bad, progress_bar=False, init_state=start, chunk_size=chunk_size)
         _assert_same(error.value.state, good, but=("rng_key",))
@@ -213,11 +217,11 @@ def test_callbacks_share_the_losses_and_do_not_join_them(monkeypatch):
 def test_chunks_do_not_go_by_the_clock_where_several_processes_run(monkeypatch):
     """Catches chunks that differ between processes, which then wait for each other for ever."""
     clock = iter(range(0, 10**6, 1000))  # very slow steps, which one process alone would make one by one
-    monkeypatch.setattr(engine_module.time, "perf_counter", lambda: next(clock))
-    assert _sizes(engine_module._Pace(None, None, 3.0)) == [1, 1, 1]
+    monkeypatch.setattr(loop_module.time, "perf_counter", lambda: next(clock))
+    assert _sizes(loop_module.Pace(None, None, 3.0)) == [1, 1, 1]
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert _sizes(engine_module._Pace(None, None, 3.0)) == [engine_module.FIXED_LENGTH] * 3
-    assert _sizes(engine_module._Pace(7, None, 3.0)) == [7, 7, 7]
+    assert _sizes(loop_module.Pace(None, None, 3.0)) == [steps_module.FIXED_LENGTH] * 3
+    assert _sizes(loop_module.Pace(7, None, 3.0)) == [7, 7, 7]
 
 
 def _sizes(pace):
@@ -230,8 +234,8 @@ def _sizes(pace):
 
 def test_chunks_of_loops_of_fixed_length_are_multiples_of_it(monkeypatch):
     clock = iter(np.arange(0, 1000, 0.01))
-    monkeypatch.setattr(engine_module.time, "perf_counter", lambda: next(clock))
-    assert all(size % 5 == 0 for size in _sizes(engine_module._Pace(None, 5, 3.0)))
+    monkeypatch.setattr(loop_module.time, "perf_counter", lambda: next(clock))
+    assert all(size % 5 == 0 for size in _sizes(loop_module.Pace(None, 5, 3.0)))
 
 
 # Health.

@@ -12,8 +12,8 @@ import pytest
 
 from numpyro_ebm import NormalizerError, TiltedDistribution, UnadjustedLangevin, negative_phase
 from numpyro_ebm.infer.phase import Phase, has_chains, health_of_chains
-from numpyro_ebm.infer.step import Part
 from numpyro_ebm.program.run import log_density_terms
+from numpyro_ebm.train.health import Part
 
 KEY = jax.random.key(3)
 Y = jnp.array([0.5, 1.0, 3.0])

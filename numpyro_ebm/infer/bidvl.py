@@ -37,7 +37,6 @@ from numpyro_ebm.infer.bidvl_programs import plate_of, require_real, require_tog
 from numpyro_ebm.infer.bidvl_settings import Difference, Hinge, LowerLevel, Softplus
 from numpyro_ebm.infer.engine import Engine, compiled_method
 from numpyro_ebm.infer.score_engine import require_same_params
-from numpyro_ebm.infer.step import Health, health_of
 from numpyro_ebm.optim import apply_gradient, as_transformation
 from numpyro_ebm.program.batch import Batch, drawn_batch, first_batch, over_rows, whole_batch
 from numpyro_ebm.program.pair import require_latent, same_supports
@@ -59,6 +58,7 @@ from numpyro_ebm.program.sites import Model, Site, are_possible, require_possibl
 from numpyro_ebm.program.visible import require_batch, require_reached, require_unscaled
 from numpyro_ebm.samplers import Sampler
 from numpyro_ebm.samplers.base import real_positions, require_finite_chains, require_sampler
+from numpyro_ebm.train.health import Health, health_of
 
 Params = dict[str, Any]
 Mutable = dict[str, Any]

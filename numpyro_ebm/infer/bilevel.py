@@ -28,7 +28,6 @@ from numpyro_ebm.evaluate.report import Finding
 from numpyro_ebm.infer.engine import compiled_method
 from numpyro_ebm.infer.marginal_gradient import Compared, by_weights, compared
 from numpyro_ebm.infer.score_engine import ScoreEngine, require_params, require_same_params
-from numpyro_ebm.infer.step import Health, health_of
 from numpyro_ebm.objectives.guide import PosteriorFisher
 from numpyro_ebm.objectives.latent import draw, drawn_density, row_density
 from numpyro_ebm.objectives.score import ScoreObjective, objective_keys
@@ -39,6 +38,7 @@ from numpyro_ebm.program.rows import dim_of, row_plate
 from numpyro_ebm.program.run import Run, constrain_params, own_key, require_program, run_model, strong_types, unconstrain_params
 from numpyro_ebm.program.sites import Model, Site
 from numpyro_ebm.program.visible import Visible
+from numpyro_ebm.train.health import Health, health_of
 
 
 class BilevelEngine(ScoreEngine):

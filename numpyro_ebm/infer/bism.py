@@ -29,7 +29,6 @@ from numpyro.infer import TraceGraph_ELBO
 from numpyro_ebm._checks import require_bool, require_count, require_nonnegative, require_one_of, require_setting
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, Upper
-from numpyro_ebm.infer.step import keep
 from numpyro_ebm.objectives.guide import PosteriorFisher
 from numpyro_ebm.objectives.latent import hard_bits
 from numpyro_ebm.objectives.score import ScoreObjective, objective_keys
@@ -37,6 +36,7 @@ from numpyro_ebm.program.batch import Batch
 from numpyro_ebm.program.rows import per_row
 from numpyro_ebm.program.run import log_density_terms, own_key, run_model, total
 from numpyro_ebm.program.sites import Model, kind_of
+from numpyro_ebm.train.health import keep
 
 CURVATURES = ("auto", "hessian", "fisher")
 

@@ -4,14 +4,10 @@
 """What every engine shares: SVI's verbs over a compiled loop.
 
 An engine writes pure functions: where it starts, one step, the loss. The loop makes the steps, keeps the old state where the
-health of a step is bad, counts, and explains. A step is traced once and compiled at most twice, by itself and inside the
-loop, so that stepping and running give the same numbers and a second ``run`` compiles nothing. Nothing that depends on data is
-kept on the engine: a state restored from disk goes on in a freshly built one.
+health of a step is bad, counts, and explains. Stepping and running give the same numbers, and a second ``run`` compiles nothing.
+Nothing that depends on data is kept on the engine: a state restored from disk goes on in a freshly built one.
 """
 
-import re
-import time
-import warnings
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,29 +18,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-from jax import Array, lax
-from jax.sharding import NamedSharding, PartitionSpec
-from tqdm.auto import tqdm
+from jax import Array
 
 from numpyro_ebm._checks import require_bool, require_count, require_key
 from numpyro_ebm._compat import one_at_a_time
 from numpyro_ebm._compiled import Watch, frozen
 from numpyro_ebm._fit import fit_of
+from numpyro_ebm._precision import tell_coarse_params
 from numpyro_ebm._pytree import Rest, arrays_and_rest, as_array, join, read_params, require_hashable, require_no_lists
 from numpyro_ebm.evaluate.report import Finding, FitReport, are_reports_enabled, report_of
 from numpyro_ebm.infer.averaging import ParamSites, require_average, start_average
 from numpyro_ebm.infer.init_params import InitParams
-from numpyro_ebm.infer.step import Health, Part, is_bad, keep, named
+from numpyro_ebm.program.minibatch import Minibatch, minibatch_of
 from numpyro_ebm.program.run import own_key
+from numpyro_ebm.train.devices import as_sharding, number_of_rows, spread_batches
+from numpyro_ebm.train.fingerprint import fingerprint_of
+from numpyro_ebm.train.health import Health, NonFiniteError, Part, named
+from numpyro_ebm.train.loop import Always, at_multiples, calling, copied, drive, saved
+from numpyro_ebm.train.steps import Call, Steps, keep_state
 
 State = Any
 Method = TypeVar("Method", bound=Callable[..., Any])
-
-MAX_STEPS_PER_CALL = 1024  # of the loop whose length is open, which has a buffer for their losses
-FIXED_LENGTH = 250  # steps of the loop whose length is fixed
-MAX_BUFFER = 2**24  # bytes that one call of a loop returns at most, where ``collect`` returns much
-SECONDS_PER_CHUNK, SECONDS_WITHOUT_BAR = 1.0, 3.0  # how long a chunk may take: each allocates all that a step needs anew
-MAX_GROWTH = 64  # of a chunk over the one before
 
 
 class RunResult(NamedTuple):
@@ -62,19 +56,6 @@ class RunResult(NamedTuple):
     report: FitReport | None = None
 
 
-class NonFiniteError(RuntimeError):
-    """A run met numbers that are not finite, or chains that diverge, and stopped before it kept them."""
-
-    def __init__(self, message: str, state: Any, step: int, health: dict[Part, int]) -> None:
-        super().__init__(message)
-        #: the last good state: ``run(..., init_state=error.state)`` goes on from it
-        self.state = state
-        #: the step, counted from 1 within the run, that was not made
-        self.step = step
-        #: what was bad about it: a code by ``(kind, site)``, such as ``{("param", "loc"): 1}``
-        self.health = health
-
-
 def compiled_method(method: Method, *, cheaply: bool = False) -> Method:
     """A method of a state, compiled once for all arguments that have the same shapes: arrays are traced, the rest compiled in.
 
@@ -85,6 +66,7 @@ def compiled_method(method: Method, *, cheaply: bool = False) -> Method:
     @wraps(method)
     def call(self: "Engine", state: State, *args: Any, **kwargs: Any) -> Any:
         self._require_state(state)
+        args, kwargs = self._opened(args, kwargs)
         if method not in self._compiled:
 
             @partial(jax.jit, static_argnames="static", compiler_options=options)
@@ -132,10 +114,7 @@ class Engine(metaclass=_ReadOnly):
 
     def _compile(self) -> None:
         self._begin = jax.jit(self._start_arrays, static_argnames="static")
-        self._proposed = jax.jit(self._propose, static_argnames="static")  # inside the next three, so that it is traced once
-        self._one = jax.jit(self._make_one, static_argnames="static")
-        self._open_loop = jax.jit(self._make_open, static_argnames=("static", "collect"))
-        self._fixed_loop = jax.jit(self._make_fixed, static_argnames=("static", "collect", "length"), donate_argnames="state")
+        self._steps = Steps(self._propose, self.kept_by_step)
         self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}  # by method, when it is first called
         self._watch: Watch | None = None  # of the settings, from the first call on
 
@@ -148,7 +127,7 @@ class Engine(metaclass=_ReadOnly):
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        compiled = ("_begin", "_proposed", "_one", "_open_loop", "_fixed_loop", "_compiled", "_watch")
+        compiled = ("_begin", "_steps", "_compiled", "_watch")
         return {name: value for name, value in vars(self).items() if name not in compiled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -230,6 +209,7 @@ class Engine(metaclass=_ReadOnly):
             raise ValueError(params.outside(outside[0]))
         if _is_false(good):
             self._refuse(rng_key, given, args, kwargs)
+        tell_coarse_params(state.params)
         return state
 
     def update(self, state: State, *args: Any, **kwargs: Any) -> tuple[State, Array]:
@@ -244,13 +224,13 @@ class Engine(metaclass=_ReadOnly):
             :meth:`evaluate` gives the loss at a state.
         """
         state = self._require_state(state)
-        made = self._one(state, np.False_, np.False_, *self._split(args, kwargs))
+        made = self._steps.one(state, np.False_, np.False_, *self._split(args, kwargs))
         return made.state, made.loss
 
     def stable_update(self, state: State, *args: Any, **kwargs: Any) -> tuple[State, Array]:
         """One step as by :meth:`update`, where a step that is not made is counted in ``state.num_skipped``."""
         state = self._require_state(state)
-        made = self._one(state, np.False_, np.True_, *self._split(args, kwargs))
+        made = self._steps.one(state, np.False_, np.True_, *self._split(args, kwargs))
         return made.state, made.loss
 
     @compiled_method
@@ -277,6 +257,8 @@ class Engine(metaclass=_ReadOnly):
         callbacks: Sequence[Callable[[int, State, np.ndarray], Any]] = (),
         chunk_size: int | None = None,
         report: bool | None = None,
+        checkpoint: Any = None,
+        mesh: Any = None,
         **kwargs: Any,
     ) -> RunResult:
         """Many steps, in compiled chunks, and a report on whether the fit can be believed.
@@ -294,13 +276,19 @@ class Engine(metaclass=_ReadOnly):
         :param dict init_params: values of :func:`numpyro.param` sites to start from.
         :param collect: a function of the state; what it returns is recorded after every step. Pass the same function again
             to avoid a second compilation.
-        :param callbacks: functions ``callback(step, state, losses)`` called after every chunk, with the losses so far.
+        :param callbacks: functions ``callback(step, state, losses)`` called after every chunk, with the losses so far. One that
+            returns True ends the run.
         :param int chunk_size: steps per chunk; if not given, a twentieth of the run with callbacks, and as many as take a
             fraction of a second without.
         :param bool report: whether ``result.report`` is made, by what :func:`~numpyro_ebm.diagnose` tells of this engine, with one
             warning for every number out of bounds; it does not change the state. As :func:`~numpyro_ebm.enable_reports` says if
             not given: for many short runs it may take longer than they do.
-        :raises ValueError: if ``num_steps`` or ``chunk_size`` is not a positive integer.
+        :param checkpoint: a folder, or :class:`~numpyro_ebm.Checkpoints`, where the run is saved as it goes, and goes on from what
+            it finds there: ``num_steps`` are those of all its parts.
+        :param mesh: devices to run on: a :class:`jax.sharding.Mesh` whose axis is that of the rows and of negative chains, or a
+            :class:`~numpyro_ebm.Sharding`, which says what goes along which axis. The answer is the same, to rounding.
+        :raises ValueError: if ``num_steps`` or ``chunk_size`` is not a positive integer, or the folder of ``checkpoint`` is that of
+            another run.
         :raises TypeError: inside ``jit``, ``vmap`` or ``grad``.
         :raises NonFiniteError: with the last good state, if a step would make anything non-finite.
         :raises KeyboardInterrupt: with the last state in ``state``, if the user stops it.
@@ -309,44 +297,50 @@ class Engine(metaclass=_ReadOnly):
         chunk_size = None if chunk_size is None else require_count("chunk_size", chunk_size)
         stable_update, progress_bar = require_bool("stable_update", stable_update), require_bool("progress_bar", progress_bar)
         reports = are_reports_enabled() if report is None else require_bool("report", report)
+        if collect and checkpoint is not None:
+            raise ValueError("collect with checkpoint=: its records are not saved. Leave one of them out.")
         _require_outermost((rng_key, args, kwargs, init_state, init_params))
+        sharding = None if mesh is None else as_sharding(mesh)
+        if sharding is not None:
+            sharding.require_agreement("rng_key, init_params", (rng_key, init_params))
+            args, kwargs = sharding.place_data(args, kwargs)
         dynamic, static = self._split(args, kwargs)
         args, kwargs = join(dynamic, static)
         if init_state is None:
+            if sharding is not None:
+                sharding.require_same_program(self._begin, rng_key, read_params("init_params", init_params or {}), dynamic, static)
             state = self.init(rng_key, *args, init_params=init_params, **kwargs)
         else:
             state = self._require_state(init_state, "init_state")
-        state = _copy(state)  # the loop overwrites what it is given
-        call = _Call(dynamic, static, np.bool_(stable_update), collect)
-        chunk_size = chunk_size or (max(1, num_steps // 20) if callbacks else None)
-        length = self._length(state, call, chunk_size) if _asks_the_host(state, dynamic) else None
-        chunk = self._open_chunk if length is None else partial(self._fixed_chunk, length=length)
-        pace = _Pace(chunk_size, length, SECONDS_PER_CHUNK if progress_bar else SECONDS_WITHOUT_BAR)
-        log, warned, before = _Log(num_steps), set[str](), int(state.num_steps)
-        with tqdm(total=num_steps, disable=not progress_bar) as bar:
+        if sharding is not None:
+            num_rows = number_of_rows(args, kwargs)
+            state, static = sharding.place_state(state, num_rows), sharding.with_layout(static, num_rows)
+            sharding.require_same_program(self._steps.one, state, np.False_, np.False_, dynamic, static)
+        call = Call(dynamic, static, np.bool_(stable_update), collect)
+        every = chunk_size or (max(1, num_steps // 20) if callbacks else None)
+        with saved(checkpoint, lambda: fingerprint_of(self, arguments=(args, kwargs)), self._steps, state, call) as run:
+            state = state if run.found is None else run.found[0]["state"]
+            look = at_multiples(calling(callbacks, run.log), run.log, every, num_steps)
+            state, _ = drive(
+                self,
+                copied(state),  # the loop overwrites what it is given
+                Always(call, args, kwargs),
+                num_steps,
+                run.log,
+                between=(look, run.save_if_due),
+                every=every,
+                limit=run.steps_left,
+                progress_bar=progress_bar,
+            )
+            run.save(state)
             try:
-                while log.done < num_steps:
-                    state, record, bad = chunk(state, min(pace.next(), num_steps - log.done), call)
-                    log.add(record)
-                    pace.tell(len(record.loss))
-                    if bad:
-                        raise self._error(state, bad, log.done + 1, args, kwargs)
-                    for message in self._warnings(state, before, args, kwargs):
-                        if (told := re.sub(r"[\d.]+", "", message)) not in warned:  # and not again with another number
-                            warnings.warn(message, stacklevel=2)
-                            warned.add(told)
-                    before = int(state.num_steps)
-                    bar.update(len(record.loss))
-                    bar.set_postfix_str(f"loss: {record.loss[-1]:.4f}", refresh=False)
-                    for callback in callbacks:
-                        callback(log.done, _copy(state), log.losses[: log.done])
                 said = report_of(lambda: self._findings(own_key(state.rng_key), state, args, kwargs)) if reports else None
             except KeyboardInterrupt as stop:
-                _keep_state(stop, state)
+                keep_state(stop, state)
                 raise
         if said is not None:
             said.warn(stacklevel=2)
-        return RunResult(self.get_params(state), state, jnp.asarray(log.losses), log.collected, said)
+        return RunResult(self.get_params(state), state, jnp.asarray(run.log.losses), run.log.collected, said)
 
     def _require_state(self, state: Any, name: str = "state") -> State:
         """Refuses what is no state of this engine.
@@ -369,168 +363,31 @@ class Engine(metaclass=_ReadOnly):
 
     def _split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Array], Rest]:
         """The arrays of a call's arguments, and what is compiled in, with what it and the programs hold and read now."""
-        dynamic, static = _split(args, kwargs)
+        dynamic, static = _split(*self._opened(args, kwargs))
         if self._watch is None:
             self._watch = Watch(*(value for name, value in vars(self).items() if not name.startswith("_")))
         static = frozen(static)
         return dynamic, static._replace(frozen=(static.frozen, self._watch.snapshot()))
 
-    # One step.
+    def _opened(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the model, where a :class:`Minibatch` is given in their place."""
+        batch = minibatch_of(args)
+        return (args, kwargs) if batch is None else self._of_minibatch(batch, kwargs)
 
-    def _make_one(self, state: State, stopped: Array, stable: Array, dynamic: Any, static: Rest) -> "_Made":
-        """One step by itself, compiled as the loop of its device compiles it."""
-        plain = partial(self._proposed, static=static)
-        _, loss, health = jax.eval_shape(plain, state, dynamic)
-
-        def in_open_loop(state: State, dynamic: Any) -> tuple[State, Array, Health]:
-            once = (state.num_steps >= 0).astype(jnp.int32)  # one step, which XLA cannot know and so takes out of no loop
-            seen = self._advance(state, once, 1, health, _Record(loss, None), dynamic, static=static, collect=None)
-            return seen.state, seen.record.loss[0], seen.health
-
-        apart = jax.custom_jvp(in_open_loop)  # a while loop has no gradient, a step has
-        apart.defjvp(partial(jax.jvp, plain))
-        proposal = lax.platform_dependent(state, dynamic, cpu=apart, default=plain)
-        return self._kept(proposal, state, stopped, stable)
-
-    def _kept(self, proposal: tuple[State, Array, Health], state: State, stopped: Array, stable: Array) -> "_Made":
-        """The step that was proposed if it is healthy, else the state as it was; none where a run has ``stopped`` before."""
-        proposed, loss, health = proposal
-        bad = is_bad(health)
-        new, old = proposed._asdict(), state._asdict()
-        chosen = [field for field in old if field not in self.kept_by_step]
-        new = proposed._replace(**{field: keep(~bad, new[field], old[field]) for field in chosen})
-        new = new._replace(
-            rng_key=proposed.rng_key,
-            num_steps=state.num_steps + (~bad).astype(jnp.int32),
-            num_skipped=state.num_skipped + (bad & stable).astype(jnp.int32),
-        )
-        return _Made(keep(~stopped, new, state), jnp.where(bad, jnp.nan, loss), health, stopped | (bad & ~stable))
+    def _of_minibatch(self, batch: Minibatch, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """How the programs are called with a minibatch: by its rows alone, where it does not matter which they are."""
+        return batch.args, {**kwargs, **batch.kwargs}
 
     def _propose(self, state: State, dynamic: Any, *, static: Rest) -> tuple[State, Array, Health]:
         args, kwargs = join(dynamic, static)
         if self.average_iterates is None:
-            with _meshes_explained(), one_at_a_time:
+            with _meshes_explained(), one_at_a_time, spread_batches(static):
                 return self._step(state, args, kwargs)
         sites = ParamSites()
-        with _meshes_explained(), one_at_a_time, sites:
+        with _meshes_explained(), one_at_a_time, spread_batches(static), sites:
             new, loss, health = self._step(state, args, kwargs)
         average = sites.next(state.average, self._unconstrained(new), self.average_iterates)
         return new._replace(average=average), loss, health
-
-    # Chunks of steps.
-
-    def _open_chunk(self, state: State, num_steps: int, call: "_Call") -> tuple[State, "_Record", dict[Part, int]]:
-        """``num_steps`` steps, or those before the first bad one and what is bad about it.
-
-        By a loop that ends where it likes, whose condition costs a CPU nothing. It keeps no old state, which costs more than many
-        a step. Where a step is bad it is run again, to the state before.
-        """
-        records, done = [], 0
-        while done < num_steps:
-            start = state
-            state, record, count, stopped = self._looped(start, num_steps - done, call)
-            records.append(record)
-            done += count
-            if stopped:
-                before = self._looped(start, count, call)[0] if count else start
-                made = self._one(before, np.False_, call.stable, call.dynamic, call.static)
-                if made.stopped:
-                    return made.state, _joined(records), _codes(jax.device_get(made.health))
-                state = made.state
-                records.append(jax.tree.map(lambda x: np.asarray(x)[None], _recorded(call.collect, made.loss, state)))
-                done += 1
-        return state, _joined(records), {}
-
-    def _looped(self, state: State, num_steps: int, call: "_Call") -> tuple[State, "_Record", int, bool]:
-        """The open loop, and what the host looks at: the records, how many, and whether a bad step stopped it."""
-        seen = self._open_loop(state, num_steps, call.dynamic, static=call.static, collect=call.collect)
-        count, stopped = jax.device_get((seen.num_good, seen.stopped))
-        return seen.state, jax.tree.map(lambda x: np.asarray(x)[:count].copy(), seen.record), int(count), bool(stopped)
-
-    def _make_open(self, state: State, num_steps: Array, dynamic: Any, *, static: Rest, collect: Any) -> "_Advanced":
-        _, loss, health = jax.eval_shape(partial(self._proposed, static=static), state, dynamic)
-        record = jax.eval_shape(partial(_recorded, collect), loss, state)
-        size = min(MAX_STEPS_PER_CALL, _fitting(record))
-        return self._advance(state, num_steps, size, health, record, dynamic, static=static, collect=collect)
-
-    def _advance(
-        self,
-        state: State,
-        num_steps: Array,
-        size: int,
-        health: Health,
-        record: "_Record",
-        dynamic: Any,
-        *,
-        static: Rest,
-        collect: Any,
-    ) -> "_Advanced":
-        """Up to ``num_steps`` steps, as many as there is room for, or up to the first bad one, whose state is left as it is.
-
-        :param health: of a step, its shapes.
-        :param record: what is kept of a step, its shapes.
-        """
-
-        def going(carry: Any) -> Array:
-            done, _, _, health = carry
-            return (done < num_steps) & (done < size) & ~is_bad(health)
-
-        def body(carry: Any) -> Any:
-            done, state, buffer, _ = carry
-            new, loss, health = self._proposed(state, dynamic, static=static)
-            new = new._replace(num_steps=state.num_steps + 1)
-            row = _recorded(collect, loss, new)
-            buffer = jax.tree.map(lambda kept, x: lax.dynamic_update_index_in_dim(kept, x, done, 0), buffer, row)
-            return done + 1, new, buffer, health
-
-        buffer, health = jax.tree.map(partial(_buffer, size), record), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), health)
-        # A while loop, not a scan: its body is compiled alike whatever the number of steps.
-        done, state, buffer, health = lax.while_loop(going, body, (jnp.zeros((), jnp.int32), state, buffer, health))
-        return _Advanced(state, buffer, done - is_bad(health).astype(jnp.int32), is_bad(health), health)
-
-    def _fixed_chunk(self, state: State, num_steps: int, call: "_Call", length: int) -> tuple[State, "_Record", dict[Part, int]]:
-        """The same by loops of a fixed length and then by single steps, all of them queued before the host looks at any."""
-        stopped: Any = np.False_
-        seen: list[_Seen] = []
-        while num_steps:
-            if num_steps >= length:
-                state, stopped, steps = self._fixed_loop(
-                    state, stopped, call.stable, call.dynamic, static=call.static, collect=call.collect, length=length
-                )
-            else:
-                before, made = stopped, self._one(state, stopped, call.stable, call.dynamic, call.static)
-                state, stopped = made.state, made.stopped
-                steps = _Seen(before, _recorded(call.collect, made.loss, state), made.health)
-                steps = jax.tree.map(lambda x: jnp.asarray(x)[None], steps)
-            seen.append(steps)
-            num_steps -= length if num_steps >= length else 1
-        try:
-            before, record, health = _joined(jax.device_get(seen))
-        except KeyboardInterrupt as stop:
-            _keep_state(stop, state)
-            raise
-        count = int((~before).sum()) - bool(stopped)  # the last of those that were tried is the bad one
-        return state, jax.tree.map(lambda x: x[:count], record), _codes(jax.tree.map(lambda x: x[count], health)) if stopped else {}
-
-    def _make_fixed(
-        self, state: State, stopped: Array, stable: Array, dynamic: Any, *, static: Rest, collect: Any, length: int
-    ) -> tuple[State, Array, "_Seen"]:
-        """``length`` steps, which all stay where they are after a bad one: no condition that a device would ask the host for."""
-
-        def body(carry: tuple[State, Array], _: None) -> tuple[tuple[State, Array], _Seen]:
-            state, stopped = carry
-            made = self._kept(self._proposed(state, dynamic, static=static), state, stopped, stable)
-            seen = _Seen(stopped, _recorded(collect, made.loss, made.state), made.health)
-            return (made.state, made.stopped), seen
-
-        (state, stopped), seen = lax.scan(body, (state, stopped), None, length=length)
-        return state, stopped, seen
-
-    def _length(self, state: State, call: "_Call", chunk_size: int | None) -> int:
-        """Of the loop of fixed length in this run."""
-        _, loss, _ = jax.eval_shape(partial(self._proposed, static=call.static), state, call.dynamic)
-        record = jax.eval_shape(partial(_recorded, call.collect), loss, state)
-        return min(FIXED_LENGTH, chunk_size or FIXED_LENGTH, _fitting(record))
 
     def _error(
         self, state: State, bad: dict[Part, int], step: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -556,99 +413,6 @@ class Engine(metaclass=_ReadOnly):
         return state, good, params.are_inside()
 
 
-class _Call(NamedTuple):
-    """What the steps of one run have in common."""
-
-    dynamic: Any  # arrays of the model's arguments
-    static: Any  # the rest of them
-    stable: np.bool_
-    collect: Any
-
-
-class _Made(NamedTuple):
-    """What a step made."""
-
-    state: Any
-    loss: Array
-    health: Health
-    stopped: Array  # (), bool: whether no more steps are to be made
-
-
-class _Record(NamedTuple):
-    """What is kept of every step."""
-
-    loss: Array
-    collected: Any
-
-
-class _Advanced(NamedTuple):
-    """What an open loop made."""
-
-    state: Any  # after the last step, the bad one where there was one
-    record: _Record  # with a leading axis of steps
-    num_good: Array  # (), int32: steps before a bad one
-    stopped: Array  # (), bool: whether there was one
-    health: Health  # of the last step
-
-
-class _Seen(NamedTuple):
-    """What the host looks at after a chunk of fixed length, with a leading axis of steps."""
-
-    stopped: Any  # bool, before the step
-    record: _Record
-    health: Health
-
-
-class _Log:
-    """The records of a run so far."""
-
-    def __init__(self, num_steps: int) -> None:
-        self.num_steps, self.done = num_steps, 0
-        self.losses: np.ndarray = np.empty(0)
-        self._collected: list[Any] = []
-
-    def add(self, record: _Record) -> None:
-        if not self.done:
-            self.losses = np.empty(self.num_steps, record.loss.dtype)
-        self.losses[self.done : self.done + len(record.loss)] = record.loss
-        self.done += len(record.loss)
-        self._collected.append(record.collected)
-
-    @property
-    def collected(self) -> Any:
-        return _joined(self._collected)
-
-
-class _Pace:
-    """How many steps the next chunk makes: as many as asked for, or as many as take a fraction of a second.
-
-    Where several processes run, all must make the same chunks, so that none goes by its own clock.
-    """
-
-    def __init__(self, asked: int | None, length: int | None, seconds: float) -> None:
-        self.seconds = seconds
-        self.asked = asked or (FIXED_LENGTH if jax.process_count() > 1 else None)
-        self.length = length or 1
-        self.size = self.length
-        self.start = time.perf_counter()
-
-    def next(self) -> int:
-        self.start = time.perf_counter()
-        return self.asked or self.size
-
-    def tell(self, count: int) -> None:
-        seconds = time.perf_counter() - self.start
-        size = min(MAX_GROWTH * self.size, max(1, int(count * self.seconds / max(seconds, 1e-9))))
-        self.size = max(1, size // self.length) * self.length
-
-
-def _keep_state(stop: Any, state: State) -> None:
-    """Keeps the state of a run that the user stops, unless the device has overwritten it."""
-    if not hasattr(stop, "state") and not any(x.is_deleted() for x in jax.tree.leaves(state)):
-        stop.state = state
-        stop.add_note(f"The state after {int(state.num_steps)} steps is in .state: run(..., init_state=...) goes on from it.")
-
-
 def _require_outermost(given: Any) -> None:
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given)):
         raise TypeError(
@@ -660,12 +424,6 @@ def _require_outermost(given: Any) -> None:
 def _is_false(x: Array) -> bool:
     """Whether it is known to be, which of what is traced it is not."""
     return not isinstance(x, jax.core.Tracer) and not x
-
-
-def _asks_the_host(*trees: Any) -> bool:
-    """Whether the arrays are on a device that asks the host whether a loop goes on, or a branch is taken."""
-    devices = {device.platform for x in jax.tree.leaves(trees) for device in x.devices()}
-    return devices != {"cpu"}
 
 
 @contextmanager
@@ -681,40 +439,6 @@ def _meshes_explained() -> Iterator[None]:
                 "jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))."
             )
         raise
-
-
-def _buffer(size: int, x: jax.ShapeDtypeStruct) -> Array:
-    """Room for ``size`` records, laid out over the devices as one of them is."""
-    sharding = None if x.sharding is None else NamedSharding(x.sharding.mesh, PartitionSpec(None, *x.sharding.spec))
-    return jnp.zeros((size, *x.shape), x.dtype, out_sharding=sharding)
-
-
-def _fitting(record: _Record) -> int:
-    """How many records fit into the buffer."""
-    return max(1, MAX_BUFFER // sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(record)))
-
-
-def _joined(trees: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *xs: np.concatenate(xs), *trees)
-
-
-def _recorded(collect: Callable[[State], Any] | None, loss: Array, state: State) -> _Record:
-    """What is kept of a step: its loss and what ``collect`` returns, of a random key its numbers."""
-
-    def numbers(x: Any) -> Array:
-        x = jnp.asarray(x)
-        return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-
-    return _Record(loss, jax.tree.map(numbers, collect(state)) if collect else None)
-
-
-def _codes(health: Any) -> dict[Part, int]:
-    """What is bad, by host numbers."""
-    return {part: int(code) for part, code in health.items() if code}
-
-
-def _copy(state: State) -> State:
-    return jax.tree.map(lambda x: jnp.asarray(x).copy(), state)
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Array], Rest]:

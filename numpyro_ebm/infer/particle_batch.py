@@ -10,7 +10,7 @@ import jax
 from jax import Array
 
 from numpyro_ebm._map_over import map_over
-from numpyro_ebm.program.rows import by_site, gather, scatter, subsampled_indices
+from numpyro_ebm.program.rows import by_site, gather, scatter, subsampled_indices, subsampled_places
 from numpyro_ebm.program.run import constrain_params, log_density_terms, run_model, total
 from numpyro_ebm.program.sites import Model
 
@@ -45,16 +45,16 @@ class ParticleBatch:
         self.terms = partial(log_density_terms, args=args, kwargs=kwargs, rng_key=rng_key)
         self.one = first(particles)
         self.program = run_model(model, args, kwargs, rng_key, data=data, latents=self.one)
-        self.indices = subsampled_indices(self.program)
+        self.indices, self._places = subsampled_indices(self.program), subsampled_places(self.program)
         self._given = {**data, **self.indices}  # to another run on the same rows
 
     def gather(self, stores: Any) -> Any:
         """The batch's rows of particles, or of what is kept with them."""
-        return by_site(lambda name, x: gather(self.program, self.indices, name, x), self.program.latents, stores)
+        return by_site(lambda name, x: gather(self.program, self._places, name, x), self.program.latents, stores)
 
     def scatter(self, stores: Any, rows: Any) -> Any:
         """All rows, with the batch's replaced."""
-        return by_site(lambda name, *x: scatter(self.program, self.indices, name, *x), self.program.latents, stores, rows)
+        return by_site(lambda name, *x: scatter(self.program, self._places, name, *x), self.program.latents, stores, rows)
 
     def data(self, theta: Any) -> dict[str, Any]:
         """What :attr:`terms` needs beside latents: values of param and mutable sites, and which rows."""

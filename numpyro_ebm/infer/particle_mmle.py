@@ -69,9 +69,9 @@ from numpyro_ebm.infer.stability import (
     stiffness_finding,
     warnings_of,
 )
-from numpyro_ebm.infer.step import Health, Part, health_of, is_bad, keep
 from numpyro_ebm.optim import as_transformation, kinetic_langevin, kinetic_langevin_splitting, langevin
 from numpyro_ebm.program.check import ModelReport
+from numpyro_ebm.program.minibatch import Minibatch
 from numpyro_ebm.program.rows import all_batches, by_site, shared_plates
 from numpyro_ebm.program.run import (
     Run,
@@ -87,6 +87,7 @@ from numpyro_ebm.program.run import (
 )
 from numpyro_ebm.program.sites import Model
 from numpyro_ebm.samplers import UnadjustedLangevin
+from numpyro_ebm.train.health import Health, Part, health_of, is_bad, keep
 
 
 class ParticleState(NamedTuple):
@@ -482,6 +483,31 @@ class ParticleMMLE(Engine):
         )
 
     # What the loop needs.
+
+    def _of_minibatch(self, batch: Minibatch, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if batch.index is None:
+            raise ValueError(
+                "every row keeps its own particles, and this batch does not say which rows it has: take Batches, or a source of "
+                "(index, args, kwargs)."
+            )
+        return (batch,), kwargs
+
+    def _rows_of(self, state: ParticleState, batch: Minibatch) -> dict[str, Any]:
+        """The fields of a state that have a row for all data: by leaf the axis of the rows, or what is no integer."""
+        program = run_model(self._inner, (batch,), {}, state.rng_key, data=state.params, latents=first(state.particles))
+        (plate,) = program.subsampled
+
+        def axis(name: str, x: Array) -> int | None:
+            at = dict(program.latents[name].plates).get(plate)
+            return None if at is None else at % x.ndim
+
+        fields = {name: getattr(state, name) for name in sorted(self.kept_by_step)}
+        return {name: by_site(axis, program.latents, tree) for name, tree in fields.items()}
+
+    def _noise_at_rest(self, state: ParticleState, num_data: int, batch_size: int) -> dict[str, Array]:
+        """By site, the variance of the noise that a row gets in each step that it is not in the batch of."""
+        rate = 2 * batch_size / num_data if self.noise == "all" else 0.0
+        return {name: rate * h for name, h in self._step_size(state).items()}
 
     def _refuse(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         look_key = own_key(rng_key)  # as _start does

@@ -134,7 +134,7 @@ def draw_particles(
         return jax.vmap(one)(jax.random.split(key, num_particles))
 
     keys = jax.random.split(rng_key, num_batches)
-    if not batches:
+    if not batches or any(plate.places is not None for plate in program.plates.values()):  # all the rows that there are
         return draw(keys[0], {})
     shapes = jax.eval_shape(draw, keys[0], {plate: rows[0] for plate, rows in batches.items()})
     full = {name: jnp.zeros(full_shape(x.shape, program, name), x.dtype) for name, x in shapes.items()}

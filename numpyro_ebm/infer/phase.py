@@ -20,10 +20,10 @@ from numpyro_ebm.distributions.energy import energy_site
 from numpyro_ebm.evaluate.negative_chains import NUM_SAMPLES, ChainNumbers, chain_findings, chain_numbers
 from numpyro_ebm.evaluate.report import Finding
 from numpyro_ebm.handlers import explain_chains, negative_phase, unnormalized
-from numpyro_ebm.infer.step import Health, Part
 from numpyro_ebm.program.check import ModelReport, check_run
 from numpyro_ebm.program.run import Run, run_model, total
 from numpyro_ebm.program.sites import Model, is_normalizer
+from numpyro_ebm.train.health import Health, Part
 
 Data = dict[str, Any]  # values of param and mutable sites and indices of plates, by name
 

@@ -32,6 +32,7 @@ from numpyro_ebm.program.rows import ROUNDING
 from numpyro_ebm.program.run import Run, log_density_terms, own_key, require_program, run_model, total
 from numpyro_ebm.program.sites import Model, Site, are_possible, has_density, is_masked, require_data, require_possible
 from numpyro_ebm.program.visible import Visible, find_visible, require_batch, require_rows, require_unscaled
+from numpyro_ebm.train.devices import as_sharding
 
 
 class ScoreEngine(Engine):
@@ -84,6 +85,8 @@ class ScoreEngine(Engine):
         callbacks: Sequence[Callable[[int, Any, np.ndarray], Any]] = (),
         chunk_size: int | None = None,
         report: bool | None = None,
+        checkpoint: Any = None,
+        mesh: Any = None,
         validation: Any = None,
         patience: int | None = None,
         **kwargs: Any,
@@ -94,7 +97,7 @@ class ScoreEngine(Engine):
             others have rows too. The report compares the objective on them with that of a Gaussian.
         :param int patience: so many chunks without a better objective on the validation rows end the run, and the best state that
             was seen is returned; of all chunks if not given. A chunk is ``chunk_size`` steps, a twentieth of the run if not given.
-        :raises ValueError: for ``patience`` without ``validation``, or with ``collect``.
+        :raises ValueError: for ``patience`` without ``validation``, or with ``collect`` or ``checkpoint``.
 
         All other settings are those of the other engines' ``run``.
         """
@@ -102,7 +105,13 @@ class ScoreEngine(Engine):
         if patience and (validation is None or collect):
             fix = "collect, whose records would be lost" if collect else "no validation= rows: give some, or leave it out"
             raise ValueError(f"patience={patience} with {fix}.")
+        if patience and checkpoint is not None:
+            raise ValueError(f"patience={patience} with checkpoint=, which keeps no best state: take numpyro_ebm.fit, which does.")
         reports = are_reports_enabled() if report is None else require_bool("report", report)
+        if mesh is not None:  # here, for what looks at the rows before and after the run
+            sharding = as_sharding(mesh)
+            args, kwargs = sharding.place_data(args, kwargs)
+            validation = sharding.replicate(validation)
         settings: dict[str, Any] = {
             "progress_bar": progress_bar,
             "stable_update": stable_update,
@@ -110,14 +119,13 @@ class ScoreEngine(Engine):
             "init_params": init_params,
             "chunk_size": chunk_size,
             "report": False,  # which is made below, of the state that is returned
+            "checkpoint": checkpoint,
+            "mesh": mesh,
             **kwargs,
         }
         if patience:
             watch = _Watch(lambda state: self.evaluate(_judged(state), *_replaced(validation, args), **kwargs), patience)
-            try:
-                losses = super().run(rng_key, num_steps, *args, callbacks=(*callbacks, watch), **settings).losses
-            except _Enough as stop:
-                losses = jnp.asarray(stop.losses)
+            losses = super().run(rng_key, num_steps, *args, callbacks=(*callbacks, watch), **settings).losses
             result = RunResult(self.get_params(watch.state), watch.state, losses)
         else:
             result = super().run(rng_key, num_steps, *args, collect=collect, callbacks=callbacks, **settings)
@@ -297,30 +305,21 @@ class ScoreEngine(Engine):
         )
 
 
-class _Enough(Exception):  # noqa: N818, it is no error
-    """Ends a run whose validation rows have become no better for long enough."""
-
-    def __init__(self, losses: np.ndarray) -> None:
-        super().__init__()
-        self.losses = losses
-
-
 class _Watch:
-    """A callback that keeps the state that is best on the validation rows."""
+    """A callback that keeps the state that is best on the validation rows, and ends a run that has found none for long enough."""
 
     def __init__(self, loss: Callable[[Any], Array], patience: int) -> None:
         self.loss, self.patience = loss, patience
         self.best, self.waited = math.inf, 0
         self.state: Any = None
 
-    def __call__(self, step: int, state: Any, losses: np.ndarray) -> None:
+    def __call__(self, step: int, state: Any, losses: np.ndarray) -> bool:
         value = float(self.loss(state))
         if self.state is None or value < self.best:
             self.best, self.state, self.waited = value, state, 0
-            return
-        self.waited += 1
-        if self.waited >= self.patience:
-            raise _Enough(losses.copy())
+        else:
+            self.waited += 1
+        return self.waited >= self.patience
 
 
 def _judged(state: Any) -> Any:

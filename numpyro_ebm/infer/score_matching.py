@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from numpyro_ebm.infer.score_engine import ScoreEngine, require_params, require_same_params
-from numpyro_ebm.infer.step import Health, health_of
 from numpyro_ebm.objectives.score import ScoreObjective, objective_keys
 from numpyro_ebm.optim import apply_gradient, as_transformation
 from numpyro_ebm.program.batch import Batch
@@ -30,6 +29,7 @@ from numpyro_ebm.program.run import (
     unconstrain_params,
 )
 from numpyro_ebm.program.sites import Model
+from numpyro_ebm.train.health import Health, health_of
 
 
 class ScoreMatchingState(NamedTuple):

@@ -15,9 +15,10 @@ import jax
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
-from jax.extend.core.primitives import cond_p, name_p, scan_p, stop_gradient_p
+from jax.extend.core.primitives import cond_p, dynamic_slice_p, gather_p, name_p, scan_p, stop_gradient_p
 
 Sources = frozenset[str]
+See = Callable[[Any, list[Sources]], None]
 
 _PREFIX, _LEARNED = "numpyro_ebm.source:", "numpyro_ebm.learned:"
 
@@ -40,7 +41,21 @@ def sources(fn: Callable[[], Any]) -> Any:
 
 def sources_of(jaxpr: Any) -> list[Sources]:
     """The same of every output of a jaxpr."""
-    return [frozenset(tag.split(":", 1)[1] for tag in tags) for tags in _of_outputs(jaxpr, [])]
+    return [_names(tags) for tags in _of_outputs(jaxpr, [])]
+
+
+def are_gathered(values: str, places: str, fn: Callable[[], Any]) -> bool:
+    """Whether a function takes parts out of what is made of the values marked ``values``, at places made of those marked ``places``."""
+    found: list[bool] = []
+
+    def see(equation: Any, inputs: list[Sources]) -> None:
+        if equation.primitive in (gather_p, dynamic_slice_p):
+            out_of, at = _names(inputs[0]), frozenset().union(*map(_names, inputs[1:]))
+            found.append(values in out_of and places in at)
+
+    closed = jax.make_jaxpr(fn)()
+    _of_outputs(closed, [], see)
+    return any(found)
 
 
 def marked_by(equation: Any) -> str | None:
@@ -63,7 +78,15 @@ def opened(jaxpr: Any) -> Any:
     return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
 
 
-def _of_outputs(jaxpr: Any, inputs: Sequence[Sources]) -> list[Sources]:
+def _names(tags: Sources) -> Sources:
+    return frozenset(tag.split(":", 1)[1] for tag in tags)
+
+
+def _of_outputs(jaxpr: Any, inputs: Sequence[Sources], see: See | None = None) -> list[Sources]:
+    """The marks of the outputs from those of the inputs.
+
+    :param see: called with every equation, and the marks of its inputs.
+    """
     jaxpr = opened(jaxpr)
     known: dict[Any, Sources] = dict(zip(jaxpr.invars, inputs, strict=False))
 
@@ -71,27 +94,30 @@ def _of_outputs(jaxpr: Any, inputs: Sequence[Sources]) -> list[Sources]:
         return frozenset() if isinstance(x, Literal) else known.get(x, frozenset())
 
     for equation in jaxpr.eqns:
-        known.update(zip(equation.outvars, _of_equation(equation, [read(x) for x in equation.invars]), strict=True))
+        marks = [read(x) for x in equation.invars]
+        if see is not None:
+            see(equation, marks)
+        known.update(zip(equation.outvars, _of_equation(equation, marks, see), strict=True))
     return [read(x) for x in jaxpr.outvars]
 
 
-def _of_equation(equation: Any, inputs: list[Sources]) -> list[Sources]:
+def _of_equation(equation: Any, inputs: list[Sources], see: See | None = None) -> list[Sources]:
     params, num_outputs = equation.params, len(equation.outvars)
     if marked_by(equation) is not None:
         return [frozenset({params["name"]})]
     if equation.primitive is stop_gradient_p:
         return [frozenset(tag for tag in inputs[0] if tag.startswith(_PREFIX))]
     if equation.primitive is scan_p:
-        return _of_scan(equation, inputs)
+        return _of_scan(equation, inputs, see)
     if equation.primitive is cond_p:
-        branches = [_of_outputs(branch, inputs[1:]) for branch in params["branches"]]
+        branches = [_of_outputs(branch, inputs[1:], see) for branch in params["branches"]]
         return [inputs[0].union(*outputs) for outputs in zip(*branches, strict=True)]
     if (inner := inner_jaxpr(equation)) is not None:
-        return _of_outputs(inner, inputs)
+        return _of_outputs(inner, inputs, see)
     return [frozenset().union(*inputs)] * num_outputs
 
 
-def _of_scan(equation: Any, inputs: list[Sources]) -> list[Sources]:
+def _of_scan(equation: Any, inputs: list[Sources], see: See | None = None) -> list[Sources]:
     body = opened(equation.params["jaxpr"])
     # what is stacked has an axis less inside; the params that count the rest have other names in every version of JAX
     num_xs = sum(outer.aval.ndim > inner.aval.ndim for outer, inner in zip(equation.invars, body.invars, strict=True))
@@ -99,7 +125,7 @@ def _of_scan(equation: Any, inputs: list[Sources]) -> list[Sources]:
     num_consts = len(inputs) - num_carry - num_xs
     consts, carry, xs = inputs[:num_consts], inputs[num_consts : num_consts + num_carry], inputs[num_consts + num_carry :]
     while True:
-        outputs = _of_outputs(body, [*consts, *carry, *xs])
+        outputs = _of_outputs(body, [*consts, *carry, *xs], see)
         grown = [old | new for old, new in zip(carry, outputs[:num_carry], strict=True)]
         if grown == carry:
             return [*carry, *outputs[num_carry:]]

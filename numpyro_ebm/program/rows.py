@@ -120,17 +120,22 @@ def subsampled_indices(program: Run) -> Indices:
     return {name: plate.indices for name, plate in program.subsampled.items()}
 
 
-def gather(program: Run, indices: Indices, name: str, store: Array) -> Array:
+def subsampled_places(program: Run) -> Indices:
+    """Where what is kept for these rows lies."""
+    return {name: plate.in_store for name, plate in program.subsampled.items()}
+
+
+def gather(program: Run, places: Indices, name: str, store: Array) -> Array:
     """The rows of one site that a batch sees."""
     for plate, axis in program.latents[name].plates:
-        if plate in indices:
-            store = jnp.take(store, indices[plate], axis)
+        if plate in places:
+            store = jnp.take(store, places[plate], axis)
     return store
 
 
-def scatter(program: Run, indices: Indices, name: str, store: Array, rows: Array) -> Array:
+def scatter(program: Run, places: Indices, name: str, store: Array, rows: Array) -> Array:
     """The store of one site with the rows of a batch replaced."""
-    axes = {axis % store.ndim: indices[plate] for plate, axis in program.latents[name].plates if plate in indices}
+    axes = {axis % store.ndim: places[plate] for plate, axis in program.latents[name].plates if plate in places}
     if not axes:
         return rows
     if len(axes) == 1:
@@ -156,12 +161,18 @@ def full_shape(shape: tuple[int, ...], program: Run, name: str) -> tuple[int, ..
     """The shape of a site's store, from that of the rows of a batch."""
     full = list(shape)
     for plate, axis in program.latents[name].plates:
-        full[axis] = program.plates[plate].size
+        seen = program.plates[plate]
+        full[axis] = seen.size if seen.places is None else len(seen.places)
     return tuple(full)
 
 
 def all_batches(program: Run) -> Indices:
-    """Batches that show every row at least once, stacked: by subsampled plate, ``(num_batches, subsample_size)``."""
+    """Batches that show every row at least once, stacked: by subsampled plate, ``(num_batches, subsample_size)``.
+
+    Where the rows come from outside, it is the one batch that there is.
+    """
+    if any(plate.places is not None for plate in program.plates.values()):
+        return {name: plate.indices[None] for name, plate in program.subsampled.items()}
     parts = []
     for plate in program.subsampled.values():
         size = len(plate.indices)

@@ -21,8 +21,10 @@ from numpyro.infer.util import compute_log_probs, helpful_support_errors
 from numpyro.primitives import Messenger
 
 from numpyro_ebm._checks import require_instance
-from numpyro_ebm._compat import in_subsampled_plate, marked_factor, one_at_a_time, scan_index, sites_named
+from numpyro_ebm._compat import PLACES, in_subsampled_plate, marked_factor, one_at_a_time, scan_index, sites_named
+from numpyro_ebm._precision import is_coarse, tell_coarse_density
 from numpyro_ebm.distributions.energy import TiltedDistribution, energy_site, with_core
+from numpyro_ebm.program.minibatch import taking_rows
 from numpyro_ebm.program.sites import Model, Site, is_factor, is_latent, kind_of, transform_of
 
 
@@ -42,6 +44,13 @@ class Plate(NamedTuple):
     indices: Array
     #: number of rows of the data
     size: int
+    #: (subsample_size,) where what is kept for these rows lies, if the data come in minibatches and no row is at its own place
+    places: Array | None = None
+
+    @property
+    def in_store(self) -> Array:
+        """(subsample_size,) where what is kept for each row lies."""
+        return self.indices if self.places is None else self.places
 
     @property
     def is_subsampled(self) -> bool:
@@ -118,7 +127,7 @@ def run_model(
     """
     given = substitute(data=_copied(data or {}))
     with one_at_a_time, sites_named(), _trace() as sites, _place(latents or {}), given, seed(rng_seed=rng_key):
-        model(*args, **kwargs)
+        taking_rows(model)(*args, **kwargs)
     return _read(sites)
 
 
@@ -169,11 +178,13 @@ def draw_latents(
         if not is_latent(site) or site["fn"].support.is_discrete:  # discrete latents are refused with their name, later
             return None
         value = init_strategy({**site, "fn": with_core(site["fn"], _start_of)})
-        return value if value is None or jnp.issubdtype(jnp.result_type(value), jnp.inexact) else jnp.asarray(value, float)
+        if value is None or (jnp.issubdtype(jnp.result_type(value), jnp.inexact) and not is_coarse(value)):
+            return value
+        return jnp.asarray(value, float)  # not whole numbers, nor bfloat16, in which small moves are lost
 
     given = substitute(data=_copied(data))
     with one_at_a_time, sites_named(), trace() as sites, substitute(substitute_fn=start), given, seed(rng_seed=rng_key):
-        model(*args, **kwargs)
+        taking_rows(model)(*args, **kwargs)
     latents = {name: site for name, site in sites.items() if is_latent(site) and not site["fn"].support.is_discrete}
     return {name: transform_of(site).inv(site["value"]) for name, site in latents.items()}
 
@@ -195,9 +206,10 @@ def log_density_terms(
     :param jacobian: whether there is a term for the log Jacobian of each latent's transform, which makes it a density of the
         unconstrained value.
     """
-    place = _place(latents or {}, substitute(seed(model, rng_key), data=_copied(data)), jacobian=jacobian)
+    place = _place(latents or {}, substitute(seed(taking_rows(model), rng_key), data=_copied(data)), jacobian=jacobian)
     terms, sites = compute_log_probs(place, args, kwargs, {}, sum_log_prob=False)
-    return terms, _read(sites)
+    fix = "give its data or its parameters as float32; a network before them may be of less."
+    return {name: tell_coarse_density(f"site '{name}': its log density", term, fix) for name, term in terms.items()}, _read(sites)
 
 
 _JACOBIAN = "numpyro_ebm.log_jacobian"  # how the factor of a latent's log Jacobian is known: scope changes its name
@@ -290,7 +302,7 @@ def require_all_rows(program: Run, latents: dict[str, Array]) -> None:
     for name in latents:
         for plate, axis in program.latents[name].plates:
             given, size = latents[name].shape[axis], program.plates[plate].size
-            if given != size:
+            if given != size and program.plates[plate].places is None:
                 raise ValueError(
                     f"site '{name}': the state has {given} rows of plate '{plate}', and the data {size}. Give the data that the "
                     "state is of, or start anew on these by init."
@@ -336,7 +348,7 @@ class _place(substitute):
 
     def postprocess_message(self, msg: Site) -> None:
         if msg["type"] == "plate":
-            self.indices[msg["name"]] = msg["value"]
+            self.indices[msg["name"]] = msg.get(PLACES, msg["value"])
 
 
 def _start_of(fn: Distribution) -> Distribution:
@@ -390,7 +402,9 @@ def _read(sites: dict[str, Site]) -> Run:
         for site in sites.values():
             if site["type"] == "sample" and site["is_observed"] and not is_factor(site["fn"]):
                 _require_events(site)
-    plates = {name: Plate(site["value"], site["args"][0]) for name, site in sites.items() if site["type"] == "plate"}
+    plates = {
+        name: Plate(site["value"], site["args"][0], site.get(PLACES)) for name, site in sites.items() if site["type"] == "plate"
+    }
     latents = {}
     for name, site in sites.items():
         if is_latent(site):

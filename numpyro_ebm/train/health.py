@@ -66,3 +66,16 @@ def _not_finite(tree: Any) -> Array:
     # the largest of absolute values is nan or infinite where any is, and XLA on the CPU finds it in a third of the time of isfinite
     finite = [jnp.isfinite(jnp.max(jnp.abs(leaf), initial=0)) for leaf in leaves]
     return 1 - jnp.all(jnp.array(finite)).astype(jnp.int32)  # 0 of integers alone
+
+
+class NonFiniteError(RuntimeError):
+    """A run met numbers that are not finite, or chains that diverge, and stopped before it kept them."""
+
+    def __init__(self, message: str, state: Any, step: int, health: dict[Part, int]) -> None:
+        super().__init__(message)
+        #: the last good state: ``run(..., init_state=error.state)`` goes on from it
+        self.state = state
+        #: the step, counted from 1 within the run, that was not made
+        self.step = step
+        #: what was bad about it: a code by ``(kind, site)``, such as ``{("param", "loc"): 1}``
+        self.health = health
