@@ -26,11 +26,10 @@ from numpyro_ebm._map_over import map_over
 from numpyro_ebm.evaluate.guide_weights import guide_findings, num_guide_samples
 from numpyro_ebm.evaluate.report import Finding
 from numpyro_ebm.infer.engine import compiled_method
-from numpyro_ebm.infer.marginal_gradient import Compared, by_weights, compared
 from numpyro_ebm.infer.score_engine import ScoreEngine, require_params, require_same_params
 from numpyro_ebm.objectives.guide import PosteriorFisher
 from numpyro_ebm.objectives.latent import draw, drawn_density, row_density
-from numpyro_ebm.objectives.score import ScoreObjective, objective_keys
+from numpyro_ebm.objectives.score import ScoreObjective
 from numpyro_ebm.optim import apply_gradient, as_transformation
 from numpyro_ebm.program.batch import Batch, require_same_rows
 from numpyro_ebm.program.pair import require_apart, require_latent, require_pair, same_supports
@@ -185,7 +184,6 @@ class BilevelEngine(ScoreEngine):
         for site, log_weights in self._weigh_guide(state, rng_key, *args, **kwargs).items():
             least, fix = self._wanted_of_guide()
             found += guide_findings(site, log_weights, f"{fix} {NEARER}", least=least)
-        c = jax.device_get(self._compare_gradients(state, rng_key, *args, **kwargs)); print("CMP", [float(x) for x in c], float(max(c[0],0)/max(c[1],1e-9))**.5, "ratios", float(c[1]/c[2]), float(c[1]/c[3]))
         return found
 
     def _wanted_of_guide(self) -> tuple[float | None, str]:
@@ -198,22 +196,6 @@ class BilevelEngine(ScoreEngine):
         batch_key, rng_key = jax.random.split(rng_key)
         levels = Levels(self, state, self._batch(batch_key, state.params, args, kwargs), kwargs)
         return {", ".join(levels.latents): levels.log_weights(state.params, rng_key)}
-
-    @partial(compiled_method, cheaply=True)
-    def _compare_gradients(self, state: Any, rng_key: Array, *args: Any, **kwargs: Any) -> Compared:
-        """The gradients of steps beside those of the marginal."""
-
-        def gradients(key: Array) -> tuple[Any, Any, Any, Array]:
-            batch_key, key = jax.random.split(key)
-            levels = self._levels(state, self._batch(batch_key, state.params, args, kwargs), kwargs)
-            taken = self._upper(levels, state.theta, state.phi, state.guide_optim_state, key).gradient
-            return taken, *by_weights(levels, state.theta, state.phi, objective_keys(self._upper_key(key)))
-
-        return compared(gradients, rng_key)
-
-    def _upper_key(self, rng_key: Array) -> Array:
-        """The key of the objective in :meth:`_upper`."""
-        return rng_key
 
     def _lower_steps(self, levels: "Levels", theta: Any, phi: Any, optim_state: Any, keys: Array) -> tuple[Any, Any]:
         """One step of the guide for every key, with gradients in ``theta`` if they are asked for."""
@@ -257,7 +239,7 @@ class Levels:
             model = run_model(self.model, args, kwargs, self.model_key, data={**state.params, **guide.drawn})
         require_same_params(model, state.theta)
         require_same_params(guide, state.phi, "the guide")
-        self.of_theta, self._of_phi = model.param_transforms, guide.param_transforms
+        self._of_theta, self._of_phi = model.param_transforms, guide.param_transforms
         self.latents = sorted(model.latents)
         plate = row_plate(model, model.latents, len(self.v))
         if plate is None:
@@ -268,7 +250,7 @@ class Levels:
 
     def theta_of(self, theta: Any) -> dict[str, Any]:
         """The model's params at unconstrained values."""
-        return constrain_params(theta, self.of_theta)
+        return constrain_params(theta, self._of_theta)
 
     def phi_of(self, phi: Any) -> dict[str, Any]:
         """The guide's params at unconstrained values."""

@@ -252,9 +252,6 @@ class BiSM(BilevelEngine):
 
         return Upper(*jax.value_and_grad(upper)(theta), upper)
 
-    def _upper_key(self, rng_key: Array) -> Array:
-        return jax.random.split(rng_key)[1]
-
     def _batch_loss(self, state: BiSMState, batch: Batch, kwargs: dict[str, Any]) -> Array:
         return self._levels(state, batch, kwargs).upper(state.theta, state.phi, state.rng_key)
 

@@ -293,7 +293,7 @@ class _Levels(Levels):
     def __init__(self, engine: VaGES, state: VaGESState, batch: Batch, kwargs: dict[str, Any]) -> None:
         super().__init__(engine, state, batch, kwargs)
         self.estimate = engine.estimate
-        self.log_p = row_density(self.model, tuple(self.rest), kwargs, self.model_key, self.plate, self.of_theta)
+        self.log_p = row_density(self.model, tuple(self.rest), kwargs, self.model_key, self.plate, self._of_theta)
         self.log_q = drawn_density(self.guide, tuple(self.rest), kwargs, self.plate)
 
     def upper(self, theta: Any, phi: Any, rng_key: Array) -> tuple[Array, Array]:
