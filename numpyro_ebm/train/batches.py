@@ -259,7 +259,9 @@ def _length(name: str, x: Any) -> int:
     try:
         return len(x)
     except TypeError:
-        raise TypeError(f"{name} of Batches, a {type(x).__name__}, has no length: give what has rows, or fit an iterable.") from None
+        raise TypeError(
+            f"{name} of Batches, a {type(x).__name__}, has no length: give what has rows, or fit an iterable."
+        ) from None
 
 
 def _rows(name: str, x: Any, index: np.ndarray) -> np.ndarray:

@@ -115,5 +115,3 @@ def plain(state: Any) -> SVIState:
 def steps_of(svi: SVI) -> SVISteps:
     """The steps of an SVI, compiled once for it."""
     return vars(svi).setdefault("_numpyro_ebm_steps", SVISteps(svi))
-
-
