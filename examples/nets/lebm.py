@@ -1,0 +1,122 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Networks of a latent energy-based prior on images of 32 x 32: those of Pang et al. for SVHN, of any width.
+
+The generator maps 100 latents to an image: a transposed convolution to 4 x 4, and three that double it, with 8, 4, 2 times
+``width`` channels and leaky rectifiers between them; no normalization of batches, which would couple particles. The energy is a
+perceptron with two hidden layers. With ``width`` 64 and ``energy_width`` 200 these are the published sizes.
+
+A transposed convolution of stride 2 is written in two ways, which are the same function of the same weights:
+
+* ``"deconv"``: as one, by ``lax.conv_general_dilated``. The fastest on a GPU; XLA has no fast code for it on CPU.
+* ``"matmul"``: a matrix product, from the channels of each pixel to the 4 x 4 pixels that it adds to, and the sum of these. On a
+  CPU many times as fast.
+
+``dtype`` is that of the computation inside a network: weights, which stay float32 for the optimizer, and latents are converted
+where they enter, and what leaves is float32 again. The sum over pixels and the difference of two energies are then of float32.
+
+**References**
+
+1. Pang et al., *Learning latent space energy-based prior model*, NeurIPS 2020, arXiv:2006.08205.
+"""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+SLOPE = 0.2  # of the leaky rectifiers
+
+
+class Deconvolution(eqx.Module):
+    """A transposed convolution with a kernel of 4 x 4, stride 2 and padding 1: it doubles images of ``(n, h, w, channels)``."""
+
+    weight: Array  # (channels in, 4, 4, channels out)
+    bias: Array
+    form: str = eqx.field(static=True)
+
+    def __init__(self, key: Array, num_in: int, num_out: int, form: str) -> None:
+        self.weight, self.bias, self.form = xavier(key, (num_in, 4, 4, num_out)), jnp.zeros(num_out), form
+
+    def __call__(self, x: Array) -> Array:
+        return (by_matmul if self.form == "matmul" else by_convolution)(x, self.weight) + self.bias
+
+
+def by_convolution(x: Array, weight: Array) -> Array:
+    kernel = weight[:, ::-1, ::-1].transpose(1, 2, 0, 3)
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (1, 1), ((2, 2), (2, 2)), lhs_dilation=(2, 2), dimension_numbers=layout)
+
+
+def by_matmul(x: Array, weight: Array) -> Array:
+    """Pixel i adds to the pixels 2i - 1 to 2i + 2 of each axis: the even ones are met by two, and the odd ones."""
+    parts = jnp.einsum("nhwc,cijd->nhwijd", x, weight)
+    rows = _interleaved(parts, 1, 3)  # (n, 2 h, w, 4, channels out)
+    return _interleaved(rows, 2, 3)
+
+
+def _interleaved(parts: Array, axis: int, tap: int) -> Array:
+    """The sum of overlapping parts, from an axis of pixels and one of the four that each adds to."""
+    before, even, odd, after = jnp.moveaxis(parts, tap, 0)
+    size = even.shape[axis]
+    zero = jnp.zeros_like(lax.slice_in_dim(even, 0, 1, axis=axis))
+    even = even + jnp.concatenate([zero, lax.slice_in_dim(after, 0, size - 1, axis=axis)], axis)
+    odd = odd + jnp.concatenate([lax.slice_in_dim(before, 1, size, axis=axis), zero], axis)
+    both = jnp.stack([even, odd], axis + 1)
+    return both.reshape(*even.shape[:axis], 2 * size, *even.shape[axis + 1 :])
+
+
+class Generator(eqx.Module):
+    """The mean of an image, of (32, 32, 3) in [-1, 1], for one latent or for an array of them."""
+
+    first: tuple[Array, Array]  # weight and bias of the transposed convolution of a single pixel, which is a matrix product
+    layers: list[Deconvolution]
+    dtype: Any = eqx.field(static=True)
+
+    def __init__(self, key: Array, num_latents: int, width: int, form: str = "matmul", dtype: Any = jnp.float32) -> None:
+        keys, channels = jax.random.split(key, 4), (8 * width, 4 * width, 2 * width, 3)
+        self.first = xavier(keys[0], (num_latents, 4, 4, channels[0])), jnp.zeros(channels[0])
+        self.layers = [Deconvolution(k, *pair, form) for k, pair in zip(keys[1:], pairwise(channels), strict=True)]
+        self.dtype = dtype
+
+    def __call__(self, z: Array) -> Array:
+        net = converted(self, self.dtype)
+        weight, bias = net.first
+        x = jnp.einsum("nc,chwd->nhwd", z.reshape(-1, z.shape[-1]).astype(self.dtype), weight) + bias
+        for layer in net.layers:
+            x = layer(leaky_relu(x))
+        return jnp.tanh(x.astype(jnp.float32)).reshape(*z.shape[:-1], 32, 32, 3)
+
+
+class Energy(eqx.Module):
+    """The energy of one latent, that tilts a normal prior."""
+
+    layers: eqx.nn.MLP
+    dtype: Any = eqx.field(static=True)
+
+    def __init__(self, key: Array, num_latents: int, width: int, dtype: Any = jnp.float32) -> None:
+        self.layers = eqx.nn.MLP(num_latents, "scalar", width, 2, leaky_relu, key=key)
+        self.dtype = dtype
+
+    def __call__(self, z: Array) -> Array:
+        return converted(self, self.dtype).layers(z.astype(self.dtype)).astype(jnp.float32)
+
+
+def leaky_relu(x: Array) -> Array:
+    return jax.nn.leaky_relu(x, SLOPE)
+
+
+def xavier(key: Array, shape: tuple[int, int, int, int]) -> Array:
+    """The weights that a transposed convolution starts with, of (channels in, height, width, channels out)."""
+    num_in, height, width, num_out = shape
+    return math.sqrt(2 / (height * width * (num_in + num_out))) * jax.random.normal(key, shape)
+
+
+def converted(net: Any, dtype: Any) -> Any:
+    """The same network with weights of another dtype."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, net)
