@@ -14,7 +14,8 @@ A transposed convolution of stride 2 is written in two ways, which are the same 
   CPU many times as fast.
 
 ``dtype`` is that of the computation inside a network: weights, which stay float32 for the optimizer, and latents are converted
-where they enter, and what leaves is float32 again. The sum over pixels and the difference of two energies are then of float32.
+where they enter. What leaves is float32 again: the generator's last activation, and the last layer of the energy, so that an
+energy is not rounded. The sums over pixels and the differences of energies are then those of float32.
 
 **References**
 
@@ -94,17 +95,22 @@ class Generator(eqx.Module):
 
 
 class Energy(eqx.Module):
-    """The energy of one latent, that tilts a normal prior."""
+    """The energy of one latent, that tilts a normal prior. Its last layer is of float32, whatever those before are."""
 
-    layers: eqx.nn.MLP
+    hidden: list[eqx.nn.Linear]
+    last: eqx.nn.Linear
     dtype: Any = eqx.field(static=True)
 
     def __init__(self, key: Array, num_latents: int, width: int, dtype: Any = jnp.float32) -> None:
-        self.layers = eqx.nn.MLP(num_latents, "scalar", width, 2, leaky_relu, key=key)
-        self.dtype = dtype
+        keys = jax.random.split(key, 3)
+        self.hidden = [eqx.nn.Linear(num_latents, width, key=keys[0]), eqx.nn.Linear(width, width, key=keys[1])]
+        self.last, self.dtype = eqx.nn.Linear(width, "scalar", key=keys[2]), dtype
 
     def __call__(self, z: Array) -> Array:
-        return converted(self, self.dtype).layers(z.astype(self.dtype)).astype(jnp.float32)
+        x = z.astype(self.dtype)
+        for layer in converted(self.hidden, self.dtype):
+            x = leaky_relu(layer(x))
+        return self.last(x.astype(jnp.float32))
 
 
 def leaky_relu(x: Array) -> Array:

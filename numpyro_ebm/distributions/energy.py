@@ -29,6 +29,7 @@ from numpyro_ebm._checks import require_key
 from numpyro_ebm._compat import calling_distribution, calling_site, comparing_kernel, layers
 from numpyro_ebm._compiled import compiled
 from numpyro_ebm._map_over import map_over
+from numpyro_ebm._precision import is_coarse, tell_coarse_density
 from numpyro_ebm._pytree import arrays_and_rest, as_array, join
 from numpyro_ebm.distributions.base_measure import BaseMeasure, is_flat
 from numpyro_ebm.distributions.guard import NormalizerError, place, refuse_gradient, unknown_log_normalizer
@@ -377,7 +378,7 @@ class TiltedDistribution(Distribution):
             raise ValueError(
                 f"{place(calling_site(self))}: a value of shape {value.shape} does not end in the event shape {self.event_shape}."
             )
-        if not self.support.is_discrete and not jnp.issubdtype(value.dtype, jnp.floating):
+        if not self.support.is_discrete and (is_coarse(value) or not jnp.issubdtype(value.dtype, jnp.floating)):
             value = value.astype(jnp.result_type(float))
         return value
 
@@ -426,7 +427,11 @@ class TiltedDistribution(Distribution):
                 f"energy of {place(calling_site(self))} must return a real scalar, it returned dtype {value.dtype}: "
                 "convert it to float."
             )
-        return value
+        return tell_coarse_density(
+            f"energy of {place(calling_site(self))}",
+            value,
+            "convert what enters its last layer or sum, h.astype(jnp.float32). To convert the result alone is too late.",
+        )
 
     # NumPyro collects field names through a set: their order, and so the order of a pytree's leaves, would depend on
     # PYTHONHASHSEED, and a distribution passed between processes would silently exchange its arrays.

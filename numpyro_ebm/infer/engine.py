@@ -24,6 +24,7 @@ from numpyro_ebm._checks import require_bool, require_count, require_key
 from numpyro_ebm._compat import one_at_a_time
 from numpyro_ebm._compiled import Watch, frozen
 from numpyro_ebm._fit import fit_of
+from numpyro_ebm._precision import tell_coarse_params
 from numpyro_ebm._pytree import Rest, arrays_and_rest, as_array, join, read_params, require_hashable, require_no_lists
 from numpyro_ebm.evaluate.report import Finding, FitReport, are_reports_enabled, report_of
 from numpyro_ebm.infer.averaging import ParamSites, require_average, start_average
@@ -208,6 +209,7 @@ class Engine(metaclass=_ReadOnly):
             raise ValueError(params.outside(outside[0]))
         if _is_false(good):
             self._refuse(rng_key, given, args, kwargs)
+        tell_coarse_params(state.params)
         return state
 
     def update(self, state: State, *args: Any, **kwargs: Any) -> tuple[State, Array]:

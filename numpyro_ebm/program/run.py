@@ -22,6 +22,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_ebm._checks import require_instance
 from numpyro_ebm._compat import PLACES, in_subsampled_plate, marked_factor, one_at_a_time, scan_index, sites_named
+from numpyro_ebm._precision import is_coarse, tell_coarse_density
 from numpyro_ebm.distributions.energy import TiltedDistribution, energy_site, with_core
 from numpyro_ebm.program.minibatch import taking_rows
 from numpyro_ebm.program.sites import Model, Site, is_factor, is_latent, kind_of, transform_of
@@ -177,7 +178,9 @@ def draw_latents(
         if not is_latent(site) or site["fn"].support.is_discrete:  # discrete latents are refused with their name, later
             return None
         value = init_strategy({**site, "fn": with_core(site["fn"], _start_of)})
-        return value if value is None or jnp.issubdtype(jnp.result_type(value), jnp.inexact) else jnp.asarray(value, float)
+        if value is None or (jnp.issubdtype(jnp.result_type(value), jnp.inexact) and not is_coarse(value)):
+            return value
+        return jnp.asarray(value, float)  # not whole numbers, nor bfloat16, in which small moves are lost
 
     given = substitute(data=_copied(data))
     with one_at_a_time, sites_named(), trace() as sites, substitute(substitute_fn=start), given, seed(rng_seed=rng_key):
@@ -205,7 +208,8 @@ def log_density_terms(
     """
     place = _place(latents or {}, substitute(seed(taking_rows(model), rng_key), data=_copied(data)), jacobian=jacobian)
     terms, sites = compute_log_probs(place, args, kwargs, {}, sum_log_prob=False)
-    return terms, _read(sites)
+    fix = "give its data or its parameters as float32; a network before them may be of less."
+    return {name: tell_coarse_density(f"site '{name}': its log density", term, fix) for name, term in terms.items()}, _read(sites)
 
 
 _JACOBIAN = "numpyro_ebm.log_jacobian"  # how the factor of a latent's log Jacobian is known: scope changes its name
