@@ -70,11 +70,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 NOISE = 0.3  # sigma of the likelihood
-PARTICLE_STEP = 0.005  # of Pang et al., whose s = .1 is h = s^2 / 2
+WARMUP_STEP, NUM_WARMUP_MOVES = 0.005, 10  # as published: the s = .1 of Pang et al. is h = s^2 / 2
+PARTICLE_STEP = 0.001  # the published .1 would be a hundred times above the limit of stability
 PRIOR_STEP = 0.1
 RATES, EPOCH_DECAY = {"generator": 1e-3, "energy": 2e-4}, 0.999
 MOMENTA = {"generator": (0.9, 0.999), "energy": (0.5, 0.999)}
-NUM_FEATURE_EPOCHS, CHUNK = 20, 100
+NUM_FEATURE_EPOCHS, CHUNK = 10, 100
 
 
 class Size(NamedTuple):
@@ -88,14 +89,15 @@ class Size(NamedTuple):
     num_prior_steps: int
     num_warmup: int  # steps with one particle
     num_steps: int  # all of them
-    num_test: int  # images that are judged by
-    num_long_moves: int  # of chains of the prior
+    num_test: int  # images that samples are judged by
+    num_reconstructed: int  # of them
+    num_long_moves: int  # of chains of the prior, and a fifth as many of the posterior
 
 
 SIZES = {
-    "full": Size(100, 64, 200, 128, 10, 60, 10_000, 78_000, 1000, 1000),
-    "small": Size(100, 16, 200, 64, 4, 60, 300, 3000, 500, 1000),
-    "smoke": Size(8, 2, 16, 20, 2, 5, 4, 8, 64, 20),
+    "full": Size(100, 64, 200, 128, 10, 60, 10_000, 78_000, 5000, 1000, 1000),
+    "small": Size(100, 16, 200, 64, 4, 60, 300, 3000, 1000, 128, 1000),
+    "smoke": Size(8, 2, 16, 20, 2, 5, 4, 8, 64, 64, 50),
 }
 
 
@@ -158,7 +160,6 @@ def make_engine(size: Size, num_images: int, **settings: Any) -> ParticleMMLE:
     return ParticleMMLE.ebipla(
         model,
         make_optimizer(num_images // size.batch_size),
-        step_size=PARTICLE_STEP,
         num_chains=size.batch_size,
         prior_step_size=PRIOR_STEP,
         num_prior_steps=size.num_prior_steps,
@@ -196,28 +197,32 @@ def mean_square(a: np.ndarray, b: np.ndarray) -> float:
     return float(((a - b) ** 2).mean())
 
 
-def judge(key: Array, params: dict[str, Any], particles: Array, data: Data, nets: Nets, size: Size, features: FeatureNet | None):
+def judge(
+    key: Array, params: dict[str, Any], particles: Array, data: Data, nets: Nets, size: Size, features: FeatureNet | None
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """The numbers of a fit, and the images to look at."""
     posterior_key, short_key, long_key = jax.random.split(key, 3)
-    test, num = data.test[: size.num_test], min(size.num_test, len(data.test))
+    train, test = data.train[: size.num_test], data.test[: size.num_test]
     fitted = trained(nets, params)
-    moves = {"num_chains": 1, "num_samples": 1, "num_warmup": size.num_long_moves // 20}  # of 10 moves each
-    found = sample_posterior(posterior_key, model, params, jnp.asarray(test), nets, **moves)["z"][0, 0]
-    short = UnadjustedLangevin(PRIOR_STEP, size.num_prior_steps)
-    latents = {
-        "training images": particles[0, :num],
-        "test images": found,
-        "short chains": prior(nets, fitted.energy, sampler=short).sample(short_key, (num,)),
-        "long chains": prior(nets, fitted.energy, sampler=MALA(num_steps=size.num_long_moves)).sample(long_key, (num,)),
+    samplers = {
+        "short chains": UnadjustedLangevin(PRIOR_STEP, size.num_prior_steps),
+        "long chains": MALA(num_steps=size.num_long_moves),
     }
+    moves = {"num_chains": 1, "num_samples": 1, "num_warmup": size.num_long_moves // 50}  # runs of 10 moves each
+    some = test[: size.num_reconstructed]
+    latents = {"test images": sample_posterior(posterior_key, model, params, jnp.asarray(some), nets, **moves)["z"][0, 0]}
+    latents["training images"] = particles[0, : len(some)]
+    for (name, sampler), sample_key in zip(samplers.items(), (short_key, long_key), strict=True):
+        latents[name] = prior(nets, fitted.energy, sampler=sampler).sample(sample_key, (len(test),))
     images = {name: decoded(fitted.generator, z) for name, z in latents.items()}
-    real = {"training images": pixels(data.train[:num]), "test images": pixels(test)}
-    numbers = {f"MSE of {name}": mean_square(images[name], real[name]) for name in real}
-    numbers["MSE of the mean image"] = mean_square(pixels(data.train).mean(0), real["test images"])
+    numbers = {
+        "MSE of training images": mean_square(images["training images"], pixels(train[: len(some)])),
+        "MSE of test images": mean_square(images["test images"], pixels(some)),
+        "MSE of the mean image": mean_square(pixels(data.train).mean(0), pixels(some)),
+    }
     if features is not None:
-        of_test = features_of(features, real["test images"])
-        sets = {"training images": real["training images"], "test images, reconstructed": images["test images"]}
-        sets |= {f"samples of {name}": images[name] for name in ("short chains", "long chains")}
+        of_test = features_of(features, pixels(test))
+        sets = {"training images": pixels(train)} | {f"samples of {name}": images[name] for name in samplers}
         for name, others in sets.items():
             numbers[f"Frechet distance of {name}"] = frechet_distance(features_of(features, others), of_test)
     return numbers, images
@@ -248,13 +253,13 @@ def plot_loss(path: Path, losses: np.ndarray, start: int) -> None:
 
 def fit_images(key: Array, images: Array, nets: Nets, size: Size, num_steps: int) -> Any:
     """One particle for each image at first, with ten moves at every step; then all of them, with one."""
-    one = make_engine(size, len(images), num_particles=1, num_moves=10)
-    all_of_them = make_engine(size, len(images), num_particles=size.num_particles)
-    result = one.run(key, min(num_steps, size.num_warmup), images, nets, batch_size=size.batch_size, report=False)
+    first = make_engine(size, len(images), num_particles=1, num_moves=NUM_WARMUP_MOVES, step_size=WARMUP_STEP)
+    engine = make_engine(size, len(images), num_particles=size.num_particles, step_size=PARTICLE_STEP)
+    result = first.run(key, min(num_steps, size.num_warmup), images, nets, batch_size=size.batch_size, report=False)
     if num_steps <= size.num_warmup:
         return result
-    state = all_of_them.replicate(result.state)
-    return all_of_them.run(key, num_steps - size.num_warmup, images, nets, batch_size=size.batch_size, init_state=state)
+    state = engine.replicate(result.state)
+    return engine.run(key, num_steps - size.num_warmup, images, nets, batch_size=size.batch_size, init_state=state)
 
 
 def main(args: argparse.Namespace) -> None:
