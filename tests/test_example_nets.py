@@ -3,6 +3,8 @@
 
 """The networks of the examples against the published architecture."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,3 +122,52 @@ def test_an_image_that_cannot_be_halved_three_times_is_refused(nets):
     # Catches a wrong number of features, which would show as a shape error deep inside.
     with pytest.raises(ValueError, match="28"):
         nets.image_energy(KEY, (28, 28, 1))
+
+
+@pytest.fixture(scope="module")
+def lebm(example_nets):
+    return example_nets("lebm")
+
+
+def test_latent_energy_prior_has_the_published_sizes(lebm):
+    # Catches another width, number of layers or kernel than those of Pang et al. for SVHN.
+    generator = sum(16 * a * b + b for a, b in ((100, 512), (512, 256), (256, 128), (128, 3)))
+    assert num_params(lebm.Generator, 100, 64) == generator
+    assert num_params(lebm.Energy, 100, 200) == 100 * 200 + 200 + 200 * 200 + 200 + 200 + 1
+
+
+@pytest.mark.parametrize("num_in", [1, 3])
+def test_a_transposed_convolution_is_the_same_as_a_matrix_product(lebm, num_in):
+    # Catches a pixel that is added to the wrong neighbor, or dropped at an edge; and a kernel that is turned around.
+    x = jax.random.normal(KEY, (2, 4, 5, num_in))
+    weight = jax.random.normal(jax.random.key(1), (num_in, 4, 4, 2))
+    wanted = np.zeros((2, 12, 14, 2))  # with a border of two, of which the kernel meets one
+    for i in range(4):
+        for j in range(5):
+            wanted[:, 2 * i + 1 : 2 * i + 5, 2 * j + 1 : 2 * j + 5] += np.einsum("nc,cijd->nijd", x[:, i, j], weight)
+    for form in (lebm.by_matmul, lebm.by_convolution):
+        np.testing.assert_allclose(form(x, weight), wanted[:, 2:-2, 2:-2], atol=1e-5)
+
+
+def test_networks_of_bfloat16_leave_float32_and_weights_of_float32(lebm):
+    # Catches an image or an energy that leaves as bfloat16, or weights that are kept in it.
+    nets = lebm.Generator(KEY, 8, 2, dtype=jnp.bfloat16), lebm.Energy(KEY, 8, 16, dtype=jnp.bfloat16)
+    z = jax.random.normal(KEY, (3, 8))
+    assert nets[0](z).dtype == jax.vmap(nets[1])(z).dtype == jnp.float32
+    assert nets[0](z[0]).shape == (32, 32, 3)
+    assert {leaf.dtype for leaf in jax.tree.leaves(nets) if eqx.is_inexact_array(leaf)} == {jnp.dtype("float32")}
+    plain = lebm.Generator(KEY, 8, 2), lebm.Energy(KEY, 8, 16)
+    for net, other in zip(nets, plain, strict=True):
+        of_one = (jax.vmap(net)(z), jax.vmap(other)(z))
+        assert 0 < float(jnp.abs(of_one[0] - of_one[1]).max()) < 0.02
+
+
+def test_frechet_distance_of_normal_features_is_that_of_their_distributions(example_nets, monkeypatch):
+    # Catches the mean of one set, a root of a product that is not symmetric, and a covariance counted once.
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")  # it takes a layer from a file beside it
+    frechet_distance = example_nets("features").frechet_distance
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((4000, 3)) @ np.diag([1.0, 2, 3])
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    shift = np.array([1.0, 0, 0])
+    assert frechet_distance(a, 2 * a + shift) == pytest.approx(((a.mean(0) + shift) ** 2).sum() + np.trace(np.cov(a.T)))
