@@ -46,10 +46,10 @@ class Network(eqx.Module):
     dtypes: tuple[Any, Any] = eqx.field(static=True)
 
     def __init__(self, hidden: Any, last: Any, weights: Any):
-        keys = jax.random.split(jax.random.key(1), 3)
-        sizes = (("scalar", 32), (32, 32))
-        self.hidden = [eqx.nn.Linear(*size, dtype=weights, key=key) for size, key in zip(sizes, keys[:2], strict=True)]
-        self.last, self.dtypes = eqx.nn.Linear(32, "scalar", dtype=weights, key=keys[2]), (hidden, last)
+        keys, sizes = jax.random.split(jax.random.key(1), 3), (("scalar", 32), (32, 32), (32, "scalar"))
+        layers = [eqx.nn.Linear(*size, dtype=jnp.float32, key=key) for size, key in zip(sizes, keys, strict=True)]
+        *self.hidden, self.last = converted(layers, weights)  # the same weights in every row
+        self.dtypes = hidden, last
 
     def __call__(self, z):
         hidden, last = self.dtypes

@@ -24,6 +24,7 @@ from numpyro_ebm import (
     find_map,
     negative_phase,
 )
+from numpyro_ebm.program.run import log_density_terms
 
 Y = np.linspace(-1, 1, 12, dtype=np.float32).reshape(6, 2)
 COARSE = [jnp.bfloat16, jnp.float16]
@@ -104,12 +105,17 @@ def test_events_of_less_than_float32_are_made_float32():
     np.testing.assert_allclose(energy.log_prob(x), -(np.asarray(x, np.float64) ** 2).sum() / 2, rtol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:param 'energy' is of bfloat16")
 def test_latents_of_a_coarse_prior_are_float32():
     # Catches particles in which moves of less than 1/256 are lost, and searches as well.
-    coarse = lambda y: model(y, jnp.bfloat16)  # noqa: E731
-    assert floats(engine(coarse).init(jax.random.key(0), Y).particles) == {"float32"}
-    found = find_map(jax.random.key(0), coarse, {"energy": weights()}, Y, num_starts=1, num_steps=200)
+    def coarse(y):
+        scale = numpyro.param("scale", 1.0)
+        with numpyro.plate("data", len(y)):
+            z = numpyro.sample("z", dist.Normal(jnp.zeros(2, jnp.bfloat16), jnp.ones(2, jnp.bfloat16)).to_event(1))
+            numpyro.sample("y", dist.Normal(scale * z, 0.5).to_event(1), obs=y)
+
+    state = ParticleMMLE(coarse, optax.adam(1e-3), 3, 0.05).init(jax.random.key(0), Y)
+    assert floats(state) == {"float32"}
+    found = find_map(jax.random.key(0), coarse, {"scale": jnp.ones(())}, Y, num_starts=1, num_steps=200)
     assert found.latents["z"].dtype == jnp.float32
 
 
@@ -124,6 +130,9 @@ def test_rounded_density_of_a_site_is_told_with_its_name():
 
     with pytest.warns(UserWarning, match="site 'y': its log density is of bfloat16, .* give its data or its parameters as float32"):
         ParticleMMLE(coarse, optax.adam(1e-3), 3, 0.05).init(jax.random.key(0), Y)
+    with pytest.warns(UserWarning, match="site 'y'"):
+        terms, _ = log_density_terms(coarse, (Y,), {}, jax.random.key(0), data={"scale": 1.0})
+    assert floats(terms) == {"float32"}
 
 
 def test_parameters_in_which_steps_are_lost_are_told_by_every_engine():
