@@ -12,7 +12,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer import SVI, Trace_ELBO, init_to_sample, init_to_value
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_ebm import (
@@ -113,9 +113,11 @@ def test_latents_of_a_coarse_prior_are_float32():
             z = numpyro.sample("z", dist.Normal(jnp.zeros(2, jnp.bfloat16), jnp.ones(2, jnp.bfloat16)).to_event(1))
             numpyro.sample("y", dist.Normal(scale * z, 0.5).to_event(1), obs=y)
 
-    state = ParticleMMLE(coarse, optax.adam(1e-3), 3, 0.05).init(jax.random.key(0), Y)
-    assert floats(state) == {"float32"}
-    found = find_map(jax.random.key(0), coarse, {"scale": jnp.ones(())}, Y, num_starts=1, num_steps=200)
+    start = init_to_value(values={"z": jnp.zeros((6, 2), jnp.bfloat16)})
+    for strategy in (init_to_sample, start):
+        state = ParticleMMLE(coarse, optax.adam(1e-3), 3, 0.05, init_strategy=strategy).init(jax.random.key(0), Y)
+        assert floats(state) == {"float32"}
+    found = find_map(jax.random.key(0), coarse, {"scale": jnp.ones(())}, Y, num_starts=1, num_steps=200, init_strategy=start)
     assert found.latents["z"].dtype == jnp.float32
 
 
