@@ -65,7 +65,7 @@ def fit(num_rows: int, num_steps: int, output: Path) -> None:
     sharding = Sharding(mesh)
     y = sharding.joined(own_rows(jax.process_index(), num_rows))  # of all hosts; nothing is sent
 
-    engine = ParticleMMLE(model, optax.adam(0.02), num_particles=10, step_size=0.2)
+    engine = ParticleMMLE(model, optax.adam(0.02), num_particles=10, kernel="mala", average_iterates=True)
     is_first = jax.process_index() == 0
     result = engine.run(jax.random.key(0), num_steps, y, mesh=sharding, progress_bar=is_first, report=False)
 

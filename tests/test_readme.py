@@ -178,6 +178,13 @@ def test_vages_page_runs_and_weights_fix_a_blind_guide(capsys):
     assert 2 < page["weighted"].state.effective_sample_size < 9
 
 
+def test_devices_page_runs_and_learns(capsys):
+    page = run("docs/devices.md")
+    text = (ROOT / "docs" / "devices.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.strip() in text
+    assert page["loss"].shape == ()
+
+
 def test_stein_page_runs_and_finds_what_fits_and_what_does_not(capsys):
     page = run("docs/stein.md")
     numbers = [[float(word) for word in re.findall(r"\d+\.\d+", line)] for line in capsys.readouterr().out.splitlines()]
