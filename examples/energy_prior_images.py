@@ -247,7 +247,7 @@ def plot_images(path: Path, grids: dict[str, np.ndarray]) -> None:
 def plot_loss(path: Path, losses: np.ndarray, start: int) -> None:
     figure, axis = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
     axis.plot(start + np.arange(len(losses)) + 1, losses, linewidth=0.4)
-    axis.set(xlabel="step", ylabel="minus log joint density per image, up to log Z")
+    axis.set(xlabel="step", ylabel="loss per image, up to log Z")
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=90)
     plt.close(figure)
