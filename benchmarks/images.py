@@ -279,7 +279,8 @@ def main(args):
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     args.form = args.form or ("matmul" if jax.default_backend() == "cpu" else "deconv")
     print(f"device {jax.devices()[0].device_kind}; {vars(args)}")
-    compare_steps(args, clock)
+    if not args.no_step:
+        compare_steps(args, clock)
     if not args.no_decoder:
         compare_decoders(args, clock)
 
@@ -290,6 +291,7 @@ if __name__ == "__main__":
     parser.add_argument("--form", choices=["deconv", "matmul"], help="of the generator; by the device if not given")
     parser.add_argument("--num-steps", type=int, default=5, help="steps in one timed loop")
     parser.add_argument("--repeats", type=int, default=7, help="rounds of timed loops")
+    parser.add_argument("--no-step", action="store_true", help="leave the steps out")
     parser.add_argument("--no-decoder", action="store_true", help="leave the decoders out")
     parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
     args = parser.parse_args()

@@ -36,7 +36,9 @@ After every run the script judges the fit, on images that it has not seen:
   images and samples: decoded from short chains like those of the fit, and from 1000 moves of MALA, which are of the prior itself.
   It is not the FID of the literature. Without labels it is left out.
 
-It writes to ``--output``: ``images.png``, ``loss.png``, and ``metrics.json``, with an entry for every run.
+It writes to ``--output``: ``images.png``, ``loss.png``, ``metrics.json`` with an entry for every run, and ``checkpoints``, every
+ten minutes and at the end. Run again with the same folder it goes on from there, to ``--num-steps`` in all: after Ctrl-C, after a
+crash, or for longer. Other networks or settings in the same folder are refused.
 
 **References**
 
@@ -245,21 +247,25 @@ def plot_images(path: Path, grids: dict[str, np.ndarray]) -> None:
 def plot_loss(path: Path, losses: np.ndarray, start: int) -> None:
     figure, axis = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
     axis.plot(start + np.arange(len(losses)) + 1, losses, linewidth=0.4)
-    axis.set(xlabel="step", ylabel="minus log joint density per image, up to log Z")
+    axis.set(xlabel="step", ylabel="loss per image, up to log Z")
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
-def fit_images(key: Array, images: Array, nets: Nets, size: Size, num_steps: int) -> Any:
-    """One particle for each image at first, with ten moves at every step; then all of them, with one."""
+def fit_images(key: Array, images: Array, nets: Nets, size: Size, folder: Path) -> Any:
+    """One particle for each image at first, with ten moves at every step; then all of them, with one.
+
+    Both runs are saved as they go, and go on from what there is in the folder; one that is done is read and makes no step.
+    """
     first = make_engine(size, len(images), num_particles=1, num_moves=NUM_WARMUP_MOVES, step_size=WARMUP_STEP)
     engine = make_engine(size, len(images), num_particles=size.num_particles, step_size=PARTICLE_STEP)
-    result = first.run(key, min(num_steps, size.num_warmup), images, nets, batch_size=size.batch_size, report=False)
-    if num_steps <= size.num_warmup:
+    data, num_warmup = (images, nets, size.batch_size), min(size.num_steps, size.num_warmup)
+    result = first.run(key, num_warmup, *data, report=False, checkpoint=folder / "warmup")
+    if size.num_steps == num_warmup:
         return result
     state = engine.replicate(result.state)
-    return engine.run(key, num_steps - size.num_warmup, images, nets, batch_size=size.batch_size, init_state=state)
+    return engine.run(key, size.num_steps - num_warmup, *data, init_state=state, checkpoint=folder / "fit")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -277,7 +283,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"{len(data.train)} images; weights of generator and energy: {counts[0]:,} and {counts[1]:,}; {size}")
 
     begin = time.perf_counter()
-    result = fit_images(fit_key, jnp.asarray(data.train), nets, size, size.num_steps)
+    result = fit_images(fit_key, jnp.asarray(data.train), nets, size, args.output / "checkpoints")
     seconds, step = time.perf_counter() - begin, int(result.state.num_steps)
     print(f"at step {step}, after {seconds:.0f} seconds, compilation included")
     plot_loss(args.output / "loss.png", np.asarray(result.losses) / len(data.train), step - len(result.losses))

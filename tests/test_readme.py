@@ -201,6 +201,17 @@ def test_devices_page_runs_and_learns(capsys):
     assert page["loss"].shape == ()
 
 
+def test_precision_page_runs_and_its_energy_is_float32_outside():
+    page = run("docs/precision.md")
+    energy, z = page["Energy"](jax.random.key(0)), jax.random.normal(jax.random.key(1), (100,))
+    assert energy(z).dtype == energy.last.weight.dtype == energy.hidden[0].weight.dtype == jnp.float32
+    exact = z
+    for layer in energy.hidden:
+        exact = jax.nn.silu(layer(exact))
+    exact = energy.last(exact)
+    assert 1e-5 < abs(energy(z) - exact) < 0.02  # the inside is rounded to 8 bits, and the sum of 200 is not
+
+
 def test_stein_page_runs_and_finds_what_fits_and_what_does_not(capsys):
     page = run("docs/stein.md")
     numbers = [[float(word) for word in re.findall(r"\d+\.\d+", line)] for line in capsys.readouterr().out.splitlines()]
