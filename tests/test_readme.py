@@ -178,9 +178,9 @@ def test_vages_page_runs_and_weights_fix_a_blind_guide(capsys):
     assert 2 < page["weighted"].state.effective_sample_size < 9
 
 
-@pytest.mark.filterwarnings("ignore:.*rows move once:UserWarning")
+@pytest.mark.slow
 def test_minibatches_page_runs_and_learns_from_a_file(capsys):
-    """200,000 rows of a memory-mapped file, a metric, early stopping, a checkpoint; and the same call again, which has nothing to do."""
+    """200,000 rows of a memory-mapped file, with a metric, early stopping and a checkpoint."""
     page = run("docs/minibatches.md")
     printed = capsys.readouterr().out.strip()
     text = (ROOT / "docs/minibatches.md").read_text(encoding="utf-8")

@@ -207,7 +207,8 @@ class _Data:
 
     def __init__(self, learner: Any, always: tuple[tuple[Any, ...], dict[str, Any]], sharding: Sharding | None) -> None:
         self.learner, self.sharding = learner, sharding
-        self.args, self.kwargs = always if sharding is None else sharding.replicate(always)
+        placed: tuple[tuple[Any, ...], dict[str, Any]] = always if sharding is None else sharding.replicate(always)
+        self.args, self.kwargs = placed
 
     def of(self, batch: Minibatch) -> Minibatch:
         """A minibatch with the arguments that are the same in every step."""
