@@ -20,6 +20,7 @@ FLOORS = {
     "_compat": 0,
     "_fit": 0,
     "_map_over": 0,
+    "_precision": 0,
     "_pytree": 0,
     "_compiled": 0.5,
     "weights": 0,
@@ -34,7 +35,7 @@ FLOORS = {
     "handlers": 5,
     "objectives": 6,
     "evaluate": 7,
-    "train": 7,
+    "train": 7.5,
     "infer": 8,
     "inference_data": 9,
 }
