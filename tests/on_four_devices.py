@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpyro.infer import SVI, Trace_ELBO
 from test_engine_contract import CASES, KEY, RATE, _guide, _normal, _tilted
+from test_streamed_fit import batches, particles, quietly, svi
 
 from numpyro_ebm import (
     MALA,
@@ -291,3 +292,13 @@ def test_what_does_not_go_evenly_can_be_everywhere():
     sharding = Sharding(_mesh(3), rows=None, chains=None)
     fit = _run(_engine("ebipla"), init_state=_start("ebipla"), mesh=sharding)
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(fit.state))
+
+
+@pytest.mark.parametrize("make", [particles, svi], ids=["particles", "svi"])
+def test_minibatches_from_outside_are_spread_over_the_devices(make):
+    """Catches stacks of minibatches, or rows that are exchanged with the host, that come to other devices than their particles."""
+    wanted = quietly(make(), batches(), num_steps=5)
+    found = quietly(make(), batches(), num_steps=5, mesh=_mesh(4, 1))
+    np.testing.assert_allclose(found.losses, wanted.losses, rtol=1e-5)
+    for site, value in wanted.params.items():
+        np.testing.assert_allclose(found.params[site], value, rtol=1e-5)
