@@ -211,18 +211,18 @@ class Look:
 
     def _function(self, function: FunctionType) -> None:
         code, variables = function.__code__, function.__globals__
-        names, is_library = _outside(code), is_library(variables.get("__name__"))
+        names, of_library = _outside(code), is_library(variables.get("__name__"))
         self._found.append(Same(code))
         self._functions.append((function, code, function.__defaults__))
-        self.sees_all &= names.is_plain or is_library
+        self.sees_all &= names.is_plain or of_library
         self._at((function.__defaults__, function.__kwdefaults__), names.written)
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             if name in names.written:
-                self.sees_all &= is_library
+                self.sees_all &= of_library
             else:
                 self._cells.append((cell, _in(cell)))
                 self._at(_in(cell), names.written)
-        if not is_library:
+        if not of_library:
             self._names_in(variables, [name for name in names.read if name in variables], names.written)
             attributes = vars(function)
             self._names_in(attributes, [name for name in attributes if name != "__wrapped__"], names.written)
