@@ -215,7 +215,7 @@ def test_due_by_steps_and_by_minutes(tmp_path, monkeypatch):
 
 def test_the_last_and_the_best_are_kept(tmp_path):
     # Catches a best one that is forgotten when the run goes on in another process, and nan as the best.
-    metrics = {1: 5.0, 2: 1.0, 3: 4.0, 4: float("nan"), 5: 3.0, 6: None}
+    metrics = {1: float("nan"), 2: 1.0, 3: 4.0, 4: 5.0, 5: 3.0, 6: None}
     settings = Checkpoints(tmp_path, keep_last=2, keep_best=1)
     for some in ([1, 2, 3], [4, 5, 6]):
         writer = settings.open(RUN)
@@ -513,9 +513,10 @@ def test_every_kind_of_leaf_comes_back_from_a_file(tmp_path):
     assert_same(load(tmp_path / "a", Kinds()), Kinds().init(None))
 
 
-def test_raw_keys_stay_raw(tmp_path):
-    # Catches the state of an old program, begun with PRNGKey, that is refused.
-    state = Started().init(jax.random.PRNGKey(3))
+@pytest.mark.parametrize("key", [jax.random.PRNGKey(3), jax.random.key(3, impl="rbg")], ids=["raw", "rbg"])
+def test_a_key_stays_of_its_kind(tmp_path, key):
+    # Catches the state of a run begun with PRNGKey, or with another kind of key than the default, that is refused.
+    state = Started().init(key)
     save(state, tmp_path / "a")
     assert_same(load(tmp_path / "a", Started()), state)
 
