@@ -188,12 +188,6 @@ def test_minibatches_page_runs_and_learns_from_a_file(capsys):
     assert page["result"].state.particles["x"].shape == (10, 200_000, 8)
 
 
-def test_saving_page_runs_and_goes_on():
-    page = run("docs/save_and_resume.md")
-    assert page["again"].state.num_steps == 300
-    assert len(page["result"].losses) == 300
-
-
 def test_devices_page_runs_and_learns(capsys):
     page = run("docs/devices.md")
     text = (ROOT / "docs" / "devices.md").read_text(encoding="utf-8")
@@ -252,3 +246,19 @@ def test_silent_error_is_what_the_readme_says():
     assert normalized["precision"] == pytest.approx(float(1 / (x**2).mean()), rel=1e-2)
     assert unnormalized["precision"] < 0.01
     assert lower_loss < loss - 0.5
+
+
+def test_save_and_resume_page_runs(tmp_path, monkeypatch):
+    # Catches a run that begins anew beside its checkpoints: the longer one ends at the same numbers as one without an end.
+    monkeypatch.chdir(tmp_path)
+    page = run("docs/save_and_resume.md")
+    assert int(page["second"].state.num_steps) == 400
+    whole = page["engine"].run(jax.random.key(1), 600, page["y"], progress_bar=False)
+    for resumed in (
+        page["longer"].losses[:400],
+        page["result"].losses,
+        jnp.concatenate([page["first"].losses, page["second"].losses]),
+    ):
+        assert bool((resumed == whole.losses[:400]).all())
+    assert bool((page["longer"].losses == whole.losses).all())
+    assert page["longer"].params["mu"] == whole.params["mu"] != page["result"].params["mu"]

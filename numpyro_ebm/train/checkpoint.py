@@ -71,7 +71,7 @@ class Checkpoints:
 
     @property
     def path(self) -> Path:
-        """The folder in full."""
+        """The folder, as an absolute path."""
         return Path(self.folder).expanduser().absolute()
 
     def open(self, fingerprint: dict[str, str]) -> "CheckpointWriter":

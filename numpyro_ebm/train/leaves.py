@@ -191,4 +191,7 @@ def _sum_of_bits(numbers: Array) -> Array:
     position = jnp.zeros(bits.shape, jnp.uint32)
     for axis, length in enumerate(bits.shape):
         position = position * length + lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    return jnp.sum(bits.astype(jnp.uint32) * (position * 2654435761 | 1), dtype=jnp.uint32)
+    # weights that are linear in the position would not see two numbers that move towards each other
+    mixed = position * np.uint32(0x9E3779B1)
+    mixed = (mixed ^ (mixed >> 15)) * np.uint32(0x85EBCA77)
+    return jnp.sum(bits.astype(jnp.uint32) * (mixed ^ (mixed >> 13) | 1), dtype=jnp.uint32)

@@ -62,7 +62,7 @@ class Store:
         arrays = {_name(i): numbers for i, (leaf, numbers) in enumerate(described) if np.prod(leaf.shape)} or NO_ARRAYS
         args = self._orbax.args
         items = args.Composite(tree=args.PyTreeSave(arrays), meta=args.JsonSave({"text": text, "crc32": _crc(text)}))
-        self._manager.save(step, args=items)
+        self._manager.save(step, args=items, force=True)  # else orbax may think that it is not due, and say nothing
 
     def is_writing(self) -> bool:
         return bool(self._manager.is_saving_in_progress())
