@@ -251,7 +251,7 @@ class _Source:
         self.stack: Stack | None = None
         self.at, self.done = 0, 0  # the next step within the stack, and of all
         self._position = stacks.stream.position()
-        self._failed: NonFiniteError | None = None  # of the rows after this stack
+        self._failed: tuple[str, int] | None = None  # of rows whose particles cannot start: what to say, and the step
         self.call = self.call_of(stacks.first)
 
     def call_of(self, first: Minibatch) -> Call:
@@ -261,9 +261,8 @@ class _Source:
     # Of the loop.
 
     def next(self, state: State, num_steps: int) -> tuple[State, Call, int, int]:
-        if self.stack is None or self.at >= self.stack.num_batches:
+        while self.stack is None or self.at >= self.stack.num_batches:  # a run may go on from the end of a stack
             state = self._opened(state)
-        assert self.stack is not None
         return state, self.call, self.at, min(num_steps, self.stack.num_batches - self.at)
 
     def made(self, num_steps: int) -> None:
@@ -278,13 +277,14 @@ class _Source:
 
     def _opened(self, state: State) -> State:
         """The state with the rows of the next stack."""
-        if self.stack is not None:
-            if self.rows is not None:
-                self.rows.put(state)
-            self.stack, self.at = None, 0
+        if self.stack is not None and self.rows is not None:
+            self.rows.put(state)
         if self._failed is not None:
-            raise self._failed
-        stack = self.stacks.next()
+            message, step = self._failed
+            raise NonFiniteError(message, state, step, {})
+        stack = self.stacks.next()  # what it raises leaves the position at the end of the stack before
+        if self.stack is not None:
+            self.at = 0
         self._position, batch = stack.position, stack.batch
         if self.rows is not None:
             assert stack.rows is not None
@@ -311,9 +311,9 @@ class _Source:
                     made = self.data.learner.init(key, one, init_params=state.params)
                 except ValueError as error:
                     step = self.done - self.at + i + 1
-                    self._failed = NonFiniteError(f"step {step}: {error}", state, step, {})
+                    self._failed = f"step {step}: {error}", step
                     if i == 0:
-                        raise self._failed from error
+                        raise NonFiniteError(self._failed[0], state, step, {}) from error
                     return i
                 self.rows.begin(stack.rows[i], made)
         return stack.num_batches
