@@ -95,7 +95,9 @@ def step_timer(make, num_steps, clock):
 def show_overhead(images, args):
     for name, learner in learners().items():
         for title, clock in (("wall", time.perf_counter), ("CPU", time.process_time)):
-            by_fit = step_timer(lambda n, learner=learner: fitted(learner, Batches(images, batch_size=BATCH_SIZE), n), args.num_steps, clock)
+            by_fit = step_timer(
+                lambda n, learner=learner: fitted(learner, Batches(images, batch_size=BATCH_SIZE), n), args.num_steps, clock
+            )
             by_run = step_timer(lambda n, learner=learner: ran(learner, jnp.asarray(images), n), args.num_steps, clock)
             show_ratio(f"fit over run, {name}, {title} seconds", in_turn(by_fit, by_run, repeats=args.repeats))
 
@@ -195,7 +197,9 @@ def show_scaling(args):
     for title, sizes, seconds in curves:
         for size, each in zip(sizes, seconds, strict=True):
             print(f"scaling, {title}: {size:>8} {1 / each:10.0f} steps per second")
-        print(f"scaling, {title}: slope of log seconds {slope(sizes, seconds):.2f}, of the last two {slope(sizes[-2:], seconds[-2:]):.2f}")
+        print(
+            f"scaling, {title}: slope of log seconds {slope(sizes, seconds):.2f}, of the last two {slope(sizes[-2:], seconds[-2:]):.2f}"
+        )
     if args.figure is not None:
         draw(curves, args.figure)
 
