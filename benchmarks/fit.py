@@ -3,13 +3,13 @@
 
 """What minibatches from outside and checkpoints cost: ``fit`` over ``run``, and steps per second against rows and particles.
 
-* ``fit over run``: seconds of a step of ``fit`` on minibatches of arrays, over one of ``run`` on the same arrays in memory, of which
-  the model takes a minibatch itself. Both make the same number of steps with the same programs at work. CPU seconds are of the whole
-  process: those of the thread that reads are hidden by a second core, and count here.
+* ``fit over run``: seconds of a step of ``fit`` on minibatches of arrays, over one of ``run`` on the same arrays in memory, where
+  the model itself takes a minibatch. CPU seconds are of the whole process: a second core hides those of the thread that reads, and
+  here they count.
 * ``checkpoint``: seconds that saving a state costs the fit, and what that is of a minute.
 * ``prefetch``: a source that takes 5 ms for a minibatch, over the same source that takes none, where a step takes longer.
-* ``scaling`` (``--scaling``): steps per second of ``ParticleMMLE`` against the rows of a file, of which every step reads 100, with the
-  particles in files too; and against the particles of 10 rows in memory. With the slopes of the log seconds, and a figure.
+* ``scaling`` (``--scaling``): steps per second of ``ParticleMMLE`` against the rows of a file, of which every step reads 100, with
+  the particles in files too; and against the particles of 10 rows in memory. With the slopes of the log seconds, and a figure.
 
 What is compared is timed in turn, A B A B, so that the ratio holds when the machine's speed drifts. Run ``make bench``, or
 ``python benchmarks/fit.py --help``.
@@ -18,6 +18,7 @@ What is compared is timed in turn, A B A B, so that the ratio holds when the mac
 import argparse
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import equinox as eqx
@@ -74,10 +75,10 @@ def fitted(learner, batches, num_steps, **settings):
     return fit(learner, KEY, batches, num_steps=num_steps, progress_bar=False, report=False, **settings)
 
 
-def ran(learner, images, num_steps):
+def ran(learner, images, num_steps, **settings):
     if isinstance(learner, SVI):
         return jax.block_until_ready(learner.run(KEY, num_steps, images, progress_bar=False))
-    return learner.run(KEY, num_steps, images, progress_bar=False, report=False)
+    return learner.run(KEY, num_steps, images, progress_bar=False, report=False, **settings)
 
 
 def step_timer(make, num_steps, clock):
@@ -94,36 +95,28 @@ def step_timer(make, num_steps, clock):
 
 def show_overhead(images, args):
     for name, learner in learners().items():
+        batches, here = Batches(images, batch_size=BATCH_SIZE), jnp.asarray(images)
         for title, clock in (("wall", time.perf_counter), ("CPU", time.process_time)):
-            by_fit = step_timer(
-                lambda n, learner=learner: fitted(learner, Batches(images, batch_size=BATCH_SIZE), n), args.num_steps, clock
-            )
-            by_run = step_timer(lambda n, learner=learner: ran(learner, jnp.asarray(images), n), args.num_steps, clock)
-            show_ratio(f"fit over run, {name}, {title} seconds", in_turn(by_fit, by_run, repeats=args.repeats))
+            timers = [
+                step_timer(partial(make, learner, data), args.num_steps, clock) for make, data in ((fitted, batches), (ran, here))
+            ]
+            show_ratio(f"fit over run, {name}, {title} seconds", in_turn(*timers, repeats=args.repeats))
 
 
 def show_checkpoint(images, args):
     """Saving after every step, less not saving: what the fit waits for, and what the disk does meanwhile."""
-    n = 10
+    num_saves, batches = 10, Batches(images, batch_size=BATCH_SIZE)
     for name, learner in learners().items():
 
-        def save(_, learner=learner, n=n):
+        def seconds(*, saves, learner=learner):
             with tempfile.TemporaryDirectory() as folder:
-                fitted(learner, Batches(images, batch_size=BATCH_SIZE), n, checkpoint=Checkpoints(folder, every_steps=1))
-
-        def none(_, learner=learner, n=n):
-            fitted(learner, Batches(images, batch_size=BATCH_SIZE), n)
-
-        save(0), none(0)
-        times = []
-        for _ in range(args.repeats):
-            pair = []
-            for make in (save, none):
                 start = time.perf_counter()
-                make(0)
-                pair.append(time.perf_counter() - start)
-            times.append((pair[0] - pair[1]) / n)
-        print(f"checkpoint, {name}: {np.median(times) * 1e3:.0f} ms each, {np.median(times) / 60:.3%} of a minute")
+                fitted(learner, batches, num_saves, checkpoint=Checkpoints(folder, every_steps=1) if saves else None)
+                return (time.perf_counter() - start) / num_saves
+
+        times = in_turn(partial(seconds, saves=True), partial(seconds, saves=False), repeats=args.repeats + 1)[1:]
+        each = np.median(times[:, 0] - times[:, 1])
+        print(f"checkpoint, {name}: {each * 1e3:.0f} ms each, {each / 60:.3%} of a minute")
 
 
 class Slow:
@@ -165,23 +158,31 @@ def engine_for(num_rows, num_particles, batch_size=None):
     return ParticleMMLE(latent_model(num_rows, batch_size), optax.adam(1e-3), num_particles, 0.1)
 
 
+def between_callbacks(make, num_steps):
+    """The seconds of a step, from the first call back to the second."""
+
+    def seconds():
+        stamps = []
+        make(2 * num_steps, callbacks=[lambda *_: stamps.append(time.perf_counter())], chunk_size=num_steps)
+        return (stamps[1] - stamps[0]) / num_steps
+
+    return seconds
+
+
 def rows_timer(num_rows, num_steps, folder):
     """A step on 100 rows of a file, whose 10 particles each are in files."""
     folder = folder / str(num_rows)
     folder.mkdir()
     np.save(folder / "y.npy", np.random.default_rng(0).standard_normal(num_rows, np.float32))
     y, engine = np.load(folder / "y.npy", mmap_mode="r"), engine_for(num_rows, 10, 100)
-
-    def make(n):
-        fitted(engine, Batches(y, batch_size=100), n, row_folder=folder / "particles")
-
-    return step_timer(make, num_steps, time.perf_counter)
+    batches = Batches(y, batch_size=100)
+    return between_callbacks(partial(fitted, engine, batches, row_folder=folder / "particles"), num_steps)
 
 
 def particles_timer(num_particles, num_steps):
     """A step of that many particles for each of 10 rows, in memory."""
     engine, y = engine_for(10, num_particles), jnp.arange(10.0)
-    return step_timer(lambda n: ran(engine, y, n), num_steps, time.perf_counter)
+    return between_callbacks(partial(ran, engine, y), num_steps)
 
 
 def slope(sizes, seconds):
@@ -197,9 +198,8 @@ def show_scaling(args):
     for title, sizes, seconds in curves:
         for size, each in zip(sizes, seconds, strict=True):
             print(f"scaling, {title}: {size:>8} {1 / each:10.0f} steps per second")
-        print(
-            f"scaling, {title}: slope of log seconds {slope(sizes, seconds):.2f}, of the last two {slope(sizes[-2:], seconds[-2:]):.2f}"
-        )
+        last = slope(sizes[-2:], seconds[-2:])
+        print(f"scaling, {title}: slope of log seconds {slope(sizes, seconds):.2f}, of the last two {last:.2f}")
     if args.figure is not None:
         draw(curves, args.figure)
 
