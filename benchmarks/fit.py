@@ -30,8 +30,6 @@ import numpyro.distributions as dist
 import optax
 from _timing import in_turn, show_ratio
 from numpyro.contrib.module import eqx_module
-from numpyro.infer import SVI, Trace_ELBO
-from numpyro.infer.autoguide import AutoDelta
 
 from numpyro_ebm import Batches, Checkpoints, DenoisingScoreMatching, EnergyDistribution, ParticleMMLE, ScoreMatching, fit
 
@@ -54,20 +52,11 @@ def decoder_model(images):
         numpyro.sample("v", dist.Normal(jax.vmap(decoder)(z), 1).to_event(1), obs=images)
 
 
-def regression(images):
-    weights = numpyro.param("weights", jnp.zeros((PIXELS, 100)))
-    out = numpyro.sample("out", dist.Normal(0, 1).expand([100]).to_event(1))
-    with numpyro.plate("data", ROWS, subsample_size=BATCH_SIZE):
-        images = numpyro.subsample(images, event_dim=1)
-        numpyro.sample("y", dist.Normal(jnp.tanh(images @ weights) @ out, 1), obs=images.mean(-1))
-
-
 def learners():
     """By name, something that learns."""
     return {
         "score matching": ScoreMatching(energy_model, optax.adam(1e-3), DenoisingScoreMatching(0.3)),
         "particles": ParticleMMLE(decoder_model, optax.adam(1e-3), 2, 1e-3),
-        "SVI": SVI(regression, AutoDelta(regression), optax.adam(1e-3), Trace_ELBO()),
     }
 
 
@@ -76,8 +65,6 @@ def fitted(learner, batches, num_steps, **settings):
 
 
 def ran(learner, images, num_steps, **settings):
-    if isinstance(learner, SVI):
-        return jax.block_until_ready(learner.run(KEY, num_steps, images, progress_bar=False))
     return learner.run(KEY, num_steps, images, progress_bar=False, report=False, **settings)
 
 
