@@ -81,6 +81,9 @@ bench: $(VENV)/.installed-examples
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/report_table.py
 	$(BIN)/python benchmarks/import_time.py
+	$(BIN)/python benchmarks/fit.py
+	$(BIN)/python benchmarks/fit.py --scaling --figure docs/_static/scaling.png
+	$(BIN)/python benchmarks/faults.py
 
 clean:
 	rm -rf $(VENV) .venv-lowest .venv-newest docs/_build

@@ -1,0 +1,234 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What minibatches from outside and checkpoints cost: ``fit`` over ``run``, and steps per second against rows and particles.
+
+* ``fit over run``: seconds of a step of ``fit`` on minibatches of arrays, over one of ``run`` on the same arrays in memory, where
+  the model itself takes a minibatch. CPU seconds are of the whole process: a second core hides those of the thread that reads, and
+  here they count.
+* ``checkpoint``: seconds that saving a state costs the fit, and what that is of a minute.
+* ``prefetch``: a source that takes 5 ms for a minibatch, over the same source that takes none, where a step takes longer.
+* ``scaling`` (``--scaling``): steps per second of ``ParticleMMLE`` against the rows of a file, of which every step reads 100, with
+  the particles in files too; and against the particles of 10 rows in memory. With the slopes of the log seconds, and a figure.
+
+What is compared is timed in turn, A B A B, so that the ratio holds when the machine's speed drifts. Run ``make bench``, or
+``python benchmarks/fit.py --help``.
+"""
+
+import argparse
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+from _timing import in_turn, show_ratio
+from numpyro.contrib.module import eqx_module
+
+from numpyro_ebm import Batches, Checkpoints, DenoisingScoreMatching, EnergyDistribution, ParticleMMLE, ScoreMatching, fit
+
+ROWS, BATCH_SIZE, PIXELS = 5000, 500, 784
+KEY = jax.random.key(1)
+
+
+def energy_model(images):
+    energy = eqx_module("energy", eqx.nn.MLP(PIXELS, "scalar", 64, 2, jax.nn.silu, key=jax.random.key(0)))
+    with numpyro.plate("data", ROWS, subsample_size=BATCH_SIZE):
+        images = numpyro.subsample(images, event_dim=1)
+        numpyro.sample("v", EnergyDistribution(energy, (PIXELS,)), obs=images)
+
+
+def decoder_model(images):
+    decoder = eqx_module("decoder", eqx.nn.MLP(10, PIXELS, 64, 1, jax.nn.silu, key=jax.random.key(0)))
+    with numpyro.plate("data", ROWS, subsample_size=BATCH_SIZE):
+        images = numpyro.subsample(images, event_dim=1)
+        z = numpyro.sample("z", dist.Normal(0, 1).expand([10]).to_event(1))
+        numpyro.sample("v", dist.Normal(jax.vmap(decoder)(z), 1).to_event(1), obs=images)
+
+
+def learners():
+    """By name, something that learns."""
+    return {
+        "score matching": ScoreMatching(energy_model, optax.adam(1e-3), DenoisingScoreMatching(0.3)),
+        "particles": ParticleMMLE(decoder_model, optax.adam(1e-3), 2, 1e-3),
+    }
+
+
+def fitted(learner, batches, num_steps, **settings):
+    return fit(learner, KEY, batches, num_steps=num_steps, progress_bar=False, report=False, **settings)
+
+
+def ran(learner, images, num_steps, **settings):
+    return learner.run(KEY, num_steps, images, progress_bar=False, report=False, **settings)
+
+
+def step_timer(make, num_steps, clock):
+    """The seconds of a step, without what happens once: those of a long run less those of a short one."""
+
+    def seconds(n):
+        start = clock()
+        make(n)
+        return clock() - start
+
+    make(2)
+    return lambda: (seconds(num_steps + 2) - seconds(2)) / num_steps
+
+
+def show_overhead(images, args):
+    for name, learner in learners().items():
+        batches, here = Batches(images, batch_size=BATCH_SIZE), jnp.asarray(images)
+        for title, clock in (("wall", time.perf_counter), ("CPU", time.process_time)):
+            timers = [
+                step_timer(partial(make, learner, data), args.num_steps, clock) for make, data in ((fitted, batches), (ran, here))
+            ]
+            show_ratio(f"fit over run, {name}, {title} seconds", in_turn(*timers, repeats=args.repeats))
+
+
+def show_checkpoint(images, args):
+    """Saving after every step, less not saving: what the fit waits for, and what the disk does meanwhile."""
+    num_saves, batches = 10, Batches(images, batch_size=BATCH_SIZE)
+    for name, learner in learners().items():
+
+        def seconds(*, saves, learner=learner):
+            with tempfile.TemporaryDirectory() as folder:
+                start = time.perf_counter()
+                fitted(learner, batches, num_saves, checkpoint=Checkpoints(folder, every_steps=1) if saves else None)
+                return (time.perf_counter() - start) / num_saves
+
+        times = in_turn(partial(seconds, saves=True), partial(seconds, saves=False), repeats=args.repeats + 1)[1:]
+        each = np.median(times[:, 0] - times[:, 1])
+        print(f"checkpoint, {name}: {each * 1e3:.0f} ms each, {each / 60:.3%} of a minute")
+
+
+class Slow:
+    """Minibatches, each of which takes its time."""
+
+    def __init__(self, batches, seconds):
+        self.batches, self.seconds = batches, seconds
+
+    def __iter__(self):
+        for batch in self.batches:
+            time.sleep(self.seconds)
+            yield batch
+
+
+def show_prefetch(images, args):
+    learner, batches = ParticleMMLE(decoder_model, optax.adam(1e-3), 16, 1e-3), Batches(images, batch_size=BATCH_SIZE)
+    timers = [
+        step_timer(lambda n, seconds=seconds: fitted(learner, Slow(batches, seconds), n), args.num_steps, time.perf_counter)
+        for seconds in (args.sleep, 0.0)
+    ]
+    show_ratio(f"prefetch: minibatches of {args.sleep * 1e3:.0f} ms over 0 ms", in_turn(*timers, repeats=args.repeats))
+
+
+# Scaling.
+
+
+def latent_model(num_rows, batch_size):
+    def model(y):
+        loc = numpyro.param("loc", 0.0)
+        with numpyro.plate("data", num_rows, subsample_size=batch_size):
+            y = numpyro.subsample(y, event_dim=0)
+            x = numpyro.sample("x", dist.Normal(loc, 1))
+            numpyro.sample("y", dist.Normal(x, 1), obs=y)
+
+    return model
+
+
+def engine_for(num_rows, num_particles, batch_size=None):
+    return ParticleMMLE(latent_model(num_rows, batch_size), optax.adam(1e-3), num_particles, 0.1)
+
+
+def between_callbacks(make, num_steps):
+    """The seconds of a step, from the first call back to the second."""
+
+    def seconds():
+        stamps = []
+        make(2 * num_steps, callbacks=[lambda *_: stamps.append(time.perf_counter())], chunk_size=num_steps)
+        return (stamps[1] - stamps[0]) / num_steps
+
+    return seconds
+
+
+def rows_timer(num_rows, num_steps, folder):
+    """A step on 100 rows of a file, whose 10 particles each are in files."""
+    folder = folder / str(num_rows)
+    folder.mkdir()
+    np.save(folder / "y.npy", np.random.default_rng(0).standard_normal(num_rows, np.float32))
+    y, engine = np.load(folder / "y.npy", mmap_mode="r"), engine_for(num_rows, 10, 100)
+    batches = Batches(y, batch_size=100)
+    return between_callbacks(partial(fitted, engine, batches, row_folder=folder / "particles"), num_steps)
+
+
+def particles_timer(num_particles, num_steps):
+    """A step of that many particles for each of 10 rows, in memory."""
+    engine, y = engine_for(10, num_particles), jnp.arange(10.0)
+    return between_callbacks(partial(ran, engine, y), num_steps)
+
+
+def slope(sizes, seconds):
+    return np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
+
+
+def show_scaling(args):
+    with tempfile.TemporaryDirectory() as folder:
+        timers = [rows_timer(n, args.scaling_steps, Path(folder)) for n in args.rows]
+        by_rows = np.median(in_turn(*timers, repeats=args.repeats), 0)
+    by_particles = np.median(in_turn(*(particles_timer(n, args.scaling_steps) for n in args.particles), repeats=args.repeats), 0)
+    curves = [("rows of a file", args.rows, by_rows), ("particles of each of 10 rows", args.particles, by_particles)]
+    for title, sizes, seconds in curves:
+        for size, each in zip(sizes, seconds, strict=True):
+            print(f"scaling, {title}: {size:>8} {1 / each:10.0f} steps per second")
+        last = slope(sizes[-2:], seconds[-2:])
+        print(f"scaling, {title}: slope of log seconds {slope(sizes, seconds):.2f}, of the last two {last:.2f}")
+    if args.figure is not None:
+        draw(curves, args.figure)
+
+
+def draw(curves, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for (title, sizes, seconds), marker in zip(curves, "os", strict=True):
+        axes.loglog(sizes, 1 / seconds, marker + "-", label=f"{title}: slope {-slope(sizes[-2:], seconds[-2:]):.2f} at the end")
+    axes.set_xlabel("rows, or particles")
+    axes.set_ylabel("steps per second")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main(args):
+    print(f"device {jax.devices()[0].device_kind}; medians of {args.repeats} rounds of {args.num_steps} steps")
+    if args.scaling:
+        show_scaling(args)
+        return
+    images = np.random.default_rng(0).standard_normal((ROWS, PIXELS), np.float32)
+    show_overhead(images, args)
+    show_checkpoint(images, args)
+    show_prefetch(images, args)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--num-steps", type=int, default=100, help="steps in one timed run")
+    parser.add_argument("--repeats", type=int, default=11, help="rounds of timed runs")
+    parser.add_argument("--sleep", type=float, default=0.005, help="seconds that a minibatch takes")
+    parser.add_argument("--scaling", action="store_true", help="steps per second against rows and particles, instead")
+    parser.add_argument("--figure", type=Path, help="where to draw them")
+    parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
+    args = parser.parse_args()
+    args.scaling_steps, args.rows, args.particles = 1024, (10**3, 10**4, 10**5, 10**6), (10**2, 10**3, 10**4, 10**5)
+    if args.smoke:
+        args.num_steps, args.repeats, args.scaling_steps, args.rows, args.particles = 3, 1, 8, (10**3, 10**4), (10**2, 10**3)
+        show_scaling(args)
+    main(args)
