@@ -63,13 +63,14 @@ def by_matmul(x: Array, weight: Array) -> Array:
 
 def _interleaved(parts: Array, axis: int, tap: int) -> Array:
     """The sum of overlapping parts, from an axis of pixels and one of the four that each adds to."""
-    before, even, odd, after = jnp.moveaxis(parts, tap, 0)
-    size = even.shape[axis]
-    zero = jnp.zeros_like(lax.slice_in_dim(even, 0, 1, axis=axis))
-    even = even + jnp.concatenate([zero, lax.slice_in_dim(after, 0, size - 1, axis=axis)], axis)
-    odd = odd + jnp.concatenate([lax.slice_in_dim(before, 1, size, axis=axis), zero], axis)
-    both = jnp.stack([even, odd], axis + 1)
-    return both.reshape(*even.shape[:axis], 2 * size, *even.shape[axis + 1 :])
+    before, even, odd, after = (lax.index_in_dim(parts, i, tap, keepdims=False) for i in range(4))
+    both = jnp.stack([even + _moved(after, axis, 1), odd + _moved(before, axis, -1)], axis + 1)
+    return both.reshape(*even.shape[:axis], -1, *even.shape[axis + 1 :])
+
+
+def _moved(x: Array, axis: int, by: int) -> Array:
+    """An array moved by a pixel, with 0 where it came from."""
+    return lax.pad(x, jnp.zeros((), x.dtype), [(by, -by, 0) if i == axis else (0, 0, 0) for i in range(x.ndim)])
 
 
 class Generator(eqx.Module):
