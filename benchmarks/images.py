@@ -249,7 +249,8 @@ def decoding(form, args, dtype):
 
 def compare_steps(args, clock):
     images = jax.random.randint(jax.random.key(3), (args.num_images, 32, 32, 3), 0, 256).astype(jnp.uint8)
-    for name, (precision, dtype) in PRECISIONS.items():
+    for name in args.precisions:
+        precision, dtype = PRECISIONS[name]
         with jax.default_matmul_precision(precision):
             nets = networks(args, dtype)
             problems = [make(images, nets, args) for make in (by_engine, by_hand)]
@@ -268,7 +269,7 @@ def compare_steps(args, clock):
 
 
 def compare_decoders(args, clock):
-    for dtype in (jnp.float32, jnp.bfloat16):
+    for dtype in (jnp.float32,) if args.smoke else (jnp.float32, jnp.bfloat16):
         timers = [timed(*decoding(form, args, dtype), args.num_decoder_steps, clock) for form in FORMS.values()]
         times = np.median(in_turn(*timers, repeats=args.repeats), 0) * 1e3
         for name, time_of_one in zip(FORMS, times, strict=True):
@@ -297,9 +298,9 @@ if __name__ == "__main__":
     args = parser.parse_args()
     small = {"width": 16, "batch_size": 64, "num_particles": 4, "num_prior_steps": 60, "num_images": 4000, "num_decoded": 64}
     full = {"width": 64, "batch_size": 128, "num_particles": 10, "num_prior_steps": 60, "num_images": 50_000, "num_decoded": 1280}
-    args.num_decoder_steps = args.num_steps
+    args.num_decoder_steps, args.precisions = args.num_steps, list(PRECISIONS)
     vars(args).update(full if args.full or (jax.default_backend() != "cpu" and not args.smoke) else small)
     if args.smoke:
         vars(args).update(width=1, batch_size=4, num_particles=2, num_prior_steps=2, num_images=40, num_decoded=2)
-        args.num_steps, args.num_decoder_steps, args.repeats = 1, 1, 1
+        args.num_steps, args.num_decoder_steps, args.repeats, args.precisions = 1, 1, 1, ["bfloat16 networks"]
     main(args)
