@@ -164,7 +164,10 @@ def torn(folder, random):
 
 
 def full(folder, random):
-    begin, end = EVERY * np.sort(random.choice(np.arange(1, NUM_STEPS // EVERY - 1), 2, replace=False))
+    begin = EVERY * random.integers(
+        1, NUM_STEPS // EVERY - 4
+    )  # at least two checkpoints: one alone may be written when there is room
+    end = begin + EVERY * random.integers(2, NUM_STEPS // EVERY - 1 - begin // EVERY)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def disk(step, *_):

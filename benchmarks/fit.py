@@ -227,7 +227,7 @@ if __name__ == "__main__":
     parser.add_argument("--figure", type=Path, help="where to draw them")
     parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
     args = parser.parse_args()
-    args.scaling_steps, args.rows, args.particles = 1024, (10**3, 10**4, 10**5, 10**6), (10**2, 10**3, 10**4, 10**5)
+    args.scaling_steps, args.rows, args.particles = 256, (10**3, 10**4, 10**5, 10**6), (10**2, 10**3, 10**4, 10**5)
     if args.smoke:
         args.num_steps, args.repeats, args.scaling_steps, args.rows, args.particles = 3, 1, 8, (10**3, 10**4), (10**2, 10**3)
         show_scaling(args)
