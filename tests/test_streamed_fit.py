@@ -285,6 +285,8 @@ def test_nan_in_the_data_is_told_with_its_step(make, tmp_path):
         quietly(make(), Batches(y, batch_size=B, shuffle=False), num_steps=9, checkpoint=tmp_path)
     assert error.value.step == 4
     assert error.value.state.num_steps == 3
+    if make is particles:
+        assert error.value.state.particles["x"].shape == (3, N)
     y[order.at(3).index[2]] = 0.0  # the row is put right, in place
     again = quietly(make(), Batches(y, batch_size=B, shuffle=False), num_steps=9, checkpoint=tmp_path)
     whole = quietly(make(), Batches(y, batch_size=B, shuffle=False), num_steps=9)

@@ -84,7 +84,7 @@ def fit(
     is saved, and what there is is returned.
 
     :class:`~numpyro_ebm.ParticleMMLE` keeps the particles of all rows on the host, or in ``row_folder``; the device holds those of
-    the rows at work. A row gets its particles when it is first seen.
+    the rows at work. A row gets its particles when it is first seen, at the parameters to start from.
 
     :param engine: an engine, or :class:`numpyro.infer.SVI`.
     :param rng_key: a key of :func:`jax.random.key`; not used with ``init_state``.
@@ -156,7 +156,7 @@ def fit(
     state, rows = _started(engine, learner, rng_key, data.of(first), stream.num_rows, init_state, init_params, row_folder)
     if sharding is not None:
         state = sharding.place_state(state, None if rows is None else len(first.index))
-    source = _Source(data, Stacks(stream, data.place, first), np.bool_(stable_update), rows, rng_key)
+    source = _Source(data, Stacks(stream, data.place, first), np.bool_(stable_update), rows, rng_key, state)
     judge = _Judge(learner, validation, patience, data, has_rows=rows is not None)
 
     def describe(state: State) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -175,7 +175,7 @@ def fit(
         every = chunk_size or (_every(batches, num_steps) if callbacks or validation is not None else None)
         looks = [calling(callbacks, run.log, judge.metrics)] if callbacks else []
         looks = [lambda state: judge.look(run.log.done, state), *looks] if validation is not None else looks
-        with source.stacks, _signals() as asked:
+        with source.with_all_rows(), source.stacks, _signals() as asked:
             between = [at_multiples(look, run.log, every, num_steps) for look in looks]
             state, ended = drive(
                 learner,
@@ -246,8 +246,9 @@ class _Data:
 class _Source:
     """The minibatches of a fit, and what is kept of their rows: where the steps of the loop come from."""
 
-    def __init__(self, data: _Data, stacks: Stacks, stable: np.bool_, rows: RowStore | None, rng_key: Array) -> None:
+    def __init__(self, data: _Data, stacks: Stacks, stable: np.bool_, rows: RowStore | None, rng_key: Array, start: State) -> None:
         self.data, self.stacks, self.stable, self.rows, self.rng_key = data, stacks, stable, rows, rng_key
+        self.start = None if rows is None else start.params  # at which rows get their particles, as in a run in memory
         self.stack: Stack | None = None
         self.at, self.done = 0, 0  # the next step within the stack, and of all
         self._position = stacks.stream.position()
@@ -308,7 +309,7 @@ class _Source:
                 one = self.data.of(_own_places(Minibatch(jnp.asarray(stack.rows[i]), args, kwargs)))
                 key = jax.random.fold_in(self.rng_key, self.done - self.at + i)
                 try:
-                    made = self.data.learner.init(key, one, init_params=state.params)
+                    made = self.data.learner.init(key, one, init_params=self.start)
                 except ValueError as error:
                     step = self.done - self.at + i + 1
                     self._failed = f"step {step}: {error}", step
@@ -344,6 +345,19 @@ class _Source:
             return tree["state"]
         self.rows.load(tree["state"], tree["rows"])
         return _with_parts(state, _parts(tree["state"], self.rows))
+
+    @contextmanager
+    def with_all_rows(self) -> Iterator[None]:
+        """Gives the state of an error all rows."""
+        try:
+            yield
+        except BaseException as error:
+            if self.rows is not None and hasattr(error, "state"):
+                if self.stack is not None:
+                    self.rows.put(error.state)
+                    self.stack = None  # nothing is on the device any more
+                error.state = self.rows.over(error.state)
+            raise
 
     def whole(self, state: State) -> State:
         """The last state, with all rows."""
