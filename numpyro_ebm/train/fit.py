@@ -295,7 +295,8 @@ class _Source:
             batch = batch._replace(places=jnp.asarray(places))
             if self.data.sharding is not None:
                 state = self.data.sharding.place_state(state, self.rows.num_on_device)
-            self._noise = self.data.learner._noise_at_rest(state, self.rows.num_rows, stack.rows.shape[1])
+            noise = self.data.learner._noise_at_rest(state, self.rows.num_rows, stack.rows.shape[1])
+            self._noise = {site: float(variance) for site, variance in noise.items()}  # once, not in every step
         self.stack, self.call = stack, self.data.call(batch, self.stable, is_stack=True)
         return state
 

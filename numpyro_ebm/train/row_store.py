@@ -137,7 +137,7 @@ class RowStore:
         """Learns the variance of the noise of the rows at rest in some steps."""
         for site, variance in noise.items():
             if site in self.noise:
-                self.noise[site] += float(variance)
+                self.noise[site] += variance
 
     def whole(self, state: State, rng_key: Array) -> State:
         """The same as :meth:`over`, with the noise that rows at rest still lack."""
