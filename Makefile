@@ -62,7 +62,7 @@ metrics: $(VENV)/.installed-dev
 	$(BIN)/python .ci/metrics.py
 
 docs: $(VENV)/.installed-dev
-	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/sphinx-build -W --keep-going -q -j 2 -b html docs docs/_build/html
 	@echo "The documentation is at docs/_build/html/index.html."
 
 bench: $(VENV)/.installed-examples

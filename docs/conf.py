@@ -1,11 +1,13 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Sphinx configuration. It also fails the build when a public symbol is undocumented."""
+"""Sphinx configuration. Pages with code cells are executed; an error in one fails the build, as does an undocumented symbol."""
 
 import inspect
+import os
 import re
 import sys
+import tomllib
 from functools import reduce
 from pathlib import Path
 
@@ -14,35 +16,125 @@ from sphinx.errors import SphinxError
 import numpyro_ebm
 import numpyro_ebm.samplers
 
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "extensions"))
+import inventories  # noqa: E402
+
 project = "numpyro_ebm"
 author = "The numpyro_ebm contributors"
 project_copyright = author
 release = version = numpyro_ebm.__version__
+addresses = tomllib.loads((HERE / "addresses.toml").read_text(encoding="utf-8"))
 
-sys.path.insert(0, str(Path(__file__).parent))  # formulas.py
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.doctest",  # the directive of the docstrings' examples; pytest runs them
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "sphinx_design",
+    "sphinx_gallery.gen_gallery",
+    "sphinxcontrib.bibtex",
+    # docs/extensions
     "formulas",
+    "symbols",
+    "notebooks",
+    "llms",
 ]
-exclude_patterns = ["_build"]
-myst_enable_extensions = ["dollarmath"]
+exclude_patterns = ["_build", "gallery/scripts/*.ipynb", "gallery/scripts/*.py", "gallery/scripts/index.rst", "sg_execution_times.rst"]
+suppress_warnings = ["config.cache"]  # settings that are functions or classes are not kept between builds
+templates_path = ["_templates"]
+myst_enable_extensions = ["attrs_block", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 trim_doctest_flags = True
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
+# Code cells. Pages without one are not executed.
+nb_execution_mode = os.environ.get("DOCS_EXECUTION", "cache")  # "off": a quick look at text and layout
+nb_execution_cache_path = str(HERE / "_build" / "cells")
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_merge_streams = True
+nb_number_source_lines = False
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    MATPLOTLIBRC=str(HERE / "matplotlibrc"),  # transparent figures, in colors for light and dark pages
+    IPYTHONDIR=str(HERE / "ipython"),
+    PYTHONHASHSEED="0",
+    XLA_FLAGS=os.environ.get("XLA_FLAGS", ""),
+)
+
+# The API: a page for every symbol.
+autosummary_generate = True
+autosummary_context = {
+    "engines": ["ParticleMMLE", "ScoreMatching", "BiSM", "VaGES", "BiDVL"],
+    "without_members": ["RBFKernel", "IMQKernel"],
+}
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the docstrings say types in words
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
 add_module_names = False
 python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
+intersphinx_mapping = inventories.mapping(HERE)
+bibtex_bibfiles = ["references.bib"]
+bibtex_default_style = "unsrt"
+bibtex_reference_style = "author_year"
+
+# The gallery shows the scripts, and does not run them: each takes minutes or hours.
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "gallery/scripts",
+    "filename_pattern": r"^$",
+    "ignore_pattern": r"nets/|__init__",
+    "plot_gallery": False,
+    "download_all_examples": False,
+    "show_memory": False,
+    "min_reported_time": 1e9,
+    "write_computation_times": False,
+    "doc_module": ("numpyro_ebm",),
+    "backreferences_dir": "gallery/uses",
+    "inspect_global_variables": False,
+    "remove_config_comments": True,
+    "default_thumb_file": str(HERE / "_static" / "logo" / "thumbnail.png"),
+    "copyfile_regex": r".*\.rst",
+}
 
 html_math_renderer = "katex"
-html_theme = "furo"
+html_theme = "pydata_sphinx_theme"
 html_title = "numpyro_ebm"
 html_static_path = ["_static"]
+html_css_files = ["style.css"]
+html_favicon = "_static/logo/favicon.svg"
+html_baseurl = addresses["site"]
+html_show_sourcelink = False
+html_last_updated_fmt = None
+html_context = {"default_mode": "auto"}
+html_sidebars = {"index": []}
+html_theme_options = {
+    "logo": {
+        "text": "numpyro_ebm",
+        "image_light": "_static/logo/logo.svg",
+        "image_dark": "_static/logo/logo_dark.svg",
+    },
+    "header_links_before_dropdown": 6,
+    "navbar_align": "left",
+    "navigation_with_keys": False,
+    "show_prev_next": True,
+    "show_toc_level": 2,
+    "show_nav_level": 2,
+    "secondary_sidebar_items": {"**": ["page-toc", "notebook"], "index": []},
+    "footer_start": ["copyright"],
+    "footer_end": ["versions"],
+    "pygments_light_style": "tango",
+    "pygments_dark_style": "github-dark",
+}
+if addresses["repository"]:
+    html_theme_options["icon_links"] = [{"name": "Source", "url": addresses["repository"], "icon": "fa-brands fa-github"}]
 
 
 def _public():
@@ -70,12 +162,12 @@ def _own_methods(cls):
 
 
 def _require_documented(app):
-    listed = re.findall(r"^\.\. auto\w+:: ([\w.]+)$", (Path(app.srcdir) / "api.md").read_text(), re.MULTILINE)
-    on_page = [reduce(getattr, name.split(".")[1:], numpyro_ebm) for name in listed]
+    listed = re.findall(r"^   ([\w.]+)$", (Path(app.srcdir) / "api" / "index.md").read_text(encoding="utf-8"), re.MULTILINE)
+    on_page = [reduce(getattr, name.split("."), numpyro_ebm) for name in listed]
     problems = []
     for path, symbol in _public():
         if not any(symbol is shown for shown in on_page):
-            problems.append(f"{path} is not in docs/api.md")
+            problems.append(f"{path} is not in docs/api/index.md")
         if not _has_own_docstring(symbol):
             problems.append(f"{path} has no docstring")
         if inspect.isclass(symbol):

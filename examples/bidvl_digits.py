@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Example: Handwritten digits by five engines
-===========================================
+Handwritten digits by five engines
+==================================
 
 The 8 x 8 digits of scikit-learn by bi-level doubly variational learning (``BiDVL``) [1]: an energy of images :math:`E(v)`, an
 encoder :math:`q(h|v)` and a generator :math:`N(h; 0, I) \, N(v; g(h), \sigma^2 I)`, all learned together without a Markov chain.

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Example: An energy of images, with an encoder and a generator
-=============================================================
+An energy of images, with an encoder and a generator
+====================================================
 
 An energy :math:`E(v)` of images, learned using bi-level doubly variational learning [1] without Markov chains: a generator
 replaces samples of the energy, and an encoder :math:`q(h \mid v)` its posterior. Afterwards the generator makes new images,

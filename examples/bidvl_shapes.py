@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Example: Density, energy and generator of points in the plane
-=============================================================
+Density, energy and generator of points in the plane
+====================================================
 
 Bi-level doubly variational learning [1] of half-moons, a circle, and eight normal distributions on a ring: an energy over the plane
 

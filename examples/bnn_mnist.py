@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Example: A Bayesian neural network with learned priors
-=====================================================
+A Bayesian neural network with learned priors
+=============================================
 
 Is this digit a 4 or a 9? A network of 40 hidden units without biases, whose two layers have weights from priors of unknown
 scale, as in Section 3.2 of [1]:

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Example: A learned energy for a Swiss roll, half-moons and a circle
-==================================================================
+A learned energy for a Swiss roll, half-moons and a circle
+==========================================================
 
 The synthetic experiments of EBIPLA [1]: 10 000 points in the plane, rotated and stretched, by a linear decoder and an energy
 over a latent plane,

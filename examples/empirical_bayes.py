@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Example: Empirical Bayes for batters and for schools
-====================================================
+Empirical Bayes for batters and for schools
+===========================================
 
 Many similar units with one noisy measurement each, and a population they are drawn from that is unknown:
 

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Example: A learned energy prior for handwritten digits
-=====================================================
+A learned energy prior for handwritten digits
+=============================================
 
 A variational autoencoder draws its latents from :math:`N(0, I)`, but its encoder does not fill that ball evenly: digits
 decoded from the holes are not digits. Here the prior is learned with the rest [1], the normal tilted by a network :math:`E`,

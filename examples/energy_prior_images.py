@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Example: A learned energy prior for color images
-================================================
+A learned energy prior for color images
+=======================================
 
 The model of ``energy_prior_digits.py`` on photographs of 32 x 32 pixels, with the networks of Pang et al. [1], learned by EBIPLA
 [2]: a run of hours on a GPU, which is saved as it goes and goes on where it was ended.

@@ -2,14 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Example: The Fisher divergence of Gaussian restricted Boltzmann machines
-========================================================================
+The Fisher divergence of Gaussian restricted Boltzmann machines
+===============================================================
 
 The toy of [1]. Data are samples of N(0, I) in 200 dimensions. A Gaussian-Bernoulli restricted Boltzmann machine with unit
 variances and all parameters 0 is exactly that distribution; then rho times standard normal noise is added to its weights and
 biases. Its Fisher divergence from the data is known up to a mean over N(0, I):
 
-    F = 1/2 E |c*(v)|^2,   c*(v) = score(v) + v = b + W sigmoid(c + W^T v).
+.. math::
+
+    F = \frac{1}{2} E \|c^*(v)\|^2, \qquad c^*(v) = \nabla_v \log p(v) + v = b + W \, \sigma(c + W^T v).
 
 A critic estimates it without using the density of the data, from 16 000 rows to learn on, 2000 to choose the best step by
 and 2000 for the estimate. Two scores are given to it: the exact one, and VaES with one sample of a guide, which is fitted
@@ -19,7 +21,7 @@ before. Two critics are compared:
 * the model's own score at the guide's mean bits, plus a linear map that is learned: what it has to learn is the score of the
   data alone, which is linear here.
 
-Since c* is known, what every bound loses is known too: 1/2 E |c - c*|^2.
+Since c* is known, what every bound loses is known too: :math:`\frac{1}{2} E \|c - c^*\|^2`.
 
 The script writes ``divergence.png`` to ``--output``: the bounds as fractions of the truth, and what each loses, against rho.
 
@@ -66,7 +68,7 @@ class Bound(NamedTuple):
     truth_error: float  # its standard error
     estimate: float
     standard_error: float
-    lost: float  # 1/2 E |c - c*|^2 on the test rows
+    lost: float  # :math:`\frac{1}{2} E \|c - c^*\|^2` on the test rows
     best_step: int
     seconds: float  # of the processor
 

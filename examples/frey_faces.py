@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Example: A Gaussian restricted Boltzmann machine learns faces
-=============================================================
+A Gaussian restricted Boltzmann machine learns faces
+====================================================
 
 A Gaussian-Bernoulli restricted Boltzmann machine with 560 visible and 400 hidden units is learned from the Frey faces, 1965
 frames of 28 x 20 pixels, divided by 255 and shuffled with a fixed seed: 1400 to learn from, 300 for validation (not used),

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Example: Bayesian logistic regression with a learned prior
-=========================================================
+Bayesian logistic regression with a learned prior
+=================================================
 
 Is a tumor malignant? Nine scores of a biopsy, 683 patients of Wisconsin, and a logistic regression whose weights share a
 prior mean that is learned by maximum marginal likelihood, as in Section 3.1 of [1]:

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Example: A deep energy-based latent variable model of MNIST
-===========================================================
+A deep energy-based latent variable model of MNIST
+==================================================
 
 Handwritten digits as an energy of an image and fifty latents, learned by bi-level score matching [1],
 

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Example: A fit by several hosts
-===============================
+A fit by several hosts
+======================
 
 One program, started once on every host, that fits one model to the data of all of them. Every host holds rows of its own, and the
 particles that belong to them; the parameters are everywhere the same. The model is

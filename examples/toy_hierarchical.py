@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Example: Particle algorithms on a model that can be solved by hand
-==================================================================
+Particle algorithms on a model that can be solved by hand
+=========================================================
 
 The toy hierarchical model of [1]: one parameter and D = 100 latents,
 

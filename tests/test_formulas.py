@@ -18,7 +18,7 @@ SOURCES = [str(p.relative_to(ROOT)) for folder in ("numpyro_ebm", "examples") fo
 
 @pytest.fixture(scope="module")
 def render():
-    return runpy.run_path(str(ROOT / "docs" / "formulas.py"))["render"]
+    return runpy.run_path(str(ROOT / "docs" / "extensions" / "formulas.py"))["render"]
 
 
 def page_formulas(text):

@@ -146,7 +146,7 @@ def test_other_distributions_are_refused():
 
 
 def test_rbm_page_runs_and_learns_the_machine_that_made_the_data(capsys):
-    page = run("docs/rbm.md")
+    page = run("docs/guide/rbm.md")
     of_truth = (page["true"].log_prob(page["v"]) - page["exact"].log_normalizer).mean()
     # the maximum exceeds the truth by about parameters / 2 / data = 10 / 4000; 1000 chains and the last steps lose as much
     assert -0.005 < page["mean_log_likelihood"] - of_truth < 0.01

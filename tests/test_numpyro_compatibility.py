@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Every construct of NumPyro with every engine: right, or refused with the reason, as docs/numpyro_compatibility.md says.
+"""Every construct of NumPyro with every engine: right, or refused with the reason, as docs/guide/numpyro_compatibility.md says.
 
 The energy prior exp(tilt z) N(z; 0, 1) is N(tilt, 1), so that each model has a twin whose prior is normalized. A cell is right if a
 step of the two gives the same parameters. The chains of the energy stand where their mean is that of the prior: no noise is left.

@@ -84,7 +84,7 @@ def test_readme_quickstart_has_at_most_25_lines():
 
 
 def test_energies_page_runs_and_its_numbers_are_the_closed_forms(capsys):
-    page = run("docs/energies_in_numpyro.md")
+    page = run("docs/guide/energies_in_numpyro.md")
     printed = capsys.readouterr().out
     # the tilt has Fisher information 1/2 per datum, and its noise from 500 chains is below 4 sqrt(1 / 500)
     assert abs(page["tilt"] - page["y"].mean()) < 4 / jnp.sqrt(500)
@@ -100,7 +100,7 @@ def test_energies_page_runs_and_its_numbers_are_the_closed_forms(capsys):
 
 
 def test_compatibility_page_runs_and_a_learned_prior_is_right_on_other_data():
-    page = run("docs/numpyro_compatibility.md")
+    page = run("docs/guide/numpyro_compatibility.md")
     # the posterior's sd is 5^-1/2 = .45, and 1000 draws of NUTS are worth 400 at least
     assert jnp.abs(page["found"] - page["exact"]).max() < 4 * 5**-0.5 / 400**0.5
     assert abs(page["params"]["tilt"] - page["y"].mean()) < 4 / jnp.sqrt(1000)
@@ -109,7 +109,7 @@ def test_compatibility_page_runs_and_a_learned_prior_is_right_on_other_data():
 
 def test_conventions_page_runs_and_short_runs_are_biased_by_the_formula(capsys):
     with pytest.warns(UserWarning, match="keep more than a tenth"):  # as the page says
-        page = run("docs/conventions.md")
+        page = run("docs/guide/conventions.md")
     # 1000 chains of variance at most 1 / (1 - h/2), amplified by 1 / (1 - 2 (1-h)^J)
     noise = page["predicted"] / page["y"].mean() / jnp.sqrt(1000 * (1 - page["h"] / 2))
     assert abs(page["learned"] - page["predicted"]) < 4 * noise
@@ -118,7 +118,7 @@ def test_conventions_page_runs_and_short_runs_are_biased_by_the_formula(capsys):
 
 
 def test_particles_page_runs_and_learns_the_closed_forms(capsys):
-    page = run("docs/particles.md")
+    page = run("docs/guide/particles.md")
     y = page["y"]
     assert page["particles"]["x"].shape == (50, 200)
     # the printed fits: standard deviations from the particles are about .02, and a step of .05 widens a posterior by 1/8
@@ -144,7 +144,7 @@ def test_particles_page_runs_and_learns_the_closed_forms(capsys):
 
 
 def test_score_matching_page_runs_and_learns_what_the_marginal_does(capsys):
-    page = run("docs/score_matching.md")
+    page = run("docs/guide/score_matching.md")
     printed = capsys.readouterr().out.splitlines()
     numbers = [[float(word) for word in re.findall(r"-?\d+\.\d+", line)] for line in printed]
     a, b, data, noisy = numbers[:4]
@@ -167,7 +167,7 @@ def test_score_matching_page_runs_and_learns_what_the_marginal_does(capsys):
 
 
 def test_vages_page_runs_and_weights_fix_a_blind_guide(capsys):
-    page = run("docs/vages.md")
+    page = run("docs/guide/vages.md")
     of = page["log_likelihoods"]
     # nats: one normal distribution has -1.55, the exact distribution -1.38, a fit by noise of .2 a little less
     assert min(of["marginal"], of["VaGES"], of["weighted"]) > -1.42
@@ -181,22 +181,22 @@ def test_vages_page_runs_and_weights_fix_a_blind_guide(capsys):
 @pytest.mark.slow
 def test_minibatches_page_runs_and_learns_from_a_file(capsys):
     """200,000 rows of a memory-mapped file, with a metric, early stopping and a checkpoint."""
-    page = run("docs/minibatches.md")
+    page = run("docs/how_to/minibatches.md")
     printed = capsys.readouterr().out.strip()
-    text = (ROOT / "docs/minibatches.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/how_to/minibatches.md").read_text(encoding="utf-8")
     assert [printed] == re.findall(r"It prints `([^`]*)`", text)
     assert page["result"].state.particles["x"].shape == (10, 200_000, 8)
 
 
 def test_devices_page_runs_and_learns(capsys):
-    page = run("docs/devices.md")
-    text = (ROOT / "docs" / "devices.md").read_text(encoding="utf-8")
+    page = run("docs/how_to/devices.md")
+    text = (ROOT / "docs" / "how_to" / "devices.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out.strip() in text
     assert page["loss"].shape == ()
 
 
 def test_precision_page_runs_and_its_energy_is_float32_outside():
-    page = run("docs/precision.md")
+    page = run("docs/how_to/precision.md")
     energy, z = page["Energy"](jax.random.key(0)), jax.random.normal(jax.random.key(1), (100,))
     assert energy(z).dtype == energy.last.weight.dtype == energy.hidden[0].weight.dtype == jnp.float32
     exact = z
@@ -207,7 +207,7 @@ def test_precision_page_runs_and_its_energy_is_float32_outside():
 
 
 def test_stein_page_runs_and_finds_what_fits_and_what_does_not(capsys):
-    page = run("docs/stein.md")
+    page = run("docs/guide/stein.md")
     numbers = [[float(word) for word in re.findall(r"\d+\.\d+", line)] for line in capsys.readouterr().out.splitlines()]
     a, b, (fits, misfits), (right,), (wrong,) = numbers[:5]
     assert a == pytest.approx([float(page["params"]["a"])] * 2, abs=0.02)  # the objective's minimum, as rounded
@@ -220,7 +220,7 @@ def test_stein_page_runs_and_finds_what_fits_and_what_does_not(capsys):
 
 
 def test_bidvl_page_runs_and_learns_the_distribution_of_its_data(capsys):
-    page = run("docs/bidvl.md")
+    page = run("docs/guide/bidvl.md")
     mean, deviation = float(page["v"].mean()), float(page["v"].std())
     first, *others = capsys.readouterr().out.splitlines()
     loc, exact_loc, scale, exact_scale = (float(word) for word in re.findall(r"\d+\.\d+", first))
@@ -251,7 +251,7 @@ def test_silent_error_is_what_the_readme_says():
 def test_save_and_resume_page_runs(tmp_path, monkeypatch):
     # Catches a run that begins anew beside its checkpoints: the longer one ends at the same numbers as one without an end.
     monkeypatch.chdir(tmp_path)
-    page = run("docs/save_and_resume.md")
+    page = run("docs/how_to/save_and_resume.md")
     assert int(page["second"].state.num_steps) == 400
     whole = page["engine"].run(jax.random.key(1), 600, page["y"], progress_bar=False)
     for resumed in (
