@@ -43,7 +43,13 @@ extensions = [
     "notebooks",
     "llms",
 ]
-exclude_patterns = ["_build", "gallery/scripts/*.ipynb", "gallery/scripts/*.py", "gallery/scripts/index.rst", "sg_execution_times.rst"]
+exclude_patterns = [
+    "_build",
+    "gallery/scripts/*.ipynb",
+    "gallery/scripts/*.py",
+    "gallery/scripts/index.rst",
+    "sg_execution_times.rst",
+]
 suppress_warnings = ["config.cache"]  # settings that are functions or classes are not kept between builds
 templates_path = ["_templates"]
 myst_enable_extensions = ["attrs_block", "colon_fence", "deflist", "dollarmath"]

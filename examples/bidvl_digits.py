@@ -41,6 +41,8 @@ there shows samples of every model of the first seed, and ``energies.png`` the s
 1. Kan et al., *Bi-level doubly variational learning for energy-based latent variable models*, CVPR 2022, arXiv:2203.14702.
 """
 
+# sphinx_gallery_thumbnail_path = "_static/bidvl_digits_samples.png"
+
 import argparse
 import time
 import warnings

@@ -32,6 +32,8 @@ It writes to ``--output``: ``images.png``, ``energies.png``, ``loss.png``, and `
 1. Kan et al., *Bi-level doubly variational learning for energy-based latent variable models*, CVPR 2022, arXiv:2203.14702.
 """
 
+# sphinx_gallery_thumbnail_path = "_static/bidvl_images.png"
+
 import argparse
 import time
 from collections.abc import Callable

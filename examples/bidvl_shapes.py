@@ -30,6 +30,8 @@ The script writes ``shapes.png`` to ``--output``: data, samples, the learned ene
 1. Kan et al., *Bi-level doubly variational learning for energy-based latent variable models*, CVPR 2022, arXiv:2203.14702.
 """
 
+# sphinx_gallery_thumbnail_path = "_static/bidvl_shapes.png"
+
 import argparse
 import time
 from pathlib import Path

@@ -40,6 +40,8 @@ against the step; ``digits.png``, test images that the networks get wrong or are
 2. De Bortoli et al., *Efficient stochastic optimisation by unadjusted Langevin Monte Carlo*, Statistics and Computing (2021).
 """
 
+# sphinx_gallery_thumbnail_path = "_static/bnn_parameters.png"
+
 import argparse
 import time
 import warnings

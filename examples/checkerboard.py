@@ -31,6 +31,8 @@ The script writes to ``--output``: ``densities.png``, data and the exact density
 1. Bao et al., *Bi-level score matching for learning energy-based latent variable models*, NeurIPS 2020, arXiv:2010.07856.
 """
 
+# sphinx_gallery_thumbnail_path = "_static/checkerboard_densities.png"
+
 import argparse
 import time
 from pathlib import Path

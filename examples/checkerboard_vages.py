@@ -29,6 +29,8 @@ The script writes to ``--output``: ``densities.png``, data and the exact density
    arXiv:2010.08258.
 """
 
+# sphinx_gallery_thumbnail_path = "_static/checkerboard_vages_densities.png"
+
 import argparse
 from collections.abc import Callable
 from pathlib import Path

@@ -40,6 +40,8 @@ over before the latents have cooled; here it starts at 10, has steps of 1e-3, an
    arXiv:2010.08258: the networks for points are in its code.
 """
 
+# sphinx_gallery_thumbnail_path = "_static/deep_checkerboard.png"
+
 import argparse
 import time
 from pathlib import Path

@@ -47,6 +47,8 @@ divergence and V during the fits.
 1. Marks, Wang and Akyildiz, *Energy-based interacting particle Langevin algorithm*, UAI 2026, arXiv:2510.12311.
 """
 
+# sphinx_gallery_thumbnail_path = "_static/ebipla_shapes.png"
+
 import argparse
 import time
 from collections.abc import Callable

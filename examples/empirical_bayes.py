@@ -34,6 +34,8 @@ What to expect: half a minute on two cores. It prints two tables and writes ``ba
 2. Rubin, *Estimation in parallel randomized experiments*, Journal of Educational Statistics 6 (1981).
 """
 
+# sphinx_gallery_thumbnail_path = "_static/empirical_bayes_batters.png"
+
 import argparse
 from pathlib import Path
 from typing import NamedTuple

@@ -43,6 +43,8 @@ The script writes to ``--output``:
 3. Gretton et al., *A kernel two-sample test*, JMLR 13 (2012), eq. 3.
 """
 
+# sphinx_gallery_thumbnail_path = "_static/samples.png"
+
 import argparse
 import time
 from pathlib import Path

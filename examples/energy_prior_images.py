@@ -46,6 +46,8 @@ crash, or for longer. Other networks or settings in the same folder are refused.
 2. Marks et al., *Energy-based interacting particle Langevin algorithm*, UAI 2026, arXiv:2510.12311, algorithm 3.
 """
 
+# sphinx_gallery_thumbnail_path = "_static/energy_prior_images.png"
+
 import argparse
 import json
 import time

@@ -31,6 +31,8 @@ The script writes ``divergence.png`` to ``--output``: the bounds as fractions of
    arXiv:2010.08258.
 """
 
+# sphinx_gallery_thumbnail_path = "_static/fisher_divergence.png"
+
 import argparse
 import time
 import warnings

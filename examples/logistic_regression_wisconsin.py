@@ -31,6 +31,8 @@ The script writes to ``--output``: ``trajectories.png``, the parameter against t
 1. Kuntz, Lim and Johansen, *Particle algorithms for maximum likelihood training of latent variable models*, AISTATS 2023.
 """
 
+# sphinx_gallery_thumbnail_path = "_static/wisconsin_trajectories.png"
+
 import argparse
 import time
 from pathlib import Path

@@ -48,6 +48,8 @@ latents; ``latents.png``, the guide's means of test images in a plane; ``loss.pn
    arXiv:2010.08258.
 """
 
+# sphinx_gallery_thumbnail_path = "_static/mnist_eblvm_samples.png"
+
 import argparse
 import time
 from collections.abc import Callable

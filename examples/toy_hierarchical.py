@@ -48,6 +48,8 @@ The script writes to ``--output``:
 3. Marks, Wang and Akyildiz, *Energy-based interacting particle Langevin algorithm*, UAI 2026, arXiv:2510.12311.
 """
 
+# sphinx_gallery_thumbnail_path = "_static/toy_trajectories.png"
+
 import argparse
 import time
 import warnings

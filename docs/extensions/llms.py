@@ -23,7 +23,10 @@ def _write(app, exception):
     if exception is not None or app.builder.format != "html":
         return
     base = app.config.html_baseurl
-    lines, texts = [f"# {app.config.project}", "", "> Energy-based priors and energy-based latent variable models in NumPyro.", ""], []
+    lines, texts = (
+        [f"# {app.config.project}", "", "> Energy-based priors and energy-based latent variable models in NumPyro.", ""],
+        [],
+    )
     for section in SECTIONS:
         pages = [page for page in app.env.toctree_includes.get(f"{section}/index", []) if page.startswith(f"{section}/")]
         lines += [f"## {app.env.titles[f'{section}/index'].astext()}", ""]
