@@ -92,13 +92,17 @@ def engines(num_steps):
     """By name: how it is made, and its number of steps."""
     optim, guide_optim = optax.adam(optax.cosine_decay_schedule(0.02, num_steps)), optax.adam(0.01)
     noisy, sliced = DenoisingScoreMatching(0.3), SlicedScoreMatching()
+
+    def svi(model, guide):
+        return SVI(negative_phase(model, num_chains=NUM_CHAINS), guide, optim, Trace_ELBO())
+
     return {
-        "SVI, negative phase: visibles": lambda: SVI(negative_phase(visibles, num_chains=NUM_CHAINS), no_latents, optim, Trace_ELBO()),
+        "SVI, negative phase: visibles": lambda: svi(visibles, no_latents),
         "ScoreMatching, sliced: visibles": lambda: ScoreMatching(visibles, optim, sliced),
         "ScoreMatching, denoising .3: visibles": lambda: ScoreMatching(visibles, optim, noisy),
         "BiDVL: visibles": lambda: BiDVL(visibles, guide, generator, optim, guide_optim, guide_optim),
-        "SVI, negative phase: latents": lambda: SVI(negative_phase(field, num_chains=NUM_CHAINS), guide, optim, Trace_ELBO()),
-        "ParticleMMLE: latents": lambda: ParticleMMLE(field, optim, num_particles=10, step_size=0.1),
+        "SVI, negative phase: latents": lambda: svi(field, guide),
+        "ParticleMMLE: latents": lambda: ParticleMMLE(field, optim, num_particles=10, kernel="mala"),
         "BiSM, sliced: latents": lambda: BiSM(field, guide, optim, guide_optim, sliced),
         "BiSM, denoising .3: latents": lambda: BiSM(field, guide, optim, guide_optim, noisy),
         "VaGES, sliced: latents": lambda: VaGES(field, guide, optim, guide_optim, sliced),
@@ -118,7 +122,8 @@ def measure(name, args):
         seconds.append(time.process_time() - start)
         below.append(top - float(problem.log_likelihood(result.params)))
     warm = min(seconds[1:], default=float("nan"))
-    print(f"{name:<40}{'  '.join(f'{x:7.4f}' for x in below)}   {seconds[0]:6.1f} s   {1e3 * warm / args.num_steps:6.2f} ms", flush=True)
+    found = "  ".join(f"{x:7.4f}" for x in below)
+    print(f"{name:<40}{found}   {seconds[0]:6.1f} s   {1e3 * warm / args.num_steps:6.2f} ms", flush=True)
 
 
 def main(args):

@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent / "_static" / "logo"
 BLUE, ORANGE = "#3b82c4", "#e07b39"

@@ -274,6 +274,14 @@ def _run(engine, num_steps, case, **settings):
 # The verbs.
 
 
+def test_help_of_an_engine_shows_its_settings():
+    # Catches a metaclass whose __call__ hides them: help() and editors then say (*args, **kwargs).
+    for engine, first in ((ParticleMMLE, "model"), (BiSM, "model"), (BiDVL, "energy")):
+        names = list(inspect.signature(engine).parameters)
+        assert names == list(inspect.signature(engine.__init__).parameters)[1:]
+        assert names[0] == first
+
+
 @pytest.mark.parametrize("verb", ["init", "update", "stable_update", "run", "evaluate", "get_params"])
 def test_verbs_have_the_signatures_of_svi(engine, verb):
     """Catches an argument renamed, moved, or with another default: SVI's calls must work as they are."""

@@ -28,7 +28,10 @@ def mapping(docs):
     folder.mkdir(parents=True, exist_ok=True)
     mapped = {}
     for package, (url, names) in _locations(_read(docs)).items():
-        header = f"# Sphinx inventory version 2\n# Project: {package}\n# Version: \n# The remainder of this file is compressed using zlib.\n"
+        header = (
+            f"# Sphinx inventory version 2\n# Project: {package}\n# Version: \n"
+            "# The remainder of this file is compressed using zlib.\n"
+        )
         lines = "".join(f"{name} py:object 1 {place} -\n" for name, place in sorted(names.items()))
         (folder / f"{package}.inv").write_bytes(header.encode() + zlib.compress(lines.encode()))
         mapped[package] = url, str(folder / f"{package}.inv")

@@ -3,6 +3,7 @@
 
 """The tutorials as notebooks, with the outputs of the build: ``_downloads/notebooks/NAME.ipynb``, linked beside the page."""
 
+import contextlib
 from pathlib import Path
 
 import jax
@@ -16,10 +17,8 @@ def _executed(page, cache_folder):
     notebook = jupytext.read(page)
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     if cache_folder.exists():
-        try:
+        with contextlib.suppress(KeyError):  # not executed in this build
             _, notebook = get_cache(cache_folder).merge_match_into_notebook(notebook)
-        except KeyError:  # not executed in this build
-            pass
     notebook.cells = [cell for cell in notebook.cells if "remove-cell" not in cell.metadata.get("tags", [])]
     return notebook
 

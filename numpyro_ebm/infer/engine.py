@@ -8,6 +8,7 @@ health of a step is bad, counts, and explains. Stepping and running give the sam
 Nothing that depends on data is kept on the engine: a state restored from disk goes on in a freshly built one.
 """
 
+import inspect
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -88,6 +89,11 @@ class _ReadOnly(ABCMeta):
         made = super().__call__(*args, **kwargs)
         made._is_made = True
         return made
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """What ``help`` and editors show: the parameters of ``__init__``."""
+        return inspect.Signature([*inspect.signature(cls.__init__).parameters.values()][1:])  # type: ignore[misc]
 
 
 class Engine(metaclass=_ReadOnly):
