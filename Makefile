@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 FILE ?=
 ARGS ?=
 
-.PHONY: demo test test-slow test-lowest test-newest smoke lint docs bench metrics clean
+.PHONY: demo test test-slow test-lowest test-newest smoke lint docs look release bench metrics clean
 .DEFAULT_GOAL := test
 
 # Tests keep their compiled programs outside the clone: right when there are none, two to ten times as fast when there are. Strings
@@ -65,8 +65,17 @@ docs: $(VENV)/.installed-dev
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/sphinx-build -W --keep-going -q -j 2 -b html docs docs/_build/html
 	@echo "The documentation is at docs/_build/html/index.html."
 
+# Every page in a browser: what overflows, is missing or fails.
+look: $(VENV)/.installed-release docs
+	$(BIN)/python .ci/look.py
+
+# The package as a release would be: built, checked, and installed in a clean environment. Nothing is uploaded.
+release: $(VENV)/.installed-release
+	$(BIN)/python .ci/release.py
+
 bench: $(VENV)/.installed-examples
 	$(BIN)/python benchmarks/engines.py
+	$(BIN)/python benchmarks/choosing.py
 	$(BIN)/python benchmarks/device.py
 	$(BIN)/python benchmarks/negative_phase.py
 	$(BIN)/python benchmarks/mode_weights.py
