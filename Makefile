@@ -66,7 +66,7 @@ docs: $(VENV)/.installed-dev
 	@echo "The documentation is at docs/_build/html/index.html."
 
 # Every page in a browser: what overflows, is missing or fails.
-look: $(VENV)/.installed-release docs
+look: $(VENV)/.installed-look docs
 	$(BIN)/python .ci/look.py
 
 # The package as a release would be: built, checked, and installed in a clean environment. Nothing is uploaded.

@@ -60,6 +60,8 @@ copybutton_prompt_is_regexp = True
 
 # Code cells. Pages without one are not executed.
 nb_execution_mode = os.environ.get("DOCS_EXECUTION", "cache")  # "off": a quick look at text and layout
+if nb_execution_mode == "off":
+    suppress_warnings.append("myst-nb.lexer")  # the language of cells is known once they have been executed
 nb_execution_cache_path = str(HERE / "_build" / "cells")
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
@@ -84,6 +86,7 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 add_module_names = False
+toc_object_entries_show_parents = "hide"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 intersphinx_mapping = inventories.mapping(HERE)
