@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-A Gaussian restricted Boltzmann machine learns a checkerboard
-=============================================================
+A Gaussian restricted Boltzmann machine learns two squares
+==========================================================
 
 Points are uniform on two squares of a checkerboard. A Gaussian-Bernoulli restricted Boltzmann machine with 2 visible and 4
 hidden units is learned from them by score matching: in exact form, where the hidden units are summed out, and as a model

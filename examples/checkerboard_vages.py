@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-A checkerboard by variational estimates of the score
-====================================================
+Two squares by variational estimates of the score
+=================================================
 
 The Gaussian-Bernoulli restricted Boltzmann machine of ``checkerboard.py``, with 2 visible and 4 hidden units, is learned as a
 model with latents and a guide by variational estimates of the score and of its gradient (VaGES) [1], from L samples of the guide.

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-A deep energy-based latent variable model of the checkerboard
-=============================================================
+A deep energy-based latent variable model of two squares
+========================================================
 
 Points of two diagonal squares of the plane, learned by bi-level score matching [1] as an energy of a point and ten latents,
 

@@ -14,8 +14,8 @@ from jupyter_cache import get_cache
 
 
 def _executed(page, cache_folder):
-    notebook = jupytext.read(page)
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    text = page.read_text(encoding="utf-8").replace("\n  name: python3\n", "\n  name: python3\n  display_name: Python 3\n", 1)
+    notebook = jupytext.reads(text, fmt="md:myst")
     if cache_folder.exists():
         with contextlib.suppress(KeyError):  # not executed in this build
             _, notebook = get_cache(cache_folder).merge_match_into_notebook(notebook)
