@@ -37,26 +37,26 @@ ROWS, BATCH_SIZE, PIXELS = 5000, 500, 784
 KEY = jax.random.key(1)
 
 
-def energy_model(images):
-    energy = eqx_module("energy", eqx.nn.MLP(PIXELS, "scalar", 64, 2, jax.nn.silu, key=jax.random.key(0)))
+def energy_model(images, width):
+    energy = eqx_module("energy", eqx.nn.MLP(PIXELS, "scalar", width, 2, jax.nn.silu, key=jax.random.key(0)))
     with numpyro.plate("data", ROWS, subsample_size=BATCH_SIZE):
         images = numpyro.subsample(images, event_dim=1)
         numpyro.sample("v", EnergyDistribution(energy, (PIXELS,)), obs=images)
 
 
-def decoder_model(images):
-    decoder = eqx_module("decoder", eqx.nn.MLP(10, PIXELS, 64, 1, jax.nn.silu, key=jax.random.key(0)))
+def decoder_model(images, width=64):
+    decoder = eqx_module("decoder", eqx.nn.MLP(10, PIXELS, width, 1, jax.nn.silu, key=jax.random.key(0)))
     with numpyro.plate("data", ROWS, subsample_size=BATCH_SIZE):
         images = numpyro.subsample(images, event_dim=1)
         z = numpyro.sample("z", dist.Normal(0, 1).expand([10]).to_event(1))
         numpyro.sample("v", dist.Normal(jax.vmap(decoder)(z), 1).to_event(1), obs=images)
 
 
-def learners():
-    """By name, something that learns."""
+def learners(width):
+    """By name, something that learns a network with so many hidden units in a layer."""
     return {
-        "score matching": ScoreMatching(energy_model, optax.adam(1e-3), DenoisingScoreMatching(0.3)),
-        "particles": ParticleMMLE(decoder_model, optax.adam(1e-3), 2, 1e-3),
+        "score matching": ScoreMatching(partial(energy_model, width=width), optax.adam(1e-3), DenoisingScoreMatching(0.3)),
+        "particles": ParticleMMLE(partial(decoder_model, width=width), optax.adam(1e-3), 2, 1e-3),
     }
 
 
@@ -81,7 +81,7 @@ def step_timer(make, num_steps, clock):
 
 
 def show_overhead(images, args):
-    for name, learner in learners().items():
+    for name, learner in learners(args.width).items():
         batches, here = Batches(images, batch_size=BATCH_SIZE), jnp.asarray(images)
         for title, clock in (("wall", time.perf_counter), ("CPU", time.process_time)):
             timers = [
@@ -93,7 +93,7 @@ def show_overhead(images, args):
 def show_checkpoint(images, args):
     """Saving after every step, less not saving: what the fit waits for, and what the disk does meanwhile."""
     num_saves, batches = 10, Batches(images, batch_size=BATCH_SIZE)
-    for name, learner in learners().items():
+    for name, learner in learners(args.width).items():
 
         def seconds(*, saves, learner=learner):
             with tempfile.TemporaryDirectory() as folder:
@@ -221,6 +221,7 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num-steps", type=int, default=100, help="steps in one timed run")
+    parser.add_argument("--width", type=int, default=64, help="hidden units in a layer of the networks")
     parser.add_argument("--repeats", type=int, default=11, help="rounds of timed runs")
     parser.add_argument("--sleep", type=float, default=0.005, help="seconds that a minibatch takes")
     parser.add_argument("--scaling", action="store_true", help="steps per second against rows and particles, instead")

@@ -18,7 +18,7 @@ from jax import Array
 from numpyro.infer import SVI
 
 from numpyro_ebm._checks import require_bool, require_count, require_key
-from numpyro_ebm._pytree import join
+from numpyro_ebm._pytree import arrays_and_rest, join
 from numpyro_ebm.evaluate.report import FitReport, are_reports_enabled, report_of
 from numpyro_ebm.program.minibatch import Minibatch
 from numpyro_ebm.program.run import own_key
@@ -304,11 +304,12 @@ class _Source:
         """Particles for the rows that are seen for the first time; how many minibatches there are before one that has bad rows."""
         assert self.rows is not None
         assert stack.rows is not None
+        arrays_of_all, rest = arrays_and_rest((stack.batch.args, stack.batch.kwargs))
         for i in range(stack.num_batches):
             if self.rows.fresh(stack.rows[i]).any():
-                args, kwargs = jax.tree.map(lambda x, i=i: x[i] if is_array(x) else x, (stack.batch.args, stack.batch.kwargs))
+                key, arrays = _of_one(self.rng_key, self.done - self.at + i, arrays_of_all, i)
+                args, kwargs = join(arrays, rest)
                 one = self.data.of(_own_places(Minibatch(jnp.asarray(stack.rows[i]), args, kwargs)))
-                key = jax.random.fold_in(self.rng_key, self.done - self.at + i)
                 try:
                     made = self.data.learner.init(key, one, init_params=self.start)
                 except ValueError as error:
@@ -477,6 +478,12 @@ def _started(
     given = learner._require_state(init_state, "init_state")
     rows.load(given)
     return _with_parts(started, _parts(given, rows)), rows
+
+
+@jax.jit
+def _of_one(rng_key: Array, step: Array, arrays: list[Array], at: Array) -> tuple[Array, list[Array]]:
+    """The key and the arrays of one minibatch of a stack, by one program: by themselves they take as long as all else at its start."""
+    return jax.random.fold_in(rng_key, step), [x[at] for x in arrays]
 
 
 def _own_places(batch: Minibatch) -> Minibatch:
