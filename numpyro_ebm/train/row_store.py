@@ -141,7 +141,7 @@ class RowStore:
 
     def whole(self, state: State, rng_key: Array) -> State:
         """The same as :meth:`over`, with the noise that rows at rest still lack."""
-        for start in range(0, self.num_rows, MAX_ROWS):
+        for start in range(0, self.num_rows if any(self.noise.values()) else 0, MAX_ROWS):
             rows = np.arange(start, min(start + MAX_ROWS, self.num_rows))
             self.put(self.take(state, rows[None], jax.random.fold_in(rng_key, start))[0])
         return self.over(state)
