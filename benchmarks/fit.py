@@ -234,7 +234,9 @@ def show_on_all_devices(images, args):
     y, mesh = jnp.asarray(images[:, :100].mean(1)), jax.make_mesh((jax.device_count(),), ("data",))
     engine = engine_for(len(y), 200)
     seconds = in_turn(between_callbacks(partial(ran, engine, y, mesh=mesh), args.num_steps), repeats=args.repeats)
-    print(f"devices, {len(y)} rows x 200 particles: {jax.device_count()} {1 / np.median(seconds):10.1f} steps per second", flush=True)
+    print(
+        f"devices, {len(y)} rows x 200 particles: {jax.device_count()} {1 / np.median(seconds):10.1f} steps per second", flush=True
+    )
 
 
 def main(args):
