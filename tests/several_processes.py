@@ -80,9 +80,10 @@ def _fits(process, sharding, folder, key):
     """What ``fit`` says, on minibatches whose rows the processes share."""
     settings = {"mesh": sharding, "progress_bar": False}
     for name, make in LEARNERS.items():
-        result = fit(make(), key, BATCHES, num_steps=12, **settings)
+        learner = make()
+        result = fit(learner, key, BATCHES, num_steps=12, **settings)
         for num_steps in (5, 12):
-            cut = fit(make(), key, BATCHES, num_steps=num_steps, checkpoint=Path(folder) / name, **settings)
+            cut = fit(learner, key, BATCHES, num_steps=num_steps, checkpoint=Path(folder) / name, **settings)
         params = {site: np.asarray(x).tolist() for site, x in result.params.items()}
         _say(**{f"streamed {name}": {"losses": result.losses.tolist(), "params": params, "cut": cut.losses.tolist()}})
     engine, by_a_set = _score_engine(), ScoreMatching(_by_a_set, optax.sgd(0.02), DenoisingScoreMatching(0.3))

@@ -155,7 +155,7 @@ class RowSource:
             raised = error
         count = stack.num_batches if stack is not None else 0 if isinstance(raised, StopIteration) else -1
         least = int(np.min(process_allgather(np.asarray(count))))
-        if raised is not None:
+        if count < 0 and raised is not None:
             raise raised
         if least < 0:
             raise RuntimeError("the source of another process has raised an error, which ends the fit in all: see what it printed.")
