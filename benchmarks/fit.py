@@ -218,7 +218,7 @@ def draw(curves, path):
     axes.tick_params(labelsize=11)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=10, loc="lower left")
-    axes.set_ylim(bottom=axes.get_ylim()[0] / 8)
+    axes.set_ylim(bottom=axes.get_ylim()[0] / 30)  # room for the legend
     figure.savefig(path, dpi=150, transparent=True)
 
 

@@ -82,7 +82,9 @@ class RowStore:
     def load(self, state: State, tree: dict[str, Any] | None = None) -> None:
         """Takes over a state with the rows of all data."""
         for field, array in zip(self.fields, self.arrays, strict=True):
-            array[:] = np.moveaxis(np.asarray(_leaf(state, field.path)), field.axis, 0)
+            given = np.moveaxis(np.asarray(_leaf(state, field.path)), field.axis, 0)
+            if not np.shares_memory(array, given):  # as what a checkpoint is read into does
+                array[:] = given
         self.visited[:] = True if tree is None else tree["visited"]
         if tree is not None:
             self.noise = {site: float(x) for site, x in tree["noise"].items()}
