@@ -32,6 +32,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
+from _models import hierarchical
 from _timing import in_turn, show_ratio
 from numpyro.contrib.module import eqx_module
 
@@ -134,19 +135,8 @@ def show_prefetch(images, args):
 # Scaling.
 
 
-def latent_model(num_rows, batch_size):
-    def model(y):
-        loc = numpyro.param("loc", 0.0)
-        with numpyro.plate("data", num_rows, subsample_size=batch_size):
-            y = numpyro.subsample(y, event_dim=0)
-            x = numpyro.sample("x", dist.Normal(loc, 1))
-            numpyro.sample("y", dist.Normal(x, 1), obs=y)
-
-    return model
-
-
 def engine_for(num_rows, num_particles, batch_size=None):
-    return ParticleMMLE(latent_model(num_rows, batch_size), optax.adam(1e-3), num_particles, 0.1)
+    return ParticleMMLE(hierarchical(num_rows, batch_size), optax.adam(1e-3), num_particles, 0.1)
 
 
 def between_callbacks(make, num_steps):

@@ -24,6 +24,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
+from _models import hierarchical
 from numpyro.contrib.module import eqx_module
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta
@@ -118,18 +119,10 @@ def show_steps(sizes):
 def peak(num_rows):
     """The largest resident set of this process, which fits that many rows of a file; what this makes of them is on disk."""
     with tempfile.TemporaryDirectory() as folder:
-        y = np.lib.format.open_memmap(Path(folder) / "y.npy", "w+", np.float32, (num_rows, 8))
+        y = np.lib.format.open_memmap(Path(folder) / "y.npy", "w+", np.float32, (num_rows,))
         del y
         y = np.load(Path(folder) / "y.npy", mmap_mode="r")
-
-        def model(y):
-            loc = numpyro.param("loc", jnp.zeros(8))
-            with numpyro.plate("data", num_rows, subsample_size=500):
-                y = numpyro.subsample(y, event_dim=1)
-                x = numpyro.sample("x", dist.Normal(loc, 1).to_event(1))
-                numpyro.sample("y", dist.Normal(x, 1).to_event(1), obs=y)
-
-        engine = ParticleMMLE(model, optax.adam(1e-3), 10, 0.1)
+        engine = ParticleMMLE(hierarchical(num_rows, 500), optax.adam(1e-3), 10, 0.1)
         settings = {"num_steps": 500, "row_folder": Path(folder) / "rows", "progress_bar": False, "report": False}
         fit(engine, KEY, Batches(y, batch_size=500, shuffle="batches"), **settings)
     status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else ""
@@ -144,10 +137,8 @@ def main(args):
     show_steps(args.sizes)
     for num_rows in args.rows:
         done = subprocess.run([sys.executable, __file__, "--peak", str(num_rows)], check=True, capture_output=True, text=True)
-        on_disk = num_rows * (1 + 10) * 8 * 4 / 1e6
-        print(
-            f"{num_rows:>9} rows x 8, 10 particles each, {on_disk:.0f} MB of files: {done.stdout.strip()} MB of memory", flush=True
-        )
+        on_disk = num_rows * (1 + 10) * 4 / 1e6
+        print(f"{num_rows:>9} rows, 10 particles each, {on_disk:.0f} MB of files: {done.stdout.strip()} MB of memory", flush=True)
 
 
 if __name__ == "__main__":
@@ -156,7 +147,7 @@ if __name__ == "__main__":
     parser.add_argument("--smoke", action="store_true", help="small sizes, to see that it runs")
     args = parser.parse_args()
     args.sizes = [(2000, 100, 5, 100), (8000, 100, 5, 100), (2000, 400, 5, 400), (2000, 100, 20, 100)]
-    args.rows = [50_000, 500_000, 2_000_000]
+    args.rows = [100_000, 1_000_000, 10_000_000]
     if args.smoke:
         args.sizes, args.rows = args.sizes[:1], args.rows[:1]
     main(args)
