@@ -38,9 +38,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
 import optax
+from _models import hierarchical
 
 from numpyro_ebm import Batches, Checkpoints, NonFiniteError, ParticleMMLE, fit, load
 
@@ -50,17 +49,9 @@ BATCHES = Batches(Y, batch_size=BATCH_SIZE, seed=1)
 NO_ROOM = 200  # bytes of a file
 
 
-def model(y):
-    loc = numpyro.param("loc", 0.0)
-    with numpyro.plate("data", NUM_ROWS, subsample_size=BATCH_SIZE):
-        y = numpyro.subsample(y, event_dim=0)
-        x = numpyro.sample("x", dist.Normal(loc, 1))
-        numpyro.sample("y", dist.Normal(x, 1), obs=y)
-
-
 @cache
 def engine_of(noise="batch", learning_rate=0.01):
-    return ParticleMMLE(model, optax.adam(learning_rate), num_particles=3, step_size=0.1, noise=noise)
+    return ParticleMMLE(hierarchical(NUM_ROWS, BATCH_SIZE), optax.adam(learning_rate), num_particles=3, step_size=0.1, noise=noise)
 
 
 def fitted(engine, batches=BATCHES, num_steps=NUM_STEPS, **settings):

@@ -29,6 +29,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_ebm import Checkpoints, ParticleMMLE, load, save
+from numpyro_ebm.train.checkpoint import _versions
 from numpyro_ebm.train.leaves import OpenLength, _sum_of_bits, checksum, leaves_of
 from numpyro_ebm.train.store import Store
 
@@ -158,6 +159,36 @@ def test_a_memmap_is_written_before_save_returns(tmp_path):
     rows += 1
     writer.close()
     assert not np.any(restored(tmp_path / "run", {"rows": rows}).tree["rows"])
+
+
+def test_a_memmap_is_read_into_the_one_on_disk(tmp_path, monkeypatch):
+    """In parts, and with another order of axes. Catches a copy of it in memory, and parts that change places."""
+    monkeypatch.setattr("numpyro_ebm.train.store.MAX_PART", 100)
+    arrays = [np.memmap(tmp_path / name, np.float32, "w+", shape=(50, 3)) for name in ("before", "after")]
+    arrays[0][:] = np.random.default_rng(0).normal(size=(50, 3))
+    for axis in (0, 1):
+        folder = tmp_path / f"saved {axis}"
+        trees = [{"x": np.moveaxis(array, 0, axis), "y": np.arange(3)} for array in arrays]
+        writer = Checkpoints(folder).open({})
+        writer.save(1, trees[0], {})
+        writer.close()
+        arrays[1][:] = 0
+        reader = Checkpoints(folder).open({})
+        found = reader.restore(trees[1]).tree
+        reader.close()
+        assert np.shares_memory(found["x"], arrays[1])
+        np.testing.assert_array_equal(arrays[1], arrays[0])
+        np.testing.assert_array_equal(found["y"], np.arange(3))
+    assert checksum(trees[0]["x"]) == checksum(np.ascontiguousarray(trees[0]["x"]))
+
+
+def test_other_versions_are_told_once(tmp_path, monkeypatch):
+    written(tmp_path)
+    versions = {**_versions(), "jax": "0.0.1"}
+    monkeypatch.setattr("numpyro_ebm.train.checkpoint._versions", lambda: versions)
+    with pytest.warns(RuntimeWarning, match=r"jax \S+, and 0.0.1 is here\. The run goes on") as told:
+        restored(tmp_path)
+    assert len(told) == 1
 
 
 def test_the_array_that_was_read_can_be_donated(tmp_path):

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from several_processes import ROWS
+from several_processes import BATCHES, LEARNERS, ROWS
 from test_engine_contract import CASES, KEY
 
-from numpyro_ebm import Sharding
+from numpyro_ebm import Batches, Sharding, fit
 from numpyro_ebm.train.devices import as_sharding
 
 HERE = Path(__file__).parent
@@ -50,7 +50,7 @@ def processes(request, tmp_path_factory):
     logs = [tmp_path_factory.mktemp("processes") / f"{i}" for i in range(2)]
     started = []
     for i, log in enumerate(logs):
-        command = [sys.executable, "-u", str(HERE / "several_processes.py"), str(i), "2", port]
+        command = [sys.executable, "-u", str(HERE / "several_processes.py"), str(i), "2", port, str(logs[0].parent)]
         with log.open("w") as file:
             environment = _environment(PYTHONHASHSEED=str(i), XLA_FLAGS="")
             started.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
@@ -87,6 +87,48 @@ def test_two_processes_learn_what_one_does(processes):
     assert first["fit"]["parts"] == [[3, 4], [4]]
 
 
+@pytest.mark.parametrize("name", LEARNERS)
+def test_two_processes_that_read_parts_of_minibatches_fit_what_one_does(processes, name):
+    """To rounding, and bit for bit when cut and gone on with. Catches rows that are read twice, or not at all."""
+    (first, second), _, _, log = processes
+    alone = fit(LEARNERS[name](), KEY, BATCHES, num_steps=12, progress_bar=False)
+    found = first[f"streamed {name}"]
+    assert found == second[f"streamed {name}"], log
+    np.testing.assert_allclose(found["losses"], alone.losses, rtol=2e-5)
+    for site, value in alone.params.items():
+        np.testing.assert_allclose(found["params"][site], value, rtol=2e-5)
+    assert found["cut"] == found["losses"]
+
+
+def test_validation_in_two_processes_is_that_of_one(processes):
+    (first, second), *_ = processes
+    held_out = Batches(ROWS, batch_size=4)
+    alone = fit(LEARNERS["score"](), KEY, BATCHES, num_steps=6, chunk_size=3, validation=held_out, progress_bar=False).metrics[
+        "validation"
+    ]
+    assert first["validation"] == second["validation"]
+    np.testing.assert_allclose(first["validation"], alone, rtol=2e-5)
+
+
+def test_a_fit_of_two_processes_ends_in_both(processes):
+    """Where the shorter of two sources ends, or a callback of one says so. Catches one that waits for ever."""
+    for said in processes[0]:
+        assert said["ended"] == 5
+        assert said["stopped"] == ["callback", 3]
+
+
+def test_a_run_of_two_processes_is_saved_and_gone_on_with(processes):
+    """Its rows are an argument of which each has a part. Catches a fingerprint that reads what is elsewhere."""
+    for said in processes[0]:
+        assert said["saved_run"] == said["fit"]["losses"]
+
+
+def test_what_all_processes_have_is_collected(processes):
+    (first, second), *_ = processes
+    assert first["collected"] == second["collected"]
+    assert len(first["collected"]) == 3
+
+
 def test_processes_may_be_given_all_rows_and_a_state_each(processes):
     (first, second), *_ = processes
     assert first["given"] == second["given"]
@@ -103,6 +145,12 @@ def test_processes_decide_together(processes):
     [
         ("rows", "argument 0: the processes have different values.*joined"),
         ("key", r"rng_key.*: the processes have different values"),
+        ("collect", r"what collect= returns, \['mine'\] of shape \(3, 8\) has parts in other processes"),
+        ("unequal", r"rows of shapes \[\(2,\), \(3,\)\]: give each of them equally many"),
+        ("no rows", r"an array of a minibatch has shape \(3,\), and not the 2 rows"),
+        ("fit by a set", "different programs.*the same PYTHONHASHSEED"),
+        ("fit key", r"rng_key.*: the processes have different values"),
+        ("particles on the host", r"ParticleMMLE keeps the particles of all rows on the host of one process.*take run\(..., mesh"),
         ("parts", r"rows of shapes \[\(4,\), \(5,\)\]: give each of them equally many"),
         ("settings", "different programs.*the same PYTHONHASHSEED"),  # which differs here too, and may be why
         ("sets", "different programs.*the same PYTHONHASHSEED, as in PYTHONHASHSEED=0 python program.py"),
@@ -112,6 +160,12 @@ def test_what_differs_between_processes_is_refused_in_each(processes, what, mess
     """Catches two that wait for each other for ever, and a parameter that is not the same in both."""
     for said in processes[0]:
         assert re.search(message, said[what]), said[what]
+
+
+def test_a_source_that_raises_in_one_process_ends_the_fit_in_all(processes):
+    first, second = (said["broken"] for said in processes[0])
+    assert second == "the disk is gone"
+    assert "the source of another process has raised" in first
 
 
 def test_a_process_that_is_killed_ends_the_other(processes):

@@ -5,7 +5,12 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
+import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -198,6 +203,33 @@ def test_a_fit_that_is_cut_goes_on_bit_for_bit(make, tmp_path, monkeypatch):
     same(whole.params, result.params)
     same(whole.losses, result.losses)
     same(whole.state, result.state)
+
+
+def saved_slowly(folder):
+    """What the next test kills."""
+    slowly = [lambda *_: time.sleep(0.05)]
+    quietly(particles(), batches(), num_steps=60, checkpoint=Checkpoints(folder, every_steps=2), callbacks=slowly, chunk_size=2)
+
+
+def test_a_fit_that_is_killed_goes_on_bit_for_bit(tmp_path):
+    """By kill -9, in the middle. Catches a checkpoint that is complete by its name and not by its numbers."""
+    program = f"import sys, test_streamed_fit; test_streamed_fit.saved_slowly({str(tmp_path)!r})"
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    started = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": paths})
+    try:
+        deadline = time.monotonic() + 200
+        while len(list(tmp_path.glob("step_?*[0-9]"))) < 3 and started.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        started.kill()
+    assert started.wait() == -signal.SIGKILL
+    assert len(list(tmp_path.glob("step_*"))) >= 3
+    assert not (tmp_path / "step_60").exists()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a checkpoint that was being written
+        result = quietly(particles(), batches(), num_steps=60, checkpoint=tmp_path)
+    whole = quietly(particles(), batches(), num_steps=60)
+    same((whole.params, whole.losses, whole.state), (result.params, result.losses, result.state))
 
 
 def test_a_run_that_is_cut_goes_on_bit_for_bit(tmp_path):

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 from jax import Array
 
@@ -153,13 +152,14 @@ class Stream(Protocol):
         """
 
 
-def stream_of(source: Any, num_epochs: int | None) -> Stream:
+def stream_of(source: Any, num_epochs: int | None, part: tuple[int, int] = (0, 1)) -> Stream:
     """The minibatches of :class:`Batches`, or of anything that can be iterated.
 
+    :param part: which of how many equal parts of those of :class:`Batches` this process reads; others give each its own.
     :raises TypeError: for what cannot be.
     """
     if isinstance(source, Batches):
-        return _Indexed(source, num_epochs)
+        return _Indexed(source, num_epochs, part)
     if isinstance(source, (Array, np.ndarray)):
         raise TypeError("batches must be Batches(array, batch_size=...) or an iterable of minibatches, got an array.")
     if not isinstance(source, Iterable):
@@ -170,10 +170,10 @@ def stream_of(source: Any, num_epochs: int | None) -> Stream:
 class _Indexed:
     """Of :class:`Batches`, whose position is a number."""
 
-    def __init__(self, batches: Batches, num_epochs: int | None) -> None:
+    def __init__(self, batches: Batches, num_epochs: int | None, part: tuple[int, int]) -> None:
         self.batches, self.num_rows, self.step = batches, batches.num_rows, 0
         self.end = None if num_epochs is None else num_epochs * len(batches)
-        self.part = (jax.process_index(), jax.process_count())
+        self.part = part
 
     def peek(self) -> Minibatch:
         return self.batches.at(0, self.part)

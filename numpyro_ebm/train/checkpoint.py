@@ -28,6 +28,8 @@ DEFAULT_MINUTES = 10.0
 ASIDE = "unreadable"
 PACKAGES = ("numpyro_ebm", "numpyro", "jax", "optax", "orbax-checkpoint", "numpy")
 
+COMPUTING = ("numpyro_ebm", "numpyro", "jax")  # those that the numbers of a run depend on
+
 
 class Restored(NamedTuple):
     """What was read from a checkpoint."""
@@ -134,6 +136,7 @@ class CheckpointWriter:
             )
         self._tell(reasons, found)
         if found is not None:
+            self._tell_versions(found.step, record["versions"])
             self._set_aside(list(reasons))
             self._last_step = self._last_good = found.step
         return found
@@ -219,6 +222,18 @@ class CheckpointWriter:
             text = "\n".join([f"not all checkpoints in '{self._folder}' can be used:", *told, instead + aside])
             warnings.warn(text, RuntimeWarning, stacklevel=4)
         self._unfinished = []
+
+    def _tell_versions(self, step: int, there: dict[str, str]) -> None:
+        """Warns of other versions of what computes, whose numbers are the same to rounding and not in their bits."""
+        here = _versions()
+        lines = [f"{name} {there.get(name)}, and {here[name]} is here" for name in COMPUTING if there.get(name) != here[name]]
+        if lines:
+            warnings.warn(
+                f"the checkpoint of step {step} in '{self._folder}' was written with {'; '.join(lines)}. The run goes on, "
+                "to rounding as it would have before; where a version draws other random numbers, with others that are as good.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def _set_aside(self, steps: list[int]) -> None:
         """Makes room for the steps of checkpoints that cannot be read."""

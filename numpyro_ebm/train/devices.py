@@ -11,7 +11,7 @@ that is decided here is which axis of an array goes along which axis of the mesh
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -115,7 +115,8 @@ class Sharding:
 
         :param num_rows: how many rows there are; as the first array has if not given.
         :param has_steps: whether the axis of rows comes after one of steps.
-        :param is_part: whether what a process gives are the rows of its own, instead of all.
+        :param is_part: whether what a process gives are the rows of its own, equally many in each, instead of all. No process asks
+            another then, so that threads may call this.
         :raises ValueError: if rows do not go evenly on the devices, or several processes are given different arrays as all rows.
         """
         arrays, rest = arrays_and_rest((args, kwargs))
@@ -133,7 +134,7 @@ class Sharding:
             return x
         if not self.rows or num_rows is None or x.shape[axis : axis + 1] != (num_rows,):
             return self._put(x, PartitionSpec())
-        if is_part and self._is_shared:
+        if is_part and self.is_shared:
             return self._join(x, axis)
         self.require_even("rows", num_rows, "rows", f"leave {num_rows % self._size(self.rows)} of them out")
         return self._put(x, _at(axis, self.rows))
@@ -163,14 +164,38 @@ class Sharding:
         """
         if self.rows is None:
             raise ValueError("rows=None: the rows of the processes are joined along an axis of the mesh. Name it.")
+        self.require_same_shapes([part])
         return self._join(part, 0)
+
+    def whole(self, parts: Any) -> Any:
+        """A pytree of the rows of all processes, NumPy's arrays in each, of the parts that they have.
+
+        :raises ValueError: if some process has more rows than another, or an array has other rows than the first.
+        """
+        arrays, rest = arrays_and_rest(parts)
+        for x in arrays:
+            if np.shape(x)[:1] != np.shape(arrays[0])[:1]:
+                raise ValueError(
+                    f"an array of a minibatch has shape {np.shape(x)}, and not the {len(arrays[0])} rows that this process has: "
+                    "several processes read rows alone. Give fit what is the same in every step by args= or kwargs=."
+                )
+        self.require_same_shapes(arrays)
+        return join(process_allgather([np.asarray(x) for x in arrays], tiled=True), rest)
+
+    def require_same_shapes(self, parts: Sequence[Any]) -> None:
+        """Refuses parts of arrays that are not alike in all processes.
+
+        :raises ValueError: with the shapes in each.
+        """
+        if not self.is_shared:
+            return
+        for shapes in zip(*map(json.loads, _from_all(json.dumps([np.shape(x) for x in parts]))), strict=True):
+            if len(set(map(tuple, shapes))) > 1:
+                told = [tuple(shape) for shape in shapes]
+                raise ValueError(f"the processes have rows of shapes {told}: give each of them equally many.")
 
     def _join(self, part: Any, axis: int) -> Array:
         part = np.asarray(part)
-        if self._is_shared:
-            shapes = [tuple(json.loads(text)) for text in _from_all(json.dumps(part.shape))]
-            if len(set(shapes)) > 1:
-                raise ValueError(f"the processes have rows of shapes {shapes}: give each of them equally many.")
         num_rows = part.shape[axis] * (self.mesh.devices.size // len(self.mesh.local_devices))
         self.require_even("rows", num_rows, "rows", "leave some of them out")
         return jax.make_array_from_process_local_data(NamedSharding(self.mesh, _at(axis, self.rows)), part)
@@ -229,7 +254,7 @@ class Sharding:
     # The mesh.
 
     @property
-    def _is_shared(self) -> bool:
+    def is_shared(self) -> bool:
         """Whether several processes have the devices."""
         return bool(self.mesh.is_multi_process)
 
@@ -279,7 +304,7 @@ class Sharding:
         self._require_agreement({what + keystr(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]})
 
     def _require_agreement(self, arrays: dict[str, Any]) -> None:
-        if not self._is_shared:
+        if not self.is_shared:
             return
         local = {name: x for name, x in arrays.items() if not (isinstance(x, Array) and not x.is_fully_addressable)}
         if differing := _differing({name: _digest(x) for name, x in local.items()}):
@@ -294,7 +319,7 @@ class Sharding:
         :param program: a function of :func:`jax.jit`, which is called with the rest; not looked at where there is one process.
         :raises RuntimeError: with the reason, as far as it is known.
         """
-        if not self._is_shared:
+        if not self.is_shared:
             return
         if not _differing({"program": hashlib.sha256(program.lower(*args, **static).as_text().encode()).hexdigest()}):
             return
@@ -375,6 +400,24 @@ def number_of_rows(args: tuple[Any, ...], kwargs: dict[str, Any], axis: int = 0)
     """How many rows the data have: as many as the first array that has an axis for them; None if there is none."""
     arrays, _ = arrays_and_rest((args, kwargs))
     return next((int(np.shape(x)[axis]) for x in arrays if np.ndim(x) > axis), None)
+
+
+def is_shared(tree: Any) -> bool:
+    """Whether other processes have a part of some array."""
+    return any(isinstance(x, Array) and not x.is_fully_addressable for x in jax.tree.leaves(tree))
+
+
+def require_readable(what: str, tree: Any) -> None:
+    """Refuses arrays that no process can read whole.
+
+    :raises ValueError: naming one.
+    """
+    for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if isinstance(x, Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            raise ValueError(
+                f"{what}{keystr(path)} of shape {x.shape} has parts in other processes, and no process could read it: return what "
+                "all of them have, such as parameters, or a mean over the rows."
+            )
 
 
 def said_anywhere(flag: bool) -> bool:

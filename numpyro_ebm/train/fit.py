@@ -3,7 +3,6 @@
 
 """One loop for every engine, and NumPyro's ``SVI``, on data that come in minibatches."""
 
-import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,19 +17,19 @@ from jax import Array
 from numpyro.infer import SVI
 
 from numpyro_ebm._checks import require_bool, require_count, require_key
-from numpyro_ebm._pytree import join
 from numpyro_ebm.evaluate.report import FitReport, are_reports_enabled, report_of
 from numpyro_ebm.program.minibatch import Minibatch
 from numpyro_ebm.program.run import own_key
 from numpyro_ebm.program.streamed import require_rows_taken
 from numpyro_ebm.train.batches import Batches, stream_of
-from numpyro_ebm.train.devices import Sharding, as_sharding, said_anywhere
+from numpyro_ebm.train.devices import as_sharding, is_shared, said_anywhere
 from numpyro_ebm.train.fingerprint import fingerprint_of
-from numpyro_ebm.train.health import NonFiniteError
+from numpyro_ebm.train.judge import Judge
 from numpyro_ebm.train.loop import Between, at_multiples, calling, copied, drive, saved
 from numpyro_ebm.train.row_store import RowStore
-from numpyro_ebm.train.stacks import Stack, Stacks, is_array
-from numpyro_ebm.train.steps import Call, Steps
+from numpyro_ebm.train.source import Data, RowSource, own_places, parts_of, with_parts
+from numpyro_ebm.train.stacks import Stacks
+from numpyro_ebm.train.steps import Steps
 from numpyro_ebm.train.svi import SVIProgress, plain, steps_of
 
 State = Any
@@ -145,30 +144,37 @@ def fit(
         raise ValueError(f"num_steps={num_steps} and num_epochs={num_epochs} both say when to end: leave one out.")
     if patience is not None and validation is None:
         raise ValueError(f"patience={patience} with no validation=, of which to have some: give rows or a function of the state.")
-    learner, stream, always = _learner(engine), stream_of(batches, num_epochs), (tuple(args), dict(kwargs or {}))
+    sharding = None if mesh is None else as_sharding(mesh)
+    part = (jax.process_index(), jax.process_count()) if sharding is not None and sharding.is_shared else (0, 1)
+    learner, stream, always = _learner(engine), stream_of(batches, num_epochs, part), (tuple(args), dict(kwargs or {}))
     if isinstance(batches, Batches):
         if num_steps is None and num_epochs is None:
             raise ValueError("fit has no end: give num_steps or num_epochs.")
         num_steps = num_steps or (num_epochs or 0) * len(batches)
-    sharding = None if mesh is None else as_sharding(mesh)
-    rng_key, first = require_key("rng_key", rng_key), stream.peek()
-    data = _Data(learner, always, sharding)
-    state, rows = _started(engine, learner, rng_key, data.of(first), stream.num_rows, init_state, init_params, row_folder)
+    rng_key, own = require_key("rng_key", rng_key), stream.peek()
+    data = Data(learner, always, sharding)
+    if data.shared is not None:
+        _require_shareable(engine, learner)
+    first, one = data.first(own)
+    state, rows = _started(engine, learner, rng_key, one, stream.num_rows, init_state, init_params, row_folder)
     if sharding is not None:
         state = sharding.place_state(state, None if rows is None else len(first.index))
-    source = _Source(data, Stacks(stream, data.place, first), np.bool_(stable_update), rows, rng_key, state)
-    judge = _Judge(learner, validation, patience, data, has_rows=rows is not None)
+    source = RowSource(data, Stacks(stream, data.place, own), np.bool_(stable_update), rows, rng_key, first, state)
+    if sharding is not None:
+        shapes = jax.eval_shape(lambda: (state, source.call.dynamic))
+        sharding.require_same_program(learner._steps.proposed, *shapes, static=source.call.static)
+    judge = Judge(learner, validation, patience, data, has_rows=rows is not None)
 
     def describe(state: State) -> tuple[dict[str, Any], dict[str, Any]]:
         tree, meta = source.describe(state), {**source.position(), **judge.meta()}
         if patience is not None:
-            tree["best"] = judge.best if judge.best is not None else _parts(state, rows)
+            tree["best"] = judge.best if judge.best is not None else parts_of(state, rows)
         return tree, meta
 
     def fingerprint() -> dict[str, str]:
         return fingerprint_of(engine, arguments=always, batches=repr(batches) if isinstance(batches, Batches) else "an iterable")
 
-    with saved(checkpoint, fingerprint, learner._steps, state, source.call_of(first), describe) as run:
+    with saved(checkpoint, fingerprint, learner._steps, state, source.call, describe) as run:
         if run.found is not None:
             state = source.restore(*run.found, state)
             judge.restore(*run.found)
@@ -195,234 +201,11 @@ def fit(
     if said is not None:
         said.warn(stacklevel=2)
     if patience is not None and judge.best is not None:
-        state = _with_parts(state, judge.best)
+        state = with_parts(state, judge.best)
     params = learner.get_params(state)
     state = source.whole(plain(state) if isinstance(state, SVIProgress) else state)
     metrics = {name: np.asarray(values) for name, values in judge.metrics.items()}
     return FitResult(params, state, jnp.asarray(run.log.losses), metrics, said, ended)
-
-
-class _Data:
-    """How the programs are called with minibatches."""
-
-    def __init__(self, learner: Any, always: tuple[tuple[Any, ...], dict[str, Any]], sharding: Sharding | None) -> None:
-        self.learner, self.sharding = learner, sharding
-        placed: tuple[tuple[Any, ...], dict[str, Any]] = always if sharding is None else sharding.replicate(always)
-        self.args, self.kwargs = placed
-
-    def of(self, batch: Minibatch) -> Minibatch:
-        """A minibatch with the arguments that are the same in every step."""
-        return batch._replace(args=(*batch.args, *self.args), kwargs={**self.kwargs, **batch.kwargs})
-
-    def call(self, batch: Minibatch, stable: np.bool_, *, is_stack: bool) -> Call:
-        """What steps see of minibatches, which are stacked if ``is_stack``."""
-        full = self.of(batch)
-        dynamic, static = self.learner._split(*self.learner._of_minibatch(full, {}))
-        if not is_stack:
-            return Call(dynamic, static, stable)
-        of_steps, of_all = (jax.tree.map(lambda _, flag=flag: flag, tree) for flag, tree in ((True, batch), (False, full)))
-        mask = of_all._replace(
-            index=of_steps.index,
-            places=of_steps.places,
-            args=(*of_steps.args, *of_all.args[len(batch.args) :]),
-            kwargs={**of_all.kwargs, **of_steps.kwargs},
-        )
-        flags = jax.tree.leaves(self.learner._of_minibatch(mask, {}))
-        leaves = jax.tree.leaves(self.learner._of_minibatch(full, {}))
-        stacked = tuple(flag for flag, leaf in zip(flags, leaves, strict=True) if is_array(leaf))
-        return Call(dynamic, static, stable, None, stacked)
-
-    def place(self, stacked: Any) -> Any:
-        """Stacked arrays on the device, or on those of the mesh."""
-        index, args, kwargs = stacked
-        if self.sharding is None:
-            return jax.tree.map(lambda x: jnp.asarray(x) if is_array(x) else x, stacked)
-        num_rows = next(x.shape[1] for x in jax.tree.leaves((index, args, kwargs)) if is_array(x))
-        is_part = jax.process_count() > 1
-        (index, args), kwargs = self.sharding.place_data((index, args), kwargs, num_rows, has_steps=True, is_part=is_part)
-        return index, args, kwargs
-
-
-class _Source:
-    """The minibatches of a fit, and what is kept of their rows: where the steps of the loop come from."""
-
-    def __init__(self, data: _Data, stacks: Stacks, stable: np.bool_, rows: RowStore | None, rng_key: Array, start: State) -> None:
-        self.data, self.stacks, self.stable, self.rows, self.rng_key = data, stacks, stable, rows, rng_key
-        self.start = None if rows is None else start.params  # at which rows get their particles, as in a run in memory
-        self.stack: Stack | None = None
-        self.at, self.done = 0, 0  # the next step within the stack, and of all
-        self._position = stacks.stream.position()
-        self._failed: tuple[str, int] | None = None  # of rows whose particles cannot start: what to say, and the step
-        self.call = self.call_of(stacks.first)
-
-    def call_of(self, first: Minibatch) -> Call:
-        """What a step sees, of a minibatch alone."""
-        return self.data.call(_own_places(first) if self.rows is not None else first, self.stable, is_stack=False)
-
-    # Of the loop.
-
-    def next(self, state: State, num_steps: int) -> tuple[State, Call, int, int]:
-        while self.stack is None or self.at >= self.stack.num_batches:  # a run may go on from the end of a stack
-            state = self._opened(state)
-        return state, self.call, self.at, min(num_steps, self.stack.num_batches - self.at)
-
-    def made(self, num_steps: int) -> None:
-        if self.rows is not None:
-            for _ in range(num_steps):
-                self.rows.rest(self._noise)
-        self.at, self.done = self.at + num_steps, self.done + num_steps
-
-    def seen(self, *, next: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        call, at = self.call, self.at if next else max(self.at - 1, 0)
-        return join(call.at(at) if call.stacked else call.dynamic, call.static)
-
-    def _opened(self, state: State) -> State:
-        """The state with the rows of the next stack."""
-        if self.stack is not None and self.rows is not None:
-            self.rows.put(state)
-        if self._failed is not None:
-            message, step = self._failed
-            raise NonFiniteError(message, state, step, {})
-        stack = self.stacks.next()  # what it raises leaves the position at the end of the stack before
-        if self.stack is not None:
-            self.at = 0
-        self._position, batch = stack.position, stack.batch
-        if self.rows is not None:
-            assert stack.rows is not None
-            stack = stack._replace(num_batches=self._begin(state, stack))
-            assert stack.rows is not None
-            state, places = self.rows.take(state, stack.rows, jax.random.fold_in(state.rng_key, 1))
-            batch = batch._replace(places=jnp.asarray(places))
-            if self.data.sharding is not None:
-                state = self.data.sharding.place_state(state, self.rows.num_on_device)
-            noise = self.data.learner._noise_at_rest(state, self.rows.num_rows, stack.rows.shape[1])
-            self._noise = {site: float(variance) for site, variance in noise.items()}  # once, not in every step
-        self.stack, self.call = stack, self.data.call(batch, self.stable, is_stack=True)
-        return state
-
-    def _begin(self, state: State, stack: Stack) -> int:
-        """Particles for the rows that are seen for the first time; how many minibatches there are before one that has bad rows."""
-        assert self.rows is not None
-        assert stack.rows is not None
-        for i in range(stack.num_batches):
-            if self.rows.fresh(stack.rows[i]).any():
-                args, kwargs = jax.tree.map(lambda x, i=i: x[i] if is_array(x) else x, (stack.batch.args, stack.batch.kwargs))
-                one = self.data.of(_own_places(Minibatch(jnp.asarray(stack.rows[i]), args, kwargs)))
-                key = jax.random.fold_in(self.rng_key, self.done - self.at + i)
-                try:
-                    made = self.data.learner.init(key, one, init_params=self.start)
-                except ValueError as error:
-                    step = self.done - self.at + i + 1
-                    self._failed = f"step {step}: {error}", step
-                    if i == 0:
-                        raise NonFiniteError(self._failed[0], state, step, {}) from error
-                    return i
-                self.rows.begin(stack.rows[i], made)
-        return stack.num_batches
-
-    # Of checkpoints and the result.
-
-    def position(self) -> dict[str, Any]:
-        """Where the next step is in the source: its stack, and how far in that."""
-        return {"position": self._position, "at": self.at}
-
-    def describe(self, state: State) -> dict[str, Any]:
-        """What is saved of a state, and of all rows."""
-        if isinstance(state, SVIProgress):
-            return {"state": plain(state), "counts": [state.num_steps, state.num_skipped]}
-        if self.rows is None:
-            return {"state": state}
-        if self.stack is not None:
-            self.rows.put(state)
-        return {"state": self.rows.over(state), "rows": self.rows.tree()}
-
-    def restore(self, tree: dict[str, Any], meta: dict[str, Any], state: State) -> State:
-        """Goes on from what was saved."""
-        self.stacks.stream.seek(meta["position"], meta["at"])
-        self._position, self.at, self.done = meta["position"], meta["at"], len(tree["losses"])
-        if isinstance(state, SVIProgress):
-            return SVIProgress(*tree["state"], *tree["counts"])
-        if self.rows is None:
-            return tree["state"]
-        self.rows.load(tree["state"], tree["rows"])
-        return _with_parts(state, _parts(tree["state"], self.rows))
-
-    @contextmanager
-    def with_all_rows(self) -> Iterator[None]:
-        """Gives the state of an error all rows."""
-        try:
-            yield
-        except BaseException as error:
-            if self.rows is not None and hasattr(error, "state"):
-                if self.stack is not None:
-                    self.rows.put(error.state)
-                    self.stack = None  # nothing is on the device any more
-                error.state = self.rows.over(error.state)
-            raise
-
-    def whole(self, state: State) -> State:
-        """The last state, with all rows."""
-        if self.rows is None:
-            return state
-        if self.stack is not None:
-            self.rows.put(state)
-        return self.rows.whole(state, jax.random.fold_in(state.rng_key, 2))
-
-
-class _Judge:
-    """What is looked at on the way, and the best state by it."""
-
-    def __init__(self, learner: Any, validation: Any, patience: int | None, data: _Data, *, has_rows: bool) -> None:
-        self.learner, self.patience, self.data = learner, patience, data
-        self.metrics: dict[str, list[float]] = {}
-        self.best: Any = None
-        self.waited = 0
-        self._rows = None if validation is None or callable(validation) else self._read(validation, has_rows=has_rows)
-        self._function = validation if callable(validation) else self._mean_loss
-
-    def _read(self, validation: Any, *, has_rows: bool) -> Batches:
-        if has_rows:
-            raise ValueError(
-                "validation= are rows, which have no particles: give a function of the state, such as one that estimates the log "
-                "density of these rows."
-            )
-        if not isinstance(validation, Batches):
-            raise TypeError(f"validation must be Batches or a function of the state, got a {type(validation).__name__}.")
-        return validation
-
-    def _mean_loss(self, state: State) -> float:
-        """The mean of the loss, all with one key: else the noise of the engine decides."""
-        assert self._rows is not None
-        typed = jnp.issubdtype(state.rng_key.dtype, jax.dtypes.prng_key)
-        key = jax.random.key(0, impl=jax.random.key_impl(state.rng_key)) if typed else jax.random.PRNGKey(0)
-        state = state._replace(rng_key=key)
-        return float(np.mean([float(self.learner.evaluate(state, self.data.of(batch))) for batch in self._rows]))
-
-    def look(self, step: int, state: State) -> str | None:
-        """Looks at a state after some steps."""
-        given = plain(state) if isinstance(state, SVIProgress) and self._rows is None else state
-        said = self._function(copied(given))
-        values = {name: float(x) for name, x in (said.items() if isinstance(said, Mapping) else [("validation", said)])}
-        name, value = next(iter(values.items()))
-        before = [x for x in self.metrics.get(name, ()) if not math.isnan(x)]
-        for key, x in {"step": step, **values}.items():
-            self.metrics.setdefault(key, []).append(x)
-        if not before or value < min(before):
-            self.waited = 0
-            self.best = None if self.patience is None else _parts(copied(state), None, self.learner)
-        else:
-            self.waited += 1
-        return "patience" if self.patience is not None and self.waited >= self.patience else None
-
-    def meta(self) -> dict[str, Any]:
-        """What JSON can hold of it."""
-        names = [name for name in self.metrics if name != "step"]
-        return {"metrics": self.metrics, "waited": self.waited, "metric": self.metrics[names[0]][-1] if names else None}
-
-    def restore(self, tree: dict[str, Any], meta: dict[str, Any]) -> None:
-        self.metrics.update(meta["metrics"])
-        self.waited = meta["waited"]
-        self.best = tree.get("best") if self.metrics else None
 
 
 def _learner(engine: Any) -> Any:
@@ -435,6 +218,19 @@ def _learner(engine: Any) -> Any:
     if not isinstance(getattr(engine, "_steps", None), Steps):
         raise TypeError(f"engine must be an engine of numpyro_ebm or numpyro.infer.SVI, got a {type(engine).__name__}.")
     return engine
+
+
+def _require_shareable(engine: Any, learner: Any) -> None:
+    """Refuses an engine whose rows several processes cannot keep.
+
+    :raises ValueError: with what to do instead.
+    """
+    if getattr(learner, "kept_by_step", ()):
+        raise ValueError(
+            f"{type(engine).__name__} keeps the particles of all rows on the host of one process, and this mesh is of "
+            f"{jax.process_count()}: take run(..., mesh=...), which spreads particles over the devices of all, with the rows of "
+            "each process joined by Sharding(...).joined."
+        )
 
 
 def _started(
@@ -453,8 +249,6 @@ def _started(
         raise ValueError(f"row_folder is for particles, and {type(engine).__name__} keeps nothing for each row: leave it out.")
     if has_rows:
         learner._of_minibatch(one, {})  # which says that it needs indices
-        if jax.process_count() > 1:
-            raise ValueError("particles on the host are those of one process: take run(..., mesh=...).")
     if has_rows or isinstance(engine, SVI):
         program = require_rows_taken("the model", engine.model, one, rng_key, num_rows=num_rows)
         if has_rows and not program.subsampled:
@@ -467,7 +261,7 @@ def _started(
             return learner._require_state(init_state, "init_state"), None
         return learner.init(rng_key, one, init_params=init_params), None
     (plate,) = program.subsampled.values()
-    own = _own_places(one)
+    own = own_places(one)
     started = learner.init(rng_key, own, init_params=init_params)
     folder = None if row_folder is None else Path(row_folder)
     rows = RowStore(started, learner._rows_of(started, own), plate.size, folder)
@@ -476,22 +270,7 @@ def _started(
         return started, rows
     given = learner._require_state(init_state, "init_state")
     rows.load(given)
-    return _with_parts(started, _parts(given, rows)), rows
-
-
-def _own_places(batch: Minibatch) -> Minibatch:
-    """A minibatch whose rows are all that there are on the device."""
-    return batch._replace(places=np.arange(len(batch.index), dtype=np.int32))
-
-
-def _parts(state: State, rows: RowStore | None, learner: Any = None) -> dict[str, Any]:
-    """The fields of a state without those that have a row for all data."""
-    kept = getattr(learner, "kept_by_step", ()) if rows is None else {field.path[0].key for field in rows.fields}
-    return {name: value for name, value in state._asdict().items() if name not in kept}
-
-
-def _with_parts(state: State, parts: dict[str, Any]) -> State:
-    return state._replace(**parts)
+    return with_parts(started, parts_of(given, rows)), rows
 
 
 def _every(batches: Any, num_steps: int | None) -> int:
@@ -510,8 +289,8 @@ def _signals() -> Iterator[Between]:
             raise KeyboardInterrupt
         got.append(signal.Signals(number).name)
 
-    def asked(_: State) -> str | None:
-        return (got or ["SIGTERM"])[0] if said_anywhere(bool(got)) else None
+    def asked(state: State) -> str | None:
+        return (got or ["SIGTERM"])[0] if (said_anywhere(bool(got)) if is_shared(state) else got) else None
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda state: None

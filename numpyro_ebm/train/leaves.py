@@ -69,6 +69,11 @@ def checksum(numbers: Any) -> int:
     """Of the bytes of an array, whatever it is sharded over."""
     if is_spread(numbers):
         return int(_sum_of_bits(numbers))
+    if isinstance(numbers, np.memmap) and numbers.size and not numbers.flags.c_contiguous:  # block by block, as memory has no room
+        found = 0
+        for block in np.nditer(numbers, ["external_loop", "buffered"], order="C", buffersize=2**20):
+            found = zlib.crc32(bytes_of(block), found)
+        return found
     return zlib.crc32(bytes_of(numbers))
 
 
@@ -166,11 +171,14 @@ def _placed(leaf: Leaf, numbers: Any, wanted: Any) -> Any:
         return numbers[()]
     if isinstance(wanted, np.ndarray | OpenLength) or (leaf.kind == "numpy" and not isinstance(wanted, Array) and sharding is None):
         return numbers
+    if is_spread(numbers):
+        return numbers
+    if sharding is not None and not sharding.is_fully_addressable:  # every process has the numbers, and lays out its part
+        laid_out = jax.make_array_from_callback(numbers.shape, sharding, lambda index: numbers[index])
+        return jax.random.wrap_key_data(laid_out, impl=leaf.kind[4:]) if leaf.kind.startswith("key ") else laid_out
     if leaf.kind.startswith("key "):
         key = jax.random.wrap_key_data(jnp.array(numbers), impl=leaf.kind[4:])
         return key if sharding is None else jax.device_put(key, sharding)
-    if is_spread(numbers):
-        return numbers
     # a copy: the device may not write over NumPy's memory
     return jnp.array(numbers) if sharding is None else jax.device_put(numbers, sharding, may_alias=False)
 

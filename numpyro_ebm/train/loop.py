@@ -21,7 +21,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from numpyro_ebm.train.checkpoint import CheckpointWriter, as_checkpoints
-from numpyro_ebm.train.devices import processes_explained
+from numpyro_ebm.train.devices import is_shared, processes_explained, require_readable, said_anywhere
 from numpyro_ebm.train.health import Part
 from numpyro_ebm.train.leaves import OpenLength
 from numpyro_ebm.train.steps import FIXED_LENGTH, Call, Record, State, Steps, asks_the_host, joined, keep_state
@@ -226,6 +226,8 @@ def drive(
     steps, warned, before = learner._steps, set[str](), int(state.num_steps)
     length = steps.length(state, source.call, every) if asks_the_host(state, source.call.dynamic) else None
     chunk = steps.open_chunk if length is None else partial(steps.fixed_chunk, length=length)
+    if source.call.collect is not None and is_shared(state):
+        require_readable("what collect= returns, ", jax.jit(source.call.collect)(state))
     pace = Pace(every, length, SECONDS_PER_CHUNK if progress_bar else SECONDS_WITHOUT_BAR)
     with tqdm(total=num_steps, initial=log.done, disable=not progress_bar) as bar, processes_explained():
         while num_steps is None or log.done < num_steps:
@@ -269,7 +271,7 @@ def calling(callbacks: Sequence[Callable[..., Any]], log: Log, *more: Any) -> Be
 
     def look(state: State) -> str | None:
         ends = [callback(log.done, copied(state), log.losses, *more) is True for callback in callbacks]
-        return "callback" if any(ends) else None
+        return "callback" if (said_anywhere(any(ends)) if is_shared(state) else any(ends)) else None
 
     return look
 

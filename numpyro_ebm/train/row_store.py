@@ -82,7 +82,9 @@ class RowStore:
     def load(self, state: State, tree: dict[str, Any] | None = None) -> None:
         """Takes over a state with the rows of all data."""
         for field, array in zip(self.fields, self.arrays, strict=True):
-            array[:] = np.moveaxis(np.asarray(_leaf(state, field.path)), field.axis, 0)
+            given = np.moveaxis(np.asarray(_leaf(state, field.path)), field.axis, 0)
+            if not np.shares_memory(array, given):  # as what a checkpoint is read into does
+                array[:] = given
         self.visited[:] = True if tree is None else tree["visited"]
         if tree is not None:
             self.noise = {site: float(x) for site, x in tree["noise"].items()}
@@ -141,7 +143,7 @@ class RowStore:
 
     def whole(self, state: State, rng_key: Array) -> State:
         """The same as :meth:`over`, with the noise that rows at rest still lack."""
-        for start in range(0, self.num_rows, MAX_ROWS):
+        for start in range(0, self.num_rows if any(self.noise.values()) else 0, MAX_ROWS):
             rows = np.arange(start, min(start + MAX_ROWS, self.num_rows))
             self.put(self.take(state, rows[None], jax.random.fold_in(rng_key, start))[0])
         return self.over(state)

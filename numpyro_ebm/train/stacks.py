@@ -61,6 +61,8 @@ class Stacks:
 
     def __exit__(self, *_: Any) -> None:
         self._ends.set()
+        while not self._made.empty():  # room for the stack that is made now, which would wait
+            self._made.get_nowait()
         self._thread.join(timeout=5.0)  # a source may hang
 
     def next(self) -> Stack:

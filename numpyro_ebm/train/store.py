@@ -26,6 +26,7 @@ from numpyro_ebm.train.leaves import Leaf, checksum, read_leaves, rebuilt, requi
 PREFIX, UNFINISHED = "step_", ".orbax-checkpoint-tmp"
 NO_ARRAYS = {"none": np.zeros(1)}  # of a pytree without numbers, which orbax refuses
 MAX_REASON = 200
+MAX_PART = 2**26  # bytes of an array on disk that are read at once
 
 
 class DamagedError(Exception):
@@ -58,8 +59,15 @@ class Store:
 
         :param described: every leaf and its numbers, which must not change until it is written.
         """
-        text = json.dumps({**record, "step": step, "leaves": [leaf for leaf, _ in described]})
-        arrays = {_name(i): numbers for i, (leaf, numbers) in enumerate(described) if np.prod(leaf.shape)} or NO_ARRAYS
+        in_parts = {str(i): _num_parts(numbers) for i, (_, numbers) in enumerate(described) if isinstance(numbers, np.memmap)}
+        text = json.dumps({**record, "step": step, "leaves": [leaf for leaf, _ in described], "in_parts": in_parts})
+        arrays: dict[str, Any] = {}
+        for i, (leaf, numbers) in enumerate(described):
+            if str(i) in in_parts:
+                arrays |= {_name(i, k): part for k, part in enumerate(np.array_split(numbers, in_parts[str(i)]))}
+            elif np.prod(leaf.shape):
+                arrays[_name(i)] = numbers
+        arrays = arrays or NO_ARRAYS
         args = self._orbax.args
         items = args.Composite(tree=args.PyTreeSave(arrays), meta=args.JsonSave({"text": text, "crc32": _crc(text)}))
         self._manager.save(step, args=items, force=True)  # else orbax may think that it is not due, and say nothing
@@ -127,7 +135,7 @@ class Store:
         wanted_leaves = [leaf for leaf in saved if leaf is not None]
         require_same(f"the checkpoint '{self.path(step)}'", fix, wanted_leaves, wanted)
         try:
-            numbers = self._numbers(step, saved, wanted)
+            numbers = self._numbers(step, saved, record.get("in_parts", {}), wanted)
             for leaf in wanted_leaves:
                 if checksum(numbers[leaf.path]) != leaf.checksum:
                     raise DamagedError(f"the numbers of {leaf.path} are not those that were written (checksum)")
@@ -137,30 +145,40 @@ class Store:
             raise DamagedError(f"its arrays cannot be read: {reason(error)}") from error
         return rebuilt(wanted_leaves, numbers, wanted)
 
-    def _numbers(self, step: int, saved: Sequence[Leaf | None], wanted: Any) -> dict[str, Any]:
+    def _numbers(self, step: int, saved: Sequence[Leaf | None], in_parts: dict[str, int], wanted: Any) -> dict[str, Any]:
         orbax = self._orbax
-        shardings = {
-            jax.tree_util.keystr(path): getattr(leaf, "sharding", None)
-            for path, leaf in jax.tree_util.tree_flatten_with_path(wanted)[0]
-        }
+        by_path = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(wanted)[0]}
         how: dict[str, Any] = {}
         numbers: dict[str, Any] = {}
         for i, leaf in enumerate(saved):
             if leaf is None:
                 continue
-            sharding = shardings.get(leaf.path)
-            if not np.prod(leaf.shape):
+            value = by_path.get(leaf.path)
+            sharding = getattr(value, "sharding", None)
+            if str(i) in in_parts:
+                numbers[leaf.path] = self._read_parts(step, i, leaf, in_parts[str(i)], value)
+            elif not np.prod(leaf.shape):
                 numbers[leaf.path] = np.zeros(leaf.shape, leaf.dtype)
             elif sharding is None or sharding.is_fully_addressable or sharding.is_fully_replicated:
                 how[_name(i)] = orbax.RestoreArgs(restore_type=np.ndarray)
             else:  # other processes read the other parts
                 how[_name(i)] = orbax.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=np.dtype(leaf.dtype))
-        if how:
-            args = orbax.args
-            restore = args.PyTreeRestore(item=dict.fromkeys(how, 0), restore_args=how, partial_restore=True)
-            arrays = self._manager.restore(step, args=args.Composite(tree=restore))["tree"]
-            numbers |= {leaf.path: arrays[_name(i)] for i, leaf in enumerate(saved) if leaf is not None and _name(i) in how}
-        return numbers
+        arrays = self._restored(step, how) if how else {}
+        return numbers | {leaf.path: arrays[_name(i)] for i, leaf in enumerate(saved) if leaf is not None and _name(i) in how}
+
+    def _read_parts(self, step: int, index: int, leaf: Leaf, num_parts: int, wanted: Any) -> np.ndarray:
+        """An array that was on disk, read into the one that is wanted if that is on disk too: memory may have no room for it."""
+        found = wanted if isinstance(wanted, np.memmap) else np.empty(leaf.shape, leaf.dtype)
+        for k, part in enumerate(np.array_split(found, num_parts)):
+            name = _name(index, k)
+            part[...] = self._restored(step, {name: self._orbax.RestoreArgs(restore_type=np.ndarray)})[name]
+        return found
+
+    def _restored(self, step: int, how: dict[str, Any]) -> dict[str, Any]:
+        args = self._orbax.args
+        restore = args.PyTreeRestore(item=dict.fromkeys(how, 0), restore_args=how, partial_restore=True)
+        found: dict[str, Any] = self._manager.restore(step, args=args.Composite(tree=restore))["tree"]
+        return found
 
     def _open(self) -> None:
         orbax = self._orbax
@@ -240,8 +258,13 @@ def _orbax() -> Any:
     return orbax.checkpoint
 
 
-def _name(index: int) -> str:
-    return f"leaf_{index}"
+def _name(index: int, part: int | None = None) -> str:
+    return f"leaf_{index}" if part is None else f"leaf_{index}_{part}"
+
+
+def _num_parts(on_disk: np.memmap[Any, Any]) -> int:
+    """In how many parts an array is written and read that is on disk, for which memory may have no room."""
+    return max(1, min(len(on_disk), -(-on_disk.nbytes // MAX_PART)))
 
 
 def _crc(text: str) -> int:
