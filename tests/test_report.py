@@ -272,7 +272,7 @@ def test_samples_without_weights_must_be_nearer_than_those_with():
 
 @pytest.mark.parametrize("logit", [None, 6.0], ids=["posterior", "other bits"])
 def test_guides_of_bits_are_weighed_as_bits(logit):
-    # Catches a tail of equal weights that is taken for none, or for a heavy one.
+    # Catches a tail of few values that is taken for a heavy one, and a wrong guide that nothing else tells.
     def model(v):
         scale = numpyro.param("scale", 1.0)
         with numpyro.plate("data", len(v)):
@@ -286,8 +286,28 @@ def test_guides_of_bits_are_weighed_as_bits(logit):
             numpyro.sample("h", GumbelBernoulli(logits).to_event(1))
 
     report = weighed(guide, bism, model)
-    assert report.is_well == (logit is None)
-    assert all(finding.is_told for finding in report.findings)
+    assert [finding.quantity for finding in report.trouble] == ([] if logit is None else [FRACTION])
+    assert found(report, FRACTION).is_told
+    assert not found(report, SHAPE).is_told
+    assert "few values" in found(report, SHAPE).fix
+
+
+def test_one_jump_of_weights_is_no_tail_however_small_it_is():
+    # Catches a k of more than 3 where 995 weights are 1 and 5 are 1.5, of a guide that could hardly be better.
+    jumps = jnp.where(jnp.arange(1000) < 5, jnp.log(1.5), 0.0)[:, None]
+    fraction, shape = guide_findings("h", jumps, "fix", least=None)
+    assert fraction.is_well
+    assert fraction.value > 0.99
+    assert not shape.is_told
+    assert not guide_findings("h", 10 * jumps, "fix", least=None)[0].is_well  # 5 weights of 58
+
+
+def test_the_tail_of_a_good_continuous_guide_is_told():
+    # Catches values that are told apart by a fixed distance: weights that differ by thousandths have a tail all the same.
+    fraction, shape = guide_findings("h", 3e-3 * jax.random.normal(KEY, (1000, 5)), "fix", least=None)
+    assert shape.is_told
+    assert shape.is_well
+    assert fraction.least is None
 
 
 def test_the_fraction_that_counts_of_bits_is_that_of_bits():
