@@ -24,10 +24,13 @@ from numpyro.distributions import constraints
 
 from numpyro_ebm import (
     MALA,
+    BaseMeasure,
+    BiDVL,
     BiSM,
     DenoisingScoreMatching,
     EnergyDistribution,
     ExactScoreMatching,
+    GumbelBernoulli,
     Implicit,
     ImportanceWeighted,
     ParticleMMLE,
@@ -107,6 +110,36 @@ def of_factors(engine, guide, objective, **settings):
     return engine(factors, guide, optax.adam(1e-2), optax.adam(2e-2), objective, batch_size=100, **settings), VISIBLE
 
 
+# Bits: the posterior is that of a restricted Boltzmann machine, so that a guide can have it.
+COUPLING = 1.5 * jax.random.normal(jax.random.key(1), (6, 8))
+OF_BITS = jax.random.bernoulli(jax.random.key(2), 0.3, (2000, 6)) @ COUPLING + 0.7 * jax.random.normal(jax.random.key(3), (2000, 8))
+
+
+def machine(v):
+    coupling = numpyro.param("coupling", lambda key: 0.1 * jax.random.normal(key, (8, 6)))
+    bias, shift = numpyro.param("bias", jnp.zeros(6)), numpyro.param("shift", jnp.zeros(8))
+    scale = numpyro.param("scale", jnp.ones(8), constraint=constraints.positive)
+    with numpyro.plate("data", len(v)):
+        h = numpyro.sample("h", BaseMeasure(constraints.boolean, (6,)))
+        v = numpyro.sample("v", BaseMeasure(constraints.real, (8,)), obs=v)
+        numpyro.factor("energy", h @ bias + ((v @ coupling) * h).sum(-1) - (((v - shift) / scale) ** 2).sum(-1) / 2)
+
+
+def bits(v, least=0.0):
+    slope, logit = numpyro.param("slope", lambda key: 0.1 * jax.random.normal(key, (8, 6))), numpyro.param("logit", jnp.zeros(6))
+    logits = v @ slope + logit
+    with numpyro.plate("data", len(v)):
+        numpyro.sample("h", GumbelBernoulli(logits + least * jnp.sign(logits), 0.3).to_event(1))
+
+
+def sure_bits(v):
+    bits(v, least=4.0)
+
+
+def of_bits(guide):
+    return BiSM(machine, guide, optax.adam(1e-2), optax.adam(2e-2), DENOISING, batch_size=100), OF_BITS
+
+
 def normal(y):
     loc = numpyro.param("loc", 0.0)
     with numpyro.plate("data", len(y)):
@@ -116,6 +149,39 @@ def normal(y):
 
 def of_particles(**settings):
     return ParticleMMLE(normal, optax.adam(1e-2), num_particles=10, **settings), 1.5 + 1.1 * NOISE
+
+
+# An energy with an encoder and a generator. What both can do is to be normal, so that data with two modes are too much for them.
+def wells(v):
+    wall, slope, tilt = numpyro.param("wall", 0.5), numpyro.param("slope", 1.0), numpyro.param("tilt", 0.0)
+    with numpyro.plate("data", len(v)):
+        numpyro.sample("v", EnergyDistribution(lambda v: wall * v**4 / 4 - slope * v**2 / 2 - tilt * v), obs=v)
+
+
+def hill(v):
+    loc, scale = numpyro.param("loc", 0.0), numpyro.param("scale", 2.0, constraint=constraints.positive)
+    with numpyro.plate("data", len(v)):
+        numpyro.sample("v", EnergyDistribution(lambda v: ((v - loc) / scale) ** 2 / 2), obs=v)
+
+
+def generator(v):
+    mean, gain = numpyro.param("mean", 0.0), numpyro.param("gain", 1.0)
+    noise = numpyro.param("noise", 1.0, constraint=constraints.positive)
+    with numpyro.plate("data", len(v)):
+        h = numpyro.sample("h", dist.Normal(0, 1))
+        numpyro.sample("v", dist.Normal(mean + gain * h, noise), obs=v)
+
+
+def encoder(v):
+    inverse, offset = numpyro.param("inverse", 0.5), numpyro.param("offset", 0.0)
+    width = numpyro.param("width", 1.0, constraint=constraints.positive)
+    with numpyro.plate("data", len(v)):
+        numpyro.sample("h", dist.Normal(inverse * v + offset, width))
+
+
+def of_generator(energy, v):
+    optims = optax.adam(0.01), optax.adam(0.01), optax.adam(0.01)
+    return BiDVL(energy, encoder, generator, *optims, batch_size=250), v
 
 
 FEW = NOISE[:60, None]
@@ -157,6 +223,10 @@ PROBLEMS = {
     "exact score matching, a bell": (lambda: of_scores(bell, ExactScoreMatching()), 400, ()),
     "BiSM, a guide that is too narrow": (lambda: of_factors(BiSM, narrow, DENOISING, **IMPLICIT), 400, ("Pareto",)),
     "BiSM, the posterior's family": (lambda: of_factors(BiSM, full, DENOISING, **IMPLICIT), 400, ()),
+    "BiSM, a guide that is too sure of bits": (lambda: of_bits(sure_bits), 600, ("count",)),
+    "BiSM, the posterior of bits": (lambda: of_bits(bits), 600, ()),
+    "BiDVL, a generator of one mode for two": (lambda: of_generator(wells, MODES), 1500, ("count", "Pareto")),
+    "BiDVL, a generator of the energy's family": (lambda: of_generator(hill, 1.5 + 1.1 * NOISE), 1500, ()),
     "VaGES unweighted, a blind guide": (lambda: of_factors(VaGES, blind, SLICED, **VARIATIONAL), 600, ("Pareto", "count")),
     "VaGES unweighted, the posterior's family": (lambda: of_factors(VaGES, full, DENOISING, **VARIATIONAL), 600, ()),
     "VaGES weighted, a blind guide": (lambda: of_factors(VaGES, blind, SLICED, **WEIGHTED), 600, ("Pareto", "count")),

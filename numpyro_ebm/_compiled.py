@@ -24,11 +24,13 @@ from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodT
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
+import jaxlib.version
 import numpy as np
 from jax import Array
 from numpyro.distributions import Distribution
 from numpyro.distributions.constraints import Constraint
 from numpyro.distributions.transforms import Transform
+from numpyro.handlers import seed
 from numpyro.primitives import Messenger
 
 from numpyro_ebm._pytree import Rest, arrays_and_rest, join
@@ -66,6 +68,17 @@ def compiled(function: Callable[..., T], *args: Any) -> T:
         return program(arrays)
     except Exception:
         return function(*args)
+
+
+def cheap_options() -> dict[str, Any]:
+    """Options of XLA by which a program is compiled soon, however fast it runs: it then takes a third of the time on CPUs.
+
+    XLA's emitter of fusions takes most of what is left at optimization level 0; later versions cannot do without it.
+    """
+    cheap: dict[str, Any] = {"xla_backend_optimization_level": 0}
+    if jax.default_backend() == "cpu" and jaxlib.version.__version_info__ < (0, 11):
+        cheap |= {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+    return cheap
 
 
 @lru_cache(maxsize=128)  # of which each may keep megabytes
@@ -204,7 +217,7 @@ class Look:
             self._class(x)
         elif isinstance(x, ModuleType):
             self.sees_all &= is_library(x.__name__)
-        elif is_library(type(x).__module__) and hasattr(x, "__wrapped__"):
+        elif is_library(type(x).__module__) and hasattr(x, "__wrapped__") and not isinstance(x, Messenger):
             self._at(x.__wrapped__, written)
         else:
             self._object(x, written)
@@ -249,12 +262,15 @@ class Look:
             self.sees_all &= is_fixed
             return
         self._class(cls)
-        if callable(x) and isinstance(cls.__call__, FunctionType):  # it is a function that has its attributes
+        if isinstance(x, Messenger):
+            written = _written_in_runs(cast(Hashable, cls)) | (written or frozenset())
+        elif callable(x) and isinstance(cls.__call__, FunctionType):  # it is a function that has its attributes
             written = _outside(cls.__call__.__code__).written | (written or frozenset())
         attributes = vars(x) if hasattr(x, "__dict__") else {name: getattr(x, name) for name in _slots(cls) if hasattr(x, name)}
         self._changes_inside |= not hasattr(x, "__dict__")
-        # what a handler of NumPyro keeps for itself changes in every run
-        names = [name for name in attributes if not (isinstance(x, Messenger) and name.startswith("_"))]
+        names = list(attributes)
+        if isinstance(x, Messenger):  # what it keeps for itself changes in every run, and the program in it is .fn as well
+            names = [name for name in names if not name.startswith("_")]
         self._names_in(attributes, names, written)
         self._sizes.append((attributes, len(attributes)))
 
@@ -295,6 +311,16 @@ def _outside(code: CodeType) -> _Outside:
             written |= _outside(inside).written
             is_plain &= _outside(inside).is_plain
     return _Outside(tuple(read), frozenset(written.difference(code.co_cellvars)), is_plain)
+
+
+@lru_cache(4096)
+def _written_in_runs(cls: type) -> frozenset[str]:
+    """The attributes that a handler's methods write, but for its constructor: as a trace what it has seen, and no setting."""
+    if issubclass(cls, seed):  # what runs is a copy of it
+        return frozenset()
+    owners = [owner for owner in cls.__mro__ if owner is not Messenger]  # which writes .fn where it decorates, before any run
+    methods = [(name, method) for owner in owners for name, method in vars(owner).items() if isinstance(method, FunctionType)]
+    return frozenset[str]().union(*(_outside(method.__code__).written for name, method in methods if name != "__init__"))
 
 
 def _in(cell: CellType) -> Any:

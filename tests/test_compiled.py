@@ -118,6 +118,7 @@ def _cases():
     closure, change = _closure(1.0)
     arrays, change_array = _closure(jnp.ones(2))
     nested = Config(Config(1.0))
+    substituted, seeded = numpyro.handlers.substitute(reads_a_global, {"loc": 1.0}), numpyro.handlers.seed(reads_a_global, 0)
     return {
         "a global": (reads_a_global, partial(_global, "SCALE", 2.0)),
         "a global of a function that is called": (calls_another, partial(_global, "SCALE", 3.0)),
@@ -136,6 +137,9 @@ def _cases():
         "a slot": (slots, lambda: setattr(slots, "w", 2.0)),
         "a dictionary": (lambda: settings["w"], lambda: settings.update(w=2.0)),
         "a list that is an argument": (values, lambda: values.append(3.0)),
+        "a global behind a handler": (numpyro.handlers.scale(reads_a_global, scale=2.0), partial(_global, "SCALE", 6.0)),
+        "a setting of a handler": (substituted, lambda: setattr(substituted, "data", {"loc": 2.0})),
+        "the key of a seed": (seeded, lambda: setattr(seeded, "rng_key", jax.random.key(1))),
         "a default": (_with_default, lambda: setattr(_with_default, "__defaults__", (2.0,))),
     }
 
@@ -238,6 +242,58 @@ def test_an_engine_goes_on_with_the_values_of_now(make):
     fresh = ParticleMMLE(_model(scale, runs), optax.sgd(0.1), num_particles=2, step_size=0.1)
     assert _loss_and_runs(fresh, runs, *args)[0] == new
     assert _loss_and_runs(engine, runs, *args) == (new, 0)
+
+
+def _new_scale(handler):
+    handler.scale = 3.0
+
+
+def _new_data(handler):
+    handler.data = {"shift": jnp.array(2.0)}
+
+
+def _data_in_place(handler):
+    handler.data["shift"] = jnp.array(3.0)
+
+
+def _shifted(y):
+    loc = numpyro.param("loc", 0.0)
+    shift = numpyro.sample("shift", dist.Normal(0, 1))
+    with numpyro.plate("data", len(y)):
+        x = numpyro.sample("x", dist.Normal(loc + shift, 1))
+        numpyro.sample("y", dist.Normal(x, 1), obs=y)
+
+
+SETTINGS_OF_HANDLERS = {
+    "scale": (lambda: numpyro.handlers.scale(_model(lambda: 1.0, []), scale=2.0), _new_scale),
+    "condition": (lambda: numpyro.handlers.condition(_shifted, data={"shift": jnp.array(1.0)}), _new_data),
+    "condition, in place": (lambda: numpyro.handlers.condition(_shifted, data={"shift": jnp.array(1.0)}), _data_in_place),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS_OF_HANDLERS)
+def test_an_engine_sees_the_settings_of_handlers(name):
+    # Catches a handler that is looked through, to the model that it wraps.
+    make, change = SETTINGS_OF_HANDLERS[name]
+    handler = make()
+    engine = ParticleMMLE(handler, optax.sgd(0.1), num_particles=2, step_size=0.1)
+    state = engine.init(KEY, Y)
+    old = engine.evaluate(state, Y)
+    change(handler)
+    assert engine.evaluate(state, Y) != old
+    fresh = ParticleMMLE(handler, optax.sgd(0.1), num_particles=2, step_size=0.1)
+    assert engine.evaluate(state, Y) == fresh.evaluate(state, Y)
+
+
+def test_what_a_handler_keeps_of_its_runs_is_no_setting():
+    # Catches an engine that is compiled anew in every call, since a trace has seen more.
+    runs = []
+    handler = numpyro.handlers.scale(numpyro.handlers.trace(numpyro.handlers.seed(_model(lambda: 1.0, runs), 0)), scale=2.0)
+    watch = Watch(handler)
+    before = watch.snapshot()
+    handler(Y)
+    assert runs
+    assert watch.snapshot() == before == Watch(handler).snapshot()
 
 
 def test_settings_of_an_engine_are_read_only():

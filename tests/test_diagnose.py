@@ -26,6 +26,7 @@ from numpyro_ebm import (
     diagnose,
     negative_phase,
 )
+from numpyro_ebm.evaluate.negative_chains import _quantile
 
 KEY = jax.random.key(0)
 DISTANCE = "distance of chains from density"
@@ -243,3 +244,14 @@ def test_right_chains_are_well_where_a_grid_of_equal_steps_would_miss_the_densit
     phase = negative_phase(model, num_chains=500, sampler=MALA(num_steps=20, num_jumps=20))
     report = diagnose(begun(phase, x), phase, x, warn=False)
     assert found(report, DISTANCE)["x"].is_well, report
+
+
+def test_quantiles_are_those_of_jax():
+    # Catches an order of integers that is not that of floats: negative numbers, and zeros of both signs.
+    at_zero = jnp.array([0.0, -0.0, 1e-40, -1e30])[:, None, None] + jnp.zeros((4, 2, 3))
+    x = jnp.concatenate([jax.random.normal(jax.random.key(3), (101, 2, 3)), at_zero])
+    q = jnp.linspace(0.0, 1.0, 17)
+    np.testing.assert_array_equal(_quantile(x, q), jnp.quantile(x, q, axis=0))
+    half = x.astype(jnp.bfloat16)
+    assert _quantile(half, q).dtype == jnp.bfloat16
+    np.testing.assert_allclose(_quantile(half, q).astype(float), jnp.quantile(half, q, axis=0).astype(float), rtol=0.01)

@@ -20,8 +20,10 @@ from numpyro.infer import SVI, Trace_ELBO
 
 from numpyro_ebm import (
     MALA,
+    BiDVL,
     BiSM,
     DenoisingScoreMatching,
+    EnergyDistribution,
     Finding,
     FitReport,
     GumbelBernoulli,
@@ -44,6 +46,7 @@ from numpyro_ebm.evaluate import guide_weights
 from numpyro_ebm.evaluate.guide_weights import FRACTION, SHAPE, guide_findings, num_guide_samples
 from numpyro_ebm.evaluate.mixing import least_sample_size, r_hat, sample_size, worst_r_hat
 from numpyro_ebm.evaluate.negative_chains import DISTANCE
+from numpyro_ebm.infer import Hinge, LowerLevel
 
 KEY = jax.random.key(0)
 SD = 0.5**0.5  # of the posterior below
@@ -272,7 +275,7 @@ def test_samples_without_weights_must_be_nearer_than_those_with():
 
 @pytest.mark.parametrize("logit", [None, 6.0], ids=["posterior", "other bits"])
 def test_guides_of_bits_are_weighed_as_bits(logit):
-    # Catches a tail of equal weights that is taken for none, or for a heavy one.
+    # Catches a tail of few values that is taken for a heavy one, and a wrong guide that nothing else tells.
     def model(v):
         scale = numpyro.param("scale", 1.0)
         with numpyro.plate("data", len(v)):
@@ -286,8 +289,28 @@ def test_guides_of_bits_are_weighed_as_bits(logit):
             numpyro.sample("h", GumbelBernoulli(logits).to_event(1))
 
     report = weighed(guide, bism, model)
-    assert report.is_well == (logit is None)
-    assert all(finding.is_told for finding in report.findings)
+    assert [finding.quantity for finding in report.trouble] == ([] if logit is None else [FRACTION])
+    assert found(report, FRACTION).is_told
+    assert not found(report, SHAPE).is_told
+    assert "few values" in found(report, SHAPE).fix
+
+
+def test_one_jump_of_weights_is_no_tail_however_small_it_is():
+    # Catches a k of more than 3 where 995 weights are 1 and 5 are 1.5, of a guide that could hardly be better.
+    jumps = jnp.where(jnp.arange(1000) < 5, jnp.log(1.5), 0.0)[:, None]
+    fraction, shape = guide_findings("h", jumps, "fix", least=None)
+    assert fraction.is_well
+    assert fraction.value > 0.99
+    assert not shape.is_told
+    assert not guide_findings("h", 10 * jumps, "fix", least=None)[0].is_well  # 5 weights of 58
+
+
+def test_the_tail_of_a_good_continuous_guide_is_told():
+    # Catches values that are told apart by a fixed distance: weights that differ by thousandths have a tail all the same.
+    fraction, shape = guide_findings("h", 3e-3 * jax.random.normal(KEY, (1000, 5)), "fix", least=None)
+    assert shape.is_told
+    assert shape.is_well
+    assert fraction.least is None
 
 
 def test_the_fraction_that_counts_of_bits_is_that_of_bits():
@@ -325,6 +348,70 @@ def test_samples_of_a_guide_are_bounded(monkeypatch):
     monkeypatch.setattr(guide_weights, "pareto_k", lambda log_weights: 1.0 if np.ptp(log_weights) > 1 else 0.0)
     bad = jnp.where(jnp.arange(1000) % 5 == 0, 1.0, 0.0)  # a fifth of the rows are bad, of which a tenth is enough
     assert guide_findings("h", bad * jax.random.normal(KEY, (200, 1000)), "fix", least=None)[1].value == 1.0
+
+
+# Generators.
+
+
+def agreeing(shift=0.0, num_rows=100, **settings):
+    """The report of an energy N(shift, 1) on a generator whose visibles are N(0, 1), and its exact encoder."""
+    subsampled = {"subsample_size": 20} if settings.pop("subsample", False) else {}
+
+    def energy(v):
+        loc = numpyro.param("loc", shift)
+        with numpyro.plate("data", num_rows, **subsampled):
+            rows = numpyro.subsample(v, event_dim=0)
+            numpyro.sample("v", EnergyDistribution(lambda v: (v - loc) ** 2 / 2), obs=rows)
+
+    def generator(v):
+        gain = numpyro.param("gain", 0.8)
+        with numpyro.plate("data", num_rows, **subsampled):
+            h = numpyro.sample("h", dist.Normal(0, 1))
+            numpyro.sample("v", dist.Normal(gain * h, 0.6), obs=numpyro.subsample(v, event_dim=0))
+
+    def encoder(v):
+        inverse = numpyro.param("inverse", 0.8)
+        with numpyro.plate("data", num_rows, **subsampled):
+            numpyro.sample("h", dist.Normal(inverse * numpyro.subsample(v, event_dim=0), 0.6))
+
+    v = jax.random.normal(KEY, (num_rows,))
+    engine = BiDVL(energy, encoder, generator, *[optax.sgd(0.0)] * 3, **settings)
+    return diagnose(engine.init(KEY, v), engine, v, warn=False)
+
+
+GENERATED = FRACTION.replace("guide", "generator")
+
+
+@pytest.mark.parametrize("subsample", [False, True])
+def test_a_generator_with_the_distribution_of_the_energy_is_well(subsample):
+    # Catches an energy of the wrong sign, a prior or an encoder left out of the weights, and the scale of a subsampled plate.
+    report = agreeing(subsample=subsample)
+    assert report.is_well
+    assert found(report, GENERATED).value > 0.999
+    assert found(report, GENERATED).site == "v"
+
+
+def test_the_fraction_of_a_generator_is_that_of_the_chi_squared_divergence():
+    assert found(agreeing(shift=0.5), GENERATED).value == pytest.approx(np.exp(-0.25), abs=0.05)
+    far = agreeing(shift=1.5)
+    assert GENERATED in [finding.quantity for finding in far.trouble]
+    assert "not the likelihood's" in far.trouble[0].fix
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"upper": Hinge()}, "Hinge"),
+        ({"noise": False}, "noise=False"),
+        ({"lower": LowerLevel("offset")}, "latent='exact'"),
+        ({"lower": LowerLevel(latent_weight=0.5)}, "latent_weight=1"),
+    ],
+)
+def test_a_generator_is_not_told_where_minus_the_energy_is_no_log_density(settings, why):
+    # Catches a report that is empty, and so well.
+    (finding,) = agreeing(**settings).findings
+    assert not finding.is_told
+    assert why in finding.fix
 
 
 # Chains with weights.

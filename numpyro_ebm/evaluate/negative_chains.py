@@ -259,7 +259,7 @@ def _distance(rng_key: Array, energy: Any, sampler: Any, draws: Array) -> tuple[
         chains, points = chains_and_points
         if is_discrete:
             return abs(chains.mean(0) - (weights * points).sum(0))
-        deciles = jnp.quantile(chains, jnp.linspace(0.1, 0.9, 9), axis=0)
+        deciles = _quantile(chains, jnp.linspace(0.1, 0.9, 9))
         below = jax.vmap(lambda decile: (weights * (points <= decile)).sum(0) - (chains <= decile).mean(0))(deciles)
         return jnp.max(jnp.abs(below), 0)
 
@@ -279,9 +279,28 @@ def _on_grid(rng_key: Array, target: Target, x: Array, event_shape: tuple[int, .
 
 def _quantiles(x: Array, per_side: int) -> Array:
     """Quantiles of every element along axis 0, close where values are, and a tenth of their range beyond them."""
-    inner = jnp.quantile(x, jnp.linspace(5e-4, 1 - 5e-4, per_side), axis=0)
+    inner = _quantile(x, jnp.linspace(5e-4, 1 - 5e-4, per_side))
     beyond = 0.1 * (inner[-1] - inner[0])
     return jnp.concatenate([inner[:1] - beyond, inner, inner[-1:] + beyond])
+
+
+def _quantile(x: Array, q: Array) -> Array:
+    """:func:`jax.numpy.quantile` along axis 0 of numbers that are none of them nan, to the last digit.
+
+    They are sorted as integers in the same order: a program that is compiled soon sorts floats seven times as slowly.
+    """
+    kind = jnp.dtype(f"int{8 * x.dtype.itemsize}")
+    turned = jnp.array(jnp.iinfo(kind).max, kind)  # of a negative number a larger size is less
+
+    def turn(bits: Array) -> Array:
+        return jnp.where(bits < 0, bits ^ turned, bits)
+
+    ordered = lax.sort(turn(lax.bitcast_convert_type(x, kind)), dimension=0, is_stable=False)
+    ordered = lax.bitcast_convert_type(turn(ordered), x.dtype)
+    at = (q * (len(x) - 1)).reshape(-1, *[1] * (x.ndim - 1))
+    below, above = (ordered[to(at).reshape(-1).astype(int)] for to in (jnp.floor, jnp.ceil))
+    part = at - jnp.floor(at)
+    return below * (1 - part).astype(x.dtype) + above * part.astype(x.dtype)
 
 
 def _product(sides: Array, event_shape: tuple[int, ...], target: Target) -> tuple[Array, Array]:

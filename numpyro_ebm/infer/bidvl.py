@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpyro
 from jax import Array, lax
 from jax.lax import stop_gradient
 from numpyro.distributions import Distribution, kl_divergence
@@ -31,7 +32,10 @@ from numpyro.handlers import scale, uncondition
 from numpyro.infer import TraceMeanField_ELBO
 
 from numpyro_ebm._checks import require_bool, require_count, require_key, require_setting
+from numpyro_ebm._map_over import map_over
 from numpyro_ebm._pytree import as_array
+from numpyro_ebm.evaluate.guide_weights import UNWEIGHTED, guide_findings, in_groups
+from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.infer.bidvl_programs import plate_of, require_real, require_together, visible_of
 from numpyro_ebm.infer.bidvl_settings import Difference, Hinge, LowerLevel, Softplus
@@ -420,6 +424,40 @@ class BiDVL(Engine):
         keys = upper_keys(draw_key)
         return self._upper(self._levels_on_all(state, args, kwargs), state, state.theta, unroll_key, keys)[0]
 
+    def _findings(self, rng_key: Array, state: BiDVLState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
+        if why := self._no_density:
+            return [not_told("", "agreement of energy and generator", why)]
+        fix = (
+            "generated visibles are not distributed as the energy says, so that its gradient is not the likelihood's. Take a "
+            "larger family for generator and encoder, more LowerLevel(num_steps=), or a smaller learning rate for the energy."
+        )
+        weighed = self._weigh_generator(state, rng_key, *args, **kwargs)
+        of_site = partial(guide_findings, fix=fix, least=UNWEIGHTED, whose="generator")
+        return [finding for site, log_weights in weighed.items() for finding in of_site(site, log_weights)]
+
+    @property
+    def _no_density(self) -> str:
+        """Why minus the energy is the log density of nothing that the generator could be compared with, if so."""
+        if isinstance(self.upper, Hinge):
+            return "with upper=Hinge() the energy tells data from other inputs, and is that of no density"
+        if not self.noise:
+            return "with noise=False the energy is learned from means, which have no density that it could be compared with"
+        if self.lower.latent != "exact" or self.lower.latent_weight != 1:
+            return "with other latent terms than LowerLevel(latent='exact', latent_weight=1) minus the energy is no log density"
+        return ""
+
+    @partial(compiled_method, cheaply=True)
+    def _weigh_generator(self, state: BiDVLState, rng_key: Array, *args: Any, **kwargs: Any) -> dict[str, Array]:
+        """Log weights of samples of the generator for the rows of a step, ``(num_samples, rows)``, by the name of the visible."""
+        batch_key, rng_key = jax.random.split(rng_key)
+        batch = drawn_batch(self._programs, args, kwargs, batch_key, data=_data(state), batch_size=self.batch_size)
+        levels = _Levels(self, state, batch, kwargs)
+
+        def weigh(key: Array, num_samples: int) -> Array:
+            return map_over(partial(levels.log_weights, state), jax.random.split(key, num_samples))
+
+        return {levels.visible: in_groups(weigh, rng_key, len(batch.args[0]))}
+
     def _fix(self) -> str:
         return "Take smaller learning rates, upper=Hinge(), or spectral normalization of the energy's network."
 
@@ -552,6 +590,19 @@ class _Levels:
             encoder = self.encode(phi, visible, rng_key, mutable, {})
             term = total({name: (encoder.sites[name]["value"] - h) ** 2 for name, h in latents.items()})
         return term / len(self.v), {**mutable, **encoder.mutable_state}
+
+    def log_weights(self, state: BiDVLState, rng_key: Array) -> Array:
+        """Of one generated visible, with its latents, of every row: the decoupled model over the generator, but for log Z."""
+        generated = self.generate(state.omega, rng_key, state.mutable_state, noise=True)
+        visible = generated.sites[self.visible]["value"]
+        latents = {name: value for name, value in generated.drawn.items() if name != self.visible}
+        with numpyro.validation_enabled(False):  # a relaxed bit is not a bit
+            encoder = self.encode(state.phi, visible, rng_key, state.mutable_state, latents)
+            of_encoder, of_generator = terms_of(encoder), terms_of(generated)
+            log_q = per_row({name: of_encoder[name] for name in latents}, encoder, self.plate)
+            return (
+                log_q - self.energies(state.theta, visible, state.mutable_state)[0] - per_row(of_generator, generated, self.plate)
+            )
 
     def vae_loss(self, theta: Params, phi: Params, omega: Params, mutable: Mutable, rng_key: Array) -> tuple[Array, Mutable]:
         """NumPyro's ELBO loss of generator and encoder on data, a mean over rows that may be weighted by the energy."""

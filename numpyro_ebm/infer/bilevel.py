@@ -23,7 +23,7 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro_ebm._checks import require_count, require_instance
 from numpyro_ebm._compat import has_seen_model
 from numpyro_ebm._map_over import map_over
-from numpyro_ebm.evaluate.guide_weights import guide_findings, num_guide_samples
+from numpyro_ebm.evaluate.guide_weights import guide_findings, in_groups
 from numpyro_ebm.evaluate.report import Finding
 from numpyro_ebm.infer.engine import compiled_method
 from numpyro_ebm.infer.score_engine import ScoreEngine, require_params, require_same_params
@@ -283,15 +283,11 @@ class Levels:
         log_p = row_density(self.model, rest, self.kwargs, self.model_key, self.plate)
         log_q = drawn_density(self.guide, rest, self.kwargs, self.plate)
 
-        def of_some(key: Array) -> Array:
-            drawn = draw(self.guide, (v, *rest), self.kwargs, key, at_once, params=params, relaxed=False)
+        def weigh(key: Array, num_samples: int) -> Array:
+            drawn = draw(self.guide, (v, *rest), self.kwargs, key, num_samples, params=params, relaxed=False)
             return map_over(lambda h: log_p(params, v, h.latents) - log_q(params, v, h), drawn)
 
-        num_samples = num_guide_samples(len(v))
-        at_once = min(num_samples, max(1, ROWS_AT_ONCE // len(v)))
-        found = lax.map(of_some, jax.random.split(rng_key, -(-num_samples // at_once)))
-        return found.reshape(-1, len(v))
+        return in_groups(weigh, rng_key, len(v))
 
 
-ROWS_AT_ONCE = 4096  # samples of rows that are weighed together: more take memory, and less are slow
 NEARER = "Take a guide nearer to the posterior: a larger family (a full covariance), more inner steps, a smaller learning rate."

@@ -23,7 +23,7 @@ from jax import Array
 
 from numpyro_ebm._checks import require_bool, require_count, require_key
 from numpyro_ebm._compat import one_at_a_time
-from numpyro_ebm._compiled import Watch, frozen
+from numpyro_ebm._compiled import Watch, cheap_options, frozen
 from numpyro_ebm._fit import fit_of
 from numpyro_ebm._precision import tell_coarse_params
 from numpyro_ebm._pytree import Rest, arrays_and_rest, as_array, join, read_params, require_hashable, require_no_lists
@@ -62,13 +62,13 @@ def compiled_method(method: Method, *, cheaply: bool = False) -> Method:
 
     :param cheaply: whether it is to be compiled soon more than to run fast, as what a run calls once.
     """
-    options: Any = {"xla_backend_optimization_level": 0} if cheaply else None
 
     @wraps(method)
     def call(self: "Engine", state: State, *args: Any, **kwargs: Any) -> Any:
         self._require_state(state)
         args, kwargs = self._opened(args, kwargs)
         if method not in self._compiled:
+            options: Any = cheap_options() if cheaply else None
 
             @partial(jax.jit, static_argnames="static", compiler_options=options)
             def on_arrays(dynamic: Any, static: Rest) -> Any:

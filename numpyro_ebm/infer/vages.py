@@ -24,6 +24,7 @@ from jax import Array
 from numpyro.infer import TraceGraph_ELBO
 
 from numpyro_ebm._checks import require_bool, require_count, require_instance, require_one_of, require_setting
+from numpyro_ebm.evaluate.guide_weights import UNWEIGHTED
 from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, Upper
 from numpyro_ebm.objectives.latent import (
     Drawn,
@@ -44,8 +45,6 @@ from numpyro_ebm.weights import effective_sample_size, normalized_weights
 COVARIANCES = ("unbiased", "biased", "none")
 #: an effective sample size below which weights are those of one sample
 DEGENERATE = 1.05
-#: which fraction of unweighted samples should count: where it is less, they have other means than the posterior
-UNWEIGHTED = 0.5
 LACKS = "the gradient would lack that of the posterior. Take 2 or more."
 
 
