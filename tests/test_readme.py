@@ -117,32 +117,6 @@ def test_conventions_page_runs_and_short_runs_are_biased_by_the_formula(capsys):
     assert "refused" in capsys.readouterr().out
 
 
-def test_particles_page_runs_and_learns_the_closed_forms(capsys):
-    page = run("docs/guide/particles.md")
-    y = page["y"]
-    assert page["particles"]["x"].shape == (50, 200)
-    # the printed fits: standard deviations from the particles are about .02, and a step of .05 widens a posterior by 1/8
-    printed = [
-        [float(word) for word in line.replace(",", "").split() if "." in word] for line in capsys.readouterr().out.splitlines()
-    ]
-    loc, scale, batches, limit, stiffness, adjusted, unadjusted, by_site, averaged, tilt, error = printed[:11]
-    assert loc == pytest.approx([float(y.mean())] * 2, abs=0.1)
-    assert scale == pytest.approx([float(page["exact"])] * 2, abs=0.1)
-    assert batches == pytest.approx([float(y.mean()), float(page["exact"])], abs=0.15)
-    assert limit == [2 / 8]  # curvature 1 / .5^2 of prior and likelihood each
-    assert stiffness == [0.05 * 8]
-    assert adjusted == pytest.approx([float(page["exact"]), 0.57], abs=0.1)
-    for fit in (unadjusted, by_site):  # the spread is a latent there, with a prior
-        assert fit == pytest.approx([float(y.mean()), float(page["exact"])], abs=0.1)
-    assert averaged == pytest.approx([float(page["exact"])] * 2, abs=0.1)
-    assert tilt == pytest.approx([float(y.mean())] * 2, abs=0.15)
-    assert page["state"].num_steps == 40
-    assert error == pytest.approx([float(jnp.sqrt(y.var() / 200))] * 2, abs=2e-3)  # some per cent of noise, and rounding
-    assert page["draws"]["x"].shape == (50, 200, 200)
-    assert page["held_out"]["x"].shape == (4, 200, 2)
-    assert page["data"]["posterior"]["x"].dims == ("chain", "draw", "groups")
-
-
 def test_score_matching_page_runs_and_learns_what_the_marginal_does(capsys):
     page = run("docs/guide/score_matching.md")
     printed = capsys.readouterr().out.splitlines()
@@ -217,24 +191,6 @@ def test_stein_page_runs_and_finds_what_fits_and_what_does_not(capsys):
     assert max(misfits, wrong) < 0.02
     assert (page["p"] <= 0.05).sum() <= 4  # sign chains, of 20 right chains at .05
     assert min(p for (p,) in numbers[-2:]) > 0.3  # one mode of two is not missed
-
-
-def test_bidvl_page_runs_and_learns_the_distribution_of_its_data(capsys):
-    page = run("docs/guide/bidvl.md")
-    mean, deviation = float(page["v"].mean()), float(page["v"].std())
-    first, *others = capsys.readouterr().out.splitlines()
-    loc, exact_loc, scale, exact_scale = (float(word) for word in re.findall(r"\d+\.\d+", first))
-    assert (exact_loc, exact_scale) == pytest.approx((mean, deviation), abs=0.05)  # as rounded
-    assert (loc, scale) == pytest.approx((mean, deviation), abs=0.2)
-    assert page["scales"]["exact"] == pytest.approx(deviation, abs=0.2)
-    assert page["scales"]["complete"] > deviation + 0.2  # the page prints 1.6, and 11.6
-    assert page["scales"]["offset"] > 2 * deviation
-    assert float(page["drawn"]["v"].std()) == pytest.approx(deviation, abs=0.2)
-    assert float(page["refined"].std()) == pytest.approx(deviation, abs=0.3)
-    # the exact value for N(1.4, 1.3) against U(-10, 10) is .90
-    (auroc,) = (float(line.rsplit(" ", 1)[1]) for line in others if line.startswith("AUROC"))
-    assert auroc == pytest.approx(0.90, abs=0.04)
-    assert sorted(page["state"].mutable_state) == ["critic$state"]
 
 
 def test_silent_error_is_what_the_readme_says():
