@@ -117,41 +117,6 @@ def test_conventions_page_runs_and_short_runs_are_biased_by_the_formula(capsys):
     assert "refused" in capsys.readouterr().out
 
 
-def test_score_matching_page_runs_and_learns_what_the_marginal_does(capsys):
-    page = run("docs/guide/score_matching.md")
-    printed = capsys.readouterr().out.splitlines()
-    numbers = [[float(word) for word in re.findall(r"-?\d+\.\d+", line)] for line in printed]
-    a, b, data, noisy = numbers[:4]
-    assert a == pytest.approx([float(page["result"].params["a"])] * 2, abs=0.02)  # the objective's minimum, as rounded
-    assert b == pytest.approx([float(page["result"].params["b"])] * 2, abs=0.02)
-    assert noisy[1] < 0.7 * data[1]  # depth of the wells: noise of .3 on modes of width .4
-    # nats: one normal distribution has -1.55, the exact distribution -1.38, a fit by noise of .2 a little less
-    assert page["log_likelihoods"]["marginal"] > -1.42
-    assert page["log_likelihoods"]["unrolled"] > -1.44
-    assert page["log_likelihoods"]["implicit"] > -1.44
-    assert page["log_likelihoods"]["N = 0"] < -1.52
-    assert page["fits"]["N = 0"].params["hidden_bias"] == 0  # no gradient at all
-    assert page["state"].num_steps == 10
-    for found in page["precisions"].values():  # one program under both engines, by batches: .005 of noise, relative, over keys
-        assert found == pytest.approx(float(1 / (page["x"] ** 2).mean()), rel=0.03)
-    ones, mean, square = numbers[-3:]
-    assert ones == pytest.approx([0, 1], abs=0.1)
-    assert mean == pytest.approx([float(page["v"].mean())] * 2, abs=0.2)  # five standard errors of 1000 draws, and rounding
-    assert square[0] == pytest.approx(square[1], abs=0.1)
-
-
-def test_vages_page_runs_and_weights_fix_a_blind_guide(capsys):
-    page = run("docs/guide/vages.md")
-    of = page["log_likelihoods"]
-    # nats: one normal distribution has -1.55, the exact distribution -1.38, a fit by noise of .2 a little less
-    assert min(of["marginal"], of["VaGES"], of["weighted"]) > -1.42
-    assert of["no covariance"] < -1.5
-    assert page["log_likelihood"](page["sliced"].params) > -1.42
-    assert of["blind"] < -1.5
-    assert of["blind, weighted"] > -1.44
-    assert 2 < page["weighted"].state.effective_sample_size < 9
-
-
 @pytest.mark.slow
 def test_minibatches_page_runs_and_learns_from_a_file(capsys):
     """200,000 rows of a memory-mapped file, with a metric, early stopping and a checkpoint."""
@@ -178,19 +143,6 @@ def test_precision_page_runs_and_its_energy_is_float32_outside():
         exact = jax.nn.silu(layer(exact))
     exact = energy.last(exact)
     assert 1e-5 < abs(energy(z) - exact) < 0.02  # the inside is rounded to 8 bits, and the sum of 200 is not
-
-
-def test_stein_page_runs_and_finds_what_fits_and_what_does_not(capsys):
-    page = run("docs/guide/stein.md")
-    numbers = [[float(word) for word in re.findall(r"\d+\.\d+", line)] for line in capsys.readouterr().out.splitlines()]
-    a, b, (fits, misfits), (right,), (wrong,) = numbers[:5]
-    assert a == pytest.approx([float(page["params"]["a"])] * 2, abs=0.02)  # the objective's minimum, as rounded
-    assert b == pytest.approx([float(page["params"]["b"])] * 2, abs=0.02)
-    assert (page["exact"] > 1).all()
-    assert min(fits, right) > 0.05
-    assert max(misfits, wrong) < 0.02
-    assert (page["p"] <= 0.05).sum() <= 4  # sign chains, of 20 right chains at .05
-    assert min(p for (p,) in numbers[-2:]) > 0.3  # one mode of two is not missed
 
 
 def test_silent_error_is_what_the_readme_says():
