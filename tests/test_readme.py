@@ -83,40 +83,6 @@ def test_readme_quickstart_has_at_most_25_lines():
     assert len(quickstart.splitlines()) <= 25
 
 
-def test_energies_page_runs_and_its_numbers_are_the_closed_forms(capsys):
-    page = run("docs/guide/energies_in_numpyro.md")
-    printed = capsys.readouterr().out
-    # the tilt has Fisher information 1/2 per datum, and its noise from 500 chains is below 4 sqrt(1 / 500)
-    assert abs(page["tilt"] - page["y"].mean()) < 4 / jnp.sqrt(500)
-    assert abs(page["few"].params["tilt"] - page["y"].mean()) < 4 / jnp.sqrt(500)
-    noise = jnp.sqrt(2 / 1000)  # of a variance estimated from 1000 chains
-    assert abs(page["adjusted"] * page["variance"] - 1) < 4 * noise
-    assert abs(page["unadjusted"] / page["formula"] - 1) < 4 * noise
-    assert page["loss"] + page["tilt"] ** 2 / 2 == pytest.approx(float(page["exact"]), abs=0.1)
-    assert abs(page["jumping"] - 0.75) < 0.05 < 0.2 < page["staying"] - 0.75
-    assert page["report"].is_well
-    assert printed.count("needs d log Z / d theta") == 1
-    assert "doubly intractable" in printed
-
-
-def test_compatibility_page_runs_and_a_learned_prior_is_right_on_other_data():
-    page = run("docs/guide/numpyro_compatibility.md")
-    # the posterior's sd is 5^-1/2 = .45, and 1000 draws of NUTS are worth 400 at least
-    assert jnp.abs(page["found"] - page["exact"]).max() < 4 * 5**-0.5 / 400**0.5
-    assert abs(page["params"]["tilt"] - page["y"].mean()) < 4 / jnp.sqrt(1000)
-    assert page["given"]["y"].shape == (1000, 3)
-
-
-def test_conventions_page_runs_and_short_runs_are_biased_by_the_formula(capsys):
-    with pytest.warns(UserWarning, match="keep more than a tenth"):  # as the page says
-        page = run("docs/guide/conventions.md")
-    # 1000 chains of variance at most 1 / (1 - h/2), amplified by 1 / (1 - 2 (1-h)^J)
-    noise = page["predicted"] / page["y"].mean() / jnp.sqrt(1000 * (1 - page["h"] / 2))
-    assert abs(page["learned"] - page["predicted"]) < 4 * noise
-    assert abs(page["learned"] - page["y"].mean()) > 4 * noise
-    assert "refused" in capsys.readouterr().out
-
-
 @pytest.mark.slow
 def test_minibatches_page_runs_and_learns_from_a_file(capsys):
     """200,000 rows of a memory-mapped file, with a metric, early stopping and a checkpoint."""
