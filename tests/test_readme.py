@@ -82,101 +82,6 @@ def test_readme_quickstart_has_at_most_25_lines():
     assert len(text.split("```python\n")[1].split("```")[0].splitlines()) <= 25
 
 
-def test_energies_page_runs_and_its_numbers_are_the_closed_forms(capsys):
-    page = run("docs/guide/energies_in_numpyro.md")
-    printed = capsys.readouterr().out
-    # the tilt has Fisher information 1/2 per datum, and its noise from 500 chains is below 4 sqrt(1 / 500)
-    assert abs(page["tilt"] - page["y"].mean()) < 4 / jnp.sqrt(500)
-    assert abs(page["few"].params["tilt"] - page["y"].mean()) < 4 / jnp.sqrt(500)
-    noise = jnp.sqrt(2 / 1000)  # of a variance estimated from 1000 chains
-    assert abs(page["adjusted"] * page["variance"] - 1) < 4 * noise
-    assert abs(page["unadjusted"] / page["formula"] - 1) < 4 * noise
-    assert page["loss"] + page["tilt"] ** 2 / 2 == pytest.approx(float(page["exact"]), abs=0.1)
-    assert abs(page["jumping"] - 0.75) < 0.05 < 0.2 < page["staying"] - 0.75
-    assert page["report"].is_well
-    assert printed.count("needs d log Z / d theta") == 1
-    assert "doubly intractable" in printed
-
-
-def test_compatibility_page_runs_and_a_learned_prior_is_right_on_other_data():
-    page = run("docs/guide/numpyro_compatibility.md")
-    # the posterior's sd is 5^-1/2 = .45, and 1000 draws of NUTS are worth 400 at least
-    assert jnp.abs(page["found"] - page["exact"]).max() < 4 * 5**-0.5 / 400**0.5
-    assert abs(page["params"]["tilt"] - page["y"].mean()) < 4 / jnp.sqrt(1000)
-    assert page["given"]["y"].shape == (1000, 3)
-
-
-def test_conventions_page_runs_and_short_runs_are_biased_by_the_formula(capsys):
-    with pytest.warns(UserWarning, match="keep more than a tenth"):  # as the page says
-        page = run("docs/guide/conventions.md")
-    # 1000 chains of variance at most 1 / (1 - h/2), amplified by 1 / (1 - 2 (1-h)^J)
-    noise = page["predicted"] / page["y"].mean() / jnp.sqrt(1000 * (1 - page["h"] / 2))
-    assert abs(page["learned"] - page["predicted"]) < 4 * noise
-    assert abs(page["learned"] - page["y"].mean()) > 4 * noise
-    assert "refused" in capsys.readouterr().out
-
-
-def test_particles_page_runs_and_learns_the_closed_forms(capsys):
-    page = run("docs/guide/particles.md")
-    y = page["y"]
-    assert page["particles"]["x"].shape == (50, 200)
-    # the printed fits: standard deviations from the particles are about .02, and a step of .05 widens a posterior by 1/8
-    printed = [
-        [float(word) for word in line.replace(",", "").split() if "." in word] for line in capsys.readouterr().out.splitlines()
-    ]
-    loc, scale, batches, limit, stiffness, adjusted, unadjusted, by_site, averaged, tilt, error = printed[:11]
-    assert loc == pytest.approx([float(y.mean())] * 2, abs=0.1)
-    assert scale == pytest.approx([float(page["exact"])] * 2, abs=0.1)
-    assert batches == pytest.approx([float(y.mean()), float(page["exact"])], abs=0.15)
-    assert limit == [2 / 8]  # curvature 1 / .5^2 of prior and likelihood each
-    assert stiffness == [0.05 * 8]
-    assert adjusted == pytest.approx([float(page["exact"]), 0.57], abs=0.1)
-    for fit in (unadjusted, by_site):  # the spread is a latent there, with a prior
-        assert fit == pytest.approx([float(y.mean()), float(page["exact"])], abs=0.1)
-    assert averaged == pytest.approx([float(page["exact"])] * 2, abs=0.1)
-    assert tilt == pytest.approx([float(y.mean())] * 2, abs=0.15)
-    assert page["state"].num_steps == 40
-    assert error == pytest.approx([float(jnp.sqrt(y.var() / 200))] * 2, abs=2e-3)  # some per cent of noise, and rounding
-    assert page["draws"]["x"].shape == (50, 200, 200)
-    assert page["held_out"]["x"].shape == (4, 200, 2)
-    assert page["data"]["posterior"]["x"].dims == ("chain", "draw", "groups")
-
-
-def test_score_matching_page_runs_and_learns_what_the_marginal_does(capsys):
-    page = run("docs/guide/score_matching.md")
-    printed = capsys.readouterr().out.splitlines()
-    numbers = [[float(word) for word in re.findall(r"-?\d+\.\d+", line)] for line in printed]
-    a, b, data, noisy = numbers[:4]
-    assert a == pytest.approx([float(page["result"].params["a"])] * 2, abs=0.02)  # the objective's minimum, as rounded
-    assert b == pytest.approx([float(page["result"].params["b"])] * 2, abs=0.02)
-    assert noisy[1] < 0.7 * data[1]  # depth of the wells: noise of .3 on modes of width .4
-    # nats: one normal distribution has -1.55, the exact distribution -1.38, a fit by noise of .2 a little less
-    assert page["log_likelihoods"]["marginal"] > -1.42
-    assert page["log_likelihoods"]["unrolled"] > -1.44
-    assert page["log_likelihoods"]["implicit"] > -1.44
-    assert page["log_likelihoods"]["N = 0"] < -1.52
-    assert page["fits"]["N = 0"].params["hidden_bias"] == 0  # no gradient at all
-    assert page["state"].num_steps == 10
-    for found in page["precisions"].values():  # one program under both engines, by batches: .005 of noise, relative, over keys
-        assert found == pytest.approx(float(1 / (page["x"] ** 2).mean()), rel=0.03)
-    ones, mean, square = numbers[-3:]
-    assert ones == pytest.approx([0, 1], abs=0.1)
-    assert mean == pytest.approx([float(page["v"].mean())] * 2, abs=0.2)  # five standard errors of 1000 draws, and rounding
-    assert square[0] == pytest.approx(square[1], abs=0.1)
-
-
-def test_vages_page_runs_and_weights_fix_a_blind_guide(capsys):
-    page = run("docs/guide/vages.md")
-    of = page["log_likelihoods"]
-    # nats: one normal distribution has -1.55, the exact distribution -1.38, a fit by noise of .2 a little less
-    assert min(of["marginal"], of["VaGES"], of["weighted"]) > -1.42
-    assert of["no covariance"] < -1.5
-    assert page["log_likelihood"](page["sliced"].params) > -1.42
-    assert of["blind"] < -1.5
-    assert of["blind, weighted"] > -1.44
-    assert 2 < page["weighted"].state.effective_sample_size < 9
-
-
 @pytest.mark.slow
 def test_minibatches_page_runs_and_learns_from_a_file(capsys):
     """200,000 rows of a memory-mapped file, with a metric, early stopping and a checkpoint."""
@@ -203,37 +108,6 @@ def test_precision_page_runs_and_its_energy_is_float32_outside():
         exact = jax.nn.silu(layer(exact))
     exact = energy.last(exact)
     assert 1e-5 < abs(energy(z) - exact) < 0.02  # the inside is rounded to 8 bits, and the sum of 200 is not
-
-
-def test_stein_page_runs_and_finds_what_fits_and_what_does_not(capsys):
-    page = run("docs/guide/stein.md")
-    numbers = [[float(word) for word in re.findall(r"\d+\.\d+", line)] for line in capsys.readouterr().out.splitlines()]
-    a, b, (fits, misfits), (right,), (wrong,) = numbers[:5]
-    assert a == pytest.approx([float(page["params"]["a"])] * 2, abs=0.02)  # the objective's minimum, as rounded
-    assert b == pytest.approx([float(page["params"]["b"])] * 2, abs=0.02)
-    assert (page["exact"] > 1).all()
-    assert min(fits, right) > 0.05
-    assert max(misfits, wrong) < 0.02
-    assert (page["p"] <= 0.05).sum() <= 4  # sign chains, of 20 right chains at .05
-    assert min(p for (p,) in numbers[-2:]) > 0.3  # one mode of two is not missed
-
-
-def test_bidvl_page_runs_and_learns_the_distribution_of_its_data(capsys):
-    page = run("docs/guide/bidvl.md")
-    mean, deviation = float(page["v"].mean()), float(page["v"].std())
-    first, *others = capsys.readouterr().out.splitlines()
-    loc, exact_loc, scale, exact_scale = (float(word) for word in re.findall(r"\d+\.\d+", first))
-    assert (exact_loc, exact_scale) == pytest.approx((mean, deviation), abs=0.05)  # as rounded
-    assert (loc, scale) == pytest.approx((mean, deviation), abs=0.2)
-    assert page["scales"]["exact"] == pytest.approx(deviation, abs=0.2)
-    assert page["scales"]["complete"] > deviation + 0.2  # the page prints 1.6, and 11.6
-    assert page["scales"]["offset"] > 2 * deviation
-    assert float(page["drawn"]["v"].std()) == pytest.approx(deviation, abs=0.2)
-    assert float(page["refined"].std()) == pytest.approx(deviation, abs=0.3)
-    # the exact value for N(1.4, 1.3) against U(-10, 10) is .90
-    (auroc,) = (float(line.rsplit(" ", 1)[1]) for line in others if line.startswith("AUROC"))
-    assert auroc == pytest.approx(0.90, abs=0.04)
-    assert sorted(page["state"].mutable_state) == ["critic$state"]
 
 
 def test_silent_error_is_what_the_readme_says():
