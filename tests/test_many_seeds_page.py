@@ -13,12 +13,12 @@ from test_readme import ROOT, run
 
 @pytest.fixture(scope="module")
 def page():
-    return run("docs/many_seeds.md")
+    return run("docs/how_to/many_seeds.md")
 
 
 def test_many_seeds_page_prints_what_it_says(capsys):
-    run("docs/many_seeds.md")
-    text = (ROOT / "docs/many_seeds.md").read_text(encoding="utf-8")
+    run("docs/how_to/many_seeds.md")
+    text = (ROOT / "docs/how_to/many_seeds.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out.strip().splitlines() == [
         line for said in re.findall(r"It prints (`[^`]*`(?: and `[^`]*`)?)", text) for line in re.findall("`([^`]*)`", said)
     ]
