@@ -30,7 +30,7 @@ def test_code_of_a_page_can_be_read_without_scrolling(page):
     # 88 characters are what the column holds.
     kinds = ("python", "{code-cell}", "bash")
     lines = [line for kind, code in fenced(page.read_text(encoding="utf-8")) if kind in kinds for line in code.splitlines()]
-    assert [line for line in lines if len(line) > 88] == []
+    assert [line for line in lines if len(line) > 88 and not line.startswith(":")] == []
 
 
 def test_every_page_is_in_the_contents():
