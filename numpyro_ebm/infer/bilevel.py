@@ -23,7 +23,7 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro_ebm._checks import require_count, require_instance
 from numpyro_ebm._compat import has_seen_model
 from numpyro_ebm._map_over import map_over
-from numpyro_ebm.evaluate.guide_weights import guide_findings, in_groups
+from numpyro_ebm.evaluate.guide_weights import LEAST_FRACTION, guide_findings, in_groups
 from numpyro_ebm.evaluate.report import Finding
 from numpyro_ebm.infer.engine import compiled_method
 from numpyro_ebm.infer.score_engine import ScoreEngine, require_params, require_same_params
@@ -186,9 +186,9 @@ class BilevelEngine(ScoreEngine):
             found += guide_findings(site, log_weights, f"{fix} {NEARER}", least=least)
         return found
 
-    def _wanted_of_guide(self) -> tuple[float | None, str]:
+    def _wanted_of_guide(self) -> tuple[float, str]:
         """The fraction of the guide's samples that should count at least; and what becomes of the fit where the guide is bad."""
-        return None, "the guide is far from the posterior, and the score of the marginal is then another."
+        return LEAST_FRACTION, "the guide is far from the posterior, and the score of the marginal is then another."
 
     @partial(compiled_method, cheaply=True)
     def _weigh_guide(self, state: Any, rng_key: Array, *args: Any, **kwargs: Any) -> dict[str, Array]:
