@@ -138,6 +138,15 @@ class BilevelEngine(ScoreEngine):
             raise ValueError("the model has no latent site: learn it by ScoreMatching, which needs no guide.")
         require_same_rows({"the model": model, "the guide": guide})
         require_apart({"the model": model, "the guide": guide})
+        for what, params, other, sites in (
+            ("guide", guide.params, "model", model.sites),
+            ("model", model.params, "guide", guide.sites),
+        ):
+            if taken := sorted(name for name in params if name in sites):
+                kind = sites[taken[0]]["type"]
+                raise ValueError(
+                    f"param site '{taken[0]}' of the {what} has the name of a {kind} site of the {other}: name them apart."
+                )
         require_pair(model, guide, auxiliary=True)
         for name in guide.latents:
             self._require_draws(name, guide.sites[name]["fn"])
