@@ -72,7 +72,7 @@ os.environ.update(
     MATPLOTLIBRC=str(HERE / "matplotlibrc"),  # transparent figures, in colors for light and dark pages
     IPYTHONDIR=str(HERE / "ipython"),
     PYTHONHASHSEED="0",
-    XLA_FLAGS=os.environ.get("XLA_FLAGS", ""),
+    PYTHONWARNINGS="ignore:IProgress not found",  # tqdm's, about widgets; nothing on a page has a progress bar
 )
 
 # The API: a page for every symbol.

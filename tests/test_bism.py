@@ -34,6 +34,7 @@ from numpyro_ebm import (
     SlicedScoreMatching,
     TiltedDistribution,
     Unrolled,
+    VaGES,
 )
 
 KEY = jax.random.key(5)
@@ -550,3 +551,22 @@ def test_normalizer_that_depends_on_a_latent_is_refused():
 def test_fishers_information_is_refused_for_another_divergence():
     with pytest.raises(ValueError, match="curvature='fisher' is that of a Kullback-Leibler divergence"):
         BiSM(linear, linear_guide, STEP, STEP, ExactScoreMatching(), PosteriorFisher(), hypergradient=Implicit("fisher"))
+
+
+@pytest.mark.parametrize("engine", [BiSM, VaGES])
+def test_a_param_of_the_guide_with_the_name_of_a_factor_is_refused(engine):
+    # Catches NumPyro's word for it, that shapes of model and guide disagree.
+    def model(v):
+        loc = numpyro.param("loc", 0.0)
+        with numpyro.plate("data", len(v)):
+            h = numpyro.sample("h", dist.Normal(loc, 1))
+            numpyro.sample("v", dist.Normal(h, 1), obs=v)
+            numpyro.factor("slope", -(h**2) / 2)
+
+    def guide(v):
+        slope = numpyro.param("slope", 0.5)
+        with numpyro.plate("data", len(v)):
+            numpyro.sample("h", dist.Normal(slope * v, 0.7))
+
+    with pytest.raises(ValueError, match="param site 'slope' of the guide has the name of a sample site of the model"):
+        engine(model, guide, STEP, STEP, DenoisingScoreMatching(0.3)).init(KEY, jnp.zeros(8))

@@ -50,7 +50,10 @@ def diagnose(
 
     **Guides** of :class:`~numpyro_ebm.BiSM` and :class:`~numpyro_ebm.VaGES`: the importance weights :math:`\tilde p / q` of
     samples of the guide, row by row, whether the engine uses them or not: which fraction of them counts, and the shape k of
-    the generalized Pareto distribution that fits the largest of them. What the guide misses altogether is not seen.
+    the generalized Pareto distribution that fits the largest of them; bits have few weights, and no k. What the guide misses
+    altogether is not seen.
+
+    **Generators** of :class:`~numpyro_ebm.BiDVL`: the same of the weights of energy and encoder over the generator.
 
     :param result: the result or the state of a fit, of ``SVI`` or an engine.
     :param program: the :class:`~numpyro_ebm.negative_phase` that ``SVI`` has learned, or the engine.

@@ -22,7 +22,7 @@ from numpyro_ebm.evaluate.report import Finding, not_told
 
 PARETO_K = 0.7
 UNWEIGHTED = 0.5  # the fraction that should count at least where samples stand for the other distribution without weights
-FEW_VALUES = 0.1  # the fraction that should count at least where there is no k, and the engine has no other bound
+LEAST_FRACTION = 0.1  # that should count: with less a guide is another distribution, whatever its samples are used for
 MIN_SAMPLES, MAX_SAMPLES, MAX_WEIGHTS = 200, 1000, 2**17  # of every row, and of all rows of a batch together
 ROWS_AT_ONCE = 4096  # samples of rows that are weighed together: more take memory, and less are slow
 MAX_ROWS = 200  # whose k is fitted
@@ -54,11 +54,13 @@ def num_tail(num_samples: int) -> int:
     return math.ceil(min(0.2 * num_samples, 3 * math.sqrt(num_samples)))
 
 
-def guide_findings(site: str, log_weights: Array, fix: str, *, least: float | None, whose: str = "guide") -> list[Finding]:
+def guide_findings(
+    site: str, log_weights: Array, fix: str, *, least: float = LEAST_FRACTION, whose: str = "guide"
+) -> list[Finding]:
     """What the log weights of samples of a guide say, ``(num_samples, rows)``.
 
     :param site: the latents that the guide draws.
-    :param least: the fraction that should count at least, if the engine needs one.
+    :param least: the fraction that should count at least.
     :param fix: what to do about a guide that is far from the posterior.
     :param whose: what the samples are drawn by.
     """
@@ -73,7 +75,6 @@ def guide_findings(site: str, log_weights: Array, fix: str, *, least: float | No
     shape = np.array([_shape(row) for row in found.T])
     has_tail = ~np.isnan(shape)
     if has_tail.mean() < 0.5:
-        least = FEW_VALUES if least is None else least
         of_tail = not_told(site, tail, "the weights take few values, as those of bits do: look at the fraction that counts.")
     else:
         of_tail = Finding(site, tail, float(np.quantile(shape[has_tail], ROWS_BELOW)), None, PARETO_K, fix)

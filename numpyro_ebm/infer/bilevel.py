@@ -23,7 +23,7 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro_ebm._checks import require_count, require_instance
 from numpyro_ebm._compat import has_seen_model
 from numpyro_ebm._map_over import map_over
-from numpyro_ebm.evaluate.guide_weights import guide_findings, in_groups
+from numpyro_ebm.evaluate.guide_weights import LEAST_FRACTION, guide_findings, in_groups
 from numpyro_ebm.evaluate.report import Finding
 from numpyro_ebm.infer.engine import compiled_method
 from numpyro_ebm.infer.score_engine import ScoreEngine, require_params, require_same_params
@@ -138,6 +138,15 @@ class BilevelEngine(ScoreEngine):
             raise ValueError("the model has no latent site: learn it by ScoreMatching, which needs no guide.")
         require_same_rows({"the model": model, "the guide": guide})
         require_apart({"the model": model, "the guide": guide})
+        for what, params, other, sites in (
+            ("guide", guide.params, "model", model.sites),
+            ("model", model.params, "guide", guide.sites),
+        ):
+            if taken := sorted(name for name in params if name in sites):
+                kind = sites[taken[0]]["type"]
+                raise ValueError(
+                    f"param site '{taken[0]}' of the {what} has the name of a {kind} site of the {other}: name them apart."
+                )
         require_pair(model, guide, auxiliary=True)
         for name in guide.latents:
             self._require_draws(name, guide.sites[name]["fn"])
@@ -186,9 +195,9 @@ class BilevelEngine(ScoreEngine):
             found += guide_findings(site, log_weights, f"{fix} {NEARER}", least=least)
         return found
 
-    def _wanted_of_guide(self) -> tuple[float | None, str]:
+    def _wanted_of_guide(self) -> tuple[float, str]:
         """The fraction of the guide's samples that should count at least; and what becomes of the fit where the guide is bad."""
-        return None, "the guide is far from the posterior, and the score of the marginal is then another."
+        return LEAST_FRACTION, "the guide is far from the posterior, and the score of the marginal is then another."
 
     @partial(compiled_method, cheaply=True)
     def _weigh_guide(self, state: Any, rng_key: Array, *args: Any, **kwargs: Any) -> dict[str, Array]:
