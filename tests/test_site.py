@@ -21,8 +21,9 @@ TREES = re.compile(r"^```\{toctree\}\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def fenced(text):
-    """``(language, code)`` of every block of a page."""
-    return re.findall(r"^```(\S*)[^\n]*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    """``(language, code)`` of every block that a page shows."""
+    found = re.findall(r"^```(\S*)[^\n]*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(kind, code) for kind, code in found if "[remove-cell]" not in code.partition("\n")[0]]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(DOCS)))
