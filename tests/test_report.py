@@ -267,7 +267,7 @@ def test_the_fraction_that_counts_is_that_of_the_chi_squared_divergence():
 
 
 def test_a_guide_of_which_a_tenth_counts_is_told_however_light_its_tail():
-    # Catches a BiSM that looks at the tail alone: exp(-2.56) of the samples of a guide that is off by 1.6 count, with a k of .5.
+    # Catches a BiSM that looks at the tail alone: exp(-2.56) of the samples of a guide that is off by 1.6 count.
     far = weighed(Guide(shift=1.6), bism)
     assert FRACTION in [finding.quantity for finding in far.trouble]
     assert weighed(Guide(shift=1.0), bism).is_well
