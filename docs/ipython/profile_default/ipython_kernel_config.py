@@ -4,3 +4,4 @@ c = get_config()  # noqa: F821
 c.InlineBackend.figure_formats = {"retina"}
 c.InlineBackend.print_figure_kwargs = {"bbox_inches": None}
 c.HistoryManager.enabled = False
+c.IPKernelApp.log_level = "ERROR"
