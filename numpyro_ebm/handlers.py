@@ -122,8 +122,8 @@ class negative_phase(Messenger):
     data and latents: short-run is then contrastive divergence, which is biased.
 
     :param fn: the model.
-    :param int num_chains: chains at each energy site. The variance that they add to the gradient falls as
-        ``1 / num_chains``.
+    :param int num_chains: chains at each energy site; of a random field, rounded up to a multiple of its rows. The variance that
+        they add to the gradient falls as ``1 / num_chains``.
     :param sampler: how the chains move, a :class:`~numpyro_ebm.samplers.Sampler`, or a mapping from site names to samplers;
         where none is given, by the ``sampler`` of the site's distribution, and if it has none by 10 steps and a jump of
         :class:`~numpyro_ebm.MALA`, by 10 sweeps of :class:`~numpyro_ebm.BlockGibbs` at the site of an RBM.
