@@ -177,8 +177,8 @@ def _more_jumps(site: str, kept: Mapping[str, Any], has_reference: bool) -> str:
     if _jumps(kept) > 0.01:
         return "Take more num_steps or num_jumps in MALA, or more chains"
     return (
-        "Hardly a jump is accepted: take a reference= as wide as what is learned, a base closer to it, more num_steps, or "
-        "weights=Weighted()"
+        "Hardly a jump is accepted: if the sampler makes none, give MALA its num_jumps; else take a reference= as wide as what is "
+        "learned, a base closer to it, more num_steps, or weights=Weighted()"
     )
 
 
