@@ -110,7 +110,7 @@ def test_precision_page_runs_and_its_energy_is_float32_outside():
     assert 1e-5 < abs(energy(z) - exact) < 0.02  # the inside is rounded to 8 bits, and the sum of 200 is not
 
 
-def test_silent_error_is_what_the_readme_says():
+def test_silent_error_is_what_the_page_says():
     script = runpy.run_path(str(ROOT / "docs" / "silent_error.py"))
     assert "negative_phase" not in script  # NumPyro alone
     x = script["jax"].random.normal(script["jax"].random.key(1), (400,)) / 2
