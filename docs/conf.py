@@ -72,6 +72,9 @@ os.environ.update(
     MATPLOTLIBRC=str(HERE / "matplotlibrc"),  # transparent figures, in colors for light and dark pages
     IPYTHONDIR=str(HERE / "ipython"),
     PYTHONHASHSEED="0",
+    JAX_COMPILATION_CACHE_DIR=str(HERE / "_build" / "xla"),  # pages share small programs
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
     PYTHONWARNINGS="ignore:IProgress not found",  # tqdm's, about widgets; nothing on a page has a progress bar
 )
 
