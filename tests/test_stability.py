@@ -16,7 +16,8 @@ import pytest
 from numpyro.infer import init_to_sample, init_to_value
 
 from numpyro_ebm import NonFiniteError, ParticleMMLE
-from numpyro_ebm.infer.stability import Start, Stiffest, fix_of
+from numpyro_ebm.infer import stability
+from numpyro_ebm.infer.stability import Look, Start, Stiffest, fix_of, stiffness_finding, warnings_of
 
 KEY = jax.random.key(5)
 STILL = optax.sgd(1e-30)  # parameters that stay where they are
@@ -134,6 +135,28 @@ def test_particles_that_are_stable_start_as_samples_of_the_prior():
     engine = ParticleMMLE(_rows, STILL, 5, 0.5 / 101)
     as_told = ParticleMMLE(_rows, STILL, 5, 0.5 / 101, init_strategy=init_to_sample)
     np.testing.assert_array_equal(engine.init(KEY, Y).particles["x"], as_told.init(KEY, Y).particles["x"])
+
+
+def _told_at(ratio):
+    """The warnings of a run at this h times the curvature, and whether its report is content."""
+    look = Look(Stiffest(ratio, {"x": 1.0}, {}), ratio, 0.0, 1.0)
+    return warnings_of(look, {"x": 0.1}, 100, 1), stiffness_finding(look).is_well
+
+
+def test_a_run_warns_later_than_its_report_and_names_the_bounds_of_both(monkeypatch):
+    """Who took a step at .9 to silence a run was told at its end that .5 is meant."""
+    assert _told_at(0.4) == ([], True)
+    assert _told_at(0.6) == ([], False)
+    (message,), is_well = _told_at(1.0)
+    assert not is_well
+    assert "from 1 on" in message
+    assert "wants 0.5 at most" in message
+    monkeypatch.setattr(stability, "STIFF_IN_RUN", 0.8)
+    monkeypatch.setattr(stability, "STIFF_AT_END", 0.3)
+    (message,), _ = _told_at(0.9)
+    assert "from 0.8 on" in message
+    assert "wants 0.3 at most" in message
+    assert _told_at(0.4) == ([], False)
 
 
 # What is said where particles diverge.

@@ -47,7 +47,6 @@ from numpyro_ebm.infer.particle_settings import (
     steps_at,
 )
 from numpyro_ebm.infer.particle_start import (
-    WILD,
     are_good_rows,
     draw_particles,
     require_good_rows,
@@ -60,6 +59,7 @@ from numpyro_ebm.infer.stability import (
     ALL_BATCHES,
     NUM_SCORES,
     SCORES_AT_START,
+    STIFF_IN_RUN,
     Look,
     Start,
     fix_of,
@@ -359,7 +359,7 @@ class ParticleMMLE(Engine):
             return state
         look = self._look(state, *map(jnp.asarray, (0, ALL_BATCHES, SCORES_AT_START)), *args, **kwargs)
         is_traced = isinstance(look.wildest, jax.core.Tracer)
-        return self._settled(state, *args, **kwargs) if is_traced or look.wildest > WILD else state
+        return self._settled(state, *args, **kwargs) if is_traced or look.wildest > STIFF_IN_RUN else state
 
     @compiled_method
     def get_particles(self, state: ParticleState, *args: Any, **kwargs: Any) -> Particles:

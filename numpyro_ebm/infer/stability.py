@@ -29,8 +29,11 @@ from numpyro_ebm.program.rows import shared_plates
 from numpyro_ebm.program.run import Run
 
 FIX = "take a smaller step_size, or kernel='mala', which is right at every step"
-STIFF = 1.0  # h times the curvature from which on it is told during a run
-STIFF_AT_END = 0.5  # and in its report: particles are a third too widely spread, and parameters off by about a standard error
+# Thresholds of h times the curvature, hc, at which particles are 1 / (1 - hc/2) times as spread as the posterior. A report says
+# whether what was learned can be believed: from .5 on, a third too widely spread, parameters are off by about a standard error. A
+# run is still on its way, through places that may be steeper, and is looked at less closely: it says what is on the way to diverge,
+# from 1 on, where the spread is doubled, and particles that would start there are moved on before it.
+STIFF_IN_RUN, STIFF_AT_END = 1.0, 0.5
 # A limit that is further from the step than by this factor tells of a bad place to stand, not of a better step.
 HOPELESS = 1e4
 ELSEWHERE = "Start nearer to the posterior, by init_strategy, or give the data in a unit in which latents are of order 1"
@@ -233,14 +236,14 @@ def lag(program: Run, scores: Scores, x: Particles) -> Array:
 def warnings_of(look: Look, step_size: dict[str, float], num_steps: int, num_moves: int) -> list[str]:
     """Warnings of the stiffest row, where particles are spread too much, and of clouds that do not follow the parameters."""
     found, worst = [], float(look.row.ratio)
-    if worst >= STIFF:
+    if worst >= STIFF_IN_RUN:
         site = _stiffest_site(look.row)
         where = " and ".join(f"row {int(row)} of plate '{plate}'" for plate, row in look.row.rows.items())
         size = f"about {worst:.2f}" if np.isfinite(worst) else "too large for a finite move"
         found.append(
             f"site '{site}': step_size is h = {step_size[site]:g}, and h times the curvature is {size} for "
-            f"{where or 'the stiffest direction'}: at 2 the particles diverge, and from 1 on they are more than twice as spread as "
-            f"the posterior. {FIX.capitalize()}."
+            f"{where or 'the stiffest direction'}: at 2 the particles diverge, from {STIFF_IN_RUN:g} on they are more than twice "
+            f"as spread as the posterior, and the report of the run wants {STIFF_AT_END:g} at most. {FIX.capitalize()}."
         )
     lag, num_batches = float(look.lag), float(look.num_batches)
     if num_batches >= MANY_BATCHES and num_steps >= max(2 * num_batches, STEPS_TO_ARRIVE) and lag > LAG:
