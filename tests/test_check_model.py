@@ -12,7 +12,7 @@ import numpyro.distributions as dist
 import pytest
 from numpyro.contrib.control_flow import scan
 from numpyro.contrib.module import eqx_module, random_eqx_module
-from numpyro.distributions import constraints
+from numpyro.distributions import constraints, transforms
 from numpyro.handlers import block, condition, do, lift, mask, reparam, scope, substitute
 from numpyro.infer.reparam import LocScaleReparam
 
@@ -393,3 +393,43 @@ def test_a_learned_base_under_a_learned_energy_is_told_too():
 
     assert _sites(model, jnp.zeros(6), True)["z"].absorbed == ("loc", "scale")
     assert _sites(model, jnp.zeros(6), False)["z"].absorbed == ()
+
+
+def _transformed(*made_by, learned=True, after=lambda z: z):
+    """A learned prior of vectors of two, transformed by what is made of ``loc`` and ``scale``."""
+
+    def model(y):
+        tilt = numpyro.param("tilt", 0.0) if learned else 1.0
+        loc, scale = numpyro.param("loc", jnp.zeros(2)), jnp.exp(numpyro.param("scale", 0.0))
+        prior = TiltedDistribution(STANDARD.expand([2]).to_event(1), lambda z: -tilt * z[0])
+        with numpyro.plate("data", 6):
+            z = numpyro.sample("z", dist.TransformedDistribution(prior, [of(loc, scale) for of in made_by]))
+            numpyro.sample("y", dist.Normal(after(z), 1).to_event(1), obs=y)
+
+    return _sites(model, jnp.zeros((6, 2)))
+
+
+def _affine(loc, scale):
+    return transforms.AffineTransform(loc, scale)
+
+
+TRANSFORMED = {
+    "scaled and shifted": ((_affine,), ("scale", "loc")),
+    "shifted": ((lambda loc, scale: _affine(loc, 2.0),), ("loc",)),
+    "fixed": ((lambda loc, scale: _affine(1.0, 2.0),), ()),
+    "before a curve": ((_affine, lambda loc, scale: transforms.ExpTransform()), ("scale", "loc")),
+    "after a curve": ((lambda loc, scale: transforms.ExpTransform(), _affine), ()),
+}
+
+
+@pytest.mark.parametrize("how", TRANSFORMED)
+def test_what_transforms_around_a_learned_prior_do_is_told_too(how):
+    """By the transforms alone, whatever the site itself does then; what else depends on the site is of it, not of them."""
+    made_by, wanted = TRANSFORMED[how]
+    sites = _transformed(*made_by, after=jnp.tanh)
+    assert sites["z"].absorbed == wanted
+    assert (sites["z"].params, sites["y"].params, sites["y"].latents) == (("tilt",), (), ("z",))
+
+
+def test_transforms_around_a_fixed_prior_are_identified():
+    assert _transformed(_affine, learned=False)["z"].absorbed == ()

@@ -27,7 +27,9 @@ from numpyro.infer.util import log_density
 from numpyro_ebm import (
     MALA,
     BaseMeasure,
+    BernoulliRBM,
     EnergyDistribution,
+    GaussianBernoulliRBM,
     NormalizerError,
     TiltedDistribution,
     UnadjustedLangevin,
@@ -48,6 +50,36 @@ def scaled_bowl(k, x):
 
 def log_normal(x, loc=0.0, scale=1.0):
     return -0.5 * ((x - loc) / scale) ** 2 - np.log(scale) - 0.5 * np.log(2 * np.pi)
+
+
+# What nobody knows of an energy
+
+MOMENTLESS = {
+    "EnergyDistribution": lambda: EnergyDistribution(bowl, (2,)),
+    "TiltedDistribution": lambda: TiltedDistribution(NORMAL2, bowl),
+    "GaussianBernoulliRBM": lambda: GaussianBernoulliRBM(jnp.eye(2), jnp.zeros(2), jnp.zeros(2)),
+    "BernoulliRBM": lambda: BernoulliRBM(jnp.eye(2), jnp.zeros(2), jnp.zeros(2)),
+}
+
+
+@pytest.mark.parametrize("name", MOMENTLESS)
+@pytest.mark.parametrize(("moment", "method"), [("mean", "mean"), ("variance", "var")])
+def test_moments_that_are_not_known_say_what_to_take_in_their_place(name, moment, method):
+    wrapped = MOMENTLESS[name]().expand([3])
+    with pytest.raises(NotImplementedError, match=rf"the {moment} of {name} is not known.*normalizer is not\.") as error:
+        getattr(wrapped, moment)
+    assert f".sample(key, (1000,)).{method}(0)" in str(error.value)
+
+
+def test_a_normalized_subclass_keeps_its_moments_and_does_not_blame_its_normalizer():
+    class Shifted(TiltedDistribution):
+        is_normalized = True
+        mean = 1.0
+
+    shifted = Shifted(NORMAL, lambda x: 0.5 - x)
+    assert shifted.mean == 1
+    with pytest.raises(NotImplementedError, match=r"the variance of Shifted is not known in closed form\. Estimate"):
+        _ = shifted.variance
 
 
 # The flat measure

@@ -16,7 +16,8 @@ import pytest
 from numpyro.infer import init_to_sample, init_to_value
 
 from numpyro_ebm import NonFiniteError, ParticleMMLE
-from numpyro_ebm.infer.stability import fix_of
+from numpyro_ebm.infer import stability
+from numpyro_ebm.infer.stability import Look, Start, Stiffest, fix_of, stiffness_finding, warnings_of
 
 KEY = jax.random.key(5)
 STILL = optax.sgd(1e-30)  # parameters that stay where they are
@@ -136,6 +137,28 @@ def test_particles_that_are_stable_start_as_samples_of_the_prior():
     np.testing.assert_array_equal(engine.init(KEY, Y).particles["x"], as_told.init(KEY, Y).particles["x"])
 
 
+def _told_at(ratio):
+    """The warnings of a run at this h times the curvature, and whether its report is content."""
+    look = Look(Stiffest(ratio, {"x": 1.0}, {}), ratio, 0.0, 1.0)
+    return warnings_of(look, {"x": 0.1}, 100, 1), stiffness_finding(look).is_well
+
+
+def test_a_run_warns_later_than_its_report_and_names_the_bounds_of_both(monkeypatch):
+    """Who took a step at .9 to silence a run was told at its end that .5 is meant."""
+    assert _told_at(0.4) == ([], True)
+    assert _told_at(0.6) == ([], False)
+    (message,), is_well = _told_at(1.0)
+    assert not is_well
+    assert "from 1 on" in message
+    assert "wants 0.5 at most" in message
+    monkeypatch.setattr(stability, "STIFF_IN_RUN", 0.8)
+    monkeypatch.setattr(stability, "STIFF_AT_END", 0.3)
+    (message,), _ = _told_at(0.9)
+    assert "from 0.8 on" in message
+    assert "wants 0.3 at most" in message
+    assert _told_at(0.4) == ([], False)
+
+
 # What is said where particles diverge.
 
 
@@ -155,18 +178,52 @@ def test_a_step_that_is_too_large_where_particles_start_is_said():
     assert "inf" not in str(error.value).replace("finite", "")
 
 
+def _start(ratio, local=np.nan, low=-1.0, high=1.0):
+    return Start(Stiffest(ratio, {"x": 0.9, "y": 0.1}, {}), local, {"x": low, "y": 0.0}, {"x": high, "y": 0.0})
+
+
 def test_the_limit_where_particles_start_is_said_where_there_is_none_to_tell():
-    assert "h = 0.1 is above the stability limit of about 0.05 where particles start" in fix_of({"x": 0.1}, np.nan, 4.0)
-    assert "above the stability limit by far where particles start" in fix_of({"x": 0.1}, np.nan, np.inf)
+    assert "h = 0.1 is above the stability limit of about 0.05 where particles start" in fix_of({"x": 0.1}, np.nan, _start(4.0))
+    assert "above the stability limit by far where particles start" in fix_of({"x": 0.1}, np.nan, _start(np.inf))
     assert "h = 0.1 at 'x', 0.2 at 'y' is above the stability limit by a factor of 2 there" in fix_of(
-        {"x": 0.1, "y": 0.2}, 4.0, 1.0
+        {"x": 0.1, "y": 0.2}, 4.0, _start(1.0)
     )
+
+
+def test_a_limit_that_is_none_to_take_is_no_advice():
+    """Where particles have diverged to, or start hopelessly: 4e-38 was the step to take half of."""
+    assert "4e-38" not in (said := fix_of({"x": 0.1}, 5e36, _start(1.0)))
+    assert "Particles are stable where they start at fixed parameters (h = 0.1)" in said
+    start = "site 'x' starts at values from -3 to 1e+06, where the curvature of its negative log posterior is about "
+    for steep in (_start(1e11, low=-3.0, high=1e6), _start(np.inf, 1e11, -3.0, 1e6)):
+        assert f"{start}1e+12. A step" in (said := fix_of({"x": 0.1}, 5e36, steep))
+        assert "init_strategy" in said
+        assert "fifth" not in said
+    assert "values of 2, where its first move is not finite." in fix_of({"x": 0.1}, np.nan, _start(np.inf, -1e7, 2.0, 2.0))
+    assert f"all but flat for such a step where they start: {start}1e-29" in fix_of({"x": 0.1}, 1e-30, _start(1e-30, 0, -3.0, 1e6))
+    assert "2e+29" not in fix_of({"x": 0.1}, 1e-30, _start(1e-30))
+
+
+def test_a_hopeless_start_is_told_with_its_values_and_not_with_a_step():
+    """Data in a unit of 1e-6 of the latent's: the limit was "about 2e-12 there: take half of that"."""
+
+    def in_another_unit(y):
+        loc = numpyro.param("loc", 0.0)
+        with numpyro.plate("data", 4):
+            x = numpyro.sample("x", dist.LogNormal(loc, 1))
+            numpyro.sample("y", dist.Normal(1e6 * x, 1), obs=y)
+
+    there = init_to_value(values={"x": jnp.full(4, 2.0)})
+    with pytest.raises(NonFiniteError, match="by far where particles start: site 'x' starts at values of 2, where the") as error:
+        _told(ParticleMMLE(in_another_unit, STILL, 2, 0.1, init_strategy=there), 50, 1e6 * jnp.ones(4))
+    assert "Start nearer to the posterior, by init_strategy" in str(error.value)
+    assert "kernel='mala' is stable there too" in str(error.value)
 
 
 def test_no_limit_that_is_not_known_is_printed():
     ratios = [np.nan, np.inf, -1.0, 0.0, 0.5, 4.0]
     for steps, there, at_start in itertools.product([{"x": 0.1}, {"x": 0.1, "y": 0.2}], ratios, ratios):
-        said = fix_of(steps, there, at_start).replace("finite", "")
+        said = fix_of(steps, there, _start(at_start)).replace("finite", "")
         assert "inf" not in said
         assert "nan" not in said
         assert "h = 0.1" in said

@@ -209,6 +209,29 @@ class TiltedDistribution(Distribution):
             )
         return jax.grad(lambda x: self._log_density(x).sum())(self.as_events(value))
 
+    @property
+    def mean(self) -> Array:
+        """Not known in closed form, unless a subclass says it.
+
+        :raises NotImplementedError: with what to take in its place.
+        """
+        raise NotImplementedError(self._no_moment("mean", "mean"))
+
+    @property
+    def variance(self) -> Array:
+        """As :attr:`mean`.
+
+        :raises NotImplementedError: with what to take in its place.
+        """
+        raise NotImplementedError(self._no_moment("variance", "var"))
+
+    def _no_moment(self, moment: str, method: str) -> str:
+        why = "" if self.is_normalized else ", as its normalizer is not"
+        return (
+            f"{place(calling_site(self))}: the {moment} of {type(self).__name__} is not known in closed form{why}. Estimate it "
+            f"from many samples, .sample(key, (1000,)).{method}(0), or of a fit from its chains, negative_phase.sample_chains."
+        )
+
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
         """Approximate samples: independent short chains from ``initial``, moved by ``sampler``.
 

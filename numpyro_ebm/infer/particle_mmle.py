@@ -47,7 +47,6 @@ from numpyro_ebm.infer.particle_settings import (
     steps_at,
 )
 from numpyro_ebm.infer.particle_start import (
-    WILD,
     are_good_rows,
     draw_particles,
     require_good_rows,
@@ -60,7 +59,9 @@ from numpyro_ebm.infer.stability import (
     ALL_BATCHES,
     NUM_SCORES,
     SCORES_AT_START,
+    STIFF_IN_RUN,
     Look,
+    Start,
     fix_of,
     lag,
     local_stiffness,
@@ -358,7 +359,7 @@ class ParticleMMLE(Engine):
             return state
         look = self._look(state, *map(jnp.asarray, (0, ALL_BATCHES, SCORES_AT_START)), *args, **kwargs)
         is_traced = isinstance(look.wildest, jax.core.Tracer)
-        return self._settled(state, *args, **kwargs) if is_traced or look.wildest > WILD else state
+        return self._settled(state, *args, **kwargs) if is_traced or look.wildest > STIFF_IN_RUN else state
 
     @compiled_method
     def get_particles(self, state: ParticleState, *args: Any, **kwargs: Any) -> Particles:
@@ -459,19 +460,26 @@ class ParticleMMLE(Engine):
         return state._replace(particles=particles)
 
     @compiled_method
-    def _stiffness_at_start(self, state: ParticleState, *args: Any, **kwargs: Any) -> Array:
-        """That of particles which would start now."""
+    def _look_at_start(self, state: ParticleState, *args: Any, **kwargs: Any) -> Start:
+        """Where particles would start now."""
         data, key = {**state.params, **state.mutable_state}, own_key(state.rng_key)
         batch = self._batch(state, state.rng_key, args, kwargs)
+        rows = {**data, **batch.indices}
 
         def draw(key: Array) -> Particles:
-            rows = {**data, **batch.indices}
             return draw_latents(self._inner, args, kwargs, key, data=rows, init_strategy=self._draws)
 
         x = jax.vmap(draw)(jax.random.split(key, self.num_particles))
         theta, step_size = state.unconstrained, self._step_size(state)
         x = x if self.init_strategy is not None else tamed(batch, theta, x, step_size, key)
-        return stiffest(batch.program, partial(batch.scores, theta), x, step_size, key)[0].ratio
+        scores = partial(batch.scores, theta)
+        values = jax.vmap(lambda x: run_model(self._inner, args, kwargs, key, data=rows, latents=x).drawn)(x)
+        return Start(
+            stiffest(batch.program, scores, x, step_size, key)[0],
+            local_stiffness(batch.program, scores, x, step_size, key),
+            jax.tree.map(jnp.min, values),
+            jax.tree.map(jnp.max, values),
+        )
 
     @compiled_method
     def _finite_terms(self, state: ParticleState, *args: Any, **kwargs: Any) -> dict[str, Array]:
@@ -720,10 +728,11 @@ class ParticleMMLE(Engine):
         for h in steps.values():
             if not h > 0:
                 return f"step_size gives {h} at step {int(state.num_steps)}: it must be positive.", ""
-        there, at_start = self._local_stiffness(state, *args, **kwargs), self._stiffness_at_start(state, *args, **kwargs)
-        if impossible and not (there >= 2 or at_start >= 2):
+        there = float(self._local_stiffness(state, *args, **kwargs))
+        start = self._look_at_start(state, *args, **kwargs)
+        if impossible and not (there >= 2 or start.row.ratio >= 2):
             return what, elsewhere
-        return what, fix_of(steps, float(there), float(at_start))
+        return what, fix_of(steps, there, start)
 
 
 def _health(batch: ParticleBatch, loss: Array, theta: Any, x: Particles, mutable_state: dict[str, Any]) -> Health:

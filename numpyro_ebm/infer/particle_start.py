@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from numpyro_ebm.infer.particle_batch import ParticleBatch, Particles
 from numpyro_ebm.infer.particle_moves import How, Moves, adjusted
-from numpyro_ebm.infer.stability import SCORES_AT_START, Blocks, stiffness
+from numpyro_ebm.infer.stability import SCORES_AT_START, STIFF_IN_RUN, Blocks, stiffness
 from numpyro_ebm.program.provenance import mark, sources
 from numpyro_ebm.program.rows import all_batches, full_shape, scatter
 from numpyro_ebm.program.run import Run, draw_latents, jacobians_of, require_continuous, run_model
@@ -147,7 +147,6 @@ def draw_particles(
 
 
 NUM_ROUNDS, MOVES_PER_ROUND = 5, 10
-WILD = 1.0  # h times the curvature
 
 
 def tamed(batch: ParticleBatch, theta: Any, x: Particles, step_size: dict[str, Any], rng_key: Array) -> Particles:
@@ -163,7 +162,7 @@ def tamed(batch: ParticleBatch, theta: Any, x: Particles, step_size: dict[str, A
         return x
 
     def are_wild(x: Particles, key: Array) -> Array:
-        return stiffness(batch.program, scores, x, step_size, key, SCORES_AT_START)[0] > WILD
+        return stiffness(batch.program, scores, x, step_size, key, SCORES_AT_START)[0] > STIFF_IN_RUN
 
     def going(carry: tuple[Any, ...]) -> Array:
         count, _, _, wild = carry

@@ -29,8 +29,14 @@ from numpyro_ebm.program.rows import shared_plates
 from numpyro_ebm.program.run import Run
 
 FIX = "take a smaller step_size, or kernel='mala', which is right at every step"
-STIFF = 1.0  # h times the curvature from which on it is told during a run
-STIFF_AT_END = 0.5  # and in its report: particles are a third too widely spread, and parameters off by about a standard error
+# Thresholds of h times the curvature, hc, at which particles are 1 / (1 - hc/2) times as spread as the posterior. A report says
+# whether what was learned can be believed: from .5 on, a third too widely spread, parameters are off by about a standard error. A
+# run is still on its way, through places that may be steeper, and is looked at less closely: it says what is on the way to diverge,
+# from 1 on, where the spread is doubled, and particles that would start there are moved on before it.
+STIFF_IN_RUN, STIFF_AT_END = 1.0, 0.5
+# A limit that is further from the step than by this factor tells of a bad place to stand, not of a better step.
+HOPELESS = 1e4
+ELSEWHERE = "Start nearer to the posterior, by init_strategy, or give the data in a unit in which latents are of order 1"
 NUM_POWER_ITERATIONS = 30
 NUM_SCORES, SCORES_AT_START = 6, 2  # power iterations, a score each, of a look at particles in a run, and before it
 ALL_BATCHES = 2**30
@@ -70,6 +76,18 @@ class Look(NamedTuple):
         """What is worse in either."""
         row = jax.tree.map(partial(jnp.where, other.row.ratio > self.row.ratio), other.row, self.row)
         return Look(row, jnp.maximum(self.wildest, other.wildest), jnp.maximum(self.lag, other.lag), other.num_batches)
+
+
+class Start(NamedTuple):
+    """Where particles start."""
+
+    #: the stiffest row there
+    row: Stiffest
+    #: (), h times the curvature by derivatives, which is known where a move is not finite
+    local: Array
+    #: by site, (): the least and the largest value, constrained
+    low: dict[str, Array]
+    high: dict[str, Array]
 
 
 class Blocks:
@@ -218,14 +236,14 @@ def lag(program: Run, scores: Scores, x: Particles) -> Array:
 def warnings_of(look: Look, step_size: dict[str, float], num_steps: int, num_moves: int) -> list[str]:
     """Warnings of the stiffest row, where particles are spread too much, and of clouds that do not follow the parameters."""
     found, worst = [], float(look.row.ratio)
-    if worst >= STIFF:
-        site = _stiffest_site(look)
+    if worst >= STIFF_IN_RUN:
+        site = _stiffest_site(look.row)
         where = " and ".join(f"row {int(row)} of plate '{plate}'" for plate, row in look.row.rows.items())
         size = f"about {worst:.2f}" if np.isfinite(worst) else "too large for a finite move"
         found.append(
             f"site '{site}': step_size is h = {step_size[site]:g}, and h times the curvature is {size} for "
-            f"{where or 'the stiffest direction'}: at 2 the particles diverge, and from 1 on they are more than twice as spread as "
-            f"the posterior. {FIX.capitalize()}."
+            f"{where or 'the stiffest direction'}: at 2 the particles diverge, from {STIFF_IN_RUN:g} on they are more than twice "
+            f"as spread as the posterior, and the report of the run wants {STIFF_AT_END:g} at most. {FIX.capitalize()}."
         )
     lag, num_batches = float(look.lag), float(look.num_batches)
     if num_batches >= MANY_BATCHES and num_steps >= max(2 * num_batches, STEPS_TO_ARRIVE) and lag > LAG:
@@ -237,8 +255,8 @@ def warnings_of(look: Look, step_size: dict[str, float], num_steps: int, num_mov
     return found
 
 
-def _stiffest_site(look: Look) -> str:
-    share = {name: np.nan_to_num(float(part)) for name, part in look.row.share.items()}
+def _stiffest_site(row: Stiffest) -> str:
+    share = {name: np.nan_to_num(float(part)) for name, part in row.share.items()}
     return max(share, key=lambda name: share[name])
 
 
@@ -246,35 +264,52 @@ def stiffness_finding(look: Look) -> Finding:
     """The stiffest row as a number of a report."""
     why = f"unadjusted particles are too widely spread by half of it or more, and what is learned from them is biased: {FIX}"
     ratio = float(look.row.ratio)
-    return Finding(_stiffest_site(look), "h times the curvature of the stiffest row", ratio, None, STIFF_AT_END, why)
+    return Finding(_stiffest_site(look.row), "h times the curvature of the stiffest row", ratio, None, STIFF_AT_END, why)
 
 
-def fix_of(step_size: dict[str, float], ratio: float, at_start: float) -> str:
+def fix_of(step_size: dict[str, float], ratio: float, start: Start) -> str:
     """What to do about particles that are no longer finite.
 
     :param step_size: by site.
     :param ratio: h times the curvature where they stand, which should be below 2; not finite where it is not known.
-    :param at_start: the same where particles start; inf where a move from there is not finite.
     """
-    one = len(set(step_size.values())) == 1
+    one, at_start = len(set(step_size.values())) == 1, float(start.row.ratio)
     h = f"{next(iter(step_size.values())):g}" if one else ", ".join(f"{h:g} at '{name}'" for name, h in step_size.items())
 
     def limit(ratio: float) -> str:
-        if not np.isfinite(ratio):
-            return "by far"
         return f"of about {2 * next(iter(step_size.values())) / ratio:.2g}" if one else f"by a factor of {ratio / 2:.2g}"
 
-    is_known = bool(np.isfinite(ratio) and ratio > 0)
-    if is_known and ratio >= 2:
+    if 2 <= ratio <= HOPELESS:
         return f"The step_size h = {h} is above the stability limit {limit(ratio)} there: take half of that, or kernel='mala'."
-    if at_start >= 2:
+    if 2 <= at_start <= HOPELESS:
         return (
             f"The step_size h = {h} is above the stability limit {limit(at_start)} where particles start: take a fifth of that, or "
             "kernel='mala', which is right at every step."
         )
+    if at_start > HOPELESS:
+        return (
+            f"The step_size h = {h} is above the stability limit by far where particles start: {_told_start(step_size, start)}. A "
+            f"step that is stable there would lead nowhere. {ELSEWHERE}; kernel='mala' is stable there too, but may take long to "
+            "leave."
+        )
+    is_known = 1 / HOPELESS <= ratio < 2
     known = f", limit {limit(ratio).removeprefix('of ')}" if is_known and one else ""
+    flat = f" The posterior is all but flat for such a step where they start: {_told_start(step_size, start)}. {ELSEWHERE}."
     return (
         f"Particles are stable {'there' if is_known else 'where they start'} at fixed parameters (h = {h}{known}): take a smaller "
         "learning rate, which is the step_size too where parameters move by it, or a smaller step_size for places that are "
-        "steeper, or kernel='mala'."
+        f"steeper, or kernel='mala'.{flat if abs(at_start) < 1 / HOPELESS else ''}"
     )
+
+
+def _told_start(step_size: dict[str, float], start: Start) -> str:
+    """Where the site that is curved most starts, and how much it is curved there."""
+    site = _stiffest_site(start.row)
+    low, high = float(start.low[site]), float(start.high[site])
+    values = f"from {low:.3g} to {high:.3g}" if low < high else f"of {low:.3g}"
+    values = values if np.isfinite([low, high]).all() else "that are not finite"
+    ratio = float(start.row.ratio if np.isfinite(start.row.ratio) else start.local)
+    if start.row.ratio > HOPELESS and not 0 < ratio < np.inf:
+        return f"site '{site}' starts at values {values}, where its first move is not finite"
+    curvature = f"about {ratio / step_size[site]:.2g}"
+    return f"site '{site}' starts at values {values}, where the curvature of its negative log posterior is {curvature}"

@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-from numpyro.distributions import ImproperUniform
+from numpyro.distributions import ImproperUniform, TransformedDistribution
 from numpyro.handlers import block, seed, substitute
 
-from numpyro_ebm._compat import is_in_scan, one_at_a_time, open_handler, scan_index, sites_named
+from numpyro_ebm._compat import is_in_scan, layers, one_at_a_time, open_handler, scan_index, sites_named
 from numpyro_ebm.distributions.base_measure import BaseMeasure, is_flat
 from numpyro_ebm.distributions.energy import TiltedDistribution, energy_site
 from numpyro_ebm.distributions.guard import NormalizerError
@@ -140,6 +140,7 @@ _NEEDS_VALUES = (
 )
 _VISIBLE = "(first argument)"
 _BASE = "(base of) "  # beside the densities of sites, that of the base of an energy
+_CORE = "(core of) "  # the value of a latent with an energy, before the transforms of its distribution
 
 
 def check_run(
@@ -202,6 +203,8 @@ class _look(substitute):
             value = stand_in(msg["fn"], shape) if _is_undrawable(msg["fn"]) else msg["fn"].sample(jax.random.key(0), shape)
         elif in_scan:
             return None
+        if energy_site(msg["fn"]) is not None and not msg["is_observed"]:
+            value = _by_transforms(msg["fn"], value, _CORE + msg["name"])
         return mark(value, msg["name"])
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
@@ -258,6 +261,17 @@ def _density(msg: dict[str, Any]) -> Any:
     return energy._log_density(stand_in(energy)), bounds
 
 
+def _by_transforms(fn: Any, value: Any, core: str) -> Any:
+    """The same value, as the transforms around an energy make it of the energy's own, which is marked by ``core``."""
+    transforms = [t for part in layers(fn) if isinstance(part, TransformedDistribution) for t in reversed(part.transforms)]
+    for transform in transforms:
+        value = transform.inv(value)
+    value = mark(value, core)
+    for transform in reversed(transforms):
+        value = transform(value)
+    return value
+
+
 def _is_undrawable(fn: Any) -> bool:
     return isinstance(core_of(fn), (ImproperUniform, TiltedDistribution))
 
@@ -296,8 +310,8 @@ class _Report:
         return report(False, _verdict_on_the_rest(site, params))
 
     def _absorbed(self, name: str) -> tuple[str, ...]:
-        """What scales or shifts a latent: params of the base that an energy tilts; or wherever it enters, params, and latents that
-        are of more than one of its events.
+        """What scales or shifts a latent: params of the base that an energy tilts; or in transforms around the energy and wherever
+        the latent enters, params, and latents that are of more than one of its events.
         """
         if self.jaxpr is None or self.kinds[name] != "latent":
             return ()
@@ -305,7 +319,7 @@ class _Report:
             return tuple(sorted(own)) if own < self.params & self.behind[name] else ()
         plates = self.found[name].plates
         shared = {site for site, found in self.found.items() if self.kinds[site] == "latent" and found.plates < plates}
-        return scale_and_shift(self.jaxpr, name, self.params | shared)
+        return scale_and_shift(self.jaxpr, _CORE + name, self.params | shared)
 
     def _parents(self, name: str) -> list[str]:
         """What a site's density depends on, its normalizer if that is unknown, in the order of the model."""
