@@ -11,6 +11,7 @@ import tomllib
 from functools import reduce
 from pathlib import Path
 
+import jaxlib.version
 from sphinx.errors import SphinxError
 
 import numpyro_ebm
@@ -67,6 +68,8 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
 nb_number_source_lines = False
+if jaxlib.version.__version_info__ < (0, 11):  # most pages compile longer than they run; later versions do not know both
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
 os.environ.update(
     JAX_PLATFORMS="cpu",
     MATPLOTLIBRC=str(HERE / "matplotlibrc"),  # transparent figures, in colors for light and dark pages
