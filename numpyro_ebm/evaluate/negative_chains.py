@@ -228,8 +228,8 @@ def _from_density(site: str, draws: np.ndarray, known: Any, more: str) -> Findin
     distance, size = (np.asarray(x) for x in known)
     if float(size.min()) < SAMPLES_TO_JUDGE:
         why = f"{NUM_REFERENCE} samples of the reference are worth {float(size.min()):.0f} of the density, which is too far from it"
-        more = "Weighted(num_monitor_chains=...) has chains to compare with, and log_normalizer of an RBM a held-out likelihood"
-        return not_told(site, DISTANCE, f"{why}: {more}")
+        instead = "Weighted(num_monitor_chains=...) has chains to compare with, and log_normalizer of an RBM a held-out likelihood"
+        return not_told(site, DISTANCE, f"{why}: {instead}")
     noise = _noise(draws) + 0.5 / math.sqrt(float(size.min()))
     fix = f"the chains that have taught the energy are not distributed as it says. {more}, or a smaller learning rate"
     return Finding(site, DISTANCE, float(distance.max()), None, TOLERANCE + 3 * noise, fix)
