@@ -171,6 +171,8 @@ def _jumps(kept: Mapping[str, Any]) -> float:
 
 
 def _more_jumps(site: str, kept: Mapping[str, Any], has_reference: bool) -> str:
+    if "acceptance" not in kept:  # of block Gibbs, and of other samplers that reject nothing
+        return "Take more num_steps of the sampler, more chains, a smaller learning rate, or weights=Weighted()"
     if not has_reference:
         wide = "" if site == FIELD else ", or give reference= a distribution that reaches all modes, to jump from"
         return f"Take more num_steps, or more chains{wide}"

@@ -4,7 +4,7 @@
 r"""Whether unadjusted particles are stable where they stand, and what to say where they are not.
 
 Langevin particles of step :math:`h` diverge where h times the curvature :math:`c` of their negative log posterior is above 2, and
-are twice as spread as the posterior at :math:`hc = 1`. Rows whose posteriors are independent have a curvature each, and of
+have twice the variance of the posterior at :math:`hc = 1`. Rows whose posteriors are independent have a curvature each, and of
 many rows it is the stiffest that counts. Curvature is measured over the length of a move, by differences of scores,
 
 .. math:: hc(v) = -h \, v \cdot [s(x + v) - s(x)] / |v|^2,
@@ -29,7 +29,7 @@ from numpyro_ebm.program.rows import shared_plates
 from numpyro_ebm.program.run import Run
 
 FIX = "take a smaller step_size, or kernel='mala', which is right at every step"
-# Thresholds of h times the curvature, hc, at which particles are 1 / (1 - hc/2) times as spread as the posterior. A report says
+# Thresholds of h times the curvature, hc, at which the variance of particles is 1 / (1 - hc/2) of the posterior's. A report says
 # whether what was learned can be believed: from .5 on, a third too widely spread, parameters are off by about a standard error. A
 # run is still on its way, through places that may be steeper, and is looked at less closely: it says what is on the way to diverge,
 # from 1 on, where the spread is doubled, and particles that would start there are moved on before it.
@@ -242,8 +242,8 @@ def warnings_of(look: Look, step_size: dict[str, float], num_steps: int, num_mov
         size = f"about {worst:.2f}" if np.isfinite(worst) else "too large for a finite move"
         found.append(
             f"site '{site}': step_size is h = {step_size[site]:g}, and h times the curvature is {size} for "
-            f"{where or 'the stiffest direction'}: at 2 the particles diverge, from {STIFF_IN_RUN:g} on they are more than twice "
-            f"as spread as the posterior, and the report of the run wants {STIFF_AT_END:g} at most. {FIX.capitalize()}."
+            f"{where or 'the stiffest direction'}: at 2 the particles diverge, from {STIFF_IN_RUN:g} on their variance "
+            f"is more than twice the posterior's, and the report of the run wants {STIFF_AT_END:g} at most. {FIX.capitalize()}."
         )
     lag, num_batches = float(look.lag), float(look.num_batches)
     if num_batches >= MANY_BATCHES and num_steps >= max(2 * num_batches, STEPS_TO_ARRIVE) and lag > LAG:
@@ -280,7 +280,7 @@ def fix_of(step_size: dict[str, float], ratio: float, start: Start) -> str:
         return f"of about {2 * next(iter(step_size.values())) / ratio:.2g}" if one else f"by a factor of {ratio / 2:.2g}"
 
     if 2 <= ratio <= HOPELESS:
-        return f"The step_size h = {h} is above the stability limit {limit(ratio)} there: take half of that, or kernel='mala'."
+        return f"The step_size h = {h} is above the stability limit {limit(ratio)} there: take a fifth of that, or kernel='mala'."
     if 2 <= at_start <= HOPELESS:
         return (
             f"The step_size h = {h} is above the stability limit {limit(at_start)} where particles start: take a fifth of that, or "
