@@ -3,7 +3,6 @@
 
 """The tutorials as notebooks, with the outputs of the build: ``_downloads/notebooks/NAME.ipynb``, linked beside the page."""
 
-import contextlib
 from pathlib import Path
 
 import jax
@@ -14,11 +13,11 @@ from jupyter_cache import get_cache
 
 
 def _executed(page, cache_folder):
-    text = page.read_text(encoding="utf-8").replace("\n  name: python3\n", "\n  name: python3\n  display_name: Python 3\n", 1)
+    """A page as a notebook, with the outputs in the cache; its kernel is named as there, by which the cache finds it."""
+    text = page.read_text(encoding="utf-8").replace("\n  name: python3\n", "\n  name: python3\n  display_name: python3\n", 1)
     notebook = jupytext.reads(text, fmt="md:myst")
-    if cache_folder.exists():
-        with contextlib.suppress(KeyError):  # not executed in this build
-            _, notebook = get_cache(cache_folder).merge_match_into_notebook(notebook)
+    if cache_folder is not None:
+        _, notebook = get_cache(cache_folder).merge_match_into_notebook(notebook)
     notebook.cells = [cell for cell in notebook.cells if "remove-cell" not in cell.metadata.get("tags", [])]
     return notebook
 
@@ -32,9 +31,10 @@ def _write(app, exception):
         return
     folder = Path(app.outdir) / "_downloads" / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
+    cache_folder = None if app.config.nb_execution_mode == "off" else Path(app.config.nb_execution_cache_path)
     for page in sorted(app.env.found_docs):
         if page.startswith(("tutorials/", "get_started/")) and _is_executed(app, page):
-            notebook = _executed(Path(app.env.doc2path(page)), Path(app.config.nb_execution_cache_path))
+            notebook = _executed(Path(app.env.doc2path(page)), cache_folder)
             nbformat.write(notebook, folder / f"{page.rpartition('/')[2]}.ipynb")
 
 
