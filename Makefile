@@ -93,6 +93,7 @@ bench: $(VENV)/.installed-examples
 	$(BIN)/python benchmarks/fit.py
 	$(BIN)/python benchmarks/fit.py --scaling --figure docs/_static/scaling.png
 	$(BIN)/python benchmarks/faults.py
+	$(BIN)/python benchmarks/memory.py
 
 clean:
 	rm -rf $(VENV) .venv-lowest .venv-newest docs/_build
