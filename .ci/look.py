@@ -4,7 +4,7 @@
 """Opens every page of the built documentation in a browser, as wide as a desk's and as a phone's, and says what is wrong with it.
 
 What it finds, by page and width: a page that is wider than the window (with the first element that sticks out), errors on the
-console, pictures that did not load, requests to other hosts, and links within the site that lead nowhere. ``--search`` asks the
+console, pictures that did not load, requests to other hosts, and links within the site that lead nowhere. Then it asks the
 site's own search for words that readers look for. ``--pictures FOLDER`` writes screenshots, light and dark, of the pages named.
 
 It needs playwright and a Chromium that is installed (``CHROMIUM`` names it, else it is looked for). Run ``make look``.
