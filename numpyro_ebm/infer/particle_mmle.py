@@ -34,13 +34,15 @@ from numpyro_ebm.evaluate.report import Finding
 from numpyro_ebm.handlers import negative_phase
 from numpyro_ebm.infer.engine import Engine, compiled_method
 from numpyro_ebm.infer.particle_batch import ParticleBatch, Particles, first, number_of
-from numpyro_ebm.infer.particle_moves import LEAST_ACCEPTANCE, SLOW, AdaptedMoves, Moves, are_independent
+from numpyro_ebm.infer.particle_moves import LEAST_ACCEPTANCE, SLOW, AdaptedMoves, Moves
+from numpyro_ebm.infer.particle_rows import are_independent
 from numpyro_ebm.infer.particle_settings import (
     Averaged,
     Maximize,
     Newton,
     StepSize,
     Summed,
+    require_jumps,
     require_one_step,
     require_steps,
     require_steps_of,
@@ -161,6 +163,10 @@ class ParticleMMLE(Engine):
         the same.
     :param int num_moves: moves of the particles per step of the parameters.
     :param bool average_moves: whether the parameters see the mean gradient over all those moves, instead of the last.
+    :param int num_jumps: with ``kernel="mala"``, jumps per step after these moves, of the latents whose prior is an energy with
+        something to jump from (:class:`~numpyro_ebm.MALA`), accepted by every row and particle for itself; one for every 10
+        moves, rounded up, if not given. Without, particles hardly cross between modes of their posterior that are far apart, and
+        the weight of these modes in the prior is not learned; the report of a run tells.
     :param dynamics: how particles move instead of :func:`~numpyro_ebm.langevin`, such as
         :func:`~numpyro_ebm.kinetic_langevin`.
     :param init_strategy: a NumPyro ``init_to_...`` strategy for the particles. If not given they are samples of the prior, of the
@@ -215,6 +221,7 @@ class ParticleMMLE(Engine):
         noise: str = "batch",
         num_moves: int = 1,
         average_moves: bool = False,
+        num_jumps: int | None = None,
         dynamics: optax.GradientTransformationExtraArgs | None = None,
         init_strategy: Callable[..., Any] | None = None,
         average_iterates: bool | float = False,
@@ -244,7 +251,8 @@ class ParticleMMLE(Engine):
         require_program("the model", model)
         if self.dynamics is not None:
             require_noise(self.dynamics)
-        self._moves = Moves(kernel, self.dynamics, order, num_moves, average_moves)
+        self.num_jumps = require_jumps(num_jumps, kernel, self.num_moves)
+        self._moves = Moves(kernel, self.dynamics, order, num_moves, average_moves, self.num_jumps)
         self._draws = init_to_sample if init_strategy is None else init_strategy
         self._phase = Phase(model)
         self._inner = self._phase.inner

@@ -11,7 +11,7 @@ that depend on this row, so that the posterior at these parameters is exactly st
 
 with :math:`\bar a` the mean acceptance probability over the particles at the row's move t. The gain vanishes, and steps that
 are fixed in the end leave no bias. As in :class:`~numpyro_ebm.MALA` a fraction of the moves is shrunk tenfold, and so on, for a
-particle that stands where the posterior is much steeper than elsewhere.
+particle that stands where the posterior is much steeper than elsewhere. Moves end with the :class:`Jumps` of a site.
 """
 
 from collections.abc import Callable
@@ -24,10 +24,9 @@ import optax
 from jax import Array, lax
 
 import numpyro_ebm.optim as optim_module
-from numpyro_ebm._map_over import map_over
 from numpyro_ebm.infer.particle_batch import Gradients, ParticleBatch, Particles
-from numpyro_ebm.program.provenance import mark, sources
-from numpyro_ebm.program.rows import mixes_rows
+from numpyro_ebm.infer.particle_jumps import Jumped, Jumps
+from numpyro_ebm.infer.particle_rows import Rows, rows_of
 
 TARGET_ACCEPTANCE = 0.574
 GAIN, GAIN_DELAY, GAIN_POWER = 0.5, 20.0, 0.6  # kappa_0, t_0: 40 moves from .1 to 1e-4
@@ -69,9 +68,10 @@ class How(NamedTuple):
 class Moves:
     """The moves of one step, by the settings of :class:`~numpyro_ebm.ParticleMMLE`."""
 
-    def __init__(self, kernel: str, dynamics: Any, order: str, num_moves: int, average_moves: bool) -> None:
+    def __init__(self, kernel: str, dynamics: Any, order: str, num_moves: int, average_moves: bool, num_jumps: int = 0) -> None:
         self.is_adjusted, self.dynamics = kernel == "mala", dynamics
         self.is_jacobi, self.num_moves, self.average_moves = order == "jacobi", num_moves, average_moves
+        self.num_jumps = num_jumps
 
     def init(self, batch: ParticleBatch, theta: Any, particles: Particles, step_size: Steps) -> Any:
         """What moves keep between steps, for particles of all rows of the data."""
@@ -103,7 +103,7 @@ class Moves:
         if self.average_moves:
             return self._and_average(batch, theta, x, kept, step_size, moves)
         if self.is_adjusted:
-            new_x, new_kept = adjusted(batch, theta, x, kept, moves)
+            new_x, new_kept = adjusted(batch, theta, x, kept, moves, self.num_jumps)
         else:
 
             def move(carry: tuple[Particles, Any], how: How) -> tuple[tuple[Particles, Any], None]:
@@ -128,6 +128,10 @@ class Moves:
 
         nothing = jax.tree.map(jnp.zeros_like, (start.loss, start.of_params))
         (new_x, new_kept, last, (loss, gradient)), _ = lax.scan(move, (x, kept, start, nothing), moves)
+        new_x = {
+            **new_x,
+            **{name: found.x for name, found in jumped(batch, theta, new_x, moves.rng_key[-1], self.num_jumps).items()},
+        }
         return Moved(new_x, new_kept, x if self.is_jacobi else new_x, Gradients(loss, gradient, last.scores))
 
     def _push(
@@ -157,28 +161,47 @@ class _Chains(NamedTuple):
     score: Array
 
 
-def adjusted(batch: ParticleBatch, theta: Any, x: Particles, kept: AdaptedMoves, moves: How) -> tuple[Particles, AdaptedMoves]:
-    """Metropolis-adjusted moves of one latent site after the other.
+def adjusted(
+    batch: ParticleBatch, theta: Any, x: Particles, kept: AdaptedMoves, moves: How, num_jumps: int = 0
+) -> tuple[Particles, AdaptedMoves]:
+    """Metropolis-adjusted moves of one latent site after the other, and after those of a site its jumps.
 
     :param moves: with a leading axis, one for each move.
     """
     x, step_size, acceptance = dict(x), dict(kept.step_size), dict(kept.acceptance)
     for i, (name, rows) in enumerate(rows_of(batch, theta).items()):
         of_site = moves._replace(rng_key=jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(moves.rng_key))
-        others = {other: value for other, value in x.items() if other != name}
-
-        def log_density(value: Array, rows: "_Rows" = rows, name: str = name, others: Particles = others) -> Array:
-            return rows.log_density(theta, {**others, name: value})
-
+        log_density = _given_others(theta, rows, x)
         before = moves.num_before / batch.program.scale(name)  # a row moves in its batches
         adapted = step_size[name], acceptance[name]
-        x[name], step_size[name], acceptance[name] = _move_site(log_density, x[name], adapted, of_site._replace(num_before=before))
+        chains, step_size[name], acceptance[name] = _move_site(log_density, x[name], adapted, of_site._replace(num_before=before))
+        x[name] = chains.x
+        if num_jumps and (jumps := Jumps.of(batch, rows)) is not None:
+            jump_key = jax.random.fold_in(of_site.rng_key[-1], 1)
+            x[name] = jumps(jump_key, log_density, chains.x, chains.log_density, num_jumps).x
     return x, AdaptedMoves(step_size, acceptance)
+
+
+def jumped(batch: ParticleBatch, theta: Any, x: Particles, rng_key: Array, num_jumps: int) -> dict[str, Jumped]:
+    """Jumps alone, of one latent site after the other that has something to jump from."""
+    x, found = dict(x), dict[str, Jumped]()
+    for i, (name, rows) in enumerate(rows_of(batch, theta).items()):
+        if num_jumps and (jumps := Jumps.of(batch, rows)) is not None:
+            log_density = _given_others(theta, rows, x)
+            found[name] = jumps(jax.random.fold_in(rng_key, i), log_density, x[name], log_density(x[name]), num_jumps)
+            x[name] = found[name].x
+    return found
+
+
+def _given_others(theta: Any, rows: Rows, x: Particles) -> Callable[[Array], Array]:
+    """The log density of each row and particle of one site, as a function of it."""
+    others = {name: value for name, value in x.items() if name != rows.name}
+    return lambda value: rows.log_density(theta, {**others, rows.name: value})
 
 
 def _move_site(
     log_density: Callable[[Array], Array], x: Array, adapted: tuple[Array, Array], moves: How
-) -> tuple[Array, Array, Array]:
+) -> tuple[_Chains, Array, Array]:
     def chains_at(x: Array) -> _Chains:
         value, pullback = jax.vjp(log_density, x)
         score = pullback(jnp.ones_like(value))[0]
@@ -203,7 +226,7 @@ def _move_site(
     step_size, acceptance = adapted
     carry = chains_at(x), jnp.log(step_size), acceptance
     (chains, log_step, acceptance), _ = lax.scan(move, carry, moves)
-    return chains.x, jnp.exp(log_step), acceptance
+    return chains, jnp.exp(log_step), acceptance
 
 
 def _log_proposal(to: _Chains, start: _Chains, h: Array) -> Array:
@@ -211,115 +234,3 @@ def _log_proposal(to: _Chains, start: _Chains, h: Array) -> Array:
     square = (to.x - start.x - h * start.score) ** 2 / (4 * h)
     event = tuple(i for i, (size, kept) in enumerate(zip(square.shape, to.log_density.shape, strict=True)) if size != kept)
     return -square.sum(event, keepdims=True)
-
-
-class _Rows:
-    """The rows of one latent site that are accepted by themselves, and the terms of the density that depend on them."""
-
-    def __init__(self, batch: ParticleBatch, name: str, behind: dict[str, "_Term"]) -> None:
-        self.batch, self.name = batch, name
-        program = batch.program
-        self.terms = [term for term, found in behind.items() if name in found.sites]
-        self.event_dim = program.latents[name].event_dim
-        # NumPyro's word for independent rows: the plates that all of these terms are in
-        self.plates = {
-            plate: axis + self.event_dim
-            for plate, axis in program.latents[name].plates
-            if all(behind[term].has(plate, axis + self.event_dim, len(program.plates[plate].indices)) for term in self.terms)
-        }
-        if coupled := sorted(
-            {plate for plate, _ in program.latents[name].plates if plate in program.subsampled} - set(self.plates)
-        ):
-            outside = next(term for term in self.terms if coupled[0] not in behind[term].dims)
-            raise ValueError(
-                f"site '{name}': site '{outside}' outside the subsampled plate '{coupled[0]}' depends on it, so that its rows "
-                "are not independent. Put it into the plate, or do not subsample."
-            )
-
-    def shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """That of one number for each row and particle, from that of the particles."""
-        kept = {dim - self.event_dim + len(shape) for dim in self.plates.values()}
-        return tuple(size if axis == 0 or axis in kept else 1 for axis, size in enumerate(shape))
-
-    def log_density(self, theta: Any, x: Particles) -> Array:
-        """Of each row and particle, without the scale of its plates, of :meth:`shape_of` the particles."""
-        data, shape = self.batch.data(theta), self.shape_of(x[self.name].shape)[1:]
-
-        def one(x: Particles) -> Array:
-            terms, _ = self.batch.terms(self.batch.model, data=data, latents=x)
-            return sum((self._by_row(terms[term], shape) for term in self.terms), jnp.zeros(shape))
-
-        return map_over(one, x) / self.batch.program.scale(self.name)
-
-    def _by_row(self, term: Array, shape: tuple[int, ...]) -> Array:
-        rest = tuple(axis for axis in range(term.ndim) if axis - term.ndim not in self.plates.values())
-        return term.sum(rest).reshape(shape)
-
-
-class _Term(NamedTuple):
-    """A term of the log joint density."""
-
-    sites: frozenset[str]  # latent sites that it depends on
-    dims: dict[str, int]  # of the plates that it is in
-    shape: tuple[int, ...]
-
-    def has(self, plate: str, dim: int, size: int) -> bool:
-        return self.dims.get(plate) == dim and len(self.shape) >= -dim and self.shape[dim] == size
-
-
-def are_independent(batch: ParticleBatch, theta: Any, rng_key: Array) -> dict[str, Array]:
-    """By latent site, whether its rows are independent given the rest, as its plates say, of which a sum over rows makes a lie.
-
-    Where they are, weighing densities of rows weighs their scores by the same numbers, powers of two by which nothing is rounded;
-    and no density of a row changes where others do, which tells of steps.
-    """
-    mix_key, weigh_key = jax.random.split(rng_key)
-    x = jax.tree.map(lambda x: x[None], batch.gather(batch.one))
-    found = {}
-    for name, rows in rows_of(batch, theta).items():
-
-        def weighed(value: Array, weights: Array, rows: _Rows = rows, name: str = name) -> Array:
-            return (weights * rows.log_density(theta, {**x, name: value})).sum()
-
-        shape = rows.shape_of(x[name].shape)
-        weights = 2.0 ** jax.random.randint(weigh_key, shape, 0, 16).astype(x[name].dtype)
-        plain, seen = (jax.grad(weighed)(x[name], each) for each in (jnp.ones_like(weights), weights))
-        event = tuple(i for i, (size, whole) in enumerate(zip(shape, plain.shape, strict=True)) if size != whole)
-        tolerance = jnp.finfo(plain.dtype).eps ** 0.5 * jnp.abs(plain).max(event, keepdims=True, initial=0)
-        found[name] = ~(jnp.abs(seen / weights - plain) > tolerance).any()
-        for dim in rows.plates.values():
-            found[name] &= ~_mixes(rows, theta, x, dim, mix_key)
-    return found
-
-
-def _mixes(rows: _Rows, theta: Any, x: Particles, dim: int, rng_key: Array) -> Array:
-    """Whether the log density of a row of the plate at ``dim`` changes where others do."""
-
-    def of_rows(value: dict[str, Array]) -> Array:
-        density = rows.log_density(theta, {**x, rows.name: value[rows.name][None]})
-        axis = dim - rows.event_dim + density.ndim
-        return density.sum(tuple(i for i in range(density.ndim) if i != axis))
-
-    one = {rows.name: x[rows.name][0]}
-    return mixes_rows(of_rows, one, {rows.name: dim - rows.event_dim}, rng_key)
-
-
-def rows_of(batch: ParticleBatch, theta: Any) -> dict[str, _Rows]:
-    """By latent site, its rows; told from the trace of the model, nothing is computed.
-
-    :raises ValueError: naming the site, if rows of a subsampled plate depend on each other.
-    """
-    data, particles = batch.data(theta), batch.one
-    dims: dict[str, dict[str, int]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def terms() -> dict[str, Array]:
-        marked = {name: mark(x, name) for name, x in particles.items()}
-        found, run = batch.terms(batch.model, data=data, latents=marked)
-        for name, term in found.items():
-            dims[name] = {frame.name: frame.dim for frame in run.sites[name].get("cond_indep_stack", ())}
-            shapes[name] = jnp.shape(term)
-        return found
-
-    behind = {name: _Term(marks, dims[name], shapes[name]) for name, marks in sources(terms).items()}
-    return {name: _Rows(batch, name, behind) for name in batch.program.latents}

@@ -11,6 +11,7 @@ from jax import Array
 
 from numpyro_ebm._checks import require_count, require_positive
 from numpyro_ebm.optim import Schedule, as_transformation, require_step
+from numpyro_ebm.samplers.mala import STEPS_PER_JUMP
 
 StepSize = float | Schedule | dict[str, float | Schedule]
 
@@ -90,6 +91,21 @@ def _require_one(name: str, step_size: Any, kernel: str) -> Any:
     if kernel == "mala" and callable(step_size):
         raise ValueError(f"{name} is a schedule, and the steps of kernel='mala' adapt: give the number that they start from.")
     return require_step(step_size) if callable(step_size) else require_positive(name, step_size)
+
+
+def require_jumps(num_jumps: Any, kernel: str, num_moves: int) -> int:
+    """The number of jumps per step.
+
+    :raises ValueError: for anything else than an integer of 0 or more, and where moves are not accepted.
+    """
+    if kernel != "mala":
+        if num_jumps:
+            raise ValueError(
+                f"num_jumps={num_jumps!r} goes with kernel='mala', whose particles accept what they move to: take it, or leave "
+                "num_jumps out."
+            )
+        return 0
+    return -(-num_moves // STEPS_PER_JUMP) if num_jumps is None else require_count("num_jumps", num_jumps, least=0)
 
 
 def require_steps_of(step_size: StepSize, sites: Iterable[str]) -> None:
