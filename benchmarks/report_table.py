@@ -151,6 +151,21 @@ def of_particles(**settings):
     return ParticleMMLE(normal, optax.adam(1e-2), num_particles=10, **settings), 1.5 + 1.1 * NOISE
 
 
+# Two wells with a high barrier between them, seen with so much noise that both are possible.
+SEEN = jnp.where(KIND < 0.524, 1.5, -1.5) + 0.3 * SPREAD + 1.5 * NOISE
+
+
+def wells_in_noise(y):
+    tilt = numpyro.param("tilt", 0.0)
+    with numpyro.plate("data", len(y)):
+        z = numpyro.sample("z", TiltedDistribution(dist.Normal(0, 2), lambda z: 8 * ((z / 1.5) ** 2 - 1) ** 2 - tilt * z))
+        numpyro.sample("y", dist.Normal(z, 1.5), obs=y)
+
+
+def of_wells(**settings):
+    return ParticleMMLE(wells_in_noise, optax.adam(1e-2), num_particles=20, **settings), SEEN
+
+
 # An energy with an encoder and a generator. What both can do is to be normal, so that data with two modes are too much for them.
 def wells(v):
     wall, slope, tilt = numpyro.param("wall", 0.5), numpyro.param("slope", 1.0), numpyro.param("tilt", 0.0)
@@ -219,6 +234,9 @@ PROBLEMS = {
     "particles, h above the limit of one row": (lambda: of_particles(step_size=0.1), 300, ("curvature",)),
     "particles, h for all rows": (lambda: of_particles(step_size=0.02), 300, ()),
     "adjusted particles": (lambda: of_particles(kernel="mala"), 300, ()),
+    "adjusted particles without jumps": (lambda: of_wells(kernel="mala", num_jumps=0), 300, ("particles from posterior",)),
+    "unadjusted particles between modes": (lambda: of_wells(step_size=0.01), 300, ("particles from posterior",)),
+    "particles with jumps": (lambda: of_wells(kernel="mala"), 300, ()),
     "exact score matching, spikes": (lambda: of_scores(spikes, ExactScoreMatching()), 400, ("half the distance",)),
     "exact score matching, a bell": (lambda: of_scores(bell, ExactScoreMatching()), 400, ()),
     "BiSM, a guide that is too narrow": (lambda: of_factors(BiSM, narrow, DENOISING, **IMPLICIT), 400, ("Pareto",)),

@@ -34,6 +34,7 @@ from numpyro_ebm.evaluate.report import Finding
 from numpyro_ebm.handlers import negative_phase
 from numpyro_ebm.infer.engine import Engine, compiled_method
 from numpyro_ebm.infer.particle_batch import ParticleBatch, Particles, first, number_of
+from numpyro_ebm.infer.particle_jumps import JumpNumbers, jump_findings, jump_numbers
 from numpyro_ebm.infer.particle_moves import LEAST_ACCEPTANCE, SLOW, AdaptedMoves, Moves
 from numpyro_ebm.infer.particle_rows import are_independent
 from numpyro_ebm.infer.particle_settings import (
@@ -702,6 +703,7 @@ class ParticleMMLE(Engine):
         ]
         if self.kernel == "langevin" and self.dynamics is None:
             found.append(stiffness_finding(self._look(state, *map(jnp.asarray, (0, 1, NUM_SCORES)), *args, **kwargs)))
+        found += jump_findings(self._jump_numbers(state, rng_key, *args, **kwargs), is_adjusted=self.kernel == "mala")
         if has_chains(state.mutable_state):
             numbers = self._chain_numbers(state, rng_key, *args, **kwargs)
             found += self._phase.findings(numbers, state.params, state.mutable_state, args, kwargs)
@@ -710,6 +712,12 @@ class ParticleMMLE(Engine):
     @partial(compiled_method, cheaply=True)
     def _chain_numbers(self, state: ParticleState, rng_key: Array, *args: Any, **kwargs: Any) -> ChainNumbers:
         return self._phase.numbers(rng_key, state.params, state.mutable_state, args, kwargs)
+
+    @partial(compiled_method, cheaply=True)
+    def _jump_numbers(self, state: ParticleState, rng_key: Array, *args: Any, **kwargs: Any) -> dict[str, JumpNumbers]:
+        batch = self._batch(state, own_key(rng_key), args, kwargs)
+        x = batch.gather(state.particles)
+        return jump_numbers(rng_key, batch, state.unconstrained, x, is_adjusted=self.kernel == "mala")
 
     def _explain(
         self, state: ParticleState, bad: dict[Part, int], args: tuple[Any, ...], kwargs: dict[str, Any]

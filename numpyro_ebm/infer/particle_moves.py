@@ -25,8 +25,8 @@ from jax import Array, lax
 
 import numpyro_ebm.optim as optim_module
 from numpyro_ebm.infer.particle_batch import Gradients, ParticleBatch, Particles
-from numpyro_ebm.infer.particle_jumps import Jumped, Jumps
-from numpyro_ebm.infer.particle_rows import Rows, rows_of
+from numpyro_ebm.infer.particle_jumps import Jumps, jumped
+from numpyro_ebm.infer.particle_rows import rows_of
 
 TARGET_ACCEPTANCE = 0.574
 GAIN, GAIN_DELAY, GAIN_POWER = 0.5, 20.0, 0.6  # kappa_0, t_0: 40 moves from .1 to 1e-4
@@ -128,10 +128,8 @@ class Moves:
 
         nothing = jax.tree.map(jnp.zeros_like, (start.loss, start.of_params))
         (new_x, new_kept, last, (loss, gradient)), _ = lax.scan(move, (x, kept, start, nothing), moves)
-        new_x = {
-            **new_x,
-            **{name: found.x for name, found in jumped(batch, theta, new_x, moves.rng_key[-1], self.num_jumps).items()},
-        }
+        if self.num_jumps:
+            new_x = {name: of_site.x for name, of_site in jumped(batch, theta, new_x, moves.rng_key[-1], self.num_jumps).items()}
         return Moved(new_x, new_kept, x if self.is_jacobi else new_x, Gradients(loss, gradient, last.scores))
 
     def _push(
@@ -171,7 +169,7 @@ def adjusted(
     x, step_size, acceptance = dict(x), dict(kept.step_size), dict(kept.acceptance)
     for i, (name, rows) in enumerate(rows_of(batch, theta).items()):
         of_site = moves._replace(rng_key=jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(moves.rng_key))
-        log_density = _given_others(theta, rows, x)
+        log_density = rows.given_others(theta, x)
         before = moves.num_before / batch.program.scale(name)  # a row moves in its batches
         adapted = step_size[name], acceptance[name]
         chains, step_size[name], acceptance[name] = _move_site(log_density, x[name], adapted, of_site._replace(num_before=before))
@@ -180,23 +178,6 @@ def adjusted(
             jump_key = jax.random.fold_in(of_site.rng_key[-1], 1)
             x[name] = jumps(jump_key, log_density, chains.x, chains.log_density, num_jumps).x
     return x, AdaptedMoves(step_size, acceptance)
-
-
-def jumped(batch: ParticleBatch, theta: Any, x: Particles, rng_key: Array, num_jumps: int) -> dict[str, Jumped]:
-    """Jumps alone, of one latent site after the other that has something to jump from."""
-    x, found = dict(x), dict[str, Jumped]()
-    for i, (name, rows) in enumerate(rows_of(batch, theta).items()):
-        if num_jumps and (jumps := Jumps.of(batch, rows)) is not None:
-            log_density = _given_others(theta, rows, x)
-            found[name] = jumps(jax.random.fold_in(rng_key, i), log_density, x[name], log_density(x[name]), num_jumps)
-            x[name] = found[name].x
-    return found
-
-
-def _given_others(theta: Any, rows: Rows, x: Particles) -> Callable[[Array], Array]:
-    """The log density of each row and particle of one site, as a function of it."""
-    others = {name: value for name, value in x.items() if name != rows.name}
-    return lambda value: rows.log_density(theta, {**others, rows.name: value})
 
 
 def _move_site(

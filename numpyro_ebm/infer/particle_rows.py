@@ -3,6 +3,7 @@
 
 """Which rows of a latent site are accepted by themselves, and the terms of the log joint density that depend on each."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -29,13 +30,20 @@ class Rows:
             for plate, axis in program.latents[name].plates
             if all(behind[term].has(plate, axis + self.event_dim, len(program.plates[plate].indices)) for term in self.terms)
         }
-        if coupled := sorted(
-            {plate for plate, _ in program.latents[name].plates if plate in program.subsampled} - set(self.plates)
-        ):
-            outside = next(term for term in self.terms if coupled[0] not in behind[term].dims)
+        subsampled = {plate for plate, _ in program.latents[name].plates if plate in program.subsampled}
+        self.coupled = min(subsampled - set(self.plates), default=None)
+        self._behind = behind
+
+    def require_own(self) -> None:
+        """Refuses rows of a subsampled plate that something outside it depends on.
+
+        :raises ValueError: naming the sites and the plate.
+        """
+        if self.coupled is not None:
+            outside = next(term for term in self.terms if self.coupled not in self._behind[term].dims)
             raise ValueError(
-                f"site '{name}': site '{outside}' outside the subsampled plate '{coupled[0]}' depends on it, so that its rows "
-                "are not independent. Put it into the plate, or do not subsample."
+                f"site '{self.name}': site '{outside}' outside the subsampled plate '{self.coupled}' depends on it, so that its "
+                "rows are not independent. Put it into the plate, or do not subsample."
             )
 
     def shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -52,6 +60,11 @@ class Rows:
             return sum((self.by_row(terms[term], shape) for term in self.terms), jnp.zeros(shape))
 
         return map_over(one, x) / self.batch.program.scale(self.name)
+
+    def given_others(self, theta: Any, x: Particles) -> Callable[[Array], Array]:
+        """The same as a function of this site, the others where they are."""
+        others = {name: value for name, value in x.items() if name != self.name}
+        return lambda value: self.log_density(theta, {**others, self.name: value})
 
     def by_row(self, term: Array, shape: tuple[int, ...]) -> Array:
         rest = tuple(axis for axis in range(term.ndim) if axis - term.ndim not in self.plates.values())
@@ -74,11 +87,14 @@ def are_independent(batch: ParticleBatch, theta: Any, rng_key: Array) -> dict[st
 
     Where they are, weighing densities of rows weighs their scores by the same numbers, powers of two by which nothing is rounded;
     and no density of a row changes where others do, which tells of steps.
+
+    :raises ValueError: as :meth:`Rows.require_own`.
     """
     mix_key, weigh_key = jax.random.split(rng_key)
     x = jax.tree.map(lambda x: x[None], batch.gather(batch.one))
     found = {}
     for name, rows in rows_of(batch, theta).items():
+        rows.require_own()
 
         def weighed(value: Array, weights: Array, rows: Rows = rows, name: str = name) -> Array:
             return (weights * rows.log_density(theta, {**x, name: value})).sum()
@@ -107,10 +123,7 @@ def _mixes(rows: Rows, theta: Any, x: Particles, dim: int, rng_key: Array) -> Ar
 
 
 def rows_of(batch: ParticleBatch, theta: Any) -> dict[str, Rows]:
-    """By latent site, its rows; told from the trace of the model, nothing is computed.
-
-    :raises ValueError: naming the site, if rows of a subsampled plate depend on each other.
-    """
+    """By latent site, its rows; told from the trace of the model, nothing is computed."""
     data, particles = batch.data(theta), batch.one
     dims: dict[str, dict[str, int]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
