@@ -4,7 +4,7 @@
 """What every engine costs by its ``run``, as a user calls it, over the same maths by hand in one compiled ``lax.scan``.
 
 Both sides have the same network, the same data and as many random numbers of the same kind; the hand-written one knows nothing
-of NumPyro, keeps no old state and looks at nothing's health. NumPyro's ``SVI`` has no engine of ours around it: its ``update``
+of NumPyro, keeps no old state and looks at nothing's health; a run makes no report (``report.py`` has its cost). NumPyro's ``SVI`` has no engine of ours around it: its ``update``
 under :class:`~numpyro_ebm.negative_phase` stands in a ``scan``.
 
 * ``denoising``, ``sliced``: score matching of 128 points of a plane by an energy of two hidden layers, 128 wide.
@@ -85,7 +85,7 @@ def in_scan(update, state):
 
 def in_run(engine, data):
     """The same by an engine's own ``run``."""
-    return lambda num_steps: engine.run(jax.random.key(1), num_steps, data, progress_bar=False).losses
+    return lambda num_steps: engine.run(jax.random.key(1), num_steps, data, progress_bar=False, report=False).losses
 
 
 def adam_step(gradient, optim_state, params):

@@ -12,7 +12,9 @@ data (of the true latents for ``hierarchical``); the cost is in CPU seconds of a
 * ``hierarchical``: 30 groups with effects of two kinds, a slope and a scale of the noise;
 * ``T1``, ``T2``: two wells of one parameter, which the data tell at once, with a low and a high barrier between them;
 * ``field``: T2 as a random field, which has no reference to jump to and no weights;
-* ``rbm``: 16 bits in two patterns, moved by block Gibbs, which has no jumps.
+* ``rbm``: 16 bits in two patterns, moved by block Gibbs, which has no jumps;
+* ``posterior``: T2 as a latent, seen with so much noise that both modes are possible, by particles: what must cross is not the
+  chains but they, and the second number of a column is theirs.
 
 Run ``python benchmarks/mode_weights.py``: about a quarter of an hour of one core; ``--only quickstart,T2`` for some.
 """
@@ -33,8 +35,9 @@ from jax.scipy.special import logsumexp
 from numpyro.contrib.module import eqx_module
 from numpyro.distributions import constraints
 from numpyro.infer import SVI, Trace_ELBO, autoguide
+from scipy.optimize import minimize_scalar
 
-from numpyro_ebm import MALA, BaseMeasure, BernoulliRBM, BlockGibbs, TiltedDistribution, Weighted, negative_phase
+from numpyro_ebm import MALA, BaseMeasure, BernoulliRBM, BlockGibbs, ParticleMMLE, TiltedDistribution, Weighted, negative_phase
 
 WEIGHTS = Weighted(resample_below=0.5, num_monitor_chains=200)
 CHAINS = {
@@ -49,6 +52,11 @@ RBM_CHAINS = {
     "1 sweep": {"sampler": BlockGibbs(1)},
     "10 sweeps": {"sampler": BlockGibbs(10)},
     "1 sweep, weights": {"sampler": BlockGibbs(1), "weights": WEIGHTS},
+}
+PARTICLES = {
+    "unadjusted": {"step_size": 0.01},
+    "adjusted, no jumps": {"kernel": "mala", "num_jumps": 0},
+    "adjusted, default": {"kernel": "mala"},
 }
 NETWORK = eqx.nn.MLP("scalar", "scalar", 32, 2, jax.nn.silu, key=jax.random.key(1))
 GRID = jnp.linspace(-8, 8, 3201)
@@ -205,6 +213,28 @@ def rbm():
     return Problem(model, v, weight, of_chains, wanted, RBM_CHAINS, "v", optim, 3000, 200)
 
 
+def posterior():
+    rng = np.random.default_rng(0)
+    cells = np.asarray(jax.nn.softmax(_log_wells(3.0, 0.2)), float)
+    y = rng.choice(np.asarray(GRID), 500, p=cells / cells.sum()) + 2.0 * rng.normal(size=500)
+    likelihood = np.exp(-((y[:, None] - np.asarray(GRID)) ** 2) / 8)
+
+    def model(y):
+        tilt = numpyro.param("tilt", 0.0)
+        with numpyro.plate("data", len(y)):
+            z = numpyro.sample("z", TiltedDistribution(dist.Normal(0, 2), lambda z: _wells(3.0, tilt, z)))
+            numpyro.sample("y", dist.Normal(z, 2.0), obs=y)
+
+    def weight(params):
+        return _above(_log_wells(3.0, params["tilt"]))
+
+    def loss(tilt):  # of maximum likelihood, by quadrature
+        return -float(np.log(likelihood @ np.asarray(jax.nn.softmax(_log_wells(3.0, tilt)), float)).sum())
+
+    best = weight({"tilt": minimize_scalar(loss, bounds=(-2, 2), method="bounded").x})
+    return Problem(model, jnp.asarray(y, jnp.float32), weight, _upper, best, PARTICLES, "z", optax.adam(0.01), 1500)
+
+
 PROBLEMS = {
     "quickstart": quickstart,
     "hierarchical": hierarchical,
@@ -212,7 +242,26 @@ PROBLEMS = {
     "T2": lambda: _two_wells(3.0, False),
     "field": lambda: _two_wells(3.0, True),
     "rbm": rbm,
+    "posterior": posterior,
 }
+
+
+def by_svi(problem, has_latents, settings, key, num_steps):
+    """A fit, and its chains."""
+    phase = negative_phase(problem.model, num_chains=problem.num_chains, **settings)
+    guide = autoguide.AutoNormal(phase) if has_latents else lambda data: None
+    svi = SVI(phase, guide, problem.optim, Trace_ELBO())
+    result = svi.run(key, num_steps, problem.data, progress_bar=False)
+    kept = phase.sample_chains(jax.random.key(0), result.params, result, 1, problem.data)[0]
+    return result.params, kept[problem.site].reshape(-1, *problem.data.shape[1:])
+
+
+def by_particles(problem, settings, key, num_steps):
+    """A fit, and its particles."""
+    phase = negative_phase(problem.model, num_chains=problem.num_chains)
+    engine = ParticleMMLE(phase, problem.optim, num_particles=20, average_iterates=True, **settings)
+    result = engine.run(key, num_steps, problem.data, progress_bar=False, report=False)
+    return result.params, result.state.particles[problem.site]
 
 
 def main(args):
@@ -220,20 +269,18 @@ def main(args):
         problem = PROBLEMS[name]()
         print(f"{name}: {problem.wanted:.3f} of the weight is in the upper mode; density / chains", flush=True)
         for words, settings in problem.chains.items():
-            phase = negative_phase(problem.model, num_chains=problem.num_chains, **settings)
-            guide = autoguide.AutoNormal(phase) if name in ("quickstart", "hierarchical") else lambda data: None
-            svi = SVI(phase, guide, problem.optim, Trace_ELBO())
             found, seconds = [], []
             for seed in range(2, 2 + args.num_seeds):
-                begin = time.process_time()
+                begin, key = time.process_time(), jax.random.key(seed)
                 num_steps = args.num_steps or problem.num_steps
-                result = svi.run(jax.random.key(seed), num_steps, problem.data, progress_bar=False)
-                jax.block_until_ready(result)
+                if problem.chains is PARTICLES:
+                    params, chains = by_particles(problem, settings, key, num_steps)
+                else:
+                    params, chains = by_svi(problem, name in ("quickstart", "hierarchical"), settings, key, num_steps)
+                jax.block_until_ready((params, chains))
                 seconds.append(time.process_time() - begin)
-                kept = phase.sample_chains(jax.random.key(0), result.params, result, 1, problem.data)[0]
-                chains = kept[problem.site]
-                jax.clear_caches()  # svi.run compiles anew, and what it has compiled fills the memory
-                found.append((problem.weight(result.params), problem.of_chains(chains.reshape(-1, *problem.data.shape[1:]))))
+                jax.clear_caches()  # every fit compiles anew, and what it has compiled fills the memory
+                found.append((problem.weight(params), problem.of_chains(chains)))
             columns = "  ".join(f"{density:.3f} / {chains:.3f}" for density, chains in found)
             worst = max(abs(density - problem.wanted) for density, _ in found)
             print(f"  {words:<18}{columns}   error {worst:.3f}   {np.median(seconds):.1f} s", flush=True)

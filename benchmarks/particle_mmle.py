@@ -10,6 +10,8 @@ The model is a decoder of 2 layers from a latent of 10 to 64 pixels, learned wit
   slope of log seconds against log size: 1 is linear, less where a fixed cost still counts.
 * ``minibatch``: batches of 256 out of 100 000 data with 10 particles each, over batches of 256 out of 1 000: 1 if a step
   costs what its batch costs. The second ratio is over the same mathematics by hand, with NumPyro's sampling of the batch.
+* ``jump``: a step with ``kernel="mala"`` and its jump under an energy prior, over one without the jump; the energy is fixed, so that
+  there are no negative chains, whose cost would hide it.
 
 What is compared is timed in turn, A B A B, so that the ratio holds when the machine's speed drifts. Run ``make bench``, or
 ``python benchmarks/particle_mmle.py --help``.
@@ -27,10 +29,11 @@ import optax
 from _timing import in_turn, show_ratio, timed
 from numpyro.contrib.module import eqx_module
 
-from numpyro_ebm import ParticleMMLE
+from numpyro_ebm import ParticleMMLE, TiltedDistribution
 
 LATENT, PIXELS, NOISE, STEP_SIZE = 10, 64, 0.25, 1e-3
 OPTIM = optax.adam(1e-3)
+ENERGY = eqx.nn.MLP(LATENT, "scalar", 128, 2, jax.nn.silu, key=jax.random.key(4))
 DECODER = eqx.nn.MLP(LATENT, PIXELS, 128, 2, jax.nn.silu, key=jax.random.key(0))
 
 
@@ -40,6 +43,18 @@ def model(images, batch_size=None):
         batch = numpyro.subsample(images, event_dim=1)
         z = numpyro.sample("z", dist.Normal(0, 1).expand([LATENT]).to_event(1))
         numpyro.sample("y", dist.Normal(jax.vmap(decoder)(z), NOISE).to_event(1), obs=batch)
+
+
+def with_energy(images):
+    decoder = eqx_module("decoder", DECODER)
+    with numpyro.plate("data", len(images)):
+        z = numpyro.sample("z", TiltedDistribution(dist.Normal(0, 1).expand([LATENT]).to_event(1), ENERGY))
+        numpyro.sample("y", dist.Normal(jax.vmap(decoder)(z), NOISE).to_event(1), obs=images)
+
+
+def with_jumps(images, num_jumps):
+    engine = ParticleMMLE(with_energy, OPTIM, 10, kernel="mala", num_jumps=num_jumps)
+    return engine.init(jax.random.key(1), images), lambda state: engine.update(state, images)
 
 
 def by_engine(images, num_particles, batch_size=None):
@@ -97,6 +112,8 @@ def main(args):
     images = jax.random.uniform(key, (size, PIXELS))
     times = in_turn(*(timed(*make(images, 10), args.num_steps) for make in (by_engine, by_hand)), repeats=args.repeats)
     show_ratio("hand: one step of the engine over the mathematics by hand", times)
+    times = in_turn(*(timed(*with_jumps(images, n), args.num_steps) for n in (1, 0)), repeats=args.repeats)
+    show_ratio("jump: an adjusted step with its jump over one without", times)
 
     for title, sizes, make in (
         ("particles", args.particles, lambda n: by_engine(images, n)),
