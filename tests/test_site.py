@@ -35,6 +35,15 @@ def test_code_of_a_page_can_be_read_without_scrolling(page):
     assert [line for line in lines if len(line) > 88 and not line.startswith(":")] == []
 
 
+def test_every_figure_of_a_page_is_described_for_those_who_do_not_see_it():
+    draws = re.compile(r"\bplt\.\w+\(|\baz\.plot_\w+\(|\.plot\(")
+    described = re.compile(r'^:mystnb: \{image: \{alt: "[^"]{20,}"\}\}$', re.MULTILINE)
+    cells = [(page, code) for page in PAGES for kind, code in fenced(page.read_text(encoding="utf-8")) if kind == "{code-cell}"]
+    figures = [(page, code) for page, code in cells if draws.search(code)]
+    assert len(figures) > 40
+    assert [(page.name, code) for page, code in figures if not described.search(code)] == []
+
+
 def test_every_page_is_in_the_contents():
     # Catches a page that only its address finds.
     listed = set()
