@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 FILE ?=
 ARGS ?=
 
-.PHONY: demo test test-slow test-lowest test-newest smoke lint docs look release bench metrics clean
+.PHONY: demo test test-slow test-lowest test-newest smoke lint docs look release publish bench metrics clean
 .DEFAULT_GOAL := test
 
 # Tests keep their compiled programs outside the clone: right when there are none, two to ten times as fast when there are. Strings
@@ -72,6 +72,10 @@ look: $(VENV)/.installed-look docs
 # The package as a release would be: built, checked, and installed in a clean environment. Nothing is uploaded.
 release: $(VENV)/.installed-release
 	$(BIN)/python .ci/release.py
+
+# The documentation laid out as it is published, in TO, a checkout of the branch that holds it (CONTRIBUTING.md). Nothing is uploaded.
+publish: docs
+	$(BIN)/python .ci/publish.py $(or $(TO),$(error say where: make publish TO=FOLDER))
 
 bench: $(VENV)/.installed-examples
 	$(BIN)/python benchmarks/engines.py

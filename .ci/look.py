@@ -23,6 +23,10 @@ from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
 from playwright.sync_api import sync_playwright
 
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "docs" / "extensions"))
+from addresses import read  # noqa: E402
+
 WIDTHS = {"desk": 1400, "phone": 420}
 WORDS = ("partition function", "anomaly", "checkpoint", "GPU", "cite", "install")
 STICKS_OUT = """() => {
@@ -53,14 +57,14 @@ def serve(folder):
     return f"http://127.0.0.1:{server.server_address[1]}/"
 
 
-def look_at(page, url, base, width):
-    """``(problems, links, ids)`` of a page at a width."""
+def look_at(page, url, own, width):
+    """``(problems, links, ids)`` of a page at a width; ``own``: how addresses of the site begin."""
     found, errors, elsewhere = [], [], set()
     page.set_viewport_size({"width": width, "height": 900})
     listeners = {
         "console": lambda message: errors.append(message.text) if message.type == "error" else None,
         "pageerror": lambda error: errors.append(str(error)),
-        "request": lambda request: elsewhere.add(request.url) if not request.url.startswith((base, "data:", "blob:")) else None,
+        "request": lambda request: elsewhere.add(request.url) if not request.url.startswith((*own, "data:", "blob:")) else None,
     }
     for event, listener in listeners.items():
         page.on(event, listener)
@@ -120,15 +124,19 @@ def main(args):
     names = [name for name in names if not name.startswith("_modules/")] if not args.sources else names
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     base, problems, links, ids = serve(folder), [], {}, {}
+    site = read(ROOT / "docs")["site"]
+    own = (base, site) if site else (base,)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium)
         if args.pictures:
             pictures(browser, base, Path(args.pictures), args.pages or ["index.html"])
             return 0
         page = browser.new_page()
+        if site:  # what pages ask the published site for, the list of its versions, is in the build
+            page.route(f"{site}**", lambda route: route.fulfill(path=folder / route.request.url.removeprefix(site)))
         for name in names:
             for title, width in WIDTHS.items():
-                found, links[base + name], ids[base + name] = look_at(page, base + name, base, width)
+                found, links[base + name], ids[base + name] = look_at(page, base + name, own, width)
                 problems += [f"{name} ({title}): {what}" for what in found]
         problems += [f"{url.removeprefix(base)}: dead link {target}" for url, target in dead_links(links, ids, folder, base)]
         problems += list(search(page, base))

@@ -15,15 +15,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import tomllib
 import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "docs" / "extensions"))
+from addresses import read  # noqa: E402
+
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)\s]+)\)")
 
 
-def absolute(readme, site, repository):
+def absolute(readme, *, site, repository, **_):
     """The README with links that lead somewhere from anywhere."""
 
     def replace(match):
@@ -33,13 +35,13 @@ def absolute(readme, site, repository):
             return f"![{text}]({repository}/raw/main/{path})" if repository else ""
         if path.startswith("docs/") and path.endswith(".md") and site:
             page = path.removeprefix("docs/").removesuffix(".md")
-            return f"[{text}]({site.rstrip('/')}/{page}.html{'#' + anchor if anchor else ''})"
+            return f"[{text}]({site}{page}.html{'#' + anchor if anchor else ''})"
         return f"[{text}]({repository}/blob/main/{target})" if repository else text
 
     return LINK.sub(replace, readme)
 
 
-def with_addresses(pyproject, site, repository):
+def with_addresses(pyproject, *, site, repository, **_):
     """``pyproject.toml`` with the addresses that there are."""
     urls = {"Documentation": site, "Source": repository, "Changelog": repository and f"{repository}/blob/main/CHANGELOG.md"}
     lines = [f'{name} = "{url}"' for name, url in urls.items() if url]
@@ -52,7 +54,7 @@ def run(*command, **settings):
 
 
 def main():
-    addresses = tomllib.loads((ROOT / "docs" / "addresses.toml").read_text(encoding="utf-8"))
+    addresses = read(ROOT / "docs")
     dist = ROOT / "dist"
     shutil.rmtree(dist, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:

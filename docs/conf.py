@@ -7,7 +7,6 @@ import inspect
 import os
 import re
 import sys
-import tomllib
 from functools import reduce
 from pathlib import Path
 
@@ -19,13 +18,14 @@ import numpyro_ebm.samplers
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "extensions"))
+import addresses  # noqa: E402
 import inventories  # noqa: E402
 
 project = "numpyro_ebm"
 author = "The numpyro_ebm contributors"
 project_copyright = author
 release = version = numpyro_ebm.__version__
-addresses = tomllib.loads((HERE / "addresses.toml").read_text(encoding="utf-8"))
+found_at = addresses.read(HERE)
 
 extensions = [
     "myst_nb",
@@ -39,6 +39,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
     "sphinxcontrib.bibtex",
     # docs/extensions
+    "addresses",
     "formulas",
     "symbols",
     "notebooks",
@@ -125,7 +126,7 @@ html_title = "numpyro_ebm"
 html_static_path = ["_static"]
 html_css_files = ["style.css"]
 html_favicon = "_static/logo/favicon.svg"
-html_baseurl = addresses["site"]
+html_baseurl = found_at["site"]
 html_show_sourcelink = False
 html_last_updated_fmt = None
 html_context = {"default_mode": "auto"}
@@ -147,9 +148,8 @@ html_theme_options = {
     "footer_end": ["versions"],
     "pygments_light_style": "tango",
     "pygments_dark_style": "github-dark",
+    **addresses.theme_options(version, **found_at),
 }
-if addresses["repository"]:
-    html_theme_options["icon_links"] = [{"name": "Source", "url": addresses["repository"], "icon": "fa-brands fa-github"}]
 
 
 def _public():

@@ -1,10 +1,11 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Draws the two figures of the front page and of the README.
+"""Draws the two figures of the front page and of the README, and the drawing of a fit by several hosts.
 
 ``hero.png``: points on a roll, the energy that ``SVI`` under ``negative_phase`` learns of them, and samples of it.
 ``silent_error.png``: one energy of one variable, learned by NumPyro's ``SVI`` without and with the gradient of its normalizer.
+``several_hosts.png``: what each host holds in ``examples/several_hosts.py``, and what all of them share.
 Run ``python docs/draw_figures.py``, which takes about two minutes of CPU time; it writes to ``docs/_static``.
 """
 
@@ -29,6 +30,7 @@ matplotlib.use("Agg")
 matplotlib.rc_file(HERE / "matplotlibrc")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.colors import LinearSegmentedColormap  # noqa: E402
+from matplotlib.patches import FancyBboxPatch  # noqa: E402
 
 BLUE, ORANGE, GREEN = "#3b82c4", "#e07b39", "#3a9d6e"
 FROM_NOTHING = LinearSegmentedColormap.from_list("", ["#8a6fc000", "#8a6fc0b0", "#c04a6b", "#e07b39", "#f2b134"])
@@ -130,6 +132,32 @@ def draw_silent_error():
     figure.savefig(HERE / "_static" / "silent_error.png", dpi=200)
 
 
+# Several hosts.
+
+
+def draw_several_hosts():
+    figure, ax = plt.subplots(figsize=(5.0, 3.5))
+    rng = np.random.default_rng(0)
+    box = {"boxstyle": "round,pad=0,rounding_size=0.08", "facecolor": "none", "linewidth": 1.8}
+    ax.add_patch(FancyBboxPatch((0.0, 2.35), 4.6, 0.65, edgecolor=GREEN, **box))
+    ax.text(2.3, 2.67, "parameters, on all hosts the same", ha="center", va="center", color=GREEN, fontsize=12)
+    for host in range(3):
+        left = 1.6 * host
+        ax.add_patch(FancyBboxPatch((left, 0.0), 1.4, 1.8, edgecolor="#9a9a9a", **box))
+        for (x, y), (to_x, to_y) in (((0.55, 1.85), (0.55, 2.3)), ((0.85, 2.3), (0.85, 1.85))):
+            ax.annotate("", (left + to_x, to_y), (left + x, y), arrowprops={"arrowstyle": "->", "color": GREEN, "lw": 1.8})
+        ax.text(left + 0.7, -0.22, f"host {host}", ha="center", va="center", fontsize=12)
+        for y in np.linspace(0.22, 1.2, 6):
+            ax.plot([left + 0.15, left + 0.5], [y, y], color=BLUE, linewidth=4)
+            ax.scatter(left + 0.97 + 0.12 * rng.standard_normal(5).clip(-2, 2), np.full(5, y), s=16, color=ORANGE, linewidths=0)
+        ax.text(left + 0.33, 1.5, "rows", ha="center", va="center", color=BLUE)
+        ax.text(left + 0.97, 1.5, "particles", ha="center", va="center", color=ORANGE)
+    ax.set(xlim=(-0.1, 4.7), ylim=(-0.45, 3.1), aspect="equal")
+    ax.set_axis_off()
+    figure.savefig(HERE / "_static" / "several_hosts.png", dpi=160)
+
+
 if __name__ == "__main__":
     draw_hero()
     draw_silent_error()
+    draw_several_hosts()

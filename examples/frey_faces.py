@@ -38,6 +38,8 @@ the step.
    arXiv:2010.08258.
 """
 
+# sphinx_gallery_thumbnail_path = "_static/frey_faces.png"
+
 import argparse
 import time
 from collections.abc import Callable

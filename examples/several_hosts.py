@@ -28,6 +28,8 @@ With ``--local 2`` it starts both on this machine. A host that dies ends the oth
 What to expect: with ``--local 2`` half a minute on two cores. The first process prints what was learned beside what is exact.
 """
 
+# sphinx_gallery_thumbnail_path = "_static/several_hosts.png"
+
 import argparse
 import os
 import socket

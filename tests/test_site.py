@@ -3,6 +3,7 @@
 
 """The documentation's parts fit together: what can be told without building it."""
 
+import json
 import re
 import runpy
 import sys
@@ -32,6 +33,15 @@ def test_code_of_a_page_can_be_read_without_scrolling(page):
     kinds = ("python", "{code-cell}", "bash")
     lines = [line for kind, code in fenced(page.read_text(encoding="utf-8")) if kind in kinds for line in code.splitlines()]
     assert [line for line in lines if len(line) > 88 and not line.startswith(":")] == []
+
+
+def test_every_figure_of_a_page_is_described_for_those_who_do_not_see_it():
+    draws = re.compile(r"\bplt\.\w+\(|\baz\.plot_\w+\(|\.plot\(")
+    described = re.compile(r'^:mystnb: \{image: \{alt: "[^"]{20,}"\}\}$', re.MULTILINE)
+    cells = [(page, code) for page in PAGES for kind, code in fenced(page.read_text(encoding="utf-8")) if kind == "{code-cell}"]
+    figures = [(page, code) for page, code in cells if draws.search(code)]
+    assert len(figures) > 40
+    assert [(page.name, code) for page, code in figures if not described.search(code)] == []
 
 
 def test_every_page_is_in_the_contents():
@@ -78,20 +88,101 @@ def test_a_release_says_one_version():
     assert f"version = {{{project['version']}}}" in (DOCS / "reference" / "citing.md").read_text(encoding="utf-8")
 
 
+NOWHERE = {"site": "", "repository": "", "branch": "gh-pages"}
+SOMEWHERE = {"site": "https://site.example/x/", "repository": "https://github.com/someone/x", "branch": "gh-pages"}
+
+
 @pytest.mark.parametrize(
-    ("site", "repository", "expected"),
+    ("found_at", "expected"),
     [
-        ("", "", "See the report and .\n"),
+        (NOWHERE, "See the report and .\n"),
         (
-            "https://site.example/",
-            "https://code.example/x",
-            "See [the report](https://site.example/how_to/believe.html#k) and ![hero](https://code.example/x/raw/main/docs/h.png).\n",
+            SOMEWHERE,
+            "See [the report](https://site.example/x/how_to/believe.html#k) and "
+            "![hero](https://github.com/someone/x/raw/main/docs/h.png).\n",
         ),
     ],
 )
-def test_readme_of_a_release_has_links_that_lead_somewhere(site, repository, expected):
+def test_readme_of_a_release_has_links_that_lead_somewhere(found_at, expected):
     release = runpy.run_path(str(ROOT / ".ci" / "release.py"))
     readme = "See [the report](docs/how_to/believe.md#k) and ![hero](docs/h.png).\n"
-    assert release["absolute"](readme, site, repository) == expected
-    for metadata in (release["with_addresses"]("[project]\n", site, repository),):
-        assert tomllib.loads(metadata)["project"].get("urls", {}).get("Source", "") == repository
+    assert release["absolute"](readme, **found_at) == expected
+    metadata = release["with_addresses"]("[project]\n", **found_at)
+    assert tomllib.loads(metadata)["project"].get("urls", {}).get("Source", "") == found_at["repository"]
+
+
+@pytest.fixture
+def addresses():
+    return runpy.run_path(str(DOCS / "extensions" / "addresses.py"))
+
+
+def test_addresses_are_read_with_or_without_a_slash_at_their_end(addresses, tmp_path):
+    for end in ("", "/"):
+        lines = [
+            f'site = "https://site.example/x{end}"',
+            f'repository = "https://github.com/someone/x{end}"',
+            'branch = "gh-pages"',
+        ]
+        (tmp_path / "addresses.toml").write_text("\n".join(lines), encoding="utf-8")
+        assert addresses["read"](tmp_path) == SOMEWHERE
+
+
+def test_without_addresses_the_site_names_none(addresses):
+    assert addresses["theme_options"]("0.1.0", **NOWHERE) == {}
+    assert addresses["versions"]([], "0.1.0", **NOWHERE) == []
+    assert addresses["install"]("0.1.0", **NOWHERE) == ""
+    assert addresses["colab"]("a.ipynb", "0.1.0", **NOWHERE) == ""
+
+
+def test_notebooks_open_in_colab_from_the_published_site_and_install_that_release(addresses):
+    # Catches a link to the newest notebook on a page of an old release, and one to a host from which Colab opens nothing.
+    link = "https://colab.research.google.com/github/someone/x/blob/gh-pages/0.1.0/_downloads/notebooks/a.ipynb"
+    assert addresses["colab"]("_downloads/notebooks/a.ipynb", "0.1.0", **SOMEWHERE) == link
+    assert addresses["colab"]("a.ipynb", "0.1.0", **SOMEWHERE | {"repository": "https://code.example/someone/x"}) == ""
+    assert addresses["colab"]("a.ipynb", "0.1.0", **SOMEWHERE | {"branch": ""}) == ""
+    line = '%pip install --quiet "numpyro_ebm[examples] @ git+https://github.com/someone/x@v0.1.0"'
+    assert addresses["install"]("0.1.0", **SOMEWHERE) == line
+
+
+def test_the_version_switcher_reads_one_list_for_all_releases(addresses):
+    options = addresses["theme_options"]("0.1.0", **SOMEWHERE)
+    assert options["switcher"] == {"json_url": "https://site.example/x/versions.json", "version_match": "0.1.0"}
+    assert options["icon_links"][0]["url"] == SOMEWHERE["repository"]
+
+
+@pytest.fixture
+def published(tmp_path):
+    """``publish(version, page)`` puts a site of one page into a folder."""
+    folder, release = tmp_path / "branch", runpy.run_path(str(ROOT / ".ci" / "publish.py"))
+    (folder / ".git").mkdir(parents=True)
+
+    def publish(version, page):
+        built = tmp_path / f"built {version}"
+        built.mkdir()
+        (built / page).write_text(version, encoding="utf-8")
+        (built / "versions.json").write_text(json.dumps([{"version": version}]), encoding="utf-8")
+        release["publish"](built, folder, SOMEWHERE["site"])
+        return json.loads((folder / "versions.json").read_text(encoding="utf-8"))
+
+    publish.folder = folder
+    return publish
+
+
+def test_a_published_site_keeps_older_releases_and_has_the_newest_at_its_top(published):
+    # 0.10 is newer than 0.9, and a correction of an old release is not the newest.
+    for version, page in (("0.9.0", "old.html"), ("0.10.0", "new.html"), ("0.9.1", "old.html")):
+        entries = published(version, page)
+    site = SOMEWHERE["site"]
+    newest = {"name": "0.10.0 (newest)", "version": "0.10.0", "url": site, "preferred": True}
+    assert entries == [newest, *({"version": old, "url": f"{site}{old}/"} for old in ("0.9.1", "0.9.0"))]
+    files = {str(path.relative_to(published.folder)) for path in published.folder.rglob("*") if path.is_file()}
+    releases = {"0.9.0/old.html", "0.10.0/new.html", "0.9.1/old.html"}
+    assert files == releases | {"new.html", "versions.json", ".nojekyll"}
+    assert (published.folder / ".git").is_dir()
+
+
+def test_a_folder_that_is_no_published_site_is_left_as_it_is(published):
+    (published.folder / "code.py").touch()
+    with pytest.raises(SystemExit, match=r"no versions\.json"):
+        published("0.1.0", "index.html")
+    assert (published.folder / "code.py").exists()

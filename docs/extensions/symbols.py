@@ -49,11 +49,6 @@ class LinkLiterals(SphinxPostTransform):
         ours = _ours()
         here = self.env.docname.rpartition("/")[2]
         for literal in list(self.document.findall(nodes.literal)):
-            ancestors = (literal.parent, literal.parent.parent)
-            if any(
-                isinstance(node, nodes.reference | nodes.title | nodes.TextElement) and node.get("reftarget") for node in ancestors
-            ):
-                continue
             if isinstance(literal.parent, nodes.reference | nodes.title):
                 continue
             match = re.fullmatch(r"([\w.]+)(\([^()]*\))?", literal.astext())
