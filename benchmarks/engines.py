@@ -4,8 +4,8 @@
 """What every engine costs by its ``run``, as a user calls it, over the same maths by hand in one compiled ``lax.scan``.
 
 Both sides have the same network, the same data and as many random numbers of the same kind; the hand-written one knows nothing
-of NumPyro, keeps no old state and looks at nothing's health; a run makes no report (``report.py`` has its cost). NumPyro's ``SVI`` has no engine of ours around it: its ``update``
-under :class:`~numpyro_ebm.negative_phase` stands in a ``scan``.
+of NumPyro, keeps no old state and looks at nothing's health. Runs make no report, whose cost ``report.py`` has. NumPyro's ``SVI``
+has no engine of ours around it: its ``update`` under :class:`~numpyro_ebm.negative_phase` stands in a ``scan``.
 
 * ``denoising``, ``sliced``: score matching of 128 points of a plane by an energy of two hidden layers, 128 wide.
 * ``CD-20``: the same energy by ``SVI(negative_phase)``, 256 persistent chains, 20 unadjusted Langevin moves a step.

@@ -283,7 +283,7 @@ def main(args):
                 found.append((problem.weight(params), problem.of_chains(chains)))
             columns = "  ".join(f"{density:.3f} / {chains:.3f}" for density, chains in found)
             worst = max(abs(density - problem.wanted) for density, _ in found)
-            print(f"  {words:<18}{columns}   error {worst:.3f}   {np.median(seconds):.1f} s", flush=True)
+            print(f"  {words:<20}{columns}   error {worst:.3f}   {np.median(seconds):.1f} s", flush=True)
 
 
 if __name__ == "__main__":

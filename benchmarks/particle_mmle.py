@@ -10,8 +10,8 @@ The model is a decoder of 2 layers from a latent of 10 to 64 pixels, learned wit
   slope of log seconds against log size: 1 is linear, less where a fixed cost still counts.
 * ``minibatch``: batches of 256 out of 100 000 data with 10 particles each, over batches of 256 out of 1 000: 1 if a step
   costs what its batch costs. The second ratio is over the same mathematics by hand, with NumPyro's sampling of the batch.
-* ``jump``: a step with ``kernel="mala"`` and its jump under an energy prior, over one without the jump; the energy is fixed, so that
-  there are no negative chains, whose cost would hide it.
+* ``jump``: a step with ``kernel="mala"`` and its jump under an energy prior, over one without the jump; the energy is fixed, so
+  that there are no negative chains, whose cost would hide it.
 
 What is compared is timed in turn, A B A B, so that the ratio holds when the machine's speed drifts. Run ``make bench``, or
 ``python benchmarks/particle_mmle.py --help``.
