@@ -32,6 +32,7 @@ from numpyro_ebm import (
     ParticleMMLE,
     ScoreMatching,
     TiltedDistribution,
+    Unrolled,
     VaGES,
     Variational,
     Weighted,
@@ -47,6 +48,7 @@ from numpyro_ebm.evaluate.guide_weights import FRACTION, SHAPE, guide_findings, 
 from numpyro_ebm.evaluate.mixing import least_sample_size, r_hat, sample_size, worst_r_hat
 from numpyro_ebm.evaluate.negative_chains import DISTANCE
 from numpyro_ebm.infer import Hinge, LowerLevel
+from numpyro_ebm.infer.bism import RESPONSE
 
 KEY = jax.random.key(0)
 SD = 0.5**0.5  # of the posterior below
@@ -257,6 +259,31 @@ def test_a_guide_that_is_the_posterior_is_well_and_one_that_is_too_narrow_is_not
     narrow = weighed(Guide(width=0.1), make)
     assert SHAPE in [finding.quantity for finding in narrow.trouble]
     assert "guide nearer to the posterior" in narrow.trouble[-1].fix
+
+
+def shifted(v):
+    shift = numpyro.param("shift", 0.0)
+    with numpyro.plate("data", len(v)):
+        numpyro.sample("h", dist.Normal(v / 2 + shift, SD))
+
+
+@pytest.mark.parametrize("num_steps", [0, 5, 40])
+def test_a_gradient_without_the_response_of_its_guide_is_told(num_steps):
+    # The lower level is quadratic, of curvature 2: n steps of .05 leave .9^n of the way, and so much of the response is missing.
+    settings = {"num_inner_steps": 0, "hypergradient": Unrolled(num_steps)}
+    engine = BiSM(joint, shifted, optax.sgd(0.0), optax.sgd(0.05), DenoisingScoreMatching(0.5), **settings)
+    report = diagnose(engine.init(KEY, Y), engine, Y, warn=False)
+    told = found(report, RESPONSE)
+    assert told.value == pytest.approx(0.9**num_steps, abs=2e-3)  # the curvature is damped by 1e-3
+    assert told.is_well == (num_steps == 40)
+    assert "hypergradient=Implicit()" in told.fix
+
+
+def test_a_response_that_is_lost_in_noise_is_not_told():
+    engine = BiSM(joint, shifted, optax.sgd(0.0), optax.sgd(0.05), DenoisingScoreMatching(0.01), hypergradient=Unrolled(1))
+    told = found(diagnose(engine.init(KEY, Y), engine, Y, warn=False), RESPONSE)
+    assert not told.is_told
+    assert "standard error" in told.fix
 
 
 def test_the_fraction_that_counts_is_that_of_the_chi_squared_divergence():
