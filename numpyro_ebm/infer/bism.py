@@ -46,8 +46,8 @@ CURVATURES = ("auto", "hessian", "fisher")
 RESPONSE_ERROR, RESPONSE_BATCHES, RESPONSE_ERRORS = 0.25, 100, 2.0
 RESPONSE = "relative error of the guide's response to the model"
 WITHOUT_RESPONSE = (
-    "the guide follows the model, and unrolled steps see little of that: the gradient lacks the posterior's covariance, and what is "
-    "learned is biased however good the guide is. Take hypergradient=Implicit()"
+    "the guide follows the model, and unrolled steps see little of that: the gradient lacks the posterior's covariance, and what "
+    "is learned is biased however good the guide is. Take hypergradient=Implicit()"
 )
 
 
