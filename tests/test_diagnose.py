@@ -12,7 +12,9 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from numpyro.distributions import constraints
 from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoDelta
 from numpyro.optim import Adam
 
 from numpyro_ebm import (
@@ -26,6 +28,7 @@ from numpyro_ebm import (
     diagnose,
     negative_phase,
 )
+from numpyro_ebm.evaluate.capacity import OTHER_ROWS
 from numpyro_ebm.evaluate.negative_chains import _quantile
 
 KEY = jax.random.key(0)
@@ -203,6 +206,44 @@ def test_flat_energies_are_judged_around_their_chains():
 
     phase = negative_phase(model)
     assert diagnose(begun(phase, X), phase, X).is_well
+
+
+NUM_ROWS, BATCH = 40, 10
+
+
+def lines(y, num_params):
+    slopes = numpyro.param("slopes", jnp.zeros(num_params))
+    numpyro.param("of another site", jnp.zeros(100))
+    with numpyro.plate("groups", NUM_ROWS, subsample_size=BATCH):
+        y = numpyro.subsample(y, 0)
+        energy = TiltedDistribution(dist.Normal(0, 1), lambda z: slopes.sum() * z)
+        numpyro.sample("y", dist.Normal(numpyro.sample("z", energy), 1), obs=y)
+
+
+def coupled(v, num_params):
+    slopes = numpyro.param("slopes", jnp.zeros(num_params))
+    with numpyro.plate("rows", len(v)):
+        v = numpyro.sample("v", BaseMeasure(constraints.real, (2,)), obs=v)
+        numpyro.factor("bell", -(v**2).sum(-1) / 2 + slopes.sum() * v[:, 0])
+
+
+@pytest.mark.parametrize("num_params", [NUM_ROWS, NUM_ROWS + 1])
+@pytest.mark.parametrize("model", [lines, coupled])
+def test_an_energy_of_more_parameters_than_rows_may_have_learned_them_by_heart(model, num_params):
+    """Catches a count of the rows of a batch, of all elements of an event, and of params that the energy does not have."""
+    phase = negative_phase(lambda y: model(y, num_params), num_chains=100)
+    y = jnp.zeros((NUM_ROWS, 2) if model is coupled else NUM_ROWS)
+    svi = SVI(phase, AutoDelta(phase) if model is lines else lambda y: None, Adam(0.01), Trace_ELBO())
+    state = svi.init(KEY, y)
+    report = diagnose(Result(svi.get_params(state), state), phase, y, num_samples=4, warn=False)
+    told = found(report, OTHER_ROWS)
+    if num_params == NUM_ROWS:
+        assert not told
+    else:
+        (finding,) = told.values()
+        assert finding.is_well
+        assert not finding.is_told
+        assert f"has {num_params} parameters and has learned from {NUM_ROWS} rows" in str(report)
 
 
 def test_a_report_is_a_table_and_a_finding_a_sentence():

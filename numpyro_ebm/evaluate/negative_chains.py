@@ -22,6 +22,7 @@ import numpy as np
 from jax import Array, lax
 
 from numpyro_ebm.chains import chains_of, positions
+from numpyro_ebm.evaluate.capacity import capacity_findings
 from numpyro_ebm.evaluate.mixing import R_HAT_OF_AGREEING, R_HAT_OF_CHAINS, least_sample_size, worst_r_hat
 from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.handlers import chains_target, explain_chains, frozen_chains, innermost, negative_phase
@@ -111,6 +112,7 @@ def chain_findings(
     :param mutable_state: that of the fit, before its chains were moved on.
     """
     phase, findings = innermost(phase), list[Finding]()
+    capacity = capacity_findings(phase, params, mutable_state, args, kwargs)
     by_site = {name: np.moveaxis(np.asarray(draws), 1, 0) for name, draws in numbers.draws.items()}
     for site, kept in numbers.chains.items():
         if (status := int(kept["status"])) > 1:
@@ -136,6 +138,7 @@ def chain_findings(
                 num_taught = math.ceil(phase.num_chains / _stride(before["x"], draws[site].shape[1]))
                 findings.append(_agreement(site, draws[site][:num_taught], draws[site][num_taught:]))
         findings.append(density)
+        findings += [capacity[site]] if site in capacity else []
     return findings
 
 
