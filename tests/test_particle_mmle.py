@@ -3,6 +3,7 @@
 
 """ParticleMMLE: what it refuses and says, and how its particles, parameters and chains move."""
 
+import re
 import warnings
 
 import equinox as eqx
@@ -444,6 +445,25 @@ def test_every_row_starts_from_a_draw_of_its_own():
     assert x.shape == (500, 6)
     assert len(np.unique(x)) > 2_900
     assert (jnp.abs(x.mean(0) - 3) < 5 / np.sqrt(500)).all()
+
+
+@pytest.mark.parametrize("value", [0.0, jnp.zeros(2), jnp.zeros(6), jnp.zeros((1, 2)), jnp.zeros((7, 2))])
+def test_values_to_start_from_have_the_shape_of_their_site(value):
+    """Some failed inside NumPy with an IndexError, others were taken for the state of other data."""
+
+    def model(y):
+        loc = numpyro.param("loc", 0.0)
+        with numpyro.plate("data", len(y)):
+            x = numpyro.sample("x", dist.Normal(loc, 1))
+            w = numpyro.sample("w", dist.Normal(0, 1).expand([2]).to_event(1))
+            numpyro.sample("y", dist.Normal(x + w.sum(-1), 1), obs=y)
+
+    def begun(value):
+        return ParticleMMLE(model, STILL, 2, 0.1, init_strategy=init_to_value(values={"w": value})).init(KEY, Y)
+
+    with pytest.raises(ValueError, match=rf"site 'w': init_strategy gives .* shape {re.escape(str(np.shape(value)))}, .* \(6, 2\)"):
+        begun(value)
+    assert (begun(jnp.ones((6, 2))).particles["w"] == 1).all()
 
 
 def test_particles_start_where_they_are_told():
