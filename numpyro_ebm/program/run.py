@@ -184,8 +184,9 @@ def draw_latents(
         shape = site["fn"].shape(site["kwargs"].get("sample_shape", ()))
         if value is not None and np.shape(value) != shape:
             raise ValueError(
-                f"site '{site['name']}': init_strategy gives a value of shape {np.shape(value)}, and the site has {shape}, its plates "
-                f"first (a subsampled one with the rows of a batch). Give it in full, as by jnp.broadcast_to(value, {shape})."
+                f"site '{site['name']}': init_strategy gives a value of shape {np.shape(value)}, and the site has {shape}, its "
+                "plates first (a subsampled one with the rows of a batch). Give it in full, as by "
+                f"jnp.broadcast_to(value, {shape})."
             )
         if value is None or (jnp.issubdtype(jnp.result_type(value), jnp.inexact) and not is_coarse(value)):
             return value
