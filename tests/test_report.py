@@ -6,6 +6,7 @@
 import importlib.util
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from numpyro.infer import SVI, Trace_ELBO
 
 from numpyro_ebm import (
     MALA,
+    Batches,
     BiDVL,
     BiSM,
     DenoisingScoreMatching,
@@ -39,6 +41,7 @@ from numpyro_ebm import (
     convergence,
     diagnose,
     enable_reports,
+    fit,
     negative_phase,
     reports_enabled,
     sample_posterior,
@@ -47,8 +50,10 @@ from numpyro_ebm.evaluate import guide_weights
 from numpyro_ebm.evaluate.guide_weights import FRACTION, SHAPE, guide_findings, num_guide_samples
 from numpyro_ebm.evaluate.mixing import least_sample_size, r_hat, sample_size, worst_r_hat
 from numpyro_ebm.evaluate.negative_chains import DISTANCE
+from numpyro_ebm.evaluate.report import Warned
 from numpyro_ebm.infer import Hinge, LowerLevel
 from numpyro_ebm.infer.bism import RESPONSE
+from numpyro_ebm.infer.stability import STIFFEST
 
 KEY = jax.random.key(0)
 SD = 0.5**0.5  # of the posterior below
@@ -156,6 +161,50 @@ def test_particles_report_how_stiff_they_are_or_how_often_they_are_accepted(engi
     (finding,) = report.findings
     assert finding.quantity == "acceptance of moves in the row with the least"
     assert 0.4 < finding.value < 0.7
+
+
+def test_what_a_run_has_warned_of_its_report_does_not_say_again():
+    # Catches two warnings of one step that is too large, and a report that then leaves the number out.
+    y = jnp.zeros(10)
+
+    def normal(y):
+        loc = numpyro.param("loc", 0.0)
+        with numpyro.plate("data", 10, subsample_size=5):
+            y = numpyro.subsample(y, 0)
+            numpyro.sample("y", dist.Normal(numpyro.sample("z", dist.Normal(loc, 1)), 1), obs=y)
+
+    stiff = ParticleMMLE(normal, optax.sgd(0.0), num_particles=4, step_size=0.7)
+    for run in (partial(stiff.run, KEY, 30, y), partial(fit, stiff, KEY, Batches(y, batch_size=5), num_steps=30)):
+        with pytest.warns(UserWarning, match="step_size is h = 0.7") as told:
+            result = run(progress_bar=False, report=True)
+        assert len(told) == 1
+        assert [finding.quantity for finding in result.report.trouble] == [STIFFEST]
+
+
+def test_a_warning_is_of_one_quantity_and_site():
+    findings = [Finding(site, "stiffness", 1.0, None, 0.15, "") for site in "ab"]
+    report = FitReport((*findings, Finding("a", "R-hat", 3.0, None, 1.2, "")))
+
+    def said(*before):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            report.warn(before=before)
+        return [str(warning.message).split(" is ")[0] for warning in told]
+
+    every = ["site 'a': stiffness", "site 'b': stiffness", "site 'a': R-hat"]
+    assert said() == said("a text", Warned("a text", "acceptance")) == every
+    assert said(Warned("a text", "stiffness", "a")) == every[1:]
+    assert said(Warned("a text", "stiffness")) == every[2:]
+
+
+@pytest.mark.filterwarnings("ignore:site 'h'. Pareto k")
+def test_weights_that_one_sample_has_are_warned_of_once():
+    # by the engine in the run, or by its report: the fraction that counts is of the same cause
+    engine = VaGES(joint, Guide(shift=300.0), optax.sgd(0.0), optax.sgd(0.0), DenoisingScoreMatching(0.1))
+    with pytest.warns(UserWarning, match="one sample has all the weight") as told:
+        result = engine.run(KEY, 2, Y, progress_bar=False, report=True)
+    assert FRACTION in [finding.quantity for finding in result.report.trouble]
+    assert not [warning for warning in told if FRACTION in str(warning.message)]
 
 
 def test_a_report_that_fails_is_said_and_no_error(engine, monkeypatch):

@@ -32,6 +32,7 @@ from numpyro_ebm.weighted import is_weighted
 from numpyro_ebm.weights import effective_sample_size, normalized_weights
 
 DISTANCE = "distance of chains from density"
+UNADJUSTED = "h times the curvature of unadjusted chains"
 NUM_SAMPLES = 50  # of every chain, each after one run of its sampler
 # How far chains may be from the density: a mode of 50 % may have 45. The error of both sides is added, three times over.
 TOLERANCE = 0.05
@@ -158,7 +159,7 @@ def _acceptance(site: str, kept: Mapping[str, Any], has_reference: bool) -> list
     """Of the sampler's steps and jumps, where it keeps it."""
     if "stiffness" in kept:  # of unadjusted chains
         fix = "they are too widely spread by half of it, and what they teach is biased: take a smaller step_size, or MALA"
-        return [Finding(site, "h times the curvature of unadjusted chains", float(np.max(kept["stiffness"])), None, STIFF, fix)]
+        return [Finding(site, UNADJUSTED, float(np.max(kept["stiffness"])), None, STIFF, fix)]
     if "acceptance" not in kept:
         return []
     steps = float(np.min(kept["acceptance"]))

@@ -5,7 +5,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -54,6 +54,23 @@ class Finding(NamedTuple):
         return f"{where}{self.quantity} is {self.value:.3g}{should}"
 
 
+class Warned(str):
+    """A warning that a run gives on its way, and what finding of a report is of the same cause: it is not warned of again."""
+
+    quantity: str
+    site: str
+
+    def __new__(cls, text: str, quantity: str, site: str = "") -> "Warned":
+        """``site`` is that of the finding, "" where it may be any."""
+        self = super().__new__(cls, text)
+        self.quantity, self.site = quantity, site
+        return self
+
+    def tells(self, finding: Finding) -> bool:
+        """Whether it is of the same cause."""
+        return finding.quantity == self.quantity and self.site in ("", finding.site)
+
+
 def not_told(site: str, quantity: str, why: str) -> Finding:
     """A finding without a value."""
     return Finding(site, quantity, math.nan, None, None, why)
@@ -90,12 +107,15 @@ class FitReport:
         """The findings out of bounds."""
         return tuple(finding for finding in self.findings if not finding.is_well)
 
-    def warn(self, stacklevel: int = 1) -> None:
+    def warn(self, stacklevel: int = 1, before: Collection[str] = ()) -> None:
         """One warning for every finding out of bounds, and for a report that could not be made.
 
         :param int stacklevel: as of :func:`warnings.warn`: 1 is the line that calls this.
+        :param before: what the run has warned of: what is of the same cause is not said again.
         """
-        for said in [str(finding) for finding in self.trouble] + [self._failed] * bool(self.failure):
+        told = [warning for warning in before if isinstance(warning, Warned)]
+        new = [str(finding) for finding in self.trouble if not any(warning.tells(finding) for warning in told)]
+        for said in new + [self._failed] * bool(self.failure):
             warnings.warn(said, stacklevel=stacklevel + 1)
 
     @property

@@ -134,7 +134,9 @@ class ScoreEngine(Engine):
             return result
         arrays, of_model = join(*self._split(args, kwargs))  # as the run has read them
         said = report_of(lambda: self._told(result.state, validation, arrays, of_model))
-        said.warn(stacklevel=2)
+        num_steps = int(result.state.num_steps)
+        said.warn(stacklevel=2, before=self._warnings(result.state, num_steps, arrays, of_model))  # as after the last chunk
+
         return result._replace(report=said)
 
     def _told(self, state: Any, validation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
