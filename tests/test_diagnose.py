@@ -23,6 +23,7 @@ from numpyro_ebm import (
     BernoulliRBM,
     EnergyDistribution,
     Finding,
+    FitReport,
     TiltedDistribution,
     UnadjustedLangevin,
     diagnose,
@@ -45,6 +46,10 @@ def begun(phase, *args):
     svi = SVI(phase, lambda *args: None, Adam(0.01), Trace_ELBO())
     state = svi.init(KEY, *args)
     return Result(svi.get_params(state), state)
+
+
+def _on_one_line(report):
+    return " ".join(str(report).split())
 
 
 def found(report, quantity):
@@ -196,7 +201,7 @@ def test_random_fields_have_r_hat_only():
         DISTANCE,
     ]
     assert [finding.is_told for finding in report.findings] == [True, True, True, False, False]
-    assert "no reference to jump from" in str(report)
+    assert "no reference to jump from" in _on_one_line(report)
 
 
 def test_flat_energies_are_judged_around_their_chains():
@@ -243,7 +248,7 @@ def test_an_energy_of_more_parameters_than_rows_may_have_learned_them_by_heart(m
         (finding,) = told.values()
         assert finding.is_well
         assert not finding.is_told
-        assert f"has {num_params} parameters and has learned from {NUM_ROWS} rows" in str(report)
+        assert f"has {num_params} parameters and has learned from {NUM_ROWS} rows" in _on_one_line(report)
 
 
 def test_a_report_is_a_table_and_a_finding_a_sentence():
@@ -252,6 +257,18 @@ def test_a_report_is_a_table_and_a_finding_a_sentence():
     assert str(few) == "site 'z': R-hat is 3.2 and should be at most 1.2: do this"
     assert Finding("z", "acceptance of steps", float("nan"), 0.15, None, "").is_well
     assert not Finding("z", "acceptance of steps", 0.01, 0.15, None, "").is_well
+
+
+def test_a_printed_report_is_a_hundred_columns_wide():
+    """Catches what is to be done on the line of its number, which made it 300 columns wide, and words that are lost."""
+    fix = "take a longer look at " + "this and " * 40 + "that."
+    report = FitReport((Finding("latent", "R-hat", 3.2, None, 1.2, fix), Finding("latent", "size", 1.0, None, None, "")))
+    header, first, *text, last = str(report).splitlines()
+    assert max(map(len, [header, first, *text, last])) <= 100
+    assert " ".join(" ".join(text).split()) == fix
+    assert {line[:9] for line in text} == {" " * 8 + "t", *(" " * 8 + line[8] for line in text)}  # below the quantity
+    assert header.index("quantity") == first.index("R-hat") == last.index("size") == 8
+    assert max(map(len, str(FitReport()).splitlines())) <= 100
 
 
 def test_what_cannot_be_diagnosed_is_refused():

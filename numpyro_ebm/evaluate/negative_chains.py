@@ -124,7 +124,7 @@ def chain_findings(
         draws = {name: by_site[name] for name in (kept["x"] if site == FIELD else [site])}
         weighted = is_weighted(kept)
         if site == FIELD:
-            density = not_told(site, DISTANCE, "a random field has no reference that its density could be known by")
+            density = _density_unknown(site, "a random field has no reference distribution whose samples could be weighed by it")
         else:
             density = _from_density(site, draws[site], numbers.distance[site], fix)
         if phase.persistent:
@@ -222,20 +222,25 @@ def _noise(draws: np.ndarray) -> float:
     return 0.5 / math.sqrt(max(least_sample_size(draws), len(draws)))
 
 
+def _density_unknown(site: str, why: str) -> Finding:
+    """What is said of chains whose density is not known."""
+    return not_told(site, DISTANCE, f"whether the chains are distributed as the energy says is not known, since {why}")
+
+
 def _from_density(site: str, draws: np.ndarray, known: Any, more: str) -> Finding:
     """The largest difference between chains and density in the distribution function of an element."""
     if known is None:
-        return not_told(
-            site,
-            DISTANCE,
-            "there is no reference by whose samples the density could be known, and R-hat does not see modes without a chain: give "
-            "reference= a distribution that reaches them",
+        return _density_unknown(
+            site, "the energy has no reference distribution whose samples could be weighed by it. Give reference= one, wide enough"
         )
     distance, size = (np.asarray(x) for x in known)
     if float(size.min()) < SAMPLES_TO_JUDGE:
-        why = f"{NUM_REFERENCE} samples of the reference are worth {float(size.min()):.0f} of the density, which is too far from it"
-        instead = "Weighted(num_monitor_chains=...) has chains to compare with, and log_normalizer of an RBM a held-out likelihood"
-        return not_told(site, DISTANCE, f"{why}: {instead}")
+        return _density_unknown(
+            site,
+            f"of {NUM_REFERENCE} samples of its reference about {float(size.min()):.0f} stand where the energy is low. Monitors "
+            "tell it, negative_phase(weights=Weighted(num_monitor_chains=...)); of an RBM log_normalizer gives the likelihood of "
+            "other rows",
+        )
     noise = _noise(draws) + 0.5 / math.sqrt(float(size.min()))
     fix = f"the chains that have taught the energy are not distributed as it says. {more}, or a smaller learning rate"
     return Finding(site, DISTANCE, float(distance.max()), None, TOLERANCE + 3 * noise, fix)

@@ -4,6 +4,7 @@
 """What is said of a fit: numbers with their thresholds, and whether anyone wants to hear them unasked."""
 
 import math
+import textwrap
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
+
+WIDTH = 100  # of a printed report, but for a line of numbers that is longer
+UNCHECKED = (
+    "Nothing of this fit was checked: it has no chains, particles or guide, and no objective of which there is a number. Look "
+    "whether the losses have settled (result.losses), whether another key ends at the same parameters, and how well rows do that "
+    "were not learned from: engines that match scores take validation= rows in run."
+)
 
 
 class Finding(NamedTuple):
@@ -89,7 +97,8 @@ class FitReport:
         False
         >>> print(report)
         site  quantity  value  wanted
-        z     R-hat     3.2    at most 1.2  take more num_jumps
+        z     R-hat     3.2    at most 1.2
+              take more num_jumps
     """
 
     #: every number, in bounds or not
@@ -126,15 +135,19 @@ class FitReport:
         if self.failure:
             return self._failed
         if not self.findings:
-            return "There is nothing to check of such a fit."
-        rows = [("site", "quantity", "value", "wanted", "")]
+            return textwrap.fill(UNCHECKED, WIDTH)
+        rows, said = [("site", "quantity", "value", "wanted")], [""]
         for finding in self.findings:
             value = f"{finding.value:.3g}" if finding.is_told else "not told"
-            said = finding.fix if not (finding.is_well and finding.is_told) else ""
-            rows.append((finding.site, finding.quantity, value, finding.wanted, said))
+            rows.append((finding.site, finding.quantity, value, finding.wanted))
+            said.append(finding.fix if not (finding.is_well and finding.is_told) else "")
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows]
-        return "\n".join(line.rstrip() for line in lines)
+        indent = " " * (widths[0] + 2)
+        lines = []
+        for row, text in zip(rows, said, strict=True):
+            lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+            lines += textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_long_words=False)
+        return "\n".join(lines)
 
 
 def report_of(find: Callable[[], list[Finding]]) -> FitReport:
