@@ -213,6 +213,17 @@ def test_flat_energies_are_judged_around_their_chains():
     assert diagnose(begun(phase, X), phase, X).is_well
 
 
+def test_chains_of_a_random_field_that_do_not_mix_are_sent_to_longer_moves():
+    """And not to jumps or a reference, which it does not have."""
+    phase = negative_phase(lambda v: coupled(v, 1), num_chains=20, sampler=MALA(1e-4, 1, adapt=False))
+    v = jnp.linspace(-2, 2, 40).reshape(20, 2)
+    report = diagnose(begun(phase, v), phase, v, num_samples=20, warn=False)
+    (told,) = [finding for finding in report.trouble if finding.quantity == "R-hat"]
+    assert "negative_phase(model, sampler=MALA(num_steps=...))" in told.fix
+    assert "reference" not in told.fix
+    assert "jump" not in told.fix
+
+
 NUM_ROWS, BATCH = 40, 10
 
 

@@ -175,11 +175,14 @@ def _jumps(kept: Mapping[str, Any]) -> float:
 
 
 def _more_jumps(site: str, kept: Mapping[str, Any], has_reference: bool) -> str:
+    if site == FIELD:  # a pool of whole fields, which has neither a reference nor weights
+        return (
+            "Move them for longer, negative_phase(model, sampler=MALA(num_steps=...)) with more steps than now, or take more chains"
+        )
     if "acceptance" not in kept:  # of block Gibbs, and of other samplers that reject nothing
         return "Take more num_steps of the sampler, more chains, a smaller learning rate, or weights=Weighted()"
     if not has_reference:
-        wide = "" if site == FIELD else ", or give reference= a distribution that reaches all modes, to jump from"
-        return f"Take more num_steps, or more chains{wide}"
+        return "Take more num_steps, or more chains, or give reference= a distribution that reaches all modes, to jump from"
     if _jumps(kept) > 0.01:
         return "Take more num_steps or num_jumps in MALA, or more chains"
     return (
