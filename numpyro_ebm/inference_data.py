@@ -90,7 +90,8 @@ def to_inference_data(
     :return: an ``arviz.InferenceData`` (ArviZ 0) or an ``xarray.DataTree`` (ArviZ 1).
     :raises ValueError: if there is nothing to show; if ``chains`` or ``dims`` names an unknown site, or ``coords``
         an unknown dim; if a site has the name of a dim, or sites differ in the number of samples; if ``dims`` gives a site the
-        wrong number of names; if the particles are of other rows than the data.
+        wrong number of names; if samples of ``posterior`` have more or fewer dims than their site, which the model or the particles
+        tell, and ``batch_ndims``; if the particles are of other rows than the data.
 
     .. doctest::
 
@@ -124,6 +125,7 @@ def to_inference_data(
         if model is None
         else _look(fit if posterior is None else fit._replace(particles=None), model, model_args, dict(model_kwargs or {}))
     )
+    _require_samples(posterior or {}, batch_ndims, seen.shapes or _shapes_of_particles(fit))
     groups: dict[str, dict[str, np.ndarray]] = {
         "posterior": seen.posterior if posterior is None else _by_chain(posterior, batch_ndims),
         "posterior_predictive": _by_chain(posterior_predictive, batch_ndims),
@@ -151,6 +153,7 @@ class _Seen(NamedTuple):
     posterior: dict[str, np.ndarray] = {}
     observed_data: dict[str, np.ndarray] = {}
     dims: dict[str, tuple[str, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
 
 
 def _look(fit: Fit, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
@@ -169,7 +172,7 @@ def _look(fit: Fit, model: Callable[..., Any], args: tuple[Any, ...], kwargs: di
     named = {name: _site_dims(site) for name, site in sites.items() if site["type"] in ("sample", "deterministic")}
     data_sites = [name for name, site in sites.items() if site["type"] == "sample" and site["is_observed"]]
     observed = {name: np.asarray(sites[name]["value"]) for name in data_sites if not is_factor(sites[name]["fn"])}
-    return _Seen(posterior, observed, named)
+    return _Seen(posterior, observed, named, {name: np.shape(sites[name]["value"]) for name in named})
 
 
 def _site_dims(site: Site) -> tuple[str, ...]:
@@ -251,6 +254,27 @@ def _by_chain(variables: Mapping[str, Array] | None, batch_ndims: int) -> dict[s
                 f"{wanted} + its own."
             )
     return {name: value[None] if batch_ndims == 1 else value for name, value in values.items()}
+
+
+def _shapes_of_particles(fit: Fit) -> dict[str, tuple[int, ...]]:
+    """What is known of the shapes of latents without the model: those of their unconstrained values."""
+    leading = 2 if fit.is_many_runs else 1
+    return {name: np.shape(x)[leading:] for name, x in (fit.particles or {}).items()}
+
+
+def _require_samples(posterior: Mapping[str, Array], batch_ndims: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses samples that have more or fewer dims in front of those of their site than they are said to have."""
+    for name, value in posterior.items():
+        given, shape = np.shape(value), shapes.get(name)
+        if shape is None or len(given) == batch_ndims + len(shape):
+            continue
+        wanted = "(num_samples,)" if batch_ndims == 1 else "(num_chains, num_samples)"
+        other = 3 - batch_ndims
+        fix = f"pass batch_ndims={other}" if len(given) == other + len(shape) else "pass samples of all of it"
+        raise ValueError(
+            f"site '{name}': samples of shape {given}, with batch_ndims={batch_ndims} they must be of shape {wanted} + {shape}, "
+            f"which the site has in the model: {fix}."
+        )
 
 
 def _dim_names(

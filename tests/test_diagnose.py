@@ -12,7 +12,9 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from numpyro.distributions import constraints
 from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoDelta
 from numpyro.optim import Adam
 
 from numpyro_ebm import (
@@ -21,11 +23,13 @@ from numpyro_ebm import (
     BernoulliRBM,
     EnergyDistribution,
     Finding,
+    FitReport,
     TiltedDistribution,
     UnadjustedLangevin,
     diagnose,
     negative_phase,
 )
+from numpyro_ebm.evaluate.capacity import OTHER_ROWS
 from numpyro_ebm.evaluate.negative_chains import _quantile
 
 KEY = jax.random.key(0)
@@ -42,6 +46,10 @@ def begun(phase, *args):
     svi = SVI(phase, lambda *args: None, Adam(0.01), Trace_ELBO())
     state = svi.init(KEY, *args)
     return Result(svi.get_params(state), state)
+
+
+def _on_one_line(report):
+    return " ".join(str(report).split())
 
 
 def found(report, quantity):
@@ -193,7 +201,7 @@ def test_random_fields_have_r_hat_only():
         DISTANCE,
     ]
     assert [finding.is_told for finding in report.findings] == [True, True, True, False, False]
-    assert "no reference to jump from" in str(report)
+    assert "no reference to jump from" in _on_one_line(report)
 
 
 def test_flat_energies_are_judged_around_their_chains():
@@ -205,12 +213,73 @@ def test_flat_energies_are_judged_around_their_chains():
     assert diagnose(begun(phase, X), phase, X).is_well
 
 
+def test_chains_of_a_random_field_that_do_not_mix_are_sent_to_longer_moves():
+    """And not to jumps or a reference, which it does not have."""
+    phase = negative_phase(lambda v: coupled(v, 1), num_chains=20, sampler=MALA(1e-4, 1, adapt=False))
+    v = jnp.linspace(-2, 2, 40).reshape(20, 2)
+    report = diagnose(begun(phase, v), phase, v, num_samples=20, warn=False)
+    (told,) = [finding for finding in report.trouble if finding.quantity == "R-hat"]
+    assert "negative_phase(model, sampler=MALA(num_steps=...))" in told.fix
+    assert "reference" not in told.fix
+    assert "jump" not in told.fix
+
+
+NUM_ROWS, BATCH = 40, 10
+
+
+def lines(y, num_params):
+    slopes = numpyro.param("slopes", jnp.zeros(num_params))
+    numpyro.param("of another site", jnp.zeros(100))
+    with numpyro.plate("groups", NUM_ROWS, subsample_size=BATCH):
+        y = numpyro.subsample(y, 0)
+        energy = TiltedDistribution(dist.Normal(0, 1), lambda z: slopes.sum() * z)
+        numpyro.sample("y", dist.Normal(numpyro.sample("z", energy), 1), obs=y)
+
+
+def coupled(v, num_params):
+    slopes = numpyro.param("slopes", jnp.zeros(num_params))
+    with numpyro.plate("rows", len(v)):
+        v = numpyro.sample("v", BaseMeasure(constraints.real, (2,)), obs=v)
+        numpyro.factor("bell", -(v**2).sum(-1) / 2 + slopes.sum() * v[:, 0])
+
+
+@pytest.mark.parametrize("num_params", [NUM_ROWS, NUM_ROWS + 1])
+@pytest.mark.parametrize("model", [lines, coupled])
+def test_an_energy_of_more_parameters_than_rows_may_have_learned_them_by_heart(model, num_params):
+    """Catches a count of the rows of a batch, of all elements of an event, and of params that the energy does not have."""
+    phase = negative_phase(lambda y: model(y, num_params), num_chains=100)
+    y = jnp.zeros((NUM_ROWS, 2) if model is coupled else NUM_ROWS)
+    svi = SVI(phase, AutoDelta(phase) if model is lines else lambda y: None, Adam(0.01), Trace_ELBO())
+    state = svi.init(KEY, y)
+    report = diagnose(Result(svi.get_params(state), state), phase, y, num_samples=4, warn=False)
+    told = found(report, OTHER_ROWS)
+    if num_params == NUM_ROWS:
+        assert not told
+    else:
+        (finding,) = told.values()
+        assert finding.is_well
+        assert not finding.is_told
+        assert f"has {num_params} parameters and has learned from {NUM_ROWS} rows" in _on_one_line(report)
+
+
 def test_a_report_is_a_table_and_a_finding_a_sentence():
     few = Finding("z", "R-hat", 3.2, None, 1.2, "do this")
     assert not few.is_well
     assert str(few) == "site 'z': R-hat is 3.2 and should be at most 1.2: do this"
     assert Finding("z", "acceptance of steps", float("nan"), 0.15, None, "").is_well
     assert not Finding("z", "acceptance of steps", 0.01, 0.15, None, "").is_well
+
+
+def test_a_printed_report_is_a_hundred_columns_wide():
+    """Catches what is to be done on the line of its number, which made it 300 columns wide, and words that are lost."""
+    fix = "take a longer look at " + "this and " * 40 + "that."
+    report = FitReport((Finding("latent", "R-hat", 3.2, None, 1.2, fix), Finding("latent", "size", 1.0, None, None, "")))
+    header, first, *text, last = str(report).splitlines()
+    assert max(map(len, [header, first, *text, last])) <= 100
+    assert " ".join(" ".join(text).split()) == fix
+    assert {line[:9] for line in text} == {" " * 8 + "t", *(" " * 8 + line[8] for line in text)}  # below the quantity
+    assert header.index("quantity") == first.index("R-hat") == last.index("size") == 8
+    assert max(map(len, str(FitReport()).splitlines())) <= 100
 
 
 def test_what_cannot_be_diagnosed_is_refused():

@@ -180,6 +180,23 @@ def test_predictions_and_names_of_the_user_go_with_particles(cloud):
     np.testing.assert_array_equal(data["posterior_predictive"]["y"].values[0], predicted["y"])
 
 
+@pytest.mark.parametrize("is_told_by", ["model", "particles"])
+def test_samples_with_other_dims_in_front_than_they_are_said_to_have_are_refused(cloud, is_told_by):
+    """Chains of samples were samples of an event with one dim more, and single samples would be chains of a smaller one."""
+    engine, result = cloud
+    settings = {"model": engine.model, "model_args": (Y,)} if is_told_by == "model" else {}
+    samples = {"scale": jnp.ones((20, 5))}
+    chains = {"scale": jnp.ones((3, 20, 5))}
+    told = r"site 'scale': samples of shape .* must be of shape .* \+ \(5,\), which the site has in the model: pass batch_ndims="
+    with pytest.raises(ValueError, match=told + "2"):
+        to_inference_data(result, posterior=chains, **settings)
+    with pytest.raises(ValueError, match=told + "1"):
+        to_inference_data(result, posterior=samples, batch_ndims=2, **settings)
+    for given, batch_ndims in ((samples, 1), (chains, 2)):
+        data = to_inference_data(result, posterior=given, batch_ndims=batch_ndims, **settings)
+        assert data["posterior"]["scale"].shape[2:] == (5,)
+
+
 def test_draws_at_fixed_parameters_are_chains_that_arviz_summarizes(cloud):
     # catches chains and draws exchanged, and a container that az.summary or az.plot_forest cannot read
     engine, result = cloud

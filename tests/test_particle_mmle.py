@@ -3,6 +3,7 @@
 
 """ParticleMMLE: what it refuses and says, and how its particles, parameters and chains move."""
 
+import re
 import warnings
 
 import equinox as eqx
@@ -444,6 +445,41 @@ def test_every_row_starts_from_a_draw_of_its_own():
     assert x.shape == (500, 6)
     assert len(np.unique(x)) > 2_900
     assert (jnp.abs(x.mean(0) - 3) < 5 / np.sqrt(500)).all()
+
+
+def test_a_density_that_was_finite_before_has_met_too_large_a_step_first_of_all():
+    """Catches a cause named first that only the first step can have: that the model makes such values impossible."""
+
+    def model(y):
+        loc = numpyro.param("loc", 0.0)
+        with numpyro.plate("data", len(y)):
+            x = numpyro.sample("x", dist.Normal(loc, 1))
+            numpyro.factor("wall", -jnp.exp(jnp.exp(x - 5)))
+            numpyro.sample("y", dist.Normal(x, 1), obs=y)
+
+    engine = ParticleMMLE(model, optax.sgd(1e4), 2, 0.1, init_strategy=init_to_value(values={"x": jnp.ones(6)}))
+    causes = "it overflows where too large a step_size or learning rate has led to, or the model makes these values impossible"
+    with pytest.raises(NonFiniteError, match=rf"step [2-9]: site 'wall': .*: {causes}\."):
+        engine.run(KEY, 20, Y, progress_bar=False)
+
+
+@pytest.mark.parametrize("value", [0.0, jnp.zeros(2), jnp.zeros(6), jnp.zeros((1, 2)), jnp.zeros((7, 2))])
+def test_values_to_start_from_have_the_shape_of_their_site(value):
+    """Some failed inside NumPy with an IndexError, others were taken for the state of other data."""
+
+    def model(y):
+        loc = numpyro.param("loc", 0.0)
+        with numpyro.plate("data", len(y)):
+            x = numpyro.sample("x", dist.Normal(loc, 1))
+            w = numpyro.sample("w", dist.Normal(0, 1).expand([2]).to_event(1))
+            numpyro.sample("y", dist.Normal(x + w.sum(-1), 1), obs=y)
+
+    def begun(value):
+        return ParticleMMLE(model, STILL, 2, 0.1, init_strategy=init_to_value(values={"w": value})).init(KEY, Y)
+
+    with pytest.raises(ValueError, match=rf"site 'w': init_strategy gives .* shape {re.escape(str(np.shape(value)))}, .* \(6, 2\)"):
+        begun(value)
+    assert (begun(jnp.ones((6, 2))).particles["w"] == 1).all()
 
 
 def test_particles_start_where_they_are_told():

@@ -6,6 +6,7 @@
 import importlib.util
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from numpyro.infer import SVI, Trace_ELBO
 
 from numpyro_ebm import (
     MALA,
+    Batches,
     BiDVL,
     BiSM,
     DenoisingScoreMatching,
@@ -32,12 +34,14 @@ from numpyro_ebm import (
     ParticleMMLE,
     ScoreMatching,
     TiltedDistribution,
+    Unrolled,
     VaGES,
     Variational,
     Weighted,
     convergence,
     diagnose,
     enable_reports,
+    fit,
     negative_phase,
     reports_enabled,
     sample_posterior,
@@ -46,7 +50,10 @@ from numpyro_ebm.evaluate import guide_weights
 from numpyro_ebm.evaluate.guide_weights import FRACTION, SHAPE, guide_findings, num_guide_samples
 from numpyro_ebm.evaluate.mixing import least_sample_size, r_hat, sample_size, worst_r_hat
 from numpyro_ebm.evaluate.negative_chains import DISTANCE
+from numpyro_ebm.evaluate.report import Warned
 from numpyro_ebm.infer import Hinge, LowerLevel
+from numpyro_ebm.infer.bism import RESPONSE
+from numpyro_ebm.infer.stability import STIFFEST
 
 KEY = jax.random.key(0)
 SD = 0.5**0.5  # of the posterior below
@@ -156,6 +163,50 @@ def test_particles_report_how_stiff_they_are_or_how_often_they_are_accepted(engi
     assert 0.4 < finding.value < 0.7
 
 
+def test_what_a_run_has_warned_of_its_report_does_not_say_again():
+    # Catches two warnings of one step that is too large, and a report that then leaves the number out.
+    y = jnp.zeros(10)
+
+    def normal(y):
+        loc = numpyro.param("loc", 0.0)
+        with numpyro.plate("data", 10, subsample_size=5):
+            y = numpyro.subsample(y, 0)
+            numpyro.sample("y", dist.Normal(numpyro.sample("z", dist.Normal(loc, 1)), 1), obs=y)
+
+    stiff = ParticleMMLE(normal, optax.sgd(0.0), num_particles=4, step_size=0.7)
+    for run in (partial(stiff.run, KEY, 30, y), partial(fit, stiff, KEY, Batches(y, batch_size=5), num_steps=30)):
+        with pytest.warns(UserWarning, match="step_size is h = 0.7") as told:
+            result = run(progress_bar=False, report=True)
+        assert len(told) == 1
+        assert [finding.quantity for finding in result.report.trouble] == [STIFFEST]
+
+
+def test_a_warning_is_of_one_quantity_and_site():
+    findings = [Finding(site, "stiffness", 1.0, None, 0.15, "") for site in "ab"]
+    report = FitReport((*findings, Finding("a", "R-hat", 3.0, None, 1.2, "")))
+
+    def said(*before):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            report.warn(before=before)
+        return [str(warning.message).split(" is ")[0] for warning in told]
+
+    every = ["site 'a': stiffness", "site 'b': stiffness", "site 'a': R-hat"]
+    assert said() == said("a text", Warned("a text", "acceptance")) == every
+    assert said(Warned("a text", "stiffness", "a")) == every[1:]
+    assert said(Warned("a text", "stiffness")) == every[2:]
+
+
+@pytest.mark.filterwarnings("ignore:site 'h'. Pareto k")
+def test_weights_that_one_sample_has_are_warned_of_once():
+    # by the engine in the run, or by its report: the fraction that counts is of the same cause
+    engine = VaGES(joint, Guide(shift=300.0), optax.sgd(0.0), optax.sgd(0.0), DenoisingScoreMatching(0.1))
+    with pytest.warns(UserWarning, match="one sample has all the weight") as told:
+        result = engine.run(KEY, 2, Y, progress_bar=False, report=True)
+    assert FRACTION in [finding.quantity for finding in result.report.trouble]
+    assert not [warning for warning in told if FRACTION in str(warning.message)]
+
+
 def test_a_report_that_fails_is_said_and_no_error(engine, monkeypatch):
     # Catches a fit of hours that is lost because its report is.
     def fails(*args):
@@ -187,7 +238,10 @@ def test_an_engine_without_anything_to_say_has_an_empty_report():
             numpyro.sample("y", dist.Normal(loc, 1), obs=y)
 
     engine = ScoreMatching(model, optax.adam(0.02), DenoisingScoreMatching(0.1))
-    assert engine.run(KEY, 2, Y, progress_bar=False, report=True).report == FitReport()
+    report = engine.run(KEY, 2, Y, progress_bar=False, report=True).report
+    assert report == FitReport()
+    for what in ("Nothing of this fit was checked", "result.losses", "another key", "validation="):
+        assert what in str(report)
 
 
 def test_diagnose_asks_an_engine_as_its_runs_do(engine):
@@ -204,7 +258,7 @@ def test_a_report_is_no_array():
     report = FitReport((Finding("z", "R-hat", 3.2, None, 1.2, "do this"),))
     assert jax.tree.leaves(report) == []
     assert not report.is_well
-    assert str(report).splitlines()[1].endswith("do this")
+    assert str(report).splitlines()[2].strip() == "do this"
 
 
 # Guides.
@@ -257,6 +311,31 @@ def test_a_guide_that_is_the_posterior_is_well_and_one_that_is_too_narrow_is_not
     narrow = weighed(Guide(width=0.1), make)
     assert SHAPE in [finding.quantity for finding in narrow.trouble]
     assert "guide nearer to the posterior" in narrow.trouble[-1].fix
+
+
+def shifted(v):
+    shift = numpyro.param("shift", 0.0)
+    with numpyro.plate("data", len(v)):
+        numpyro.sample("h", dist.Normal(v / 2 + shift, SD))
+
+
+@pytest.mark.parametrize("num_steps", [0, 5, 40])
+def test_a_gradient_without_the_response_of_its_guide_is_told(num_steps):
+    # The lower level is quadratic, of curvature 2: n steps of .05 leave .9^n of the way, and so much of the response is missing.
+    settings = {"num_inner_steps": 0, "hypergradient": Unrolled(num_steps)}
+    engine = BiSM(joint, shifted, optax.sgd(0.0), optax.sgd(0.05), DenoisingScoreMatching(0.5), **settings)
+    report = diagnose(engine.init(KEY, Y), engine, Y, warn=False)
+    told = found(report, RESPONSE)
+    assert told.value == pytest.approx(0.9**num_steps, abs=2e-3)  # the curvature is damped by 1e-3
+    assert told.is_well == (num_steps == 40)
+    assert "hypergradient=Implicit()" in told.fix
+
+
+def test_a_response_that_is_lost_in_noise_is_not_told():
+    engine = BiSM(joint, shifted, optax.sgd(0.0), optax.sgd(0.05), DenoisingScoreMatching(0.01), hypergradient=Unrolled(1))
+    told = found(diagnose(engine.init(KEY, Y), engine, Y, warn=False), RESPONSE)
+    assert not told.is_told
+    assert "standard error" in told.fix
 
 
 def test_the_fraction_that_counts_is_that_of_the_chi_squared_divergence():

@@ -22,6 +22,7 @@ import numpy as np
 from jax import Array, lax
 
 from numpyro_ebm.chains import chains_of, positions
+from numpyro_ebm.evaluate.capacity import capacity_findings
 from numpyro_ebm.evaluate.mixing import R_HAT_OF_AGREEING, R_HAT_OF_CHAINS, least_sample_size, worst_r_hat
 from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.handlers import chains_target, explain_chains, frozen_chains, innermost, negative_phase
@@ -31,6 +32,7 @@ from numpyro_ebm.weighted import is_weighted
 from numpyro_ebm.weights import effective_sample_size, normalized_weights
 
 DISTANCE = "distance of chains from density"
+UNADJUSTED = "h times the curvature of unadjusted chains"
 NUM_SAMPLES = 50  # of every chain, each after one run of its sampler
 # How far chains may be from the density: a mode of 50 % may have 45. The error of both sides is added, three times over.
 TOLERANCE = 0.05
@@ -111,6 +113,7 @@ def chain_findings(
     :param mutable_state: that of the fit, before its chains were moved on.
     """
     phase, findings = innermost(phase), list[Finding]()
+    capacity = capacity_findings(phase, params, mutable_state, args, kwargs)
     by_site = {name: np.moveaxis(np.asarray(draws), 1, 0) for name, draws in numbers.draws.items()}
     for site, kept in numbers.chains.items():
         if (status := int(kept["status"])) > 1:
@@ -121,7 +124,7 @@ def chain_findings(
         draws = {name: by_site[name] for name in (kept["x"] if site == FIELD else [site])}
         weighted = is_weighted(kept)
         if site == FIELD:
-            density = not_told(site, DISTANCE, "a random field has no reference that its density could be known by")
+            density = _density_unknown(site, "a random field has no reference distribution whose samples could be weighed by it")
         else:
             density = _from_density(site, draws[site], numbers.distance[site], fix)
         if phase.persistent:
@@ -136,6 +139,7 @@ def chain_findings(
                 num_taught = math.ceil(phase.num_chains / _stride(before["x"], draws[site].shape[1]))
                 findings.append(_agreement(site, draws[site][:num_taught], draws[site][num_taught:]))
         findings.append(density)
+        findings += [capacity[site]] if site in capacity else []
     return findings
 
 
@@ -155,7 +159,7 @@ def _acceptance(site: str, kept: Mapping[str, Any], has_reference: bool) -> list
     """Of the sampler's steps and jumps, where it keeps it."""
     if "stiffness" in kept:  # of unadjusted chains
         fix = "they are too widely spread by half of it, and what they teach is biased: take a smaller step_size, or MALA"
-        return [Finding(site, "h times the curvature of unadjusted chains", float(np.max(kept["stiffness"])), None, STIFF, fix)]
+        return [Finding(site, UNADJUSTED, float(np.max(kept["stiffness"])), None, STIFF, fix)]
     if "acceptance" not in kept:
         return []
     steps = float(np.min(kept["acceptance"]))
@@ -171,11 +175,14 @@ def _jumps(kept: Mapping[str, Any]) -> float:
 
 
 def _more_jumps(site: str, kept: Mapping[str, Any], has_reference: bool) -> str:
+    if site == FIELD:  # a pool of whole fields, which has neither a reference nor weights
+        return (
+            "Move them for longer, negative_phase(model, sampler=MALA(num_steps=...)) with more steps than now, or take more chains"
+        )
     if "acceptance" not in kept:  # of block Gibbs, and of other samplers that reject nothing
         return "Take more num_steps of the sampler, more chains, a smaller learning rate, or weights=Weighted()"
     if not has_reference:
-        wide = "" if site == FIELD else ", or give reference= a distribution that reaches all modes, to jump from"
-        return f"Take more num_steps, or more chains{wide}"
+        return "Take more num_steps, or more chains, or give reference= a distribution that reaches all modes, to jump from"
     if _jumps(kept) > 0.01:
         return "Take more num_steps or num_jumps in MALA, or more chains"
     return (
@@ -218,20 +225,25 @@ def _noise(draws: np.ndarray) -> float:
     return 0.5 / math.sqrt(max(least_sample_size(draws), len(draws)))
 
 
+def _density_unknown(site: str, why: str) -> Finding:
+    """What is said of chains whose density is not known."""
+    return not_told(site, DISTANCE, f"whether the chains are distributed as the energy says is not known, since {why}")
+
+
 def _from_density(site: str, draws: np.ndarray, known: Any, more: str) -> Finding:
     """The largest difference between chains and density in the distribution function of an element."""
     if known is None:
-        return not_told(
-            site,
-            DISTANCE,
-            "there is no reference by whose samples the density could be known, and R-hat does not see modes without a chain: give "
-            "reference= a distribution that reaches them",
+        return _density_unknown(
+            site, "the energy has no reference distribution whose samples could be weighed by it. Give reference= one, wide enough"
         )
     distance, size = (np.asarray(x) for x in known)
     if float(size.min()) < SAMPLES_TO_JUDGE:
-        why = f"{NUM_REFERENCE} samples of the reference are worth {float(size.min()):.0f} of the density, which is too far from it"
-        instead = "Weighted(num_monitor_chains=...) has chains to compare with, and log_normalizer of an RBM a held-out likelihood"
-        return not_told(site, DISTANCE, f"{why}: {instead}")
+        return _density_unknown(
+            site,
+            f"of {NUM_REFERENCE} samples of its reference about {float(size.min()):.0f} stand where the energy is low. Monitors "
+            "tell it, negative_phase(weights=Weighted(num_monitor_chains=...)); of an RBM log_normalizer gives the likelihood of "
+            "other rows",
+        )
     noise = _noise(draws) + 0.5 / math.sqrt(float(size.min()))
     fix = f"the chains that have taught the energy are not distributed as it says. {more}, or a smaller learning rate"
     return Finding(site, DISTANCE, float(distance.max()), None, TOLERANCE + 3 * noise, fix)

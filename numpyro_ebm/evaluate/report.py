@@ -4,13 +4,21 @@
 """What is said of a fit: numbers with their thresholds, and whether anyone wants to hear them unasked."""
 
 import math
+import textwrap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
+
+WIDTH = 100  # of a printed report, but for a line of numbers that is longer
+UNCHECKED = (
+    "Nothing of this fit was checked: it has no chains, particles or guide, and no objective of which there is a number. Look "
+    "whether the losses have settled (result.losses), whether another key ends at the same parameters, and how well rows do that "
+    "were not learned from: engines that match scores take validation= rows in run."
+)
 
 
 class Finding(NamedTuple):
@@ -54,6 +62,23 @@ class Finding(NamedTuple):
         return f"{where}{self.quantity} is {self.value:.3g}{should}"
 
 
+class Warned(str):
+    """A warning that a run gives on its way, and what finding of a report is of the same cause: it is not warned of again."""
+
+    quantity: str
+    site: str
+
+    def __new__(cls, text: str, quantity: str, site: str = "") -> "Warned":
+        """``site`` is that of the finding, "" where it may be any."""
+        self = super().__new__(cls, text)
+        self.quantity, self.site = quantity, site
+        return self
+
+    def tells(self, finding: Finding) -> bool:
+        """Whether it is of the same cause."""
+        return finding.quantity == self.quantity and self.site in ("", finding.site)
+
+
 def not_told(site: str, quantity: str, why: str) -> Finding:
     """A finding without a value."""
     return Finding(site, quantity, math.nan, None, None, why)
@@ -72,7 +97,8 @@ class FitReport:
         False
         >>> print(report)
         site  quantity  value  wanted
-        z     R-hat     3.2    at most 1.2  take more num_jumps
+        z     R-hat     3.2    at most 1.2
+              take more num_jumps
     """
 
     #: every number, in bounds or not
@@ -90,12 +116,15 @@ class FitReport:
         """The findings out of bounds."""
         return tuple(finding for finding in self.findings if not finding.is_well)
 
-    def warn(self, stacklevel: int = 1) -> None:
+    def warn(self, stacklevel: int = 1, before: Collection[str] = ()) -> None:
         """One warning for every finding out of bounds, and for a report that could not be made.
 
         :param int stacklevel: as of :func:`warnings.warn`: 1 is the line that calls this.
+        :param before: what the run has warned of: what is of the same cause is not said again.
         """
-        for said in [str(finding) for finding in self.trouble] + [self._failed] * bool(self.failure):
+        told = [warning for warning in before if isinstance(warning, Warned)]
+        new = [str(finding) for finding in self.trouble if not any(warning.tells(finding) for warning in told)]
+        for said in new + [self._failed] * bool(self.failure):
             warnings.warn(said, stacklevel=stacklevel + 1)
 
     @property
@@ -106,15 +135,19 @@ class FitReport:
         if self.failure:
             return self._failed
         if not self.findings:
-            return "There is nothing to check of such a fit."
-        rows = [("site", "quantity", "value", "wanted", "")]
+            return textwrap.fill(UNCHECKED, WIDTH)
+        rows, said = [("site", "quantity", "value", "wanted")], [""]
         for finding in self.findings:
             value = f"{finding.value:.3g}" if finding.is_told else "not told"
-            said = finding.fix if not (finding.is_well and finding.is_told) else ""
-            rows.append((finding.site, finding.quantity, value, finding.wanted, said))
+            rows.append((finding.site, finding.quantity, value, finding.wanted))
+            said.append(finding.fix if not (finding.is_well and finding.is_told) else "")
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows]
-        return "\n".join(line.rstrip() for line in lines)
+        indent = " " * (widths[0] + 2)
+        lines = []
+        for row, text in zip(rows, said, strict=True):
+            lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+            lines += textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_long_words=False)
+        return "\n".join(lines)
 
 
 def report_of(find: Callable[[], list[Finding]]) -> FitReport:

@@ -28,7 +28,9 @@ from numpyro.infer import TraceGraph_ELBO
 
 from numpyro_ebm._checks import require_bool, require_count, require_nonnegative, require_one_of, require_setting
 from numpyro_ebm._map_over import map_over
+from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, Upper
+from numpyro_ebm.infer.engine import compiled_method
 from numpyro_ebm.objectives.guide import PosteriorFisher
 from numpyro_ebm.objectives.latent import hard_bits
 from numpyro_ebm.objectives.score import ScoreObjective, objective_keys
@@ -39,6 +41,14 @@ from numpyro_ebm.program.sites import Model, kind_of
 from numpyro_ebm.train.health import keep
 
 CURVATURES = ("auto", "hessian", "fisher")
+# How far the guide's response may be from that of Implicit, relative to it, over so many batches; and how many of its standard
+# errors that must be large for this to be told.
+RESPONSE_ERROR, RESPONSE_BATCHES, RESPONSE_ERRORS = 0.25, 100, 2.0
+RESPONSE = "relative error of the guide's response to the model"
+WITHOUT_RESPONSE = (
+    "the guide follows the model, and unrolled steps see little of that: the gradient lacks the posterior's covariance, and what "
+    "is learned is biased however good the guide is. Take hypergradient=Implicit()"
+)
 
 
 class BiSMState(NamedTuple):
@@ -70,7 +80,8 @@ class Unrolled:
 
     :math:`d J(\theta, \phi_N(\theta)) / d \theta`, where :math:`\phi_N` is what N more steps of the guide make of its parameters,
     state of the optimizer included; they are forgotten afterwards. N = 0 is the truncated form: it lacks the posterior's
-    covariance whatever the guide, and no number of inner steps replaces unrolling.
+    covariance whatever the guide, and no number of inner steps replaces unrolling. A report always warns of N = 0, and of other N
+    where these steps are far from what :class:`Implicit` has; ``run(..., report=False)`` is silent.
 
     :param int num_steps: steps N that are differentiated through; 0 for the truncated form.
     :param bool checkpoint: whether they are computed twice, to save their memory.
@@ -254,6 +265,50 @@ class BiSM(BilevelEngine):
 
     def _batch_loss(self, state: BiSMState, batch: Batch, kwargs: dict[str, Any]) -> Array:
         return self._levels(state, batch, kwargs).upper(state.theta, state.phi, state.rng_key)
+
+    def _findings(self, rng_key: Array, state: BiSMState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
+        found = super()._findings(rng_key, state, args, kwargs)
+        if isinstance(self.hypergradient, Implicit):
+            return found
+        if not self.hypergradient.num_steps:
+            return [*found, Finding("", RESPONSE, 1.0, None, RESPONSE_ERROR, WITHOUT_RESPONSE)]
+        missed, size, error = map(float, jax.device_get(self._response(state, rng_key, *args, **kwargs)))
+        if not size > RESPONSE_ERRORS * error:
+            why = f"in {RESPONSE_BATCHES} batches the response is {size:.2g}, with a standard error of {error:.2g}"
+            return [*found, not_told("", RESPONSE, why)]
+        return [*found, Finding("", RESPONSE, missed / size, None, RESPONSE_ERROR, WITHOUT_RESPONSE)]
+
+    @partial(compiled_method, cheaply=True)
+    def _response(self, state: BiSMState, rng_key: Array, *args: Any, **kwargs: Any) -> tuple[Array, Array, Array]:
+        """What :class:`Implicit` adds to the gradient for the guide's response to the model: how far from it is what unrolled steps
+        add, how large it is, and its standard error.
+        """
+
+        def add(sums: Any, key: Array) -> tuple[Any, None]:
+            batch_key, lower_key, upper_key = jax.random.split(key, 3)
+            levels = self._levels(state, self._batch(batch_key, state.params, args, kwargs), kwargs)
+            steps = jax.random.split(lower_key, self.hypergradient.num_steps)  # type: ignore[union-attr]
+
+            def moved(theta: Any) -> Any:
+                return self._lower_steps(levels, theta, state.phi, state.guide_optim_state, steps)[0]
+
+            phi, pull = jax.vjp(moved, state.theta)
+            direct, of_phi = jax.grad(levels.upper, (0, 1))(state.theta, phi, upper_key)
+            _, whole = _implicit(Implicit(), levels, state.theta, phi, lower_key, upper_key)
+            wanted = jax.tree.map(jnp.subtract, whole, direct)
+            missed = jax.tree.map(jnp.subtract, wanted, pull(of_phi)[0])
+            return jax.tree.map(jnp.add, sums, ((missed, _square(missed)), (wanted, _square(wanted)))), None
+
+        nothing = jax.tree.map(jnp.zeros_like, state.theta), jnp.zeros(())
+        (missed, missed_squares), (wanted, squares) = lax.scan(
+            add, (nothing, nothing), jax.random.split(rng_key, RESPONSE_BATCHES)
+        )[0]
+
+        def unbiased(total: Any, squares: Array) -> Array:  # of the length of a mean, from pairs of different batches
+            return (_square(total) - squares) / (RESPONSE_BATCHES * (RESPONSE_BATCHES - 1))
+
+        size, error = unbiased(wanted, squares), squares / RESPONSE_BATCHES**2
+        return jnp.sqrt(jnp.maximum(unbiased(missed, missed_squares), 0)), jnp.sqrt(jnp.maximum(size, 0)), jnp.sqrt(error)
 
     def _fix(self) -> str:
         if self._unrolls:

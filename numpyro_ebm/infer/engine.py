@@ -345,7 +345,7 @@ class Engine(metaclass=_ReadOnly):
                 keep_state(stop, state)
                 raise
         if said is not None:
-            said.warn(stacklevel=2)
+            said.warn(stacklevel=2, before=run.log.warned)
         return RunResult(self.get_params(state), state, jnp.asarray(run.log.losses), run.log.collected, said)
 
     def _require_state(self, state: Any, name: str = "state") -> State:

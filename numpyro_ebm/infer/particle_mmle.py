@@ -729,14 +729,18 @@ class ParticleMMLE(Engine):
                 return self._phase.explain(part.site, code, args, kwargs, data={**state.params, **state.mutable_state}), ""
         what, _ = super()._explain(state, bad, args, kwargs)
         finite = jax.device_get(self._finite_terms(state, *args, **kwargs))
+        elsewhere = "Scale the data, look at the model at these values, or start elsewhere, by init_params or init_strategy."
+        if int(state.num_steps):
+            too_large = "learning rate" if self.kernel == "mala" else "step_size or learning rate"
+            cause = f"it overflows where too large a {too_large} has led to, or the model makes these values impossible"
+            elsewhere = f"Take a smaller {too_large}. If that does not help: {elsewhere}"
+        else:
+            cause = "the model makes these values impossible, or overflows there"
         for site, is_finite in finite.items():
             if not is_finite.all():
                 where = f"at {int((~is_finite).sum())} of {is_finite.size} events and particles"
-                what = (
-                    f"site '{site}': its log density is not finite {where}: the model makes these impossible, or overflows there."
-                )
+                what = f"site '{site}': its log density is not finite {where}: {cause}."
                 break
-        elsewhere = "Scale the data, look at the model at these values, or start elsewhere, by init_params or init_strategy."
         impossible = not all(is_finite.all() for is_finite in finite.values())
         if self.kernel == "mala":
             return what, elsewhere if impossible else self._fix()

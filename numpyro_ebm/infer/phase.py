@@ -17,8 +17,8 @@ from jax import Array
 
 from numpyro_ebm.chains import chains_of, is_warning, status_of
 from numpyro_ebm.distributions.energy import energy_site
-from numpyro_ebm.evaluate.negative_chains import NUM_SAMPLES, ChainNumbers, chain_findings, chain_numbers
-from numpyro_ebm.evaluate.report import Finding
+from numpyro_ebm.evaluate.negative_chains import NUM_SAMPLES, UNADJUSTED, ChainNumbers, chain_findings, chain_numbers
+from numpyro_ebm.evaluate.report import Finding, Warned
 from numpyro_ebm.handlers import explain_chains, negative_phase, unnormalized
 from numpyro_ebm.program.check import ModelReport, check_run
 from numpyro_ebm.program.run import Run, run_model, total
@@ -93,7 +93,8 @@ class Phase:
         """A warning for every site whose chains give one."""
         found = {site: int(status) for site, status in status_of(mutable_state).items()}
         warned = {site: status for site, status in found.items() if is_warning(status)}
-        return [self.explain(site, status, args, kwargs, data=data) for site, status in warned.items()]
+        said = {site: self.explain(site, status, args, kwargs, data=data) for site, status in warned.items()}
+        return [Warned(text, UNADJUSTED, site) if warned[site] == 1 else text for site, text in said.items()]
 
     def numbers(self, rng_key: Array, params: Data, mutable_state: Data, args: tuple[Any, ...], kwargs: Data) -> ChainNumbers:
         """What is measured of the chains of a fit; traced."""

@@ -25,7 +25,8 @@ from numpyro_ebm.evaluate.report import Finding, are_reports_enabled, report_of
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.infer.collapse import beside, collapse_finding, gaussian_objective, validation_finding
 from numpyro_ebm.infer.engine import Engine, RunResult, compiled_method
-from numpyro_ebm.objectives.score import ScoreObjective, objective_keys
+from numpyro_ebm.infer.noise_levels import levels_finding
+from numpyro_ebm.objectives.score import MultiscaleDenoisingScoreMatching, ScoreObjective, objective_keys
 from numpyro_ebm.program.batch import Batch, drawn_batch, first_batch, over_rows, run_at_zero, whole_batch
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.rows import ROUNDING
@@ -133,7 +134,9 @@ class ScoreEngine(Engine):
             return result
         arrays, of_model = join(*self._split(args, kwargs))  # as the run has read them
         said = report_of(lambda: self._told(result.state, validation, arrays, of_model))
-        said.warn(stacklevel=2)
+        num_steps = int(result.state.num_steps)
+        said.warn(stacklevel=2, before=self._warnings(result.state, num_steps, arrays, of_model))  # as after the last chunk
+
         return result._replace(report=said)
 
     def _told(self, state: Any, validation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
@@ -148,7 +151,10 @@ class ScoreEngine(Engine):
         return [*found, validation_finding(self._visible_site(state, args, kwargs), here, there, at_rows, at_validation)]
 
     def _findings(self, rng_key: Array, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
-        """Of an objective that can collapse: whether it has."""
+        """Of an objective that can collapse: whether it has; of one with many noise levels: whether they go together."""
+        if isinstance(self.objective, MultiscaleDenoisingScoreMatching):
+            num_rows = len(self._first_batch(state.rng_key, state.params, args, kwargs).args[0])
+            return [levels_finding(self._visible_site(state, args, kwargs), self.objective, num_rows, args[0])]
         if not getattr(self.objective, "differentiates_score", False):
             return []
         numbers = map(float, jax.device_get(self._beside(state._replace(rng_key=rng_key), *args, **kwargs)))

@@ -22,12 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from numpyro_ebm.evaluate.report import Finding
+from numpyro_ebm.evaluate.report import Finding, Warned
 from numpyro_ebm.infer.particle_batch import Particles
 from numpyro_ebm.optim import normal_like
 from numpyro_ebm.program.rows import shared_plates
 from numpyro_ebm.program.run import Run
 
+STIFFEST = "h times the curvature of the stiffest row"
 FIX = "take a smaller step_size, or kernel='mala', which is right at every step"
 # Thresholds of h times the curvature, hc, at which the variance of particles is 1 / (1 - hc/2) of the posterior's. A report says
 # whether what was learned can be believed: from .5 on, a third too widely spread, parameters are off by about a standard error. A
@@ -235,16 +236,17 @@ def lag(program: Run, scores: Scores, x: Particles) -> Array:
 
 def warnings_of(look: Look, step_size: dict[str, float], num_steps: int, num_moves: int) -> list[str]:
     """Warnings of the stiffest row, where particles are spread too much, and of clouds that do not follow the parameters."""
-    found, worst = [], float(look.row.ratio)
+    found, worst = list[str](), float(look.row.ratio)
     if worst >= STIFF_IN_RUN:
         site = _stiffest_site(look.row)
         where = " and ".join(f"row {int(row)} of plate '{plate}'" for plate, row in look.row.rows.items())
         size = f"about {worst:.2f}" if np.isfinite(worst) else "too large for a finite move"
-        found.append(
+        text = (
             f"site '{site}': step_size is h = {step_size[site]:g}, and h times the curvature is {size} for "
             f"{where or 'the stiffest direction'}: at 2 the particles diverge, from {STIFF_IN_RUN:g} on their variance "
             f"is more than twice the posterior's, and the report of the run wants {STIFF_AT_END:g} at most. {FIX.capitalize()}."
         )
+        found.append(Warned(text, STIFFEST))
     lag, num_batches = float(look.lag), float(look.num_batches)
     if num_batches >= MANY_BATCHES and num_steps >= max(2 * num_batches, STEPS_TO_ARRIVE) and lag > LAG:
         found.append(
@@ -264,7 +266,7 @@ def stiffness_finding(look: Look) -> Finding:
     """The stiffest row as a number of a report."""
     why = f"unadjusted particles are too widely spread by half of it or more, and what is learned from them is biased: {FIX}"
     ratio = float(look.row.ratio)
-    return Finding(_stiffest_site(look.row), "h times the curvature of the stiffest row", ratio, None, STIFF_AT_END, why)
+    return Finding(_stiffest_site(look.row), STIFFEST, ratio, None, STIFF_AT_END, why)
 
 
 def fix_of(step_size: dict[str, float], ratio: float, start: Start) -> str:

@@ -24,7 +24,8 @@ from jax import Array
 from numpyro.infer import TraceGraph_ELBO
 
 from numpyro_ebm._checks import require_bool, require_count, require_instance, require_one_of, require_setting
-from numpyro_ebm.evaluate.guide_weights import UNWEIGHTED
+from numpyro_ebm.evaluate.guide_weights import FRACTION, UNWEIGHTED
+from numpyro_ebm.evaluate.report import Warned
 from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, Upper
 from numpyro_ebm.objectives.latent import (
     Drawn,
@@ -249,11 +250,12 @@ class VaGES(BilevelEngine):
     def _warnings(self, state: VaGESState, before: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         if isinstance(self.estimate, Variational) or state.effective_sample_size >= DEGENERATE:
             return []
-        return [
+        text = (
             f"the importance weights have an effective sample size of less than {DEGENERATE} of {self.estimate.num_samples} "
             "samples: one sample has all the weight, so that the gradient lacks the posterior's covariance. Take a guide nearer to "
             "the posterior (more inner steps, a larger family), or more samples."
-        ]
+        )
+        return [Warned(text, FRACTION)]
 
     def _wanted_of_guide(self) -> tuple[float, str]:
         if isinstance(self.estimate, Variational):

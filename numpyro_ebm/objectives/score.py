@@ -289,8 +289,9 @@ class MultiscaleDenoisingScoreMatching(ScoreObjective):
     The score, which does not depend on the noise level, learns that of the data smoothed by ``sigma0``, at points near the data
     and far away, where the level of a row's noise can be told from the row, as in images. In a few dimensions it cannot, and the
     score is then that of no smoothed density unless the mean of :math:`\sigma_i^{-2}` is :math:`\sigma_0^{-2}`: take
-    :class:`DenoisingScoreMatching` there. The level of a row is fixed by its place in the batch, from ``sigma_begin`` in the
-    first row to ``sigma_end`` in the last: a stratified draw as long as the rows are shuffled, so do not sort them.
+    :class:`DenoisingScoreMatching` there. The report of a fit tells by how much the levels miss a Gaussian of the data. The level
+    of a row is fixed by its place in the batch, from ``sigma_begin`` in the first row to ``sigma_end`` in the last: a stratified
+    draw as long as the rows are shuffled, so do not sort them.
 
     :param float sigma0: the smoothing that the score learns.
     :param float sigma_begin: standard deviation of the noise on the first row.

@@ -172,12 +172,22 @@ def draw_latents(
     data: dict[str, Any],
     init_strategy: Callable[..., Any],
 ) -> dict[str, Array]:
-    """Unconstrained latents to start from, by NumPyro's ``init_strategy``; energy sites give samples of their base."""
+    """Unconstrained latents to start from, by NumPyro's ``init_strategy``; energy sites give samples of their base.
+
+    :raises ValueError: naming a site of which it gives a value of another shape.
+    """
 
     def start(site: Site) -> Any:
         if not is_latent(site) or site["fn"].support.is_discrete:  # discrete latents are refused with their name, later
             return None
         value = init_strategy({**site, "fn": with_core(site["fn"], _start_of)})
+        shape = site["fn"].shape(site["kwargs"].get("sample_shape", ()))
+        if value is not None and np.shape(value) != shape:
+            raise ValueError(
+                f"site '{site['name']}': init_strategy gives a value of shape {np.shape(value)}, and the site has {shape}, its "
+                "plates first (a subsampled one with the rows of a batch). Give it in full, as by "
+                f"jnp.broadcast_to(value, {shape})."
+            )
         if value is None or (jnp.issubdtype(jnp.result_type(value), jnp.inexact) and not is_coarse(value)):
             return value
         return jnp.asarray(value, float)  # not whole numbers, nor bfloat16, in which small moves are lost

@@ -199,7 +199,7 @@ def fit(
         if reports and hasattr(learner, "_findings"):
             said = report_of(lambda: learner._findings(own_key(state.rng_key), state, *source.seen()))
     if said is not None:
-        said.warn(stacklevel=2)
+        said.warn(stacklevel=2, before=run.log.warned)
     if patience is not None and judge.best is not None:
         state = with_parts(state, judge.best)
     params = learner.get_params(state)

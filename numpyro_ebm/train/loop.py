@@ -153,6 +153,7 @@ class Log:
         self._losses = np.asarray(losses)
         self.done = len(self._losses)
         self._collected: list[Any] = []
+        self.warned: list[str] = []
 
     def add(self, record: Record) -> None:
         """Adds those of a chunk."""
@@ -249,6 +250,7 @@ def drive(
                     if (told := re.sub(r"[\d.]+", "", message)) not in warned:  # and not again with another number
                         warnings.warn(message, stacklevel=stacklevel)
                         warned.add(told)
+                        log.warned.append(message)
                 before = int(state.num_steps)
                 bar.update(len(record.loss))
                 bar.set_postfix_str(f"loss: {record.loss[-1]:.4f}", refresh=False)
