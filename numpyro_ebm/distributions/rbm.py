@@ -237,10 +237,10 @@ class GaussianBernoulliRBM(RestrictedBoltzmannMachine):
     hidden units it is a mixture of :math:`2^m` Gaussians.
 
     Weights of 0 are a saddle of the likelihood for both couplings, since all hidden units are then alike, and where clusters are
-    narrow it takes long to leave it. On data of variance about 1 in clusters a tenth as wide, 10,000 steps of Adam at .003 from weights
-    of .3 ended 2.8 nats above those from .01, with either coupling. Start there. Under plain gradient descent ``"plain"`` is the
-    slower of the two where :math:`\sigma < 1`, its gradient in :math:`W` having a factor of :math:`\sigma^2` less: take Adam, or
-    ``"scaled"``.
+    narrow it takes long to leave it. On data of variance about 1 in clusters a tenth as wide, 10,000 steps of Adam at .003 from
+    weights of .3 ended 2.8 nats above those from .01, with either coupling: start from weights of .3. Under plain gradient
+    descent ``"plain"`` leaves the saddle more slowly where :math:`\sigma < 1`, because its gradient in :math:`W` is smaller by
+    a factor of :math:`\sigma^2`: take Adam.
 
     ``log_prob`` is unnormalized, :math:`-F(v)`. Learn the parameters under :class:`~numpyro_ebm.negative_phase`, or by
     score matching, which needs no normalizer. ``sample`` runs block Gibbs from the uncoupled distribution :math:`N(b, \sigma^2)`
