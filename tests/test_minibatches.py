@@ -285,7 +285,7 @@ def test_covariates_are_refused_where_rows_are_drawn_without_them(batch_size, as
     """As many rows as there are is what no shape can tell: every row was paired with the covariates of another."""
     covariates = {"x": normal(1, SIZE)}
     name, args, kwargs = ("'x'", (), covariates) if as_keyword else ("1", tuple(covariates.values()), {})
-    message = rf"argument {name} has 12 rows, as the first argument, of which alone batch_size={batch_size} draws rows"
+    message = rf"argument {name} has 12 rows, as the first argument has, but batch_size={batch_size} draws rows"
     engine = ScoreMatching(at_rest, SGD, ExactScoreMatching(), batch_size=batch_size)
     with pytest.raises(ValueError, match=message):
         engine.init(KEY, ROWS, *args, subsample_size=None, **kwargs)
