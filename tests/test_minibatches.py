@@ -328,7 +328,7 @@ def test_no_row_is_twice_in_a_batch_whose_rows_are_compared(pairs):
 ROWS = normal(0, SIZE)
 REFUSED = {
     "by index": (by_index, ROWS, {}, r"site 'v': it uses the first argument in another way .*numpyro.subsample\(v, event_dim"),
-    "scaled before": (scaled_before, ROWS, {}, r"site 'v': it depends on the first argument otherwise"),
+    "scaled before": (scaled_before, ROWS, {}, r"site 'v': it uses the first argument in another way"),
     "unknown indices": (by_index_of_given_rows, ROWS, {}, r"site 'v': it depends on the indices of plate 'data'.*the 12 rows"),
     "two plates": (of_columns_too, normal(0, SIZE, 3), {}, r"plates 'columns', 'data' are subsampled"),
     "other size": (of_other_size, ROWS, {}, r"plate 'data' shows 2 of 1000 rows, and the first argument has 12"),
