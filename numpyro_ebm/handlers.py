@@ -413,9 +413,9 @@ class negative_phase(Messenger):
         _refuse_who_runs_it(name, self)
         if is_in_scan(msg):
             raise NormalizerError(
-                f"site '{name}': unknown normalizer inside scan or cond: it cannot be told whether it depends on what the steps "
-                "hand on. Write steps as a plate, or as a Python loop over sites with names of their own, and branches "
-                "by jnp.where."
+                f"site '{name}': unknown normalizer inside scan or cond: it cannot be told whether it depends on the carry, "
+                "which each step passes to the next. Write the steps as a plate, or as a Python loop over sites with names of "
+                "their own, and branches with jnp.where."
             )
         plate = in_subsampled_plate(energy.batch_shape)
         if plate is not None and self.persistent:

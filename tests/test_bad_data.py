@@ -393,7 +393,9 @@ def test_complex_data_are_refused():
 
 # Rows.
 
-COLUMN = "its data are of shape (6, 1), and {} has a batch of (6,) in plate 'data' of 6: every event would meet others"
+COLUMN = (
+    "its data are of shape (6, 1), and {} has a batch of (6,) in plate 'data' of 6: every event would be compared with all others"
+)
 ROWS = {
     "ParticleMMLE": lambda y: ParticleMMLE(normal_model, SGD, 2, 0.1).init(KEY, y),
     "ScoreMatching": lambda y: ScoreMatching(marginal, SGD, NOISE).init(KEY, y),
@@ -789,7 +791,7 @@ def test_block_gibbs_is_given_states_of_its_units():
     assert drawn.dtype == jnp.float32
     assert (drawn != drawn.round()).all()
     bits = BernoulliRBM(jnp.ones((2, 1)), jnp.zeros(2), jnp.zeros(1))
-    with pytest.raises(ValueError, match="its values are to be in"):
+    with pytest.raises(ValueError, match="its values must lie in the support, "):
         block_gibbs(KEY, bits, jnp.full((3, 2), 0.5))
 
 

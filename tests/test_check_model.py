@@ -371,7 +371,7 @@ def test_a_fixed_prior_is_identified_and_a_shared_latent_is_as_free_as_a_param()
     assert _of_effects(enters, learned=False).absorbed == ()
     site = _of_effects(enters, global_scale=True)
     assert site.absorbed == ("scale", "shift")
-    assert "learn it under negative_phase. It is scaled or shifted by 'scale', 'shift' wherever it enters" in site.verdict
+    assert "learn it under negative_phase. The model scales or shifts it by 'scale', 'shift' wherever it uses it" in site.verdict
 
 
 def test_arrays_of_numpy_are_taken_by_subsampled_rows():

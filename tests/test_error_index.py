@@ -73,6 +73,21 @@ def test_every_entry_of_the_index_is_a_message():
     assert not stale, "the package does not say:\n" + "\n".join(stale)
 
 
+def miscounted(text: str) -> list[tuple[int, int]]:
+    """``(said, found)`` of every list of messages whose title says another number than it has."""
+    lists = re.findall(r"^:::\{dropdown\} The (\d+) messages\n(.*?)^:::$", text, re.M | re.S)
+    counts = [(int(said), len(re.findall(r"^\* ", items, re.M))) for said, items in lists]
+    return [(said, found) for said, found in counts if said != found]
+
+
+def test_every_list_of_messages_has_as_many_as_its_title_says():
+    text = PAGE.read_text()
+    titles = re.findall(r"^:::\{dropdown\} (.*)$", text, re.M)
+    assert len(titles) > 20
+    assert [title for title in titles if not re.fullmatch(r"The \d+ messages", title)] == []
+    assert miscounted(text) == []
+
+
 def test_entries_are_long_enough_to_tell_messages_apart():
     """It would catch an entry such as "must be", which every message would be found by."""
     told = {text for file in FILES for _, text in messages(file.read_text())}

@@ -498,7 +498,7 @@ def _field(y):
     [
         (_unidentified, {"a": 1.0, "b": 0.5}, ValueError, r"param '[ab]': the observed information is not positive definite"),
         (population, {"loc": 1.0, "scale": 0.05}, ValueError, r"param 'scale': .* not at a maximum"),
-        (_straight, {"loc": 1.0, "scale": 1.0, "slope": 0.0}, ValueError, r"param 'slope': the log density does not bend in it"),
+        (_straight, {"loc": 1.0, "scale": 1.0, "slope": 0.0}, ValueError, r"param 'slope': the log density has no curvature in it"),
         (_field, {"w": 1.0}, NormalizerError, r"site 'coupling': it makes the model a random field"),
     ],
     ids=["unidentified", "far_from_a_maximum", "straight", "random_field"],

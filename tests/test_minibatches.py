@@ -285,7 +285,7 @@ def test_covariates_are_refused_where_rows_are_drawn_without_them(batch_size, as
     """As many rows as there are is what no shape can tell: every row was paired with the covariates of another."""
     covariates = {"x": normal(1, SIZE)}
     name, args, kwargs = ("'x'", (), covariates) if as_keyword else ("1", tuple(covariates.values()), {})
-    message = rf"argument {name} has 12 rows, as the first argument, of which alone batch_size={batch_size} draws rows"
+    message = rf"argument {name} has 12 rows, as the first argument has, but batch_size={batch_size} draws rows"
     engine = ScoreMatching(at_rest, SGD, ExactScoreMatching(), batch_size=batch_size)
     with pytest.raises(ValueError, match=message):
         engine.init(KEY, ROWS, *args, subsample_size=None, **kwargs)
@@ -327,8 +327,8 @@ def test_no_row_is_twice_in_a_batch_whose_rows_are_compared(pairs):
 
 ROWS = normal(0, SIZE)
 REFUSED = {
-    "by index": (by_index, ROWS, {}, r"site 'v': it depends on the first argument otherwise .*numpyro.subsample\(v, event_dim"),
-    "scaled before": (scaled_before, ROWS, {}, r"site 'v': it depends on the first argument otherwise"),
+    "by index": (by_index, ROWS, {}, r"site 'v': it uses the first argument in another way .*numpyro.subsample\(v, event_dim"),
+    "scaled before": (scaled_before, ROWS, {}, r"site 'v': it uses the first argument in another way"),
     "unknown indices": (by_index_of_given_rows, ROWS, {}, r"site 'v': it depends on the indices of plate 'data'.*the 12 rows"),
     "two plates": (of_columns_too, normal(0, SIZE, 3), {}, r"plates 'columns', 'data' are subsampled"),
     "other size": (of_other_size, ROWS, {}, r"plate 'data' shows 2 of 1000 rows, and the first argument has 12"),

@@ -394,7 +394,7 @@ ROWS = [
     guides(
         "AutoSemiDAIS",
         R,
-        *["refused: depends on the first argument otherwise"] * 2,
+        *["refused: uses the first argument in another way"] * 2,
         guide=semi,
         build=subsampled,
         places=("inside",),

@@ -159,7 +159,7 @@ def test_index_out_of_range_is_refused_before_and_during_a_run(index, bad):
 
 def test_all_rows_in_another_order_are_refused():
     """A whole plate is not gathered, so they would be paired with particles of other rows."""
-    with pytest.raises(ValueError, match="plate 'data': index 1 is not at its place"):
+    with pytest.raises(ValueError, match="plate 'data': index 1 is out of order"):
         _engine(_loaded).init(KEY, Y, jnp.array([1, 0, 2, 3, 4, 5]))
 
 

@@ -384,5 +384,5 @@ def test_a_param_and_a_plate_of_one_name_are_told_apart_or_refused(first):
             x = numpyro.sample("x", dist.Normal(loc, 1))
             numpyro.sample("y", dist.Normal(x, 1), obs=y)
 
-    with pytest.raises(ValueError, match=r"site 'g': the model has a \w+ and a \w+ of this name.*Name them apart"):
+    with pytest.raises(ValueError, match=r"site 'g': the model has both a \w+ and a \w+ of this name.*different names"):
         ParticleMMLE(model, optax.sgd(0.1), num_particles=2, step_size=0.1).init(jax.random.key(0), jnp.ones(3))

@@ -119,19 +119,3 @@ def test_silent_error_is_what_the_page_says():
     assert normalized["precision"] == pytest.approx(float(1 / (x**2).mean()), rel=1e-2)
     assert unnormalized["precision"] < 0.01
     assert lower_loss < loss - 0.5
-
-
-def test_save_and_resume_page_runs(tmp_path, monkeypatch):
-    # Catches a run that begins anew beside its checkpoints: the longer one ends at the same numbers as one without an end.
-    monkeypatch.chdir(tmp_path)
-    page = run("docs/how_to/save_and_resume.md")
-    assert int(page["second"].state.num_steps) == 400
-    whole = page["engine"].run(jax.random.key(1), 600, page["y"], progress_bar=False)
-    for resumed in (
-        page["longer"].losses[:400],
-        page["result"].losses,
-        jnp.concatenate([page["first"].losses, page["second"].losses]),
-    ):
-        assert bool((resumed == whole.losses[:400]).all())
-    assert bool((page["longer"].losses == whole.losses).all())
-    assert page["longer"].params["mu"] == whole.params["mu"] != page["result"].params["mu"]

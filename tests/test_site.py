@@ -150,6 +150,90 @@ def test_the_version_switcher_reads_one_list_for_all_releases(addresses):
     assert options["icon_links"][0]["url"] == SOMEWHERE["repository"]
 
 
+@pytest.fixture(scope="module")
+def notebooks():
+    return runpy.run_path(str(DOCS / "extensions" / "plain.py"))
+
+
+MYST = """(a-label)=
+# Title
+
+{cite:t}`bao2020` have {term}`particles <particle>`, a {ref}`word <x>` and `{"a": 1}` {cite:p}`kuntz2023,bao2020`.
+See [the report](../how_to/believe.md#k), [below](#end) and [JAX](https://jax.dev/a.md).
+
+:::{admonition} Before you start
+:class: tip
+You need [one](01_one.md).
+
+* a list
+:::
+
+```{image} ../_static/silent_error.png
+:alt: Two modes.
+```
+"""
+PLAIN = """# Title
+
+Bao (2020) have particles, a word and `{"a": 1}` (Kuntz et al. 2023; Bao 2020).
+See REPORT, BELOW and [JAX](https://jax.dev/a.md).
+
+> **Before you start**
+>
+> You need ONE.
+>
+> * a list
+
+PICTURE
+"""
+HERE = "https://site.example/x/0.1.0/"
+
+
+@pytest.mark.parametrize(
+    ("site", "words"),
+    [
+        ("", {"REPORT": "the report", "BELOW": "below", "ONE": "one", "PICTURE": "*Two modes.*"}),
+        (
+            HERE,
+            {
+                "REPORT": f"[the report]({HERE}how_to/believe.html#k)",
+                "BELOW": f"[below]({HERE}tutorials/02_two.html#end)",
+                "ONE": f"[one]({HERE}tutorials/01_one.html)",
+                "PICTURE": f"![Two modes.]({HERE}_images/silent_error.png)",
+            },
+        ),
+    ],
+    ids=["no site", "site"],
+)
+def test_text_of_a_notebook_is_what_jupyter_can_show(notebooks, site, words):
+    expected = re.sub("REPORT|BELOW|ONE|PICTURE", lambda match: words[match[0]], PLAIN)
+    cited = {"bao2020": ("Bao", "2020"), "kuntz2023": ("Kuntz et al.", "2023")}
+    assert notebooks["plain"](MYST, "tutorials/02_two", site=site, cited=cited) == expected
+
+
+def test_a_box_in_a_box_is_a_quote_in_a_quote(notebooks):
+    boxes = "::::{note}\n:::{dropdown} More\ntext\n:::\n::::\n"
+    assert notebooks["plain"](boxes, "a", site="", cited={}) == "> **Note**\n>\n> > **More**\n> >\n> > text\n"
+
+
+def test_no_notebook_has_text_that_jupyter_does_not_show(notebooks):
+    # Catches a role, box or link of a new kind, which would stand in a notebook as it is written.
+    cited = notebooks["citations"](DOCS / "references.bib")
+    assert cited["bao2020"] == ("Bao et al.", "2020")
+    left = re.compile(r"\{[a-z:]+\}`|^:::|^```\{|^\(\S+\)=$|\]\((?!https?:)", re.MULTILINE)
+    pages = [page for page in PAGES if page.parent.name in ("tutorials", "get_started")]
+    texts = {page: page.read_text(encoding="utf-8") for page in pages}
+    texts = {
+        page: re.sub(r"^```\{code-cell\}.*?^```$", "", text, flags=re.M | re.S)
+        for page, text in texts.items()
+        if "{code-cell}" in text
+    }
+    assert len(texts) > 9
+    for page, text in texts.items():
+        name = str(page.relative_to(DOCS).with_suffix(""))
+        for site in ("", SOMEWHERE["site"]):
+            assert left.findall(notebooks["plain"](text, name, site=site, cited=cited)) == [], page
+
+
 @pytest.fixture
 def published(tmp_path):
     """``publish(version, page)`` puts a site of one page into a folder."""

@@ -68,14 +68,16 @@ def guide_findings(
     found = np.asarray(log_weights, np.float64)
     found = found[:, :: -(-found.shape[1] // MAX_ROWS)]
     if np.isnan(found).any() or not (found > -np.inf).any(0).all():
-        why = "some weights are no numbers, or all of a row are 0: the model has no density where the guide samples"
+        why = "some weights are NaN, or all weights of a row are 0: the model has no density where the guide samples"
         return [not_told(site, name, why) for name in (count, tail)]
     weights = np.exp(found - found.max(0))
     fraction = weights.sum(0) ** 2 / (weights**2).sum(0) / len(weights)
     shape = np.array([_shape(row) for row in found.T])
     has_tail = ~np.isnan(shape)
     if has_tail.mean() < 0.5:
-        of_tail = not_told(site, tail, "the weights take few values, as those of bits do: look at the fraction that counts.")
+        of_tail = not_told(
+            site, tail, "the weights take few values, as those of bits do, and have no tail: look at the fraction that counts."
+        )
     else:
         of_tail = Finding(site, tail, float(np.quantile(shape[has_tail], ROWS_BELOW)), None, PARETO_K, fix)
     return [Finding(site, count, float(np.quantile(fraction, 1 - ROWS_BELOW)), least, None, fix), of_tail]

@@ -129,7 +129,7 @@ class FitReport:
 
     @property
     def _failed(self) -> str:
-        return f"whether this fit can be believed is not told, because its report failed: {self.failure}"
+        return f"nothing is known about whether this fit can be believed, because its report failed: {self.failure}"
 
     def __str__(self) -> str:
         if self.failure:

@@ -257,7 +257,7 @@ def _require_positive_definite(information: np.ndarray, complete: Any, names: li
     scale = np.sqrt(np.abs(np.asarray(complete, np.float64).diagonal()))
     if (flat := scale == 0).any():
         raise ValueError(
-            f"param '{names[int(flat.argmax())]}': the log density does not bend in it, and gives it no standard error."
+            f"param '{names[int(flat.argmax())]}': the log density has no curvature in it, and gives it no standard error."
         )
     values, vectors = np.linalg.eigh(information / np.outer(scale, scale))
     if values[0] <= 10 * len(values) * np.finfo(np.asarray(complete).dtype).eps:

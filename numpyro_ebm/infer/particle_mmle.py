@@ -548,8 +548,9 @@ class ParticleMMLE(Engine):
             site = report.learned[0]
             raise NormalizerError(
                 f"site '{site.name}': its unknown normalizer depends on the parameters, and optim={type(self.optim).__name__}(...) "
-                "goes by the unnormalized density, of which negative chains give no more than the gradient. Take an optimizer of "
-                "the gradient: pgd, ipla, ebipla or soul in the place of pqn and pmgd."
+                "needs the curvature or the maximum of the log density. Negative chains give the gradient of the normalizer and "
+                "nothing else, so that this step would leave the normalizer out. Take an optimizer that needs the gradient alone: "
+                "pgd, ipla, ebipla or soul in the place of pqn and pmgd."
             )
         return report
 

@@ -99,8 +99,12 @@ def require_good_rows(
     for name, plate in program.plates.items():
         if not plate.is_row.all():
             bad = int(plate.indices[~plate.is_row][0])
-            wrong = "is out of range" if plate.is_subsampled else "is not at its place, where no row is left out,"
-            raise ValueError(f"plate '{name}': index {bad} {wrong} for {plate.size} rows of data.")
+            if plate.is_subsampled:
+                raise ValueError(f"plate '{name}': index {bad} is out of range for {plate.size} rows of data.")
+            raise ValueError(
+                f"plate '{name}': index {bad} is out of order. The plate is not subsampled and has all {plate.size} rows: give "
+                "them, and their particles, in the order of their indices."
+            )
     finite = jax.jit(lambda data, latents: _finite_batches(model, args, kwargs, rng_key, program, data, latents))
     worst = jnp.argmin(finite(data, latents))
     rows = {plate: index[worst] for plate, index in all_batches(program).items()}

@@ -151,8 +151,8 @@ def _rows_of(program: Run) -> str:
     outside = next((name for name in program.latents if not shared_plates(program, [name])), None)
     where = f"site '{outside}' stands in no plate" if outside else f"the guide's latents {sorted(program.latents)} share no plate"
     raise ValueError(
-        f"{where}: the loss is by row of the data, each with latents of its own. Put all latents in the plate of the data, in "
-        "model and guide; a latent that all rows share is what a numpyro.param is for here."
+        f"{where}: the loss is computed row by row, and each row needs its own latents. Put all latents in the plate of the "
+        "data, in model and guide; a latent that all rows share is what a numpyro.param is for here."
     )
 
 

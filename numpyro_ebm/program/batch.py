@@ -209,9 +209,10 @@ def _require_drawable(args: Args, kwargs: Kwargs, batch_size: int) -> None:
         arrays = jax.tree.leaves(arg, is_leaf=lambda x: not isinstance(x, (dict, list, tuple)))
         if any(x.shape[:1] == (num_rows,) for x in arrays if isinstance(x, (Array, np.ndarray))):
             raise ValueError(
-                f"{what} has {num_rows} rows, as the first argument, of which alone batch_size={batch_size} draws rows: they would "
-                "meet those of others. Leave batch_size out and subsample the plate, numpyro.plate(name, "
-                f"{num_rows}, subsample_size={batch_size}), with numpyro.subsample(x, event_dim=...) of each of these arguments."
+                f"{what} has {num_rows} rows, as the first argument has, but batch_size={batch_size} draws rows of the first "
+                "argument alone, and would pair them with rows that belong to others. Leave batch_size out and subsample the "
+                f"plate, numpyro.plate(name, {num_rows}, subsample_size={batch_size}), with "
+                "numpyro.subsample(x, event_dim=...) of each of these arguments."
             )
 
 
@@ -264,8 +265,8 @@ def _own(programs: Programs, batch: Batch, kwargs: Kwargs, rng_key: Array, data:
         for name, marks in sources(partial(densities, program)).items():
             if "whole" in marks:
                 raise ValueError(
-                    f"site '{name}': it depends on the first argument otherwise than by the rows of plate '{batch.plate}'. Write "
-                    "numpyro.subsample(v, event_dim=...) of the argument v as it is, and use nothing else of it but its shape."
+                    f"site '{name}': it uses the first argument in another way than by the rows that plate '{batch.plate}' shows. "
+                    "Write numpyro.subsample(v, event_dim=...) of the argument v as it is, and use only the shape of v besides."
                 )
             if "indices" in marks:
                 raise ValueError(

@@ -388,8 +388,9 @@ def _verdict_on_absorbed(absorbed: tuple[str, ...]) -> str:
     if not absorbed:
         return ""
     return (
-        f". It is scaled or shifted by {_quoted(absorbed)} wherever it enters, as its learned density can be by itself: one of the "
-        "two may not be identified. Fix the former (as 1 and 0, with the data standardized), or scale and location of the density"
+        f". The model scales or shifts it by {_quoted(absorbed)} wherever it uses it, and its learned density can do the same: one "
+        f"of the two may not be identified. Fix {_quoted(absorbed)} (a scale at 1 and a shift at 0, with the data standardized), "
+        "or the scale and location of the density"
     )
 
 

@@ -138,8 +138,8 @@ class _trace(trace):
         earlier = self.trace.get(msg.get("name"))
         if earlier is not None and earlier["type"] != msg["type"]:
             raise ValueError(
-                f"site '{msg['name']}': the model has a {earlier['type']} and a {msg['type']} of this name, of which one would "
-                "hide the other. Name them apart."
+                f"site '{msg['name']}': the model has both a {earlier['type']} and a {msg['type']} of this name, and one would "
+                "hide the other. Give them different names."
             )
         super().postprocess_message(msg)
 
@@ -450,7 +450,7 @@ def _require_events(site: Site) -> None:
     plates = ", ".join(f"'{frame.name}' of {frame.size}" for frame in site["cond_indep_stack"])
     raise ValueError(
         f"site '{name}': its data are of shape {shape}, and {kind_of(fn)} has a batch of {fn.batch_shape}"
-        f"{f' in plate {plates}' if plates else ''}: every event would meet others than its own. Reshape the data, as by "
+        f"{f' in plate {plates}' if plates else ''}: every event would be compared with all others. Reshape the data, as by "
         "y[:, 0] for a table of one column; or write .to_event(n) for what belongs to one event, and a plate for each "
         "dimension that does not."
     )

@@ -67,10 +67,12 @@ def block_gibbs(rng_key: Array, layers: Layers, v: Array, num_steps: int = 1) ->
     if not support.is_discrete:
         v = real_positions(v)
     elif not isinstance(v, jax.core.Tracer) and not jnp.isnan(v).any() and not support(v).all():
-        raise ValueError(f"v: its values are to be in {support}, got some that are not.")
+        raise ValueError(f"v: its values must lie in the support, {support}, and some do not.")
     is_nan = jnp.isnan(v).any(-1, keepdims=True)
     if not isinstance(is_nan, jax.core.Tracer) and is_nan.any():
-        raise ValueError(f"v: {int(is_nan.sum())} of {is_nan.size} chains have NaN, and a draw at NaN would look like any other.")
+        raise ValueError(
+            f"v: {int(is_nan.sum())} of {is_nan.size} chains have NaN, and the units drawn from NaN would look like valid ones."
+        )
     return jnp.where(is_nan, jnp.nan, _sweeps(rng_key, layers, v, num_steps)).astype(v.dtype)
 
 

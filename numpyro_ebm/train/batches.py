@@ -257,7 +257,7 @@ class _Iterated:
                 self.next()
             except StopIteration:
                 raise ValueError(
-                    f"the source, a {type(self.source).__name__}, has less batches than the {num_read} that the run had read."
+                    f"the source, a {type(self.source).__name__}, has fewer batches than the {num_read} that the run had read."
                 ) from None
 
 
@@ -265,7 +265,7 @@ def _length(name: str, x: Any) -> int:
     try:
         return len(x)
     except TypeError:
-        raise TypeError(f"{name} of Batches, a {type(x).__name__}, has no length: give what has rows.") from None
+        raise TypeError(f"{name} of Batches, a {type(x).__name__}, has no length: give an array of rows.") from None
 
 
 def _rows(name: str, x: Any, index: np.ndarray) -> np.ndarray:

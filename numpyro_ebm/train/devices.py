@@ -324,8 +324,10 @@ class Sharding:
         if not _differing({"program": hashlib.sha256(program.lower(*args, **static).as_text().encode()).hexdigest()}):
             return
         if _differing({"order of sets": str(hash("numpyro_ebm"))}):
-            reason = "The order of sets differs between them, by which models and NumPyro may go: start each with the same"
-            reason += " PYTHONHASHSEED, as in PYTHONHASHSEED=0 python program.py; and with the same model, settings and packages"
+            reason = (
+                "Python orders sets differently in each of them, and a program may depend on that order: start each with the same "
+                "PYTHONHASHSEED, as in PYTHONHASHSEED=0 python program.py, and with the same model, settings and packages"
+            )
         else:
             reason = "Give each the same model, settings and shapes, and the same versions of packages"
         raise RuntimeError(f"the processes have different programs, and would wait for each other for ever. {reason}.")

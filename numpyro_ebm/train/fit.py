@@ -143,7 +143,7 @@ def fit(
     if num_steps is not None and num_epochs is not None:
         raise ValueError(f"num_steps={num_steps} and num_epochs={num_epochs} both say when to end: leave one out.")
     if patience is not None and validation is None:
-        raise ValueError(f"patience={patience} with no validation=, of which to have some: give rows or a function of the state.")
+        raise ValueError(f"patience={patience} with no validation= to watch: give rows or a function of the state.")
     sharding = None if mesh is None else as_sharding(mesh)
     part = (jax.process_index(), jax.process_count()) if sharding is not None and sharding.is_shared else (0, 1)
     learner, stream, always = _learner(engine), stream_of(batches, num_epochs, part), (tuple(args), dict(kwargs or {}))
@@ -253,7 +253,7 @@ def _started(
         program = require_rows_taken("the model", engine.model, one, rng_key, num_rows=num_rows)
         if has_rows and not program.subsampled:
             raise ValueError(
-                f"{type(engine).__name__} on minibatches needs a model with one subsampled plate, of which they have the rows: "
+                f"{type(engine).__name__} on minibatches needs a model with one subsampled plate, whose rows the minibatches are: "
                 f"numpyro.plate('data', N, subsample_size={len(one.index)})."
             )
     if not has_rows:
