@@ -150,9 +150,9 @@ def explain(sampler: Sampler, status: int) -> str:
         )
     if status == SHORT_RUN:
         return (
-            "the chains restart at every step and keep more than a tenth of where they do in every direction that they feel: "
-            f"{sampler!r} is too short for the energy. What is learned is biased by that, a linear tilt by a quarter or more, and "
-            "from a half on nothing settles. Take more num_steps, a larger step_size, or persistent chains."
+            "the chains restart at every step and keep more than a tenth of their start in every direction that the energy depends "
+            f"on: {sampler!r} is too short for the energy. What is learned is biased, a linear tilt by a quarter or more, and if "
+            "chains keep more than a half the fit does not settle. Take more num_steps, a larger step_size, or persistent chains."
         )
     if status != NOT_FINITE:
         return f"{sampler.explain(status)}."

@@ -158,7 +158,10 @@ STIFF = 0.15
 def _acceptance(site: str, kept: Mapping[str, Any], has_reference: bool) -> list[Finding]:
     """Of the sampler's steps and jumps, where it keeps it."""
     if "stiffness" in kept:  # of unadjusted chains
-        fix = "they are too widely spread by half of it, and what they teach is biased: take a smaller step_size, or MALA"
+        fix = (
+            "their variance is too large by a fraction of half this number, which biases the energy: take a smaller step_size, "
+            "or MALA"
+        )
         return [Finding(site, UNADJUSTED, float(np.max(kept["stiffness"])), None, STIFF, fix)]
     if "acceptance" not in kept:
         return []

@@ -264,7 +264,10 @@ def _stiffest_site(row: Stiffest) -> str:
 
 def stiffness_finding(look: Look) -> Finding:
     """The stiffest row as a number of a report."""
-    why = f"unadjusted particles are too widely spread by half of it or more, and what is learned from them is biased: {FIX}"
+    why = (
+        "the particles' variance exceeds the posterior's by a fraction of half this number or more, which biases what is "
+        f"learned: {FIX}"
+    )
     ratio = float(look.row.ratio)
     return Finding(_stiffest_site(look.row), STIFFEST, ratio, None, STIFF_AT_END, why)
 

@@ -270,8 +270,8 @@ def _own(programs: Programs, batch: Batch, kwargs: Kwargs, rng_key: Array, data:
                 )
             if "indices" in marks:
                 raise ValueError(
-                    f"site '{name}': it depends on the indices of plate '{batch.plate}', and which of its rows the "
-                    f"{len(batch.args[0])} rows of the first argument are is not known. Pass all rows of the plate."
+                    f"site '{name}': it depends on the indices of plate '{batch.plate}', and nothing says which of its "
+                    f"rows the {len(batch.args[0])} rows of the first argument are. Pass all rows of the plate."
                 )
     return batch
 

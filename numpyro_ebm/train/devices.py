@@ -309,8 +309,8 @@ class Sharding:
         local = {name: x for name, x in arrays.items() if not (isinstance(x, Array) and not x.is_fully_addressable)}
         if differing := _differing({name: _digest(x) for name, x in local.items()}):
             raise ValueError(
-                f"{', '.join(differing)}: the processes have different values, of what must be the same in each. Where every one "
-                "has rows of its own, make them one array first, by Sharding(...).joined(rows)."
+                f"{', '.join(differing)}: the processes have different values of this, which must be the same in each. Where every "
+                "one has rows of its own, make them one array first, by Sharding(...).joined(rows)."
             )
 
     def require_same_program(self, program: Any, *args: Any, **static: Any) -> None:
