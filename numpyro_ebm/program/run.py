@@ -182,7 +182,8 @@ def draw_latents(
             return None
         value = init_strategy({**site, "fn": with_core(site["fn"], _start_of)})
         shape = site["fn"].shape(site["kwargs"].get("sample_shape", ()))
-        if value is not None and np.shape(value) != shape:
+        own = np.shape(value)[scan_index(site) is not None :]  # inside a scan values have its steps in front, if they are given
+        if value is not None and shape not in (own, np.shape(value)):
             raise ValueError(
                 f"site '{site['name']}': init_strategy gives a value of shape {np.shape(value)}, and the site has {shape}, its "
                 "plates first (a subsampled one with the rows of a batch). Give it in full, as by "
