@@ -27,16 +27,17 @@ from numpyro_ebm.distributions.energy import energy_site, with_core
 from numpyro_ebm.distributions.known import is_known, log_prob_inside
 from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.infer.particle_batch import ParticleBatch, Particles
-from numpyro_ebm.infer.particle_rows import Rows, are_independent, rows_of
+from numpyro_ebm.infer.particle_rows import Rows, mix, rows_of
 from numpyro_ebm.program.sites import transform_of
 
+LogDensity = Callable[[Array], Array]
 
-class Jumped(NamedTuple):
-    """Particles of one site after jumps."""
+
+class _Weighed(NamedTuple):
+    """Particles of a site, and the log density of each row and particle over that of the reference."""
 
     x: Array
-    #: of each row and particle, the mean over the jumps of the acceptance probability
-    acceptance: Array
+    log_weight: Array
 
 
 class Jumps:
@@ -59,29 +60,30 @@ class Jumps:
         is_whole = fn.shape() == jnp.shape(site["value"])  # which a site inside control_flow.scan is not
         return cls(batch, rows, fn) if is_known(fn) and is_whole else None
 
-    def __call__(self, rng_key: Array, log_density: Callable[[Array], Array], x: Array, value: Array, num_jumps: int) -> Jumped:
+    def __call__(self, rng_key: Array, log_density: LogDensity, x: Array, value: Array, num_jumps: int) -> Array:
         """Particles after ``num_jumps`` jumps.
 
         :param log_density: of each row and particle.
         :param value: its value at ``x``.
         """
 
-        def jump(carry: tuple[Array, Array, Array], key: Array) -> tuple[tuple[Array, Array, Array], None]:
-            x, weight, acceptance = carry
-            propose_key, accept_key = jax.random.split(key)
-            new = self.transform.inv(self.reference.sample(propose_key, (len(x),))).astype(x.dtype)
-            new_weight = self._log_weight(new, log_density(new))
-            log_ratio = new_weight - weight
-            probability = jnp.where(jnp.isnan(log_ratio), 0.0, jnp.exp(jnp.minimum(log_ratio, 0.0)))
-            taken = jax.random.bernoulli(accept_key, probability)
-            x, weight = jnp.where(taken, new, x), jnp.where(taken, new_weight, weight)
-            return (x, weight, acceptance + probability / num_jumps), None
+        def jump(at: _Weighed, key: Array) -> tuple[_Weighed, None]:
+            return self.once(key, log_density, at)[0], None
 
-        weight = self._log_weight(x, value)
-        (x, _, acceptance), _ = lax.scan(jump, (x, weight, jnp.zeros_like(weight)), jax.random.split(rng_key, num_jumps))
-        return Jumped(x, acceptance)
+        begin = _Weighed(x, self.log_weight(x, value))
+        return lax.scan(jump, begin, jax.random.split(rng_key, num_jumps))[0].x
 
-    def _log_weight(self, x: Array, log_density: Array) -> Array:
+    def once(self, rng_key: Array, log_density: LogDensity, old: "_Weighed") -> tuple["_Weighed", Array]:
+        """Particles after a jump, and with which probability each row and particle took it."""
+        propose_key, accept_key = jax.random.split(rng_key)
+        x = self.transform.inv(self.reference.sample(propose_key, (len(old.x),))).astype(old.x.dtype)
+        new = _Weighed(x, self.log_weight(x, log_density(x)))
+        log_ratio = new.log_weight - old.log_weight
+        probability = jnp.where(jnp.isnan(log_ratio), 0.0, jnp.exp(jnp.minimum(log_ratio, 0.0)))
+        taken = jax.random.bernoulli(accept_key, probability)
+        return jax.tree.map(lambda new, old: jnp.where(taken, new, old), new, old), probability
+
+    def log_weight(self, x: Array, log_density: Array) -> Array:
         """The log density of each row and particle over that of the reference; from where it is not known any jump is taken."""
         weight = log_density - jax.vmap(self._log_reference)(x).reshape(log_density.shape)
         return jnp.where(jnp.isnan(weight), -jnp.inf, weight)
@@ -94,23 +96,20 @@ class Jumps:
         return self.rows.by_row(log_prob_inside(self.reference, value) + log_det, self.rows.shape_of((1, *x.shape))[1:])
 
 
-def jumped(batch: ParticleBatch, theta: Any, x: Particles, rng_key: Array, num_jumps: int) -> dict[str, Jumped]:
+def jumped(batch: ParticleBatch, theta: Any, x: Particles, rng_key: Array, num_jumps: int) -> Particles:
     """Jumps alone, of one latent site after the other; sites that have nothing to jump from stay."""
-    found = dict[str, Jumped]()
     for i, (name, rows) in enumerate(rows_of(batch, theta).items()):
-        if (jumps := Jumps.of(batch, rows)) is None:
-            found[name] = Jumped(x[name], jnp.zeros(()))
-        else:
+        if (jumps := Jumps.of(batch, rows)) is not None:
             log_density, key = rows.given_others(theta, x), jax.random.fold_in(rng_key, i)
-            found[name] = jumps(key, log_density, x[name], log_density(x[name]), num_jumps)
-            x = {**x, name: found[name].x}
-    return found
+            x = {**x, name: jumps(key, log_density, x[name], log_density(x[name]), num_jumps)}
+    return x
 
 
 # What jumps tell of a fit.
 
 DISTANCE = "distance of particles from posterior"
 NUM_JUMPS = 50
+MOST_NUMBERS = 2**16  # that jump
 TO_JUDGE = 1 / NUM_JUMPS  # mean acceptance: a particle has jumped about once
 # A prior adapts to the particles, and hides most of what is wrong: where .48 was learned for .72, jumps took .07 of them across.
 TOLERANCE, MORE_UNADJUSTED = 0.02, 0.01  # whose spread is too large by a sixth where h times the curvature is a third
@@ -135,18 +134,38 @@ def jump_numbers(rng_key: Array, batch: ParticleBatch, theta: Any, x: Particles,
     :param is_adjusted: whether moves are, for which rows are known to be independent.
     """
     look_key, jump_key = jax.random.split(rng_key)
-    sites = {name: rows for name, rows in rows_of(batch, theta).items() if Jumps.of(batch, rows) is not None}
-    if not sites:
+    rows = rows_of(batch, theta)
+    all_jumps = {name: jumps for name in rows if (jumps := Jumps.of(batch, rows[name])) is not None}
+    if not all_jumps:
         return {}
-    nothing = JumpNumbers(*map(jnp.asarray, (0.0, 0.0, 1, False)))
-    if any(rows.coupled for rows in rows_of(batch, theta).values()):
-        return dict.fromkeys(sites, nothing)
-    are_own = dict.fromkeys(sites, jnp.asarray(True)) if is_adjusted else are_independent(batch, theta, look_key)
-    after, numbers = jumped(batch, theta, x, jump_key, NUM_JUMPS), {}
-    for name, rows in sites.items():
-        distance, acceptance = _distance(rows, x[name], after[name].x), after[name].acceptance
-        numbers[name] = JumpNumbers(acceptance.mean(), distance, jnp.asarray(acceptance.size), are_own[name])
+    if any(each.coupled for each in rows.values()):
+        return dict.fromkeys(all_jumps, JumpNumbers(*map(jnp.asarray, (0.0, 0.0, 1, False))))
+    numbers, most = {}, max(1, MOST_NUMBERS // max(value[0].size for value in x.values()))
+    x = {name: value[:most] for name, value in x.items()}
+    for i, (name, jumps) in enumerate(all_jumps.items()):
+        after, acceptance = _while_accepted(jax.random.fold_in(jump_key, i), jumps, rows[name].given_others(theta, x), x[name])
+        is_known = jnp.asarray(True) if is_adjusted else ~mix(rows[name], theta, x, look_key)
+        distance = _distance(rows[name], x[name], after)
+        numbers[name] = JumpNumbers(acceptance, distance, jnp.asarray(math.prod(rows[name].shape_of(after.shape))), is_known)
+        x = {**x, name: after}
     return numbers
+
+
+def _while_accepted(rng_key: Array, jumps: Jumps, log_density: LogDensity, x: Array) -> tuple[Array, Array]:
+    """Particles after so many jumps, or after the first if hardly one is accepted; and the mean acceptance."""
+
+    def goes_on(carry: tuple[Array, _Weighed, Array]) -> Array:
+        count, _, total = carry
+        return (count < NUM_JUMPS) & (total >= count * TO_JUDGE)
+
+    def jump(carry: tuple[Array, _Weighed, Array]) -> tuple[Array, _Weighed, Array]:
+        count, at, total = carry
+        at, probability = jumps.once(jax.random.fold_in(rng_key, count), log_density, at)
+        return count + 1, at, total + probability.mean()
+
+    begin = jnp.zeros((), jnp.int32), _Weighed(x, jumps.log_weight(x, log_density(x))), jnp.zeros(())
+    count, at, total = lax.while_loop(goes_on, jump, begin)
+    return at.x, total / count
 
 
 def _distance(rows: Rows, x: Array, after: Array) -> Array:

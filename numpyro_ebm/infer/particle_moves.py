@@ -129,7 +129,7 @@ class Moves:
         nothing = jax.tree.map(jnp.zeros_like, (start.loss, start.of_params))
         (new_x, new_kept, last, (loss, gradient)), _ = lax.scan(move, (x, kept, start, nothing), moves)
         if self.num_jumps:
-            new_x = {name: of_site.x for name, of_site in jumped(batch, theta, new_x, moves.rng_key[-1], self.num_jumps).items()}
+            new_x = jumped(batch, theta, new_x, moves.rng_key[-1], self.num_jumps)
         return Moved(new_x, new_kept, x if self.is_jacobi else new_x, Gradients(loss, gradient, last.scores))
 
     def _push(
@@ -176,7 +176,7 @@ def adjusted(
         x[name] = chains.x
         if num_jumps and (jumps := Jumps.of(batch, rows)) is not None:
             jump_key = jax.random.fold_in(of_site.rng_key[-1], 1)
-            x[name] = jumps(jump_key, log_density, chains.x, chains.log_density, num_jumps).x
+            x[name] = jumps(jump_key, log_density, chains.x, chains.log_density, num_jumps)
     return x, AdaptedMoves(step_size, acceptance)
 
 
