@@ -170,3 +170,28 @@ def test_what_has_nothing_to_jump_from_moves_as_without_jumps(model):
     engines = (ParticleMMLE(model, STILL, 3, kernel="mala", num_jumps=num_jumps) for num_jumps in (2, 0))
     with_jumps, without = (_from_the_left(engine, 3) for engine in engines)
     np.testing.assert_array_equal(with_jumps, without)
+
+
+def _lies(y):
+    """The plate says that rows are independent, and the scale of each is of all."""
+    tilt = numpyro.param("tilt", 0.0)
+    with numpyro.plate("data", len(y)):
+        z = numpyro.sample("z", TiltedDistribution(dist.Normal(0, 2), lambda z: -tilt * z))
+        numpyro.sample("y", dist.Normal(z, 1 + 0.1 * (z**2).sum()), obs=y)
+
+
+def _sums(y):
+    """A site outside the plate depends on all rows, which then jump together or not at all."""
+    tilt = numpyro.param("tilt", 0.0)
+    with numpyro.plate("data", len(y)):
+        z = numpyro.sample("z", TiltedDistribution(dist.Normal(0, 2), lambda z: -tilt * z))
+    numpyro.sample("y", dist.Normal(z.sum(), 3.0), obs=y.sum())
+
+
+@pytest.mark.parametrize(("model", "is_told"), [(_lies, False), (_sums, True)])
+def test_rows_that_depend_on_each_other_are_seen_in_the_report(model, is_told):
+    engine = ParticleMMLE(model, STILL, 200, 0.01)
+    state = engine.run(KEY, 50, Y, progress_bar=False, report=False).state
+    (found,) = [each for each in diagnose(state, engine, Y, warn=False).findings if "from posterior" in each.quantity]
+    assert found.is_told == is_told, found
+    assert found.is_told or found.fix == "the rows of its plates depend on each other"

@@ -27,7 +27,7 @@ from numpyro_ebm.distributions.energy import energy_site, with_core
 from numpyro_ebm.distributions.known import is_known, log_prob_inside
 from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.infer.particle_batch import ParticleBatch, Particles
-from numpyro_ebm.infer.particle_rows import Rows, mix, rows_of
+from numpyro_ebm.infer.particle_rows import Rows, rows_of
 from numpyro_ebm.program.sites import transform_of
 
 LogDensity = Callable[[Array], Array]
@@ -128,31 +128,27 @@ class JumpNumbers(NamedTuple):
     is_known: Array
 
 
-def jump_numbers(rng_key: Array, batch: ParticleBatch, theta: Any, x: Particles, *, is_adjusted: bool) -> dict[str, JumpNumbers]:
-    """By latent site that has something to jump from; traced.
-
-    :param is_adjusted: whether moves are, for which rows are known to be independent.
-    """
-    look_key, jump_key = jax.random.split(rng_key)
+def jump_numbers(rng_key: Array, batch: ParticleBatch, theta: Any, x: Particles) -> dict[str, JumpNumbers]:
+    """By latent site that has something to jump from; traced."""
     rows = rows_of(batch, theta)
     all_jumps = {name: jumps for name in rows if (jumps := Jumps.of(batch, rows[name])) is not None}
-    if not all_jumps:
-        return {}
     if any(each.coupled for each in rows.values()):
         return dict.fromkeys(all_jumps, JumpNumbers(*map(jnp.asarray, (0.0, 0.0, 1, False))))
-    numbers, most = {}, max(1, MOST_NUMBERS // max(value[0].size for value in x.values()))
-    x = {name: value[:most] for name, value in x.items()}
+    most = max(1, MOST_NUMBERS // max(value[0].size for value in x.values()))
+    numbers, x = {}, {name: value[:most] for name, value in x.items()}
     for i, (name, jumps) in enumerate(all_jumps.items()):
-        after, acceptance = _while_accepted(jax.random.fold_in(jump_key, i), jumps, rows[name].given_others(theta, x), x[name])
-        is_known = jnp.asarray(True) if is_adjusted else ~mix(rows[name], theta, x, look_key)
-        distance = _distance(rows[name], x[name], after)
-        numbers[name] = JumpNumbers(acceptance, distance, jnp.asarray(math.prod(rows[name].shape_of(after.shape))), is_known)
+        log_density = rows[name].given_others(theta, x)
+        after, acceptance, is_known = _while_accepted(jax.random.fold_in(rng_key, i), jumps, log_density, x[name])
+        size = jnp.asarray(math.prod(rows[name].shape_of(after.shape)))
+        numbers[name] = JumpNumbers(acceptance, _distance(rows[name], x[name], after), size, is_known)
         x = {**x, name: after}
     return numbers
 
 
-def _while_accepted(rng_key: Array, jumps: Jumps, log_density: LogDensity, x: Array) -> tuple[Array, Array]:
-    """Particles after so many jumps, or after the first if hardly one is accepted; and the mean acceptance."""
+def _while_accepted(rng_key: Array, jumps: Jumps, log_density: LogDensity, x: Array) -> tuple[Array, Array, Array]:
+    """Particles after so many jumps, or after the first if hardly one is accepted; the mean acceptance; and whether rows are
+    independent: each was weighed where the others had jumped too, and weighs the same where they have not.
+    """
 
     def goes_on(carry: tuple[Array, _Weighed, Array]) -> Array:
         count, _, total = carry
@@ -163,9 +159,13 @@ def _while_accepted(rng_key: Array, jumps: Jumps, log_density: LogDensity, x: Ar
         at, probability = jumps.once(jax.random.fold_in(rng_key, count), log_density, at)
         return count + 1, at, total + probability.mean()
 
-    begin = jnp.zeros((), jnp.int32), _Weighed(x, jumps.log_weight(x, log_density(x))), jnp.zeros(())
+    def weigh(x: Array) -> Array:
+        return jumps.log_weight(x, log_density(x))
+
+    begin = jnp.zeros((), jnp.int32), _Weighed(x, weigh(x)), jnp.zeros(())
     count, at, total = lax.while_loop(goes_on, jump, begin)
-    return at.x, total / count
+    is_known = jnp.isclose(weigh(at.x), at.log_weight, rtol=1e-3, atol=1e-2).all()
+    return at.x, total / count, is_known
 
 
 def _distance(rows: Rows, x: Array, after: Array) -> Array:

@@ -717,8 +717,7 @@ class ParticleMMLE(Engine):
     @partial(compiled_method, cheaply=True)
     def _jump_numbers(self, state: ParticleState, rng_key: Array, *args: Any, **kwargs: Any) -> dict[str, JumpNumbers]:
         batch = self._batch(state, own_key(rng_key), args, kwargs)
-        x = batch.gather(state.particles)
-        return jump_numbers(rng_key, batch, state.unconstrained, x, is_adjusted=self.kernel == "mala")
+        return jump_numbers(rng_key, batch, state.unconstrained, batch.gather(state.particles))
 
     def _explain(
         self, state: ParticleState, bad: dict[Part, int], args: tuple[Any, ...], kwargs: dict[str, Any]

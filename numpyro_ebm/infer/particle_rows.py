@@ -105,16 +105,13 @@ def are_independent(batch: ParticleBatch, theta: Any, rng_key: Array) -> dict[st
         event = tuple(i for i, (size, whole) in enumerate(zip(shape, plain.shape, strict=True)) if size != whole)
         tolerance = jnp.finfo(plain.dtype).eps ** 0.5 * jnp.abs(plain).max(event, keepdims=True, initial=0)
         found[name] = ~(jnp.abs(seen / weights - plain) > tolerance).any()
-        found[name] &= ~mix(rows, theta, x, mix_key)
+        for dim in rows.plates.values():
+            found[name] &= ~_mixes(rows, theta, x, dim, mix_key)
     return found
 
 
-def mix(rows: Rows, theta: Any, x: Particles, rng_key: Array) -> Array:
-    """Whether the log density of a row changes where others of one of its plates do."""
-    return jnp.asarray([_mixes(rows, theta, x, dim, rng_key) for dim in rows.plates.values()], bool).any()
-
-
 def _mixes(rows: Rows, theta: Any, x: Particles, dim: int, rng_key: Array) -> Array:
+    """Whether the log density of a row of the plate at ``dim`` changes where others do."""
 
     def of_rows(value: dict[str, Array]) -> Array:
         density = rows.log_density(theta, {**x, rows.name: value[rows.name][None]})
