@@ -66,8 +66,8 @@ def require_same_programs(what: str, there: Mapping[str, str], here: Mapping[str
     lines = differing({name: line for name, line in there.items() if name in here}, here, "there")
     if lines:
         raise ValueError(
-            f"{what} holds the state of other programs:\n{listed(lines)}\nLoad it with the programs of its fit. What that gives may "
-            "be given to another engine, as by run(..., init_state=...)."
+            f"{what} holds the state of other programs:\n{listed(lines)}\nLoad it with the programs of its fit. What that gives "
+            "may be given to another engine, as by run(..., init_state=...)."
         )
 
 

@@ -74,8 +74,8 @@ def load(path: str | os.PathLike[str], engine: Any, *args: Any, **kwargs: Any) -
     :param engine: an engine as the one whose state it is, freshly made or not. NumPyro's ``SVI`` is initialized, as its ``update``
         and ``get_params`` need it.
     :param args: what ``engine.init`` is called with after the key: arguments of the model.
-    :raises ValueError: if it is the state of other programs, with each that differs; if it is one of arguments of other shapes, with
-        both shapes of each leaf that differs; or if the file is damaged.
+    :raises ValueError: if it is the state of other programs, with each that differs; if it is one of arguments of other shapes,
+        with both shapes of each leaf that differs; or if the file is damaged.
     """
     programs = programs_of(engine)
     path = Path(path).expanduser()
