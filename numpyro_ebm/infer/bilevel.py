@@ -102,7 +102,7 @@ class BilevelEngine(ScoreEngine):
     def _unconstrained(self, state: Any) -> dict[str, Any]:
         return {**state.theta, **state.phi}
 
-    def _meet(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _meet(self, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if isinstance(self.guide, AutoGuide) and not has_seen_model(self.guide):
             run_model(self.guide, args, kwargs, rng_key)  # it keeps what it sees first, which must not be traced values
 

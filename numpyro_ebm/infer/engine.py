@@ -167,7 +167,7 @@ class Engine(metaclass=_ReadOnly):
         """The unconstrained values of all param sites at a state."""
         return cast(dict[str, Any], state.unconstrained)
 
-    def _meet(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _meet(self, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What there is to do before anything is traced."""
 
     def _explain(self, state: State, bad: dict[Part, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, str]:
@@ -206,7 +206,7 @@ class Engine(metaclass=_ReadOnly):
         given = read_params("init_params", {} if init_params is None else init_params)
         dynamic, static = self._split(args, kwargs)
         args, kwargs = join(dynamic, static)
-        self._meet(rng_key, given, args, kwargs)
+        self._meet(rng_key, args, kwargs)
         state, good, inside = self._begin(rng_key, given, dynamic, static)
         if outside := [name for name, is_inside in inside.items() if _is_false(is_inside)]:
             params = InitParams(given)

@@ -528,9 +528,6 @@ class ParticleMMLE(Engine):
         rate = 2 * batch_size / num_data if self.noise == "all" else 0.0
         return {name: rate * h for name, h in self._step_size(state).items()}
 
-    def _meet(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        require_own_rows(self._inner, args, kwargs, own_key(rng_key), data=params)
-
     def _refuse(self, rng_key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         look_key = own_key(rng_key)  # as _start does
         latents = draw_latents(self._inner, args, kwargs, look_key, data=params, init_strategy=self._draws)
@@ -580,6 +577,8 @@ class ParticleMMLE(Engine):
         positions = draw_latents(self._inner, args, kwargs, look_key, data=init_params, init_strategy=self._draws)
         program = run_model(self._inner, args, kwargs, look_key, data=init_params, latents=positions)
         require_learnable(program, init_params)
+        if program.subsampled:
+            require_own_rows(self._inner, args, kwargs, look_key, data=init_params)
         require_steps_of(self.step_size, program.latents)
         self._num_data(program)  # which a drift may need to be given
         params = unconstrain_params(program.params, program.param_transforms)

@@ -60,7 +60,7 @@ def require_own_rows(
 ) -> None:
     """Refuses data that stay the same while a plate draws other rows in each step, of whom each keeps something of its own.
 
-    Rows that are all equal may stay; so may those that the program itself, or a minibatch, gives the indices of.
+    Data that the program makes, all rows equal, may stay; so may rows that it gives the indices of itself, or a minibatch does.
 
     :raises ValueError: naming site and plate.
     """
@@ -79,7 +79,7 @@ def require_own_rows(
     fixed = [at for at in fixed if at[1].name in rows.drawn and not found[at[0]] & {_PLATE + at[1].name, _LATENT}]
     if not fixed:
         return
-    with jax.ensure_compile_time_eval():  # as load traces what it calls
+    with jax.ensure_compile_time_eval():  # what depends on no argument is known while it is traced
         sites = run_at_zero(model, args, kwargs, rng_key, data or {}).sites
         for name, frame in fixed:
             site = sites[name]
