@@ -125,6 +125,8 @@ def test_data_that_stay_where_a_plate_draws_other_rows_are_refused(num_rows):
     cause = f"site 'y': plate 'data' draws {num_rows} of 6 rows in each step, and the data do not depend on which"
     with pytest.raises(ValueError, match=rf"{cause}.*{fix}"):
         _engine(_with_rows_that_stay).init(KEY, Y[:num_rows])
+    with pytest.raises(ValueError, match=cause):  # that are no argument
+        _engine(partial(_with_rows_that_stay, data=lambda y, x, index: Y[:num_rows])).init(KEY, Y[:num_rows])
     with pytest.raises(ValueError, match=cause):  # before anything is known of the values
         jax.jit(_engine(_with_rows_that_stay).init)(KEY, Y[:num_rows])
 
@@ -151,7 +153,7 @@ def test_data_of_one_of_two_plates_that_stay_are_refused():
         lambda y, x, index: Y[index],
         lambda y, x, index: jnp.where(index > 2, 1.0, 0.0),
         lambda y, x, index: numpyro.subsample(Y, event_dim=0),
-        lambda y, x, index: x + 1,
+        lambda y, x, index: x * y.sum(),
     ],
 )
 def test_data_that_are_the_same_for_all_rows_or_of_the_rows_drawn_are_learned(data):
