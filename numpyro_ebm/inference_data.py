@@ -90,8 +90,9 @@ def to_inference_data(
     :return: an ``arviz.InferenceData`` (ArviZ 0) or an ``xarray.DataTree`` (ArviZ 1).
     :raises ValueError: if there is nothing to show; if ``chains`` or ``dims`` names an unknown site, or ``coords``
         an unknown dim; if a site has the name of a dim, or sites differ in the number of samples; if ``dims`` gives a site the
-        wrong number of names; if samples of ``posterior`` have more or fewer dims than their site, which the model or the particles
-        tell, and ``batch_ndims``; if the particles are of other rows than the data.
+        wrong number of names; if ``model`` has no such site, or samples or ``observed_data`` are of another shape than theirs in
+        it; without ``model``, if samples of ``posterior`` have more or fewer dims than the particles and ``batch_ndims``; if the
+        particles are of other rows than the data.
 
     .. doctest::
 
@@ -125,7 +126,20 @@ def to_inference_data(
         if model is None
         else _look(fit if posterior is None else fit._replace(particles=None), model, model_args, dict(model_kwargs or {}))
     )
-    _require_samples(posterior or {}, batch_ndims, seen.shapes or _shapes_of_particles(fit))
+    samples = {
+        "posterior": posterior,
+        "posterior_predictive": posterior_predictive,
+        "prior": prior,
+        "prior_predictive": prior_predictive,
+    }
+    if model is not None:
+        for argument, given in {**samples, "observed_data": observed_data}.items():
+            _require_sites(argument, given or {}, seen.sites)
+        for argument, given in samples.items():
+            _require_shapes(given or {}, batch_ndims, seen, may_lack_plates=argument.startswith("prior"))
+        _require_data(observed_data or {}, seen)
+    else:
+        _require_samples(posterior or {}, batch_ndims, _shapes_of_particles(fit))
     groups: dict[str, dict[str, np.ndarray]] = {
         "posterior": seen.posterior if posterior is None else _by_chain(posterior, batch_ndims),
         "posterior_predictive": _by_chain(posterior_predictive, batch_ndims),
@@ -154,6 +168,8 @@ class _Seen(NamedTuple):
     observed_data: dict[str, np.ndarray] = {}
     dims: dict[str, tuple[str, ...]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    num_plates: dict[str, int] = {}  # by site, how many of its first dims are plates
+    sites: frozenset[str] = frozenset()  # params too
 
 
 def _look(fit: Fit, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
@@ -172,7 +188,10 @@ def _look(fit: Fit, model: Callable[..., Any], args: tuple[Any, ...], kwargs: di
     named = {name: _site_dims(site) for name, site in sites.items() if site["type"] in ("sample", "deterministic")}
     data_sites = [name for name, site in sites.items() if site["type"] == "sample" and site["is_observed"]]
     observed = {name: np.asarray(sites[name]["value"]) for name in data_sites if not is_factor(sites[name]["fn"])}
-    return _Seen(posterior, observed, named, {name: np.shape(sites[name]["value"]) for name in named})
+    shapes = {name: np.shape(sites[name]["value"]) for name in named}
+    num_plates = {name: _num_plates(sites[name], dims) for name, dims in named.items()}
+    known = frozenset(name for name, site in sites.items() if site["type"] in ("sample", "deterministic", "param"))
+    return _Seen(posterior, observed, named, shapes, num_plates, known)
 
 
 def _site_dims(site: Site) -> tuple[str, ...]:
@@ -192,6 +211,11 @@ def _site_dims(site: Site) -> tuple[str, ...]:
                 names[-event_dim:] = named_events
             break
     return tuple(names)
+
+
+def _num_plates(site: Site, dims: tuple[str, ...]) -> int:
+    plates = {frame.name for frame in site["cond_indep_stack"]}
+    return next((i for i, dim in enumerate(dims) if dim not in plates), len(dims))
 
 
 def _negative_chains(fit: Fit) -> dict[str, dict[str, Any]]:
@@ -268,13 +292,59 @@ def _require_samples(posterior: Mapping[str, Array], batch_ndims: int, shapes: M
         given, shape = np.shape(value), shapes.get(name)
         if shape is None or len(given) == batch_ndims + len(shape):
             continue
-        wanted = "(num_samples,)" if batch_ndims == 1 else "(num_chains, num_samples)"
-        other = 3 - batch_ndims
-        fix = f"pass batch_ndims={other}" if len(given) == other + len(shape) else "pass samples of all of it"
+        raise _of_other_shape(name, given, batch_ndims, shape)
+
+
+def _require_sites(argument: str, named: Mapping[str, Any], sites: frozenset[str]) -> None:
+    if unknown := sorted(set(named) - sites):
         raise ValueError(
-            f"site '{name}': samples of shape {given}, with batch_ndims={batch_ndims} they must be of shape {wanted} + {shape}, "
-            f"which the site has in the model: {fix}."
+            f"{argument} has sites {unknown} that the model does not have: its own are {sorted(sites)}. Pass the model that they "
+            "are of, or leave out what is the guide's alone."
         )
+
+
+def _require_shapes(samples: Mapping[str, Array], batch_ndims: int, seen: _Seen, *, may_lack_plates: bool) -> None:
+    """Refuses samples that are not of the shape that their site has in the model, behind their own dims.
+
+    :param may_lack_plates: whether they may be of one row, as negative chains are and what a generator gives. One sample of all
+        rows, which looks as samples of one row do, is refused.
+    """
+    for name, value in samples.items():
+        given, shape = np.shape(value), seen.shapes.get(name)
+        if shape is None:
+            continue
+        num_lacking = seen.num_plates[name] if may_lack_plates else 0
+        if given[batch_ndims:] in [shape[i:] for i in range(num_lacking + 1)] and len(given) >= batch_ndims and given != shape:
+            continue
+        raise _of_other_shape(name, given, batch_ndims, shape)
+
+
+def _require_data(observed_data: Mapping[str, Array], seen: _Seen) -> None:
+    """Refuses data of other rows than the model's."""
+    for name, value in observed_data.items():
+        given, shape = np.shape(value), seen.shapes.get(name)
+        if shape is not None and given != shape:
+            raise ValueError(
+                f"site '{name}': observed_data are of shape {given}, and the site has {shape} in the model with these model_args: "
+                "pass the data of the fit in both, or leave observed_data out."
+            )
+
+
+def _of_other_shape(name: str, given: tuple[int, ...], batch_ndims: int, shape: tuple[int, ...]) -> ValueError:
+    wanted = "(num_samples,)" if batch_ndims == 1 else "(num_chains, num_samples)"
+    other, own = 3 - batch_ndims, given[len(given) - len(shape) :]
+    if given == shape:
+        fix = f"x[{', '.join(['None'] * batch_ndims)}] is one sample x; x[None] with batch_ndims=2 are samples x of one row"
+    elif len(given) == other + len(shape):
+        fix = f"pass batch_ndims={other}"
+    elif len(given) == batch_ndims + len(shape) and sorted(own) == sorted(shape):
+        fix = "transpose its dims"
+    else:
+        fix = "pass samples of all of it"
+    return ValueError(
+        f"site '{name}': samples of shape {given}, with batch_ndims={batch_ndims} they must be of shape {wanted} + {shape}, "
+        f"which the site has in the model: {fix}."
+    )
 
 
 def _dim_names(

@@ -581,7 +581,7 @@ def test_a_run_goes_on_from_a_file_as_if_it_had_not_ended(tmp_path):
     # Catches a state that loses its key, its optimizer or the bits of its particles.
     path = tmp_path / "state.ebm"
     state = particles().run(jax.random.key(1), 5, Y, progress_bar=False).state
-    save(state, path)
+    save(state, path, particles())
     on, again = (
         particles().run(jax.random.key(0), 5, Y, init_state=s, progress_bar=False) for s in (state, load(path, particles(), Y))
     )
@@ -599,6 +599,33 @@ def test_the_state_of_another_engine_or_of_other_shapes_is_refused_by_name(tmp_p
         load(path, Started())
 
 
+def other_model(y):
+    mu = numpyro.param("mu", jnp.zeros(()))
+    with numpyro.plate("rows", y.size):
+        z = numpyro.sample("z", dist.LogNormal(mu, 1.0))
+        numpyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def of_other_model(model=other_model, **settings):
+    return ParticleMMLE(model, optax.adam(0.3), num_particles=3, step_size=0.2, **settings)
+
+
+def test_the_state_of_another_model_with_the_same_shapes_is_refused(tmp_path):
+    """Catches the particles of a normal latent that are taken for those of a log-normal one."""
+    state = particles().init(jax.random.key(1), Y)
+    save(state, tmp_path / "a", particles())
+    message = r"holds the state of other programs:\n  model: scale_model, digest \w+ there, other_model, digest \w+ here\nLoad it"
+    with pytest.raises(ValueError, match="a' " + message):
+        load(tmp_path / "a", of_other_model(), Y)
+    assert_same(load(tmp_path / "a", of_other_model(scale_model), Y), state)  # other settings may go on from it
+    save(state, tmp_path / "b")
+    with pytest.warns(RuntimeWarning, match=r"b' does not say of which model its state is.*save\(state, path, engine\)"):
+        load(tmp_path / "b", of_other_model(), Y)
+    particles().run(jax.random.key(1), 2, Y, progress_bar=False, checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match="step_2' " + message):
+        load(tmp_path / "run", of_other_model(), Y)
+
+
 def test_svi_goes_on_from_a_file_in_a_fresh_object(tmp_path):
     # Catches get_params of an SVI that was never initialized: 'NoneType' object is not callable.
     def svi():
@@ -606,7 +633,7 @@ def test_svi_goes_on_from_a_file_in_a_fresh_object(tmp_path):
 
     first = svi()
     state, _ = first.update(first.init(jax.random.key(2), Y), Y)
-    save(state, tmp_path / "svi")
+    save(state, tmp_path / "svi", first)
     other = svi()
     again = load(tmp_path / "svi", other, Y)
     assert_same(first.update(state, Y), other.update(again, Y))

@@ -197,6 +197,56 @@ def test_samples_with_other_dims_in_front_than_they_are_said_to_have_are_refused
         assert data["posterior"]["scale"].shape[2:] == (5,)
 
 
+def _shown(y):
+    """Five schools of two tests, and a site that is in no plate."""
+    loc = numpyro.sample("loc", dist.Normal(0, 1).expand([2]).to_event(1))
+    with numpyro.plate("school", len(y)):
+        x = numpyro.sample("x", dist.Normal(loc, 1).to_event(1))
+        numpyro.sample("y", dist.Normal(x, 1).to_event(1), obs=y)
+
+
+def _of_shown(**given):
+    return to_inference_data({}, model=_shown, model_args=(jnp.ones((5, 2)),), **given)
+
+
+WRONG_SHAPES = {
+    "one sample of the prior": ({"prior": {"loc": jnp.ones(2)}}, r"\+ \(2,\), .*: x\[None\] is one sample x"),
+    "one in a plate": (
+        {"prior": {"x": jnp.ones((5, 2))}},
+        r"\+ \(5, 2\), .*: x\[None\] is .* samples x of one row",
+    ),
+    "the data": ({"posterior_predictive": {"y": jnp.ones((5, 2))}}, r"\+ \(5, 2\), .*: x\[None\] is one sample x"),
+    "one chain": (
+        {"posterior": {"x": jnp.ones((5, 2))}, "batch_ndims": 2},
+        r"\(num_chains, num_samples\).*: x\[None, None\] is",
+    ),
+    "transposed": ({"posterior": {"x": jnp.ones((9, 2, 5))}}, r"of shape \(9, 2, 5\), .*: transpose its dims"),
+    "another dim": ({"posterior": {"x": jnp.ones((9, 5, 3))}}, r"\+ \(5, 2\), .*: pass samples of all of it"),
+    "one row of the posterior": ({"posterior": {"x": jnp.ones((9, 2))}}, r"\+ \(5, 2\), .*: pass samples of all of it"),
+    "a part of an event": ({"prior": {"x": jnp.ones(9)}}, r"\+ \(5, 2\), .*: pass samples of all of it"),
+    "chains": ({"prior_predictive": {"y": jnp.ones((3, 9, 5, 2))}}, r"\+ \(5, 2\), .*: pass batch_ndims=2"),
+    "other rows": ({"observed_data": {"y": jnp.ones((4, 2))}}, r"observed_data are of shape \(4, 2\), and the site has \(5, 2\)"),
+    "another site": (
+        {"posterior": {"u": jnp.ones(9)}},
+        r"posterior has sites \['u'\] that the model does not have: .*'x', 'y'",
+    ),
+    "other data": ({"observed_data": {"u": jnp.ones(9)}}, r"observed_data has sites \['u'\] that the model does not have"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), WRONG_SHAPES.values(), ids=WRONG_SHAPES)
+def test_what_is_not_of_the_shape_of_its_site_is_refused(given, message):
+    """Catches one sample whose rows are taken for draws, and values that stand at other schools and tests than theirs."""
+    with pytest.raises(ValueError, match=message):
+        _of_shown(**given)
+
+
+def test_samples_of_the_prior_may_be_of_all_rows_or_of_one():
+    for x in (jnp.ones((9, 5, 2)), jnp.ones((9, 2))):
+        assert _of_shown(prior={"x": x})["prior"]["x"].shape == (1, *x.shape)
+    assert _of_shown(prior={"x": jnp.ones((1, 5, 2))}, batch_ndims=2)["prior"]["x"].shape == (1, 5, 2)  # 5 of one row
+
+
 def test_draws_at_fixed_parameters_are_chains_that_arviz_summarizes(cloud):
     # catches chains and draws exchanged, and a container that az.summary or az.plot_forest cannot read
     engine, result = cloud

@@ -90,6 +90,7 @@ from numpyro_ebm.program.run import (
     unconstrain_params,
 )
 from numpyro_ebm.program.sites import Model
+from numpyro_ebm.program.streamed import require_own_rows
 from numpyro_ebm.samplers import UnadjustedLangevin
 from numpyro_ebm.train.health import Health, Part, health_of, is_bad, keep
 
@@ -175,7 +176,8 @@ class ParticleMMLE(Engine):
     :param average_iterates: whether the parameters that :meth:`run` and :meth:`get_params` return are an average of the iterates,
         weighed by about the cube of the step, instead of the last; or another power than 3. ``state.params`` is the last.
     :raises ValueError: for a setting out of range; when a model is first seen, naming the site, for a discrete latent, no
-        latent or no param site, a latent outside a subsampled plate, or data that are not finite.
+        latent or no param site, a latent outside a subsampled plate, data in one that are not taken by its indices, or data that
+        are not finite.
     :raises NormalizerError: when a model is first seen, naming the site, if an unknown normalizer depends on a latent, or on
         parameters that do not move by their gradient.
     :raises NonFiniteError: during a run, with the last good state.
@@ -575,6 +577,8 @@ class ParticleMMLE(Engine):
         positions = draw_latents(self._inner, args, kwargs, look_key, data=init_params, init_strategy=self._draws)
         program = run_model(self._inner, args, kwargs, look_key, data=init_params, latents=positions)
         require_learnable(program, init_params)
+        if program.subsampled:
+            require_own_rows(self._inner, args, kwargs, look_key, data=init_params)
         require_steps_of(self.step_size, program.latents)
         self._num_data(program)  # which a drift may need to be given
         params = unconstrain_params(program.params, program.param_transforms)

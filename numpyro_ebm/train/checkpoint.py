@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from numpyro_ebm._checks import require_bool, require_count, require_positive
-from numpyro_ebm.train.fingerprint import differing
+from numpyro_ebm.train.fingerprint import differing, require_same_programs
 from numpyro_ebm.train.leaves import Leaf, checksum, is_spread, leaves_of, listed, on_host
 from numpyro_ebm.train.store import PREFIX, DamagedError, Store, delete_checkpoints, reason, require_writable, unfinished
 
@@ -272,8 +272,11 @@ class CheckpointWriter:
         )
 
 
-def newest_state(folder: Path, wanted: Any) -> Any:
-    """The state in the newest checkpoint of a run that can be read, of any fit with such a state."""
+def newest_state(folder: Path, wanted: Any, programs: dict[str, str]) -> Any:
+    """The state in the newest checkpoint of a run that can be read, of any fit with such a state.
+
+    :param programs: of the engine that it is read for.
+    """
     store, reasons = Store(folder), dict[int, str]()
     for step in store.steps():
         try:
@@ -282,6 +285,7 @@ def newest_state(folder: Path, wanted: Any) -> Any:
         except DamagedError as error:
             reasons[step] = str(error)
             continue
+        require_same_programs(f"'{store.path(step)}'", record["fingerprint"], programs)
         if reasons:
             warnings.warn(f"'{folder}': step {step} is loaded, because\n{_by_step(reasons)}", RuntimeWarning, stacklevel=3)
         return tree["state"]

@@ -28,11 +28,12 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.primitives import Messenger
 
 from numpyro_ebm._compiled import LIBRARIES, PLAIN, Look, Same, is_library
-from numpyro_ebm.train.leaves import checksum
+from numpyro_ebm.train.leaves import checksum, listed
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 MADE_BY_INIT = {"constrain_fn", "mutable_state"}  # attributes of NumPyro's SVI that are no settings
 KEPT_BY_HANDLERS = {"rng_key", "trace"}  # attributes of NumPyro's handlers that change in every run
+PROGRAMS = ("model", "guide", "energy", "encoder", "generator")  # attributes of engines
 EXPANDED = ("numpyro", "optax", "numpyro_ebm")  # libraries whose objects hold settings in attributes
 MAX_TEXT = 120
 
@@ -49,7 +50,28 @@ def fingerprint_of(engine: Any, **more: Any) -> dict[str, str]:
     return lines
 
 
-def differing(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
+def programs_of(engine: Any) -> dict[str, str]:
+    """The lines of its programs alone: a state may be read for other settings, and not for another model."""
+    return {name: line for name, line in fingerprint_of(engine).items() if name in ("python", *PROGRAMS)}
+
+
+def require_same_programs(what: str, there: Mapping[str, str], here: Mapping[str, str]) -> None:
+    """Refuses a state of other programs.
+
+    :param str what: what holds the state, as an error calls it.
+    :param there: lines of the fit that it is of.
+    :param here: :func:`programs_of` the engine that it is read for.
+    :raises ValueError: with each program that differs.
+    """
+    lines = differing({name: line for name, line in there.items() if name in here}, here, "there")
+    if lines:
+        raise ValueError(
+            f"{what} holds the state of other programs:\n{listed(lines)}\nLoad it with the programs of its fit. What that gives "
+            "may be given to another engine, as by run(..., init_state=...)."
+        )
+
+
+def differing(there: Mapping[str, str], here: Mapping[str, str], where: str = "in the folder") -> list[str]:
     """The lines in which two fingerprints differ, with both values.
 
     Digests are compared within one version of Python, whose compiler they depend on.
@@ -60,7 +82,7 @@ def differing(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
         before, now = there.get(name, "nothing"), here.get(name, "nothing")
         is_same = before == now if is_same_python else _without_digest(before) == _without_digest(now)
         if name != "python" and not is_same:
-            lines.append(f"{name}: {before} in the folder, {now} here")
+            lines.append(f"{name}: {before} {where}, {now} here")
     return lines
 
 
