@@ -195,9 +195,7 @@ TABLE = jnp.asarray(np.random.default_rng(6).normal(size=(300, 2)), jnp.float32)
 @pytest.mark.parametrize("objective", [ExactScoreMatching(), SlicedScoreMatching()])
 def test_a_model_that_is_worse_than_a_gaussian_at_its_own_rows_is_told(objective):
     """Rows far from where a normal distribution starts, and one step. Catches a report that knows spikes alone."""
-    wanted = (
-        r"site 'x': objective at the rows is \S+ and should be at most -0\.\d+: a normal distribution .* reaches -.*more steps"
-    )
+    wanted = r"site 'x': objective at the rows is \S+ and should be at most -0\.\d+: a normal distribution .* reaches -.*more steps"
     with pytest.warns(UserWarning, match=wanted):
         _, result = run(normal, objective, 1, TABLE + 5)
     assert [finding.quantity for finding in result.report.trouble] == ["objective at the rows"]
@@ -304,3 +302,14 @@ def test_validation_is_compared_with_a_gaussian():
     assert not validation_finding("x", -2.0, -0.3, -1.0, -0.9).is_well  # at most -.9 + .5
     assert validation_finding("x", -2.0, -0.5, -1.0, -0.9).is_well
     assert validation_finding("x", -0.7, -0.3, -1.0, -0.9).is_well  # nothing is learned
+
+
+def test_validation_of_denoising_with_little_noise_says_that_it_is_noise():
+    """For a standard normal and noise of .1, 1 / .02 of a score of 0, and 1 / .02 - 1 / 2.02 of the best."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        little = run(bell, DenoisingScoreMatching(0.1), 20, validation=OTHERS)[1].report
+        much = run(bell, DenoisingScoreMatching(2.0), 20, validation=OTHERS)[1].report
+        exact = run(bell, EXACT, 20, validation=OTHERS)[1].report
+    assert "is the noise of denoising" in little.findings[-1].quantity
+    assert {report.findings[-1].quantity for report in (much, exact)} == {"objective on validation rows"}

@@ -28,7 +28,7 @@ MAX_ROWS = 10_000  # rows that a correlation is estimated from
 ROWS_PER_DIM = 10  # so many there must be for each coordinate: of fewer, a covariance describes them far better than any others
 LEAST_VARIANCE = 1e-3  # of standardized data: a direction with less has a precision that would be all of an objective
 NUM_BATCHES = 8  # that the objective at the rows is compared on
-AT_ROWS = "objective at the rows"
+AT_ROWS, VALIDATION = "objective at the rows", "objective on validation rows"
 FIX = (
     "The model has spikes at the data (or at the values that they are rounded to), which lower the objective without bound. Take "
     "more rows, noise_scale= or curvature_penalty= of the objective, validation= and patience= of run, or DenoisingScoreMatching"
@@ -121,13 +121,20 @@ def level_finding(site: str, at_rows: np.ndarray, of_gaussian: np.ndarray) -> Fi
     return Finding(site, AT_ROWS, value, None, most, f"a normal distribution fitted to the data reaches {reached:.3g}. {TOO_BAD}")
 
 
-def validation_finding(site: str, at_rows: float, value: float, of_gaussian: float, gaussian_value: float) -> Finding:
-    """Of a model that is better than a Gaussian at the rows: whether it comes near one at others. The last two are of the Gaussian.
+def validation_finding(
+    site: str, at_rows: float, value: float, of_gaussian: float, gaussian_value: float, of_flat: float = 0.0
+) -> Finding:
+    """Of a model that is better than a Gaussian at the rows: whether it comes near one at others.
 
     Half of what it reaches is near: a flexible model of Gaussian data is a little worse at other rows, which is no collapse.
+
+    :param of_gaussian: of the Gaussian, at the rows; and ``gaussian_value`` at the others.
+    :param of_flat: of a score of 0. What denoising has there is the noise, of which the best score takes little where it is small.
     """
-    most, fix = None, ""
+    quantity, most, fix = VALIDATION, None, ""
+    if of_gaussian > of_flat / 2 > 0:
+        quantity = f"{VALIDATION} (most of it, and of what is wanted, is the noise of denoising, so that it tests little)"
     if at_rows < of_gaussian:
         most = gaussian_value + abs(of_gaussian) / 2
         fix = f"a Gaussian reaches {gaussian_value:.3g}, and at the rows that were learned from the model has {at_rows:.3g}. {FIX}"
-    return Finding(site, "objective on validation rows", value, None, most, fix)
+    return Finding(site, quantity, value, None, most, fix)

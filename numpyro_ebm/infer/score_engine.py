@@ -157,7 +157,9 @@ class ScoreEngine(Engine):
         numbers = self.evaluate(state, *args, **kwargs), self.evaluate(state, *rows, **kwargs)
         gaussians = self._gaussian(state, args[0], args[0]), self._gaussian(state, args[0], rows[0])
         (here, there), (at_rows, at_validation) = (map(float, pair) for pair in (numbers, gaussians))
-        return [*found, validation_finding(self._visible_site(state, args, kwargs), here, there, at_rows, at_validation)]
+        of_flat = float(self._gaussian_loss(state.rng_key, args[0], jnp.asarray(args[0]), lambda loss, _: loss(jnp.zeros_like)))
+        site = self._visible_site(state, args, kwargs)
+        return [*found, validation_finding(site, here, there, at_rows, at_validation, of_flat)]
 
     def _findings(self, rng_key: Array, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
         """Of an objective that can collapse: whether it has, or is bad at the rows; of one with many noise levels: whether they go
