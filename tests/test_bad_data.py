@@ -414,6 +414,19 @@ def test_a_column_is_no_row_of_numbers(name):
         refused(COLUMN.format(fn), ROWS[name], pd.DataFrame({"y": np.asarray(Y)}))
 
 
+@pytest.mark.parametrize("size", [None, 2])
+def test_a_plate_of_another_size_than_the_data_is_named_with_both(size):
+    """They are no column to reshape."""
+
+    def model(y):
+        loc = numpyro.param("loc", 0.5)
+        with numpyro.plate("data", 3, subsample_size=size):
+            numpyro.sample("y", dist.Normal(numpyro.sample("x", dist.Normal(loc, 1)), 1), obs=y)
+
+    wanted = f"plate 'data' is of {size or 3} and the data have 6 rows"
+    refused(wanted, ParticleMMLE(model, SGD, 2, 0.1).init, KEY, Y)
+
+
 WIDTHS = {
     "a vector": (lambda v: dist.Normal(numpyro.param("w", jnp.zeros(2)), 1).to_event(1), "Normal has events of shape (2,)"),
     "an RBM": (

@@ -25,7 +25,14 @@ from numpyro_ebm import (
     diagnose,
     reports_enabled,
 )
-from numpyro_ebm.infer.collapse import beside, collapse_finding, gaussian_objective, validation_finding
+from numpyro_ebm.infer.collapse import (
+    beside,
+    collapse_finding,
+    correlated_objective,
+    gaussian_objective,
+    level_finding,
+    validation_finding,
+)
 
 KEY = jax.random.key(0)
 ROWS = jnp.asarray(np.random.default_rng(1).normal(size=(60, 1)), jnp.float32)
@@ -118,7 +125,7 @@ def test_arrays_of_numpy_are_told_of_as_those_of_jax_are():
     with pytest.warns(UserWarning, match="site 'x'") as said:
         engine, result = run(rows=np.asarray(ROWS), validation=np.asarray(OTHERS))
     assert [re.sub(r"\W.*", "", str(one.message)) for one in said] == ["site", "site"]
-    assert [finding.is_well for finding in result.report.findings] == [False, False]
+    assert [finding.is_well for finding in result.report.findings] == [False, True, False]
     assert not diagnose(result, engine, np.asarray(ROWS), warn=False).is_well
 
 
@@ -175,6 +182,43 @@ def test_engines_with_a_guide_tell_too():
         engine.run(KEY, 400, ROWS, progress_bar=False)
 
 
+def normal(x):
+    loc = numpyro.param("loc", jnp.zeros(2))
+    scale = numpyro.param("scale", jnp.ones(2), constraint=constraints.positive)
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("x", dist.Normal(loc, scale).to_event(1), obs=x)
+
+
+TABLE = jnp.asarray(np.random.default_rng(6).normal(size=(300, 2)), jnp.float32)
+
+
+@pytest.mark.parametrize("objective", [ExactScoreMatching(), SlicedScoreMatching()])
+def test_a_model_that_is_worse_than_a_gaussian_at_its_own_rows_is_told(objective):
+    """Rows far from where a normal distribution starts, and one step. Catches a report that knows spikes alone."""
+    wanted = r"site 'x': objective at the rows is \S+ and should be at most -0\.\d+: a normal distribution .* reaches -.*more steps"
+    with pytest.warns(UserWarning, match=wanted):
+        _, result = run(normal, objective, 1, TABLE + 5)
+    assert [finding.quantity for finding in result.report.trouble] == ["objective at the rows"]
+
+
+def test_a_model_without_the_correlation_of_the_data_is_told():
+    """At its optimum, where it has the variances: the objective is -1, that of a Gaussian -1 / (1 - .9^2)."""
+    rows = TABLE @ jnp.linalg.cholesky(jnp.array([[1.0, 0.9], [0.9, 1.0]])).T
+    with pytest.warns(UserWarning, match="site 'x': objective at the rows .* reaches -5"):
+        run(normal, EXACT, 200, rows)
+
+
+def test_masked_rows_are_not_compared_with_a_gaussian():
+    def model(x):
+        with numpyro.handlers.mask(mask=jnp.arange(len(x)) % 4 == 0):
+            normal(x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, result = run(model, EXACT, 200, TABLE)
+    assert [finding.is_told for finding in result.report.findings] == [True, False]
+
+
 # The numbers.
 
 
@@ -205,6 +249,46 @@ def test_the_objective_of_a_gaussian_is_half_of_its_information():
     np.testing.assert_allclose(value, -(1 / v.var(0)).sum() / 2, rtol=1e-4)
 
 
+def of_exact(fit, v):
+    return fit(lambda score: ExactScoreMatching().loss(score, KEY, v, v).mean(), v)
+
+
+def test_the_objective_of_a_correlated_gaussian_is_half_of_its_information():
+    """Minus half the trace of the inverse covariance; and of events of two dimensions the same."""
+    v = TABLE @ jnp.array([[1.0, 2.0], [0.0, 0.5]])
+    wanted = -np.trace(np.linalg.inv(np.cov(v.T, bias=True))) / 2
+    np.testing.assert_allclose(of_exact(correlated_objective, v), wanted, rtol=1e-4)
+    np.testing.assert_allclose(of_exact(correlated_objective, v.reshape(300, 2, 1)), wanted, rtol=1e-4)
+
+
+def test_directions_without_variance_are_none_to_be_good_in():
+    """A constant column, and one that is another: catches a precision without bound, by which every model is bad."""
+    x, y = TABLE.T
+    constant = of_exact(correlated_objective, jnp.stack([x, jnp.full(300, 3.0)], 1))
+    np.testing.assert_allclose(constant, -1 / x.var() / 2 - 1, rtol=1e-4)  # of precision 1 at its mean: the trace alone
+    same = of_exact(correlated_objective, jnp.stack([x, y, x + 1e-4 * y], 1))
+    assert same > -3
+
+
+def test_few_rows_have_no_covariance():
+    v = TABLE[:15] @ jnp.array([[1.0, 1.0], [0.0, 0.01]])
+    assert of_exact(correlated_objective, v) == of_exact(gaussian_objective, v)
+
+
+@pytest.mark.parametrize(
+    ("at_rows", "of_gaussian", "is_well"),
+    [
+        ([-0.6, -0.6], [-1.0, -1.0], True),  # near: half of what a Gaussian reaches
+        ([-0.4, -0.4], [-1.0, -1.0], False),
+        ([0.1, -0.9], [-1.0, -1.0], True),  # within what two batches tell
+        ([np.inf, np.inf], [-1.0, -1.0], False),
+        ([0.0, 0.0], [np.nan, np.nan], True),
+    ],
+)
+def test_a_model_is_bad_that_is_far_from_a_gaussian(at_rows, of_gaussian, is_well):
+    assert level_finding("x", np.array(at_rows), np.array(of_gaussian)).is_well is is_well
+
+
 @pytest.mark.parametrize(
     ("at_rows", "value", "is_well"),
     [(-2.0, 1.0, False), (-2.0, -1.0, True), (-0.5, 1.0, True), (-2.0, np.nan, False), (np.nan, np.nan, True)],
@@ -218,3 +302,14 @@ def test_validation_is_compared_with_a_gaussian():
     assert not validation_finding("x", -2.0, -0.3, -1.0, -0.9).is_well  # at most -.9 + .5
     assert validation_finding("x", -2.0, -0.5, -1.0, -0.9).is_well
     assert validation_finding("x", -0.7, -0.3, -1.0, -0.9).is_well  # nothing is learned
+
+
+def test_validation_of_denoising_with_little_noise_says_that_it_is_noise():
+    """For a standard normal and noise of .1, 1 / .02 of a score of 0, and 1 / .02 - 1 / 2.02 of the best."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        little = run(bell, DenoisingScoreMatching(0.1), 20, validation=OTHERS)[1].report
+        much = run(bell, DenoisingScoreMatching(2.0), 20, validation=OTHERS)[1].report
+        exact = run(bell, EXACT, 20, validation=OTHERS)[1].report
+    assert "is the noise of denoising" in little.findings[-1].quantity
+    assert {report.findings[-1].quantity for report in (much, exact)} == {"objective on validation rows"}

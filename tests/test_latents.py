@@ -4,6 +4,7 @@
 """Latents and the uncertainty of parameters after a fit, against closed forms and quadrature."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -406,13 +407,48 @@ def test_information_is_that_of_the_marginal_off_the_maximum_too():
     # catches a missing covariance, second moments of scores in its place (they differ where the mean score is not 0), the
     # covariance of their sum (too noisy), and an error of log scale given for one of scale
     y, theta = 2 + 2 * jax.random.normal(jax.random.key(5), (50,)), jnp.array([2.5, jnp.log(2.2)])
-    found = errors_of(KEY, population, {"loc": 2.5, "scale": 2.2}, y, num_samples=250, num_chains=16)
+    with pytest.warns(UserWarning, match="param 'loc': params are not at a maximum"):
+        found = errors_of(KEY, population, {"loc": 2.5, "scale": 2.2}, y, num_samples=250, num_chains=16)
     exact = population_information(theta, y)
     assert abs(exact[0, 1]) > 0.1 * exact[0, 0]
     assert_information(found, exact, {"loc": 1, "scale": 2.2}, most_noise=0.005)  # .002 by rows, .008 to .011 by their sum
     assert found.standard_errors["scale"].shape == ()
     variances = [found.standard_errors["loc"] ** 2, found.standard_errors["scale"] ** 2]
     np.testing.assert_allclose(jnp.diagonal(found.covariance), jnp.array(variances), rtol=1e-5)
+
+
+def of_normals(loc, scale, num_chains=4):
+    """y ~ N(loc, scale^2 + 1), 200 rows, and exact samples of the posterior: at the maximum loc is 1 and scale sqrt 3."""
+    y = jax.random.normal(jax.random.key(5), (200,))
+    y = 1 + 2 * (y - y.mean()) / y.std()
+    gain = scale**2 / (scale**2 + 1)
+    noise = jax.random.normal(KEY, (num_chains, 100, 200))
+    samples = {"x": loc + gain * (y - loc) + jnp.sqrt(gain) * noise}
+    return standard_errors(population, {"loc": loc, "scale": scale}, samples, y)
+
+
+@pytest.mark.parametrize("num_chains", [1, 4])
+def test_params_off_the_maximum_are_told_by_their_newton_step(num_chains):
+    """The standard error of loc is 2 / sqrt 200, and the likelihood is normal in it: the step is as long as the distance."""
+    error = 2 / 200**0.5
+    with pytest.warns(UserWarning, match=r"param 'loc': .* it by [12]\.\d* \(\+- 0\.0\d*\) of .* at most 0\.5.* average_iterates"):
+        of_normals(1 + 1.5 * error, 3**0.5, num_chains)
+    with pytest.warns(UserWarning, match="param 'scale': params are not at a maximum"):
+        of_normals(1.0, 1.0, num_chains)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        of_normals(1 + 0.4 * error, 3**0.5, num_chains)
+
+
+def test_a_step_that_few_samples_cannot_tell_is_not_told():
+    """Two samples of one row: the step is 2 standard errors, and uncertain by .9 of them."""
+
+    def one(y):
+        numpyro.sample("x", dist.Normal(numpyro.param("loc", 0.0), 1))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        standard_errors(one, {"loc": 0.0}, {"x": jnp.array([[2.0, 0.4]])}, None)
 
 
 def test_toy_has_standard_error_root_two_over_d():

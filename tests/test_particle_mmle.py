@@ -540,6 +540,13 @@ def test_particles_start_where_they_are_told():
     np.testing.assert_array_equal(start.particles["x"], np.tile(np.arange(6.0), (3, 1)))
 
 
+def test_values_to_start_from_are_of_a_latent():
+    """NumPyro passes over names that the model does not have, and starts elsewhere."""
+    at = init_to_value(values={"x": jnp.zeros(6), "effect": 1.0})
+    with pytest.raises(ValueError, match=r"init_strategy gives values of \['effect'\], .* the model has \['x'\]"):
+        _engine(_hierarchical, init_strategy=at).init(KEY, Y)
+
+
 def test_replicated_state_goes_on_with_copies_that_part():
     one, six = _engine(_hierarchical, num_particles=2), _engine(_hierarchical, num_particles=6)
     state = _run(one, 10, Y).state

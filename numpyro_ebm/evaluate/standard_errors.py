@@ -16,6 +16,7 @@ covariance of the sum gives the same with far more noise.
 """
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -31,6 +32,8 @@ from numpyro_ebm.evaluate.posterior import Latents, Posterior
 from numpyro_ebm.program.provenance import mark, sources
 from numpyro_ebm.program.run import total
 from numpyro_ebm.program.sites import Model
+
+MOST_STEP = 0.5  # standard errors that a Newton step to the maximum may move a param
 
 
 class StandardErrors(NamedTuple):
@@ -60,6 +63,9 @@ def standard_errors(
 
     They are those of large-sample theory, from the curvature of the log likelihood at ``params``, and hold for regular models
     at the maximum. The curvature is taken in unconstrained space and carried to constrained values by the delta method.
+
+    The same samples give the gradient of the log likelihood, by Fisher's identity. Where a Newton step with it moves a param by
+    more than half its standard error, ``params`` are not at the maximum, and a warning names the param that it moves farthest.
 
     :param model: a NumPyro model, under :class:`~numpyro_ebm.negative_phase` or not.
     :param dict params: values of all :func:`numpyro.param` sites, ``result.params``.
@@ -117,6 +123,7 @@ def standard_errors(
     # to first order an error dI of the information changes its inverse by -V dI V
     changes = np.einsum("ij,cjk,ik->ci", spread, of_chains - information, spread) / (2 * np.maximum(errors, 1e-300))
     noise = changes.std(0, ddof=1) / np.sqrt(len(changes)) if len(changes) > 1 else np.full_like(errors, np.nan)
+    _warn_off_maximum(spread, information, moments, errors, math.prod(num_samples), learned.names)
     dtype = theta.dtype
     return StandardErrors(
         learned.by_site(jnp.asarray(errors, dtype)),
@@ -211,7 +218,8 @@ class _Learned:
 class _Moments(NamedTuple):
     """Means over the samples of every chain."""
 
-    information: Any  # (num_chains, p, p), of minus the Hessian of the log joint density
+    score: Any  # (num_chains, p), of the gradient of the log joint density
+    information: Any  # (num_chains, p, p), of minus its Hessian
     scores: Any  # (num_chains, rows, p), of the rows' scores, less those of a reference draw
     products: Any  # (num_chains, p, p), of the sum over rows of these scores times themselves
 
@@ -225,9 +233,12 @@ def _moments(posterior: Posterior, used: tuple[bool, ...], theta: Array, draws: 
         return jnp.atleast_2d(of_rows)
 
     def of_draw(x: Latents) -> _Moments:
-        hessian = jax.hessian(lambda theta: total(posterior.terms(x, posterior.params_at(unravel(theta)))))(theta)
+        def log_density(theta: Array) -> Array:
+            return total(posterior.terms(x, posterior.params_at(unravel(theta))))
+
+        score, hessian = jax.grad(log_density)(theta), jax.hessian(log_density)(theta)
         of_rows = scores(x) - reference  # a covariance is the same about any point, and more exact about a near one
-        return _Moments(-hessian, of_rows, jnp.matmul(of_rows.T, of_rows, precision="highest"))
+        return _Moments(score, -hessian, of_rows, jnp.matmul(of_rows.T, of_rows, precision="highest"))
 
     def add(sums: _Moments, x: Latents) -> tuple[_Moments, None]:
         return jax.tree.map(jnp.add, sums, jax.vmap(of_draw)(x)), None
@@ -248,6 +259,31 @@ def _information(moments: _Moments) -> tuple[np.ndarray, np.ndarray]:
     of_chains = moments.information - covariance
     of_chains = (of_chains + of_chains.transpose(0, 2, 1)) / 2
     return of_chains.mean(0), of_chains
+
+
+def _warn_off_maximum(
+    spread: np.ndarray, information: np.ndarray, moments: _Moments, errors: np.ndarray, num_samples: int, names: list[str]
+) -> None:
+    """Warns of the param that a Newton step moves farthest in its standard errors, if that is more than chance.
+
+    :param spread: what a gradient is multiplied by for the step of constrained values.
+    """
+    step = spread @ moments.score.mean(0)
+    # scores of the complete data have the covariance that Louis' identity takes away; a chain's samples may depend on each other
+    missing = np.maximum(np.einsum("ij,jk,ik->i", spread, moments.information.mean(0) - information, spread), 0) / num_samples
+    of_chains = moments.score @ spread.T
+    between = of_chains.var(0, ddof=1) / len(of_chains) if len(of_chains) > 1 else np.zeros_like(missing)
+    scale = np.maximum(errors, 1e-300)
+    moved, noise = np.abs(step) / scale, np.sqrt(np.maximum(missing, between)) / scale
+    if ((excess := moved - MOST_STEP - 4 * noise) <= 0).all():
+        return
+    worst = int(excess.argmax())
+    warnings.warn(
+        f"param '{names[worst]}': params are not at a maximum of the likelihood. A Newton step would move it by "
+        f"{moved[worst]:.2g} (+- {noise[worst]:.1g}) of its standard errors, which hold where that is at most {MOST_STEP}. Fit for "
+        "longer, or average the iterates (average_iterates=True), and take samples at the new params.",
+        stacklevel=3,
+    )
 
 
 def _require_positive_definite(information: np.ndarray, complete: Any, names: list[str]) -> None:

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Whether score matching has put spikes at the data.
+r"""Whether score matching has put spikes at the data, or has not even reached a normal distribution there.
 
 An objective that differentiates the score, :math:`J = \tfrac12 \|s\|^2 + \mathrm{tr} \, \nabla s`, is minus half the Fisher
 information of what is learned. On finitely many rows it has no minimum: a density with a narrow spike at every row has as much
@@ -14,17 +14,29 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.scipy.linalg import solve_triangular
 
 from numpyro_ebm.evaluate import Finding
+from numpyro_ebm.evaluate.report import not_told
 
 MAX_NEIGHBORS = 5000  # rows that neighbors are looked for in: of more, the nearest is hardly closer
 SAME = 1e-3  # rows closer than this are taken for one, relative to their size
 RIDGE = 1e-6  # added to a covariance, relative to its mean variance
+MAX_ROWS = 10_000  # rows that a correlation is estimated from
+ROWS_PER_DIM = 10  # so many there must be for each coordinate: of fewer, a covariance describes them far better than any others
+LEAST_VARIANCE = 1e-3  # of standardized data: a direction with less has a precision that would be all of an objective
+NUM_BATCHES = 8  # that the objective at the rows is compared on
+AT_ROWS, VALIDATION = "objective at the rows", "objective on validation rows"
 FIX = (
     "The model has spikes at the data (or at the values that they are rounded to), which lower the objective without bound. Take "
     "more rows, noise_scale= or curvature_penalty= of the objective, validation= and patience= of run, or DenoisingScoreMatching"
+)
+
+TOO_BAD = (
+    "The model describes its own data worse than a normal distribution: it has not converged, or is too small. Take more steps, a "
+    "larger or a falling learning rate, a guide that learns faster, or a larger model"
 )
 
 
@@ -62,6 +74,29 @@ def gaussian_objective(loss: Callable[[Callable[[Array], Array]], Array], data: 
     return loss(lambda v: -(v - mean) / jnp.where(variance > 0, variance, 1))
 
 
+def correlated_objective(loss: Callable[[Callable[[Array], Array]], Array], data: Array) -> Array:
+    """The objective of a normal distribution with the covariance of the data; of few rows as :func:`gaussian_objective`.
+
+    Directions in which the data hardly vary get the variance 1, so that the objective is about the others.
+
+    :param loss: the objective as a function of the score.
+    """
+    some = data[:: -(-len(data) // MAX_ROWS)].reshape(-1, math.prod(data.shape[1:]))
+    if len(some) < ROWS_PER_DIM * some.shape[1]:
+        return gaussian_objective(loss, data)
+    mean, scale = some.mean(0), some.std(0)
+    scale = jnp.where(scale > 0, scale, 1)
+    rows = (some - mean) / scale
+    variances, axes = jnp.linalg.eigh(jnp.matmul(rows.T, rows, precision="highest") / len(rows))
+    precisions = 1 / jnp.where(variances < LEAST_VARIANCE, 1, variances)
+
+    def score(v: Array) -> Array:
+        along = jnp.matmul((v.reshape(len(v), -1) - mean) / scale, axes, precision="highest")
+        return (-jnp.matmul(along * precisions, axes.T, precision="highest") / scale).reshape(v.shape)
+
+    return loss(score)
+
+
 def collapse_finding(site: str, at_rows: float, beside_rows: float, of_gaussian: float) -> Finding:
     """Of a model that is better than a Gaussian at the rows: whether it is better than a flat density beside them."""
     overflows = math.isfinite(at_rows) and math.isnan(beside_rows)
@@ -71,13 +106,35 @@ def collapse_finding(site: str, at_rows: float, beside_rows: float, of_gaussian:
     return Finding(site, "objective at half the distance to other rows", value, None, most, fix)
 
 
-def validation_finding(site: str, at_rows: float, value: float, of_gaussian: float, gaussian_value: float) -> Finding:
-    """Of a model that is better than a Gaussian at the rows: whether it comes near one at others. The last two are of the Gaussian.
+def level_finding(site: str, at_rows: np.ndarray, of_gaussian: np.ndarray) -> Finding:
+    """Whether a model comes near a Gaussian at the rows: by half of what it reaches, and what the difference is uncertain by.
+
+    :param at_rows: the objective in batches.
+    :param of_gaussian: that of a Gaussian in the same.
+    """
+    value, reached = float(at_rows.mean()), float(of_gaussian.mean())
+    if not math.isfinite(reached):
+        return not_told(site, AT_ROWS, "a Gaussian has none there to compare with")
+    differences = at_rows - of_gaussian
+    error = float(differences.std(ddof=1)) / math.sqrt(len(differences)) if np.isfinite(differences).all() else 0.0
+    most = reached + abs(reached) / 2 + 4 * error
+    return Finding(site, AT_ROWS, value, None, most, f"a normal distribution fitted to the data reaches {reached:.3g}. {TOO_BAD}")
+
+
+def validation_finding(
+    site: str, at_rows: float, value: float, of_gaussian: float, gaussian_value: float, of_flat: float = 0.0
+) -> Finding:
+    """Of a model that is better than a Gaussian at the rows: whether it comes near one at others.
 
     Half of what it reaches is near: a flexible model of Gaussian data is a little worse at other rows, which is no collapse.
+
+    :param of_gaussian: of the Gaussian, at the rows; and ``gaussian_value`` at the others.
+    :param of_flat: of a score of 0. What denoising has there is the noise, of which the best score takes little where it is small.
     """
-    most, fix = None, ""
+    quantity, most, fix = VALIDATION, None, ""
+    if of_gaussian > of_flat / 2 > 0:
+        quantity = f"{VALIDATION} (most of it, and of what is wanted, is the noise of denoising, so that it tests little)"
     if at_rows < of_gaussian:
         most = gaussian_value + abs(of_gaussian) / 2
         fix = f"a Gaussian reaches {gaussian_value:.3g}, and at the rows that were learned from the model has {at_rows:.3g}. {FIX}"
-    return Finding(site, "objective on validation rows", value, None, most, fix)
+    return Finding(site, quantity, value, None, most, fix)

@@ -21,9 +21,18 @@ from jax import Array, lax
 
 from numpyro_ebm._checks import require_bool, require_count, require_instance
 from numpyro_ebm._pytree import join
-from numpyro_ebm.evaluate.report import Finding, are_reports_enabled, report_of
+from numpyro_ebm.evaluate.report import Finding, are_reports_enabled, not_told, report_of
 from numpyro_ebm.handlers import unnormalized
-from numpyro_ebm.infer.collapse import beside, collapse_finding, gaussian_objective, validation_finding
+from numpyro_ebm.infer.collapse import (
+    AT_ROWS,
+    NUM_BATCHES,
+    beside,
+    collapse_finding,
+    correlated_objective,
+    gaussian_objective,
+    level_finding,
+    validation_finding,
+)
 from numpyro_ebm.infer.engine import Engine, RunResult, compiled_method
 from numpyro_ebm.infer.noise_levels import levels_finding
 from numpyro_ebm.objectives.score import MultiscaleDenoisingScoreMatching, ScoreObjective, objective_keys
@@ -148,47 +157,70 @@ class ScoreEngine(Engine):
         numbers = self.evaluate(state, *args, **kwargs), self.evaluate(state, *rows, **kwargs)
         gaussians = self._gaussian(state, args[0], args[0]), self._gaussian(state, args[0], rows[0])
         (here, there), (at_rows, at_validation) = (map(float, pair) for pair in (numbers, gaussians))
-        return [*found, validation_finding(self._visible_site(state, args, kwargs), here, there, at_rows, at_validation)]
+        of_flat = float(self._gaussian_loss(state.rng_key, args[0], jnp.asarray(args[0]), lambda loss, _: loss(jnp.zeros_like)))
+        site = self._visible_site(state, args, kwargs)
+        return [*found, validation_finding(site, here, there, at_rows, at_validation, of_flat)]
 
     def _findings(self, rng_key: Array, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
-        """Of an objective that can collapse: whether it has; of one with many noise levels: whether they go together."""
+        """Of an objective that can collapse: whether it has, or is bad at the rows; of one with many noise levels: whether they go
+        together.
+        """
         if isinstance(self.objective, MultiscaleDenoisingScoreMatching):
             num_rows = len(self._first_batch(state.rng_key, state.params, args, kwargs).args[0])
             return [levels_finding(self._visible_site(state, args, kwargs), self.objective, num_rows, args[0])]
         if not getattr(self.objective, "differentiates_score", False):
             return []
-        numbers = map(float, jax.device_get(self._beside(state._replace(rng_key=rng_key), *args, **kwargs)))
-        return [collapse_finding(self._visible_site(state, args, kwargs), *numbers)]
+        numbers = jax.device_get(self._beside(state._replace(rng_key=rng_key), *args, **kwargs))
+        at_rows, beside_rows, of_gaussian, of_correlated = numbers
+        visible, program = self._visible(state, args, kwargs)
+        found = [collapse_finding(visible.site, float(at_rows[0]), float(beside_rows[0]), float(of_gaussian[0]))]
+        if is_masked(program.sites[visible.site]["fn"]):  # a masked row has the objective 0, whatever the model
+            return [*found, not_told(visible.site, AT_ROWS, "the site is masked, and a Gaussian is not")]
+        return [*found, level_finding(visible.site, np.asarray(at_rows, float), np.asarray(of_correlated, float))]
 
     @compiled_method
-    def _beside(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Array, Array, Array]:
-        """The loss on the rows of a step, and beside them; and that of a Gaussian."""
-        batch_key, move_key = jax.random.split(state.rng_key)
-        batch = self._batch(batch_key, state.params, args, kwargs)
-        v, *rest = batch.args
+    def _beside(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Array, Array, Array, Array]:
+        """Of some batches, the loss on their rows, and beside those of the first; that of a Gaussian of independent coordinates,
+        and of one with the covariance of the data.
+        """
 
-        def loss(v: Array) -> Array:
-            return self._batch_loss(state, batch._replace(args=(v, *rest)), kwargs)
+        def of_batch(at: tuple[Array, Array]) -> tuple[Array, Array, Array, Array]:
+            is_first, rng_key = at
+            batch_key, move_key = jax.random.split(rng_key)
+            batch = self._batch(batch_key, state.params, args, kwargs)
+            v, *rest = batch.args
 
-        here, there = lax.map(loss, jnp.stack([v, beside(move_key, v, args[0])]))
-        return here, there, self._gaussian_loss(state.rng_key, args[0], v)
+            def loss(v: Array) -> Array:
+                return self._batch_loss(state._replace(rng_key=rng_key), batch._replace(args=(v, *rest)), kwargs)
+
+            moved = lax.cond(is_first, lambda: beside(move_key, v, args[0]), lambda: v)  # which is expensive
+            here, there = lax.map(loss, jnp.stack([v, moved]))
+            gaussians = (self._gaussian_loss(rng_key, args[0], v, fit) for fit in (gaussian_objective, correlated_objective))
+            return here, there, *gaussians
+
+        others = jax.random.split(jax.random.fold_in(state.rng_key, 2), NUM_BATCHES - 1)
+        keys = jnp.concatenate([state.rng_key[None], others])
+        return lax.map(of_batch, (jnp.arange(NUM_BATCHES) == 0, keys))
 
     @compiled_method
     def _gaussian(self, state: Any, data: Array, v: Array) -> Array:
         return self._gaussian_loss(state.rng_key, data, v)
 
-    def _gaussian_loss(self, rng_key: Array, data: Array, v: Array) -> Array:
+    def _gaussian_loss(self, rng_key: Array, data: Array, v: Array, fit: Callable[..., Array] = gaussian_objective) -> Array:
         """The objective on rows of a Gaussian that is fitted to the data, each with its noise."""
         keys = objective_keys(rng_key)
         v_tilde = self.objective.perturb(keys.noise, v)
         data = self.objective.perturb(keys.draw, data)
-        return gaussian_objective(lambda score: self.objective.loss(score, keys.loss, v, v_tilde).mean(), data)
+        return fit(lambda score: self.objective.loss(score, keys.loss, v, v_tilde).mean(), data)
 
     def _visible_site(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """The name of the site of the visible."""
+        return self._visible(state, args, kwargs)[0].site
+
+    def _visible(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Visible, Run]:
+        """The visible, and the run of the model that it was found in."""
         batch = self._first_batch(state.rng_key, state.params, args, kwargs)
-        visible, _ = find_visible(batch.of(self._inner), batch.args, kwargs, state.rng_key, data=state.params)
-        return visible.site
+        return find_visible(batch.of(self._inner), batch.args, kwargs, state.rng_key, data=state.params)
 
     def _inspect(self, rng_key: Array, data: dict[str, Any], batch: Batch, kwargs: dict[str, Any]) -> tuple[Visible, Run]:
         """The visible and a run of the model, which is refused if no score could teach it."""

@@ -7,7 +7,7 @@ The engines speak this language and hold no handlers of their own. Latents are i
 support ``S`` is the image of a real array under ``biject_to(S)``, and its log Jacobian is part of the log density.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -174,7 +174,7 @@ def draw_latents(
 ) -> dict[str, Array]:
     """Unconstrained latents to start from, by NumPyro's ``init_strategy``; energy sites give samples of their base.
 
-    :raises ValueError: naming a site of which it gives a value of another shape.
+    :raises ValueError: naming a site of which it gives a value of another shape, or that is no latent of the model.
     """
 
     def start(site: Site) -> Any:
@@ -196,8 +196,16 @@ def draw_latents(
     given = substitute(data=_copied(data))
     with one_at_a_time, sites_named(), trace() as sites, substitute(substitute_fn=start), given, seed(rng_seed=rng_key):
         taking_rows(model)(*args, **kwargs)
+    _require_known_starts(init_strategy, {name for name, site in sites.items() if is_latent(site)})
     latents = {name: site for name, site in sites.items() if is_latent(site) and not site["fn"].support.is_discrete}
     return {name: transform_of(site).inv(site["value"]) for name, site in latents.items()}
+
+
+def _require_known_starts(init_strategy: Any, latents: set[str]) -> None:
+    """Refuses values of ``init_to_value`` for what is no latent, which NumPyro passes over."""
+    values = getattr(init_strategy, "keywords", {}).get("values")  # of a functools.partial
+    if isinstance(values, Mapping) and (unknown := sorted(set(values) - latents)):
+        raise ValueError(f"init_strategy gives values of {unknown}, which is no latent site: the model has {sorted(latents)}.")
 
 
 def log_density_terms(
@@ -448,6 +456,13 @@ def _require_events(site: Site) -> None:
         whole = ()
     if whole == fn.batch_shape or (whole == batch and not site["cond_indep_stack"]):
         return
+    for frame in site["cond_indep_stack"] if len(batch) == len(fn.batch_shape) else ():
+        if (given := batch[frame.dim]) not in (1, frame.size):
+            raise ValueError(
+                f"site '{name}': plate '{frame.name}' is of {frame.size} and the data have {given} rows (they are of shape "
+                f"{shape}). Give the plate the size of the data, as numpyro.plate('{frame.name}', len(y)); where it is "
+                f"subsampled, take the rows of the batch by numpyro.subsample(y, event_dim={fn.event_dim})."
+            )
     plates = ", ".join(f"'{frame.name}' of {frame.size}" for frame in site["cond_indep_stack"])
     raise ValueError(
         f"site '{name}': its data are of shape {shape}, and {kind_of(fn)} has a batch of {fn.batch_shape}"
