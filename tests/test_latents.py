@@ -431,7 +431,7 @@ def of_normals(loc, scale, num_chains=4):
 def test_params_off_the_maximum_are_told_by_their_newton_step(num_chains):
     """The standard error of loc is 2 / sqrt 200, and the likelihood is normal in it: the step is as long as the distance."""
     error = 2 / 200**0.5
-    with pytest.warns(UserWarning, match=r"param 'loc': .* it by [12]\.\d* \(\+- 0\.0\d*\) of .* at most 0\.5.* average_iterates"):
+    with pytest.warns(UserWarning, match=r"param 'loc': .* it by [12]\.\d* \(\+- 0\.0\d*\) of .* at most 0\.5.*average_iterates"):
         of_normals(1 + 1.5 * error, 3**0.5, num_chains)
     with pytest.warns(UserWarning, match="param 'scale': params are not at a maximum"):
         of_normals(1.0, 1.0, num_chains)
