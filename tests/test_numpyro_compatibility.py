@@ -291,7 +291,10 @@ def learn(engine, row, prior, place):
     needs_phase = engine in ("SVI", "ParticleMMLE") and prior is tilted
     model = with_phase(row, model, place) if needs_phase else row.around(model)
     loss = row.loss if prior is tilted or row.loss_of_twin is None else row.loss_of_twin
-    start = init_to_value(values=row.start)
+
+    def start(site):  # the values are of the sites of all rows, and init_to_value's own are refused for those that this has not
+        return init_to_value(site, values=row.start)
+
     guide = row.guide(model) if engine in ("SVI", "BiSM", "VaGES") else None
     guide = given() if guide is no_latents and engine != "SVI" else guide
     made = {

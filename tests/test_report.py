@@ -138,7 +138,7 @@ def test_a_fit_that_is_not_well_says_so_once_and_where():
     phase = negative_phase(tilted, num_chains=300, sampler=sampler, persistent=False)
     engine = ParticleMMLE(phase, optax.sgd(0.0), num_particles=4, step_size=0.1)
     with pytest.warns(UserWarning, match=r"site 'z': distance of chains from density is .* at most .* num_steps") as told:
-        result = engine.run(KEY, 3, Y, progress_bar=False, report=True, init_params={"tilt": 3.0})
+        result = engine.run(KEY, 100, Y, progress_bar=False, report=True, init_params={"tilt": 3.0})
     assert [warning.filename for warning in told] == [__file__]
     assert [finding.quantity for finding in result.report.trouble] == [DISTANCE]
 

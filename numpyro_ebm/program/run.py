@@ -196,15 +196,18 @@ def draw_latents(
     given = substitute(data=_copied(data))
     with one_at_a_time, sites_named(), trace() as sites, substitute(substitute_fn=start), given, seed(rng_seed=rng_key):
         taking_rows(model)(*args, **kwargs)
-    _require_known_starts(init_strategy, {name for name, site in sites.items() if is_latent(site)})
     latents = {name: site for name, site in sites.items() if is_latent(site) and not site["fn"].support.is_discrete}
+    _require_known_starts(init_strategy, set(latents))
     return {name: transform_of(site).inv(site["value"]) for name, site in latents.items()}
 
 
 def _require_known_starts(init_strategy: Any, latents: set[str]) -> None:
-    """Refuses values of ``init_to_value`` for what is no latent, which NumPyro passes over."""
+    """Refuses values of ``init_to_value`` for what is no latent, which NumPyro passes over, while a latent is left without one."""
     values = getattr(init_strategy, "keywords", {}).get("values")  # of a functools.partial
-    if isinstance(values, Mapping) and (unknown := sorted(set(values) - latents)):
+    if not isinstance(values, Mapping):
+        return
+    unknown, missing = sorted(set(values) - latents), latents - set(values)
+    if unknown and missing:
         raise ValueError(f"init_strategy gives values of {unknown}, which is no latent site: the model has {sorted(latents)}.")
 
 
