@@ -307,7 +307,7 @@ def main(args: argparse.Namespace) -> None:
     num_steps, num_limit, num_long = NUM_STEPS, 300, NUM_LONG
     step_sizes, clouds, names = STEP_SIZES, CLOUDS, tuple(CONCENTRATION)
     if args.smoke:
-        num_steps, num_limit, num_long = 40, 20, 100
+        num_steps, num_limit, num_long = 2000, 20, 100  # long enough for standard errors: they warn away from a maximum
         step_sizes, clouds, names = {"2.05": STEP_SIZES["2.05"]}, (1, 4), ("IPLA",)
     data_key, run_key, error_key, limit_key, long_key = jax.random.split(jax.random.key(args.seed), 5)
     y = 1 + jnp.sqrt(2) * jax.random.normal(data_key, (D,))

@@ -29,6 +29,7 @@ from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.infer.particle_batch import ParticleBatch, Particles
 from numpyro_ebm.infer.particle_rows import Rows, rows_of
 from numpyro_ebm.program.sites import transform_of
+from numpyro_ebm.samplers.mala import metropolis
 
 LogDensity = Callable[[Array], Array]
 
@@ -79,7 +80,7 @@ class Jumps:
         x = self.transform.inv(self.reference.sample(propose_key, (len(old.x),))).astype(old.x.dtype)
         new = _Weighed(x, self.log_weight(x, log_density(x)))
         log_ratio = new.log_weight - old.log_weight
-        probability = jnp.where(jnp.isnan(log_ratio), 0.0, jnp.exp(jnp.minimum(log_ratio, 0.0)))
+        probability = metropolis(log_ratio)
         taken = jax.random.bernoulli(accept_key, probability)
         return jax.tree.map(lambda new, old: jnp.where(taken, new, old), new, old), probability
 

@@ -27,6 +27,7 @@ import numpyro_ebm.optim as optim_module
 from numpyro_ebm.infer.particle_batch import Gradients, ParticleBatch, Particles
 from numpyro_ebm.infer.particle_jumps import Jumps, jumped
 from numpyro_ebm.infer.particle_rows import rows_of
+from numpyro_ebm.samplers.mala import metropolis
 
 TARGET_ACCEPTANCE = 0.574
 GAIN, GAIN_DELAY, GAIN_POWER = 0.5, 20.0, 0.6  # kappa_0, t_0: 40 moves from .1 to 1e-4
@@ -196,7 +197,7 @@ def _move_site(
         noise = optim_module.normal_like(noise_key, x)
         new = chains_at(old.x + h * old.score + jnp.sqrt(2 * h) * noise)
         log_ratio = new.log_density - old.log_density + _log_proposal(old, new, h) - _log_proposal(new, old, h)
-        probability = jnp.where(jnp.isnan(log_ratio), 0.0, jnp.exp(jnp.minimum(log_ratio, 0.0)))
+        probability = metropolis(log_ratio)
         taken = jax.random.bernoulli(accept_key, probability)
         chains = jax.tree.map(lambda new, old: jnp.where(taken, new, old), new, old)
         mean, is_full = probability.mean(0).astype(log_step.dtype), (shrink == 0).astype(log_step.dtype)

@@ -194,7 +194,7 @@ class MALA(Sampler):
             propose_key, accept_key = jax.random.split(key)
             new = reference.sample(propose_key, len(x)).astype(x.dtype)
             new_weight = log_weight(new, target(new).astype(weight.dtype))
-            probability = _metropolis(new_weight - weight)
+            probability = metropolis(new_weight - weight)
             x, weight = _where(jax.random.bernoulli(accept_key, probability), (new, new_weight), (x, weight))
             return (x, weight, acceptance + ADAPTATION_GAIN * (probability.mean(0) - acceptance)), None
 
@@ -222,10 +222,11 @@ def _acceptance(old: _Chains, new: _Chains, h: Array) -> Array:
         return -(distance**2).reshape((*old.log_density.shape, -1)).sum(-1) / (4 * h)
 
     log_ratio = new.log_density - old.log_density + log_proposal(old, new) - log_proposal(new, old)
-    return _metropolis(log_ratio)
+    return metropolis(log_ratio)
 
 
-def _metropolis(log_ratio: Array) -> Array:
+def metropolis(log_ratio: Array) -> Array:
+    """The probability of accepting a proposal, of the log of its ratio; 0 where that is nan."""
     return jnp.where(jnp.isnan(log_ratio), 0.0, jnp.exp(jnp.minimum(log_ratio, 0.0)))
 
 
