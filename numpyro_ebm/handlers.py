@@ -525,6 +525,11 @@ def _kind(leaf: Any) -> Any:
     return type(leaf), repr(leaf)
 
 
+def undrawn(model: Callable[..., Any]) -> Callable[..., Any]:
+    """A model whose latent energies and flat sites are somewhere in their support: draws take long, and are not wanted."""
+    return substitute(model, substitute_fn=_feasible)
+
+
 def _feasible(msg: Message) -> Array | None:
     """A value for a latent energy or flat site where its draw is not wanted."""
     if msg["type"] != "sample" or msg["value"] is not None:
@@ -580,7 +585,7 @@ def chains_target(
     :param data: values of param and mutable sites.
     """
     phase = innermost(phase)
-    program = run_model(substitute(phase.fn, substitute_fn=_feasible), args, kwargs, jax.random.key(0), data=data)
+    program = run_model(undrawn(phase.fn), args, kwargs, jax.random.key(0), data=data)
     energy: Any = RandomField if name == FIELD else energy_site(program.sites[name]["fn"])
     return energy, phase._sampler_of(name, energy)
 

@@ -3,18 +3,22 @@
 
 """Whether a fit can be believed, for whoever asks."""
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax import Array
+from numpyro.handlers import replay, seed, substitute, trace
 
 from numpyro_ebm._checks import require_bool, require_count, require_key
+from numpyro_ebm._compat import sites_named
 from numpyro_ebm._compiled import compiled
 from numpyro_ebm._fit import fit_of
 from numpyro_ebm.chains import chains_of
-from numpyro_ebm.evaluate.negative_chains import NUM_SAMPLES, chain_findings, chain_numbers
+from numpyro_ebm.evaluate.negative_chains import NUM_SAMPLES, ChainNumbers, chain_findings, chain_numbers
 from numpyro_ebm.evaluate.report import Finding, FitReport
-from numpyro_ebm.handlers import negative_phase
+from numpyro_ebm.handlers import innermost, negative_phase, undrawn, unnormalized
+from numpyro_ebm.program.run import Run, run_model
 
 
 @runtime_checkable
@@ -33,6 +37,7 @@ def diagnose(
     rng_key: Array | None = None,
     num_samples: int | None = None,
     warn: bool = True,
+    guide: Callable[..., Any] | None = None,
     **kwargs: Any,
 ) -> FitReport:
     r"""Whether a fit can be believed. Engines ask by themselves, after every run: ``result.report``. Of a fit by ``SVI`` you ask.
@@ -48,6 +53,11 @@ def diagnose(
     short runs. Chains with weights need not mix: of them it is told what their weights keep in a step, and how far they are from
     monitors, where there are some.
 
+    **Energies**, and whether the last step stands where the likelihood is stationary in them: how far the density is from what it
+    learns from, the data or the posterior of a latent, in standard deviations along the gradient. Steps of a constant rate swing
+    about the maximum, while chains mix and agree with whatever is learned at the moment. The posterior under ``SVI`` is that of
+    its ``guide``.
+
     **Guides** of :class:`~numpyro_ebm.BiSM` and :class:`~numpyro_ebm.VaGES`: the importance weights :math:`\tilde p / q` of
     samples of the guide, row by row, whether the engine uses them or not: which fraction of them counts, and the shape k of
     the generalized Pareto distribution that fits the largest of them; bits have few weights, and no k. What the guide misses
@@ -61,10 +71,12 @@ def diagnose(
     :param rng_key: a key of :func:`jax.random.key`; ``jax.random.key(0)`` if not given.
     :param int num_samples: samples of every negative chain, 4 or more, each after one run of its sampler; 50 if not given.
     :param bool warn: whether what is out of bounds is warned of.
+    :param guide: the guide of a fit by ``SVI`` with a prior that is learned: its samples are what the prior learns from.
     :param kwargs: keyword arguments of the model.
     :return: a :class:`FitReport`; ``print`` it.
     :raises TypeError: if ``program`` is neither.
-    :raises ValueError: if the fit has no chains, or ``num_samples`` is out of range or given with an engine.
+    :raises ValueError: if the fit has no chains, the guide lacks a latent of the model, or ``num_samples`` is out of range;
+        if ``num_samples`` or ``guide`` is given with an engine.
     :raises RuntimeError: as :meth:`negative_phase.check_chains`.
 
     **References**
@@ -89,10 +101,12 @@ def diagnose(
     warn, rng_key = require_bool("warn", warn), jax.random.key(0) if rng_key is None else require_key("rng_key", rng_key)
     if isinstance(program, negative_phase):
         num_samples = NUM_SAMPLES if num_samples is None else require_count("num_samples", num_samples, least=4)
-        findings = _of_phase(rng_key, result, program, num_samples, args, kwargs)
+        findings = _of_phase(rng_key, result, program, guide, num_samples, args, kwargs)
     elif isinstance(program, Reporting):
         if num_samples is not None:
             raise ValueError("num_samples is for the chains of a negative_phase(model): pass that, or leave num_samples out.")
+        if guide is not None:
+            raise ValueError("guide is for SVI with a negative_phase(model): the engine has its own, leave guide out.")
         state = program._require_state(getattr(result, "state", result))
         findings = program._find(rng_key, state, args, kwargs)
     else:
@@ -105,12 +119,44 @@ def diagnose(
 
 
 def _of_phase(
-    rng_key: Array, result: Any, phase: negative_phase, num_samples: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    rng_key: Array,
+    result: Any,
+    phase: negative_phase,
+    guide: Callable[..., Any] | None,
+    num_samples: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> list[Finding]:
     fit = fit_of(result)
     params, mutable_state = fit.params or {}, dict(fit.mutable_state or {})
     if not chains_of(mutable_state):
         raise ValueError("the fit has no negative chains to diagnose: pass the result of a fit of negative_phase(model).")
     phase.check_chains(params, mutable_state, *args, **kwargs)
-    numbers = compiled(chain_numbers, rng_key, phase, num_samples, params, mutable_state, args, kwargs)
+    numbers = compiled(_numbers, rng_key, phase, guide, num_samples, params, mutable_state, args, kwargs)
     return chain_findings(phase, numbers, params, mutable_state, args, kwargs)
+
+
+def _numbers(
+    rng_key: Array,
+    phase: negative_phase,
+    guide: Callable[..., Any] | None,
+    num_samples: int,
+    params: dict[str, Any],
+    mutable_state: dict[str, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> ChainNumbers:
+    data = {**params, **mutable_state}
+
+    def run(key: Array) -> Run:
+        """The model with a sample of the guide."""
+        guide_key, model_key = jax.random.split(key)
+        with sites_named(), trace() as drawn, substitute(data=data), seed(rng_seed=guide_key):
+            guide(*args, **kwargs)  # type: ignore[misc]
+        found = run_model(undrawn(replay(unnormalized(innermost(phase).fn), drawn)), args, kwargs, model_key, data=data)
+        if missing := sorted(set(found.latents) - set(drawn)):
+            raise ValueError(f"the guide has no value of {missing}, latent sites of the model that it must draw.")
+        return found
+
+    run_of = None if guide is None else run
+    return chain_numbers(rng_key, phase, num_samples, params, mutable_state, args, kwargs, run_of)

@@ -25,6 +25,7 @@ from numpyro_ebm.chains import chains_of, positions
 from numpyro_ebm.evaluate.capacity import capacity_findings
 from numpyro_ebm.evaluate.mixing import R_HAT_OF_AGREEING, R_HAT_OF_CHAINS, least_sample_size, worst_r_hat
 from numpyro_ebm.evaluate.report import Finding, not_told
+from numpyro_ebm.evaluate.stationarity import Distance, RunOf, Unknown, distances, stationarity_finding
 from numpyro_ebm.handlers import chains_target, explain_chains, frozen_chains, innermost, negative_phase
 from numpyro_ebm.program.sites import FIELD
 from numpyro_ebm.samplers import Target
@@ -58,6 +59,8 @@ class ChainNumbers(NamedTuple):
     distance: dict[str, tuple[Array, Array] | None]
     #: by site of chains: whether there is a reference
     has_reference: dict[str, Any]
+    #: by energy site: how far its density is from what it learns from
+    from_learned: dict[str, Distance | Unknown]
 
 
 def chain_numbers(
@@ -68,9 +71,13 @@ def chain_numbers(
     mutable_state: dict[str, Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    run_of: RunOf | None = None,
 ) -> ChainNumbers:
-    """Moves the chains of a fit on at its parameters, and measures them; traced."""
-    move_key, judge_key = jax.random.split(rng_key)
+    """Moves the chains of a fit on at its parameters, and measures them; traced.
+
+    :param run_of: a run of the model by a key, with latents from their posterior; None where that is not known.
+    """
+    move_key, judge_key, learn_key = jax.random.split(rng_key, 3)
 
     def some(x: Array) -> Array:
         return x[:: _stride(x, num_samples)]
@@ -92,7 +99,8 @@ def chain_numbers(
         else:
             has_reference[site] = energy.chain_log_prob(sampler).reference is not None
             distance[site] = _distance(judge_key, energy, sampler, draws[site])
-    return ChainNumbers(draws, chains_of(state), distance, has_reference)
+    from_learned = distances(learn_key, phase, run_of, draws, params, state, args, kwargs)
+    return ChainNumbers(draws, chains_of(state), distance, has_reference, from_learned)
 
 
 def _stride(x: Any, num_samples: int) -> int:
@@ -139,6 +147,7 @@ def chain_findings(
                 num_taught = math.ceil(phase.num_chains / _stride(before["x"], draws[site].shape[1]))
                 findings.append(_agreement(site, draws[site][:num_taught], draws[site][num_taught:]))
         findings.append(density)
+        findings += [stationarity_finding(site, numbers.from_learned[site])] if site in numbers.from_learned else []
         findings += [capacity[site]] if site in capacity else []
     return findings
 

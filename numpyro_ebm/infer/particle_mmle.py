@@ -716,7 +716,16 @@ class ParticleMMLE(Engine):
 
     @partial(compiled_method, cheaply=True)
     def _chain_numbers(self, state: ParticleState, rng_key: Array, *args: Any, **kwargs: Any) -> ChainNumbers:
-        return self._phase.numbers(rng_key, state.params, state.mutable_state, args, kwargs)
+
+        def run(key: Array) -> Run:
+            """The model with one of the particles, on rows of their own where it is subsampled."""
+            batch = self._batch(state, own_key(key), args, kwargs)
+            particles = batch.gather(state.particles)
+            at = jax.random.randint(key, (), 0, number_of(particles))
+            one = jax.tree.map(lambda x: x[at], particles)
+            return run_model(self._phase.inner, args, kwargs, key, data=batch.data(state.unconstrained), latents=one)
+
+        return self._phase.numbers(rng_key, state.params, state.mutable_state, args, kwargs, run)
 
     @partial(compiled_method, cheaply=True)
     def _jump_numbers(self, state: ParticleState, rng_key: Array, *args: Any, **kwargs: Any) -> dict[str, JumpNumbers]:

@@ -19,6 +19,7 @@ from numpyro_ebm.chains import chains_of, is_warning, status_of
 from numpyro_ebm.distributions.energy import energy_site
 from numpyro_ebm.evaluate.negative_chains import NUM_SAMPLES, UNADJUSTED, ChainNumbers, chain_findings, chain_numbers
 from numpyro_ebm.evaluate.report import Finding, Warned
+from numpyro_ebm.evaluate.stationarity import RunOf
 from numpyro_ebm.handlers import explain_chains, negative_phase, unnormalized
 from numpyro_ebm.program.check import ModelReport, check_run
 from numpyro_ebm.program.run import Run, run_model, total
@@ -96,9 +97,14 @@ class Phase:
         said = {site: self.explain(site, status, args, kwargs, data=data) for site, status in warned.items()}
         return [Warned(text, UNADJUSTED, site) if warned[site] == 1 else text for site, text in said.items()]
 
-    def numbers(self, rng_key: Array, params: Data, mutable_state: Data, args: tuple[Any, ...], kwargs: Data) -> ChainNumbers:
-        """What is measured of the chains of a fit; traced."""
-        return chain_numbers(rng_key, self._handler, NUM_SAMPLES, params, mutable_state, args, kwargs)
+    def numbers(
+        self, rng_key: Array, params: Data, mutable_state: Data, args: tuple[Any, ...], kwargs: Data, run_of: RunOf
+    ) -> ChainNumbers:
+        """What is measured of the chains of a fit; traced.
+
+        :param run_of: a run of the model by a key, with latents from their posterior.
+        """
+        return chain_numbers(rng_key, self._handler, NUM_SAMPLES, params, mutable_state, args, kwargs, run_of)
 
     def findings(
         self, numbers: ChainNumbers, params: Data, mutable_state: Data, args: tuple[Any, ...], kwargs: dict[str, Any]

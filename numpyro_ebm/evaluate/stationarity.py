@@ -1,0 +1,203 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Whether the last step of a fit stands where the likelihood is stationary in an energy.
+
+At a maximum the mean gradient of an energy is the same under its own density p as where it learns, at the data or under the
+posterior of a latent: :math:`g = E_q [\nabla_\psi \log \tilde p] - E_p [\nabla_\psi \log \tilde p] = 0`. Steps of a constant rate
+swing about that point, while chains mix and agree with whatever is learned at the moment. Along the gradient the two differ by
+
+.. math:: d = \frac{E_q [s] - E_p [s]}{\mathrm{sd}_p [s]}, \qquad s(x) = \langle g, \nabla_\psi \log \tilde p(x) \rangle,
+
+standard deviations: where a mode has the weight w under p and v where it learns, :math:`|v - w| / \sqrt{w (1 - w)}`. A step along
+the gradient would gain about :math:`d^2 / 2` nats for each row. Half of the samples gives the direction, and the other half the
+distance, so that noise alone has none.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from numpyro_ebm.chains import chains_of
+from numpyro_ebm.evaluate.report import Finding, not_told
+from numpyro_ebm.handlers import chains_target, innermost, negative_phase, undrawn, unnormalized
+from numpyro_ebm.program.check import check_run
+from numpyro_ebm.program.run import Run, run_model
+from numpyro_ebm.program.sites import FIELD, is_masked
+
+FROM_DATA, FROM_POSTERIOR = "distance of density from data", "distance of prior from posterior"
+MOST = 0.15  # standard deviations: a mode of 50 % may have 43
+NUM_VALUES = 2000  # where an energy learns, of rows and samples of the posterior together
+MIN_RUNS = 16  # of the model, each with other samples of the posterior
+MANY_ROWS = 500
+SAMPLES_OF_CHAIN = 10
+NUM_GROUPS = 16  # of chains, by which the error of the distance is estimated
+FIX = (
+    "at the last step {} differ by so many standard deviations along the gradient of the likelihood: the fit has not reached the "
+    "maximum, or swings about it. Let the learning rate fall, as by optax.cosine_decay_schedule(rate, num_steps), take more steps, "
+    "or average the last of them. Weight decay and priors of parameters keep a fit away from the maximum, and read the same"
+)
+
+RunOf = Callable[[Array], Run]
+Data = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far the density of a site is from what it learns from."""
+
+    #: (), in standard deviations
+    value: Array
+    #: (), its standard error
+    error: Array
+    is_observed: bool
+
+
+jax.tree_util.register_dataclass(Distance, ["value", "error"], ["is_observed"])
+
+
+@jax.tree_util.register_static  # so that a compiled function may return it
+@dataclass(frozen=True)
+class Unknown:
+    """Why that distance is not told."""
+
+    why: str
+    is_observed: bool
+
+
+def distances(
+    rng_key: Array,
+    phase: negative_phase,
+    run_of: RunOf | None,
+    draws: dict[str, Array],
+    params: Data,
+    mutable_state: Data,
+    args: tuple[Any, ...],
+    kwargs: Data,
+) -> dict[str, Distance | Unknown]:
+    """By energy site that has chains; traced.
+
+    :param run_of: a run of the model by a key, with latents from their posterior; None where that is not known.
+    :param draws: of chains at these parameters, ``(num_samples, chains) + shape``.
+    """
+    model, data = unnormalized(innermost(phase).fn), {**params, **mutable_state}
+    learned = {site.name: site for site in check_run(model, args, kwargs, data=data).sites}
+    run = run_of or (lambda key: run_model(undrawn(model), args, kwargs, key, data=data))
+    program = run(rng_key)
+    found: dict[str, Distance | Unknown] = {}
+    for name in chains_of(mutable_state):
+        if name == FIELD:
+            continue
+        site, x = program.sites[name], draws[name]
+        shape = x.shape[2 : x.ndim - site["fn"].event_dim]  # of energies with a density of their own
+        others = {param for other in learned.values() if other.name != name for param in other.params}
+        own = [param for param in learned[name].params if param not in others and _is_real(params.get(param))]
+        is_observed, is_part = (
+            bool(site["is_observed"]),
+            any(frame.name in program.subsampled for frame in site["cond_indep_stack"]),
+        )
+        if not is_observed and run_of is None:
+            why = "give diagnose(..., guide=) the guide of the fit, whose samples the prior has learned from"
+        elif not own:
+            why = "it has no parameters, or shares them with other sites, whose gradients go into the same step"
+        elif learned[name].latents or is_masked(site["fn"]) or (is_part and math.prod(shape) > 1):
+            why = "its rows are masked, depend on latents, or have densities of their own of which a batch has some"
+        else:
+            is_all = is_observed and not is_part
+            values = _values(rng_key, run, name, site, shape, is_all=is_all)
+
+            def log_density(params: Data, value: Array, name: str = name, own: list[str] = own) -> Array:
+                given = {**data, **params}
+                return chains_target(phase, name, args, kwargs, given)[0]._log_density(value)
+
+            own_params = {param: params[param] for param in own}
+            value, error = _distance(log_density, own_params, values, _groups(x, shape), is_all=is_all)
+            found[name] = Distance(value, error, is_observed)
+            continue
+        found[name] = Unknown(why, is_observed)
+    return found
+
+
+def _is_real(param: Any) -> bool:
+    leaves = jax.tree.leaves(param)
+    return bool(leaves) and all(jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in leaves)
+
+
+def _values(rng_key: Array, run: RunOf, name: str, site: Data, shape: tuple[int, ...], *, is_all: bool) -> Array:
+    """Where an energy learns, ``(blocks, size) + shape + event_shape``, in blocks that differ by nothing but noise.
+
+    All data are one block. Of latents, and of data in part, a block is a run; or a row, where there are many.
+    """
+    num_rows = max(1, math.prod(site["fn"].batch_shape) // max(math.prod(shape), 1))
+    is_many = num_rows >= MANY_ROWS
+    num_runs = 1 if is_all else 2 if is_many else max(MIN_RUNS, -(-NUM_VALUES // num_rows))
+    found = lax.map(lambda key: jnp.asarray(run(key).sites[name]["value"]), jax.random.split(rng_key, num_runs))
+    event_shape = found.shape[found.ndim - site["fn"].event_dim :]
+    found = jnp.broadcast_to(found, (num_runs, *site["fn"].batch_shape, *event_shape)).reshape(num_runs, -1, *shape, *event_shape)
+    if is_all or not is_many:
+        return lax.stop_gradient(found)
+    every = -(-num_runs * num_rows // NUM_VALUES)
+    apart = [
+        each[at * every // num_runs :: every][: num_rows // every] for at, each in enumerate(found)
+    ]  # each run with other rows
+    return lax.stop_gradient(jnp.concatenate(apart)[:, None])
+
+
+def _groups(draws: Array, shape: tuple[int, ...]) -> Array:
+    """Some samples of chains, ``(groups, samples) + shape + event_shape``: of different chains where there are enough."""
+    some = draws[:: -(-len(draws) // SAMPLES_OF_CHAIN)]
+    some = jnp.moveaxis(some, 1, 0) if some.shape[1] >= NUM_GROUPS else draws
+    some = some[: len(some) // 2 * 2]
+    num_groups = min(NUM_GROUPS, len(some))
+    some = some[: len(some) // num_groups * num_groups]
+    return lax.stop_gradient(some.reshape(num_groups, -1, *draws.shape[2:]))
+
+
+def _distance(
+    log_density: Callable[[Data, Array], Array], params: Data, values: Array, chains: Array, *, is_all: bool
+) -> tuple[Array, Array]:
+    """The mean of the distances by either half of the samples along the gradient of the other, and its standard error.
+
+    :param is_all: whether ``values`` are all data, of which there is no other half.
+    """
+    halves = [(values if is_all else values[i::2], chains[i::2]) for i in (0, 1)]
+
+    def gap(params: Data, half: tuple[Array, Array]) -> Array:
+        values, chains = (log_density(params, x.reshape(-1, *x.shape[2:])).mean() for x in half)
+        return values - chains
+
+    def along(direction: Data, x: Array) -> Array:
+        return jax.jvp(lambda params: log_density(params, x), (params,), (direction,))[1]
+
+    def by_half(direction: Data, half: tuple[Array, Array]) -> tuple[Array, Array]:
+        values, chains = half
+        of_values, of_chains = (along(direction, x.reshape(-1, *x.shape[2:])) for x in (values, chains))
+        scale = jnp.sqrt(of_chains.var(0).mean())
+        scale = jnp.where(scale > 0, scale, jnp.inf)  # of no gradient
+        of_values, of_chains = (x.reshape(len(y), -1).mean(1) / scale for x, y in ((of_values, values), (of_chains, chains)))
+        variance = _variance_of_mean(of_chains) + (0 if is_all else _variance_of_mean(of_values))
+        return of_values.mean() - of_chains.mean(), variance
+
+    first, second = halves
+    pairs = [by_half(jax.grad(gap)(params, one), other) for one, other in ((first, second), (second, first))]
+    value, variance = (jnp.mean(jnp.stack(x)) for x in zip(*pairs, strict=True))
+    return value, jnp.sqrt(variance / 2)  # of two independent ones
+
+
+def _variance_of_mean(x: Array) -> Array:
+    return x.var(ddof=1) / len(x)
+
+
+def stationarity_finding(site: str, found: Distance | Unknown) -> Finding:
+    """What is said of that distance."""
+    quantity = FROM_DATA if found.is_observed else FROM_POSTERIOR
+    if isinstance(found, Unknown):
+        return not_told(site, quantity, found.why)
+    value, error = float(found.value), float(found.error)
+    fix = FIX.format("the density and the data" if found.is_observed else "the prior and the posterior that it learns from")
+    return Finding(site, quantity, value, None, MOST + 3 * error, fix)
