@@ -230,6 +230,7 @@ PROBLEMS = {
     "modes with jumps": (lambda: of_modes(None), 300, ()),
     "short runs that are too short": (lambda: of_tilt(**SHORT), 300, ("density",)),
     "short runs that are long": (lambda: of_tilt(sampler=MALA(0.5, 20), persistent=False), 300, ()),
+    "a fit that has not arrived": (lambda: of_tilt(), 30, ("prior from posterior",)),
     "weights at a large learning rate": (lambda: of_tilt(optax.sgd(0.02), **STANDING), 20, ("weights keep", "monitors")),
     "weights at a small one": (lambda: of_tilt(weights=Weighted(num_monitor_chains=256)), 300, ()),
     "particles, h above the limit of one row": (lambda: of_particles(step_size=0.1), 300, ("curvature",)),

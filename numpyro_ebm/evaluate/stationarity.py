@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from numpyro_ebm.chains import chains_of
@@ -133,12 +134,14 @@ def _values(rng_key: Array, run: RunOf, name: str, site: Data, shape: tuple[int,
 
     All data are one block. Of latents, and of data in part, a block is a run; or a row, where there are many.
     """
-    num_rows = max(1, math.prod(site["fn"].batch_shape) // max(math.prod(shape), 1))
+    seen = np.shape(site["value"])  # more than the plates say where data stand without one
+    batch = lax.broadcast_shapes(seen[: len(seen) - site["fn"].event_dim], site["fn"].batch_shape)
+    num_rows = max(1, math.prod(batch) // max(math.prod(shape), 1))
     is_many = num_rows >= MANY_ROWS
     num_runs = 1 if is_all else 2 if is_many else max(MIN_RUNS, -(-NUM_VALUES // num_rows))
     found = lax.map(lambda key: jnp.asarray(run(key).sites[name]["value"]), jax.random.split(rng_key, num_runs))
     event_shape = found.shape[found.ndim - site["fn"].event_dim :]
-    found = jnp.broadcast_to(found, (num_runs, *site["fn"].batch_shape, *event_shape)).reshape(num_runs, -1, *shape, *event_shape)
+    found = jnp.broadcast_to(found, (num_runs, *batch, *event_shape)).reshape(num_runs, -1, *shape, *event_shape)
     if is_all or not is_many:
         return lax.stop_gradient(found)
     every = -(-num_runs * num_rows // NUM_VALUES)
@@ -165,32 +168,36 @@ def _distance(
 
     :param is_all: whether ``values`` are all data, of which there is no other half.
     """
-    halves = [(values if is_all else values[i::2], chains[i::2]) for i in (0, 1)]
+    values = jnp.stack([values, values]) if is_all else _halves(values)
+    chains = _halves(chains)
+    (num_values, size), num_chains = values.shape[1:3], chains.shape[1]
+    x = jnp.concatenate([y.reshape(2, -1, *y.shape[3:]) for y in (values, chains)], 1)
 
-    def gap(params: Data, half: tuple[Array, Array]) -> Array:
-        values, chains = (log_density(params, x.reshape(-1, *x.shape[2:])).mean() for x in half)
-        return values - chains
+    def gap(params: Data, x: Array) -> Array:
+        found = log_density(params, x)
+        return found[: num_values * size].mean() - found[num_values * size :].mean()
 
     def along(direction: Data, x: Array) -> Array:
         return jax.jvp(lambda params: log_density(params, x), (params,), (direction,))[1]
 
-    def by_half(direction: Data, half: tuple[Array, Array]) -> tuple[Array, Array]:
-        values, chains = half
-        of_values, of_chains = (along(direction, x.reshape(-1, *x.shape[2:])) for x in (values, chains))
-        scale = jnp.sqrt(of_chains.var(0).mean())
-        scale = jnp.where(scale > 0, scale, jnp.inf)  # of no gradient
-        of_values, of_chains = (x.reshape(len(y), -1).mean(1) / scale for x, y in ((of_values, values), (of_chains, chains)))
-        variance = _variance_of_mean(of_chains) + (0 if is_all else _variance_of_mean(of_values))
-        return of_values.mean() - of_chains.mean(), variance
+    directions = lax.map(lambda x: jax.grad(gap)(params, x), x[::-1])  # of the other half
+    slopes = lax.map(lambda both: along(*both), (directions, x))
+    of_values, of_chains = slopes[:, : num_values * size], slopes[:, num_values * size :]
+    scale = jnp.sqrt(of_chains.var(1).reshape(2, -1).mean(1))
+    scale = jnp.where(scale > 0, scale, jnp.inf)[:, None]  # of no gradient
+    of_values = of_values.reshape(2, num_values, -1).mean(2) / scale
+    of_chains = of_chains.reshape(2, num_chains, -1).mean(2) / scale
+    variance = _variance_of_mean(of_chains) + (0 if is_all else _variance_of_mean(of_values))
+    return of_values.mean() - of_chains.mean(), jnp.sqrt(variance.mean() / 2)  # of two independent ones
 
-    first, second = halves
-    pairs = [by_half(jax.grad(gap)(params, one), other) for one, other in ((first, second), (second, first))]
-    value, variance = (jnp.mean(jnp.stack(x)) for x in zip(*pairs, strict=True))
-    return value, jnp.sqrt(variance / 2)  # of two independent ones
+
+def _halves(x: Array) -> Array:
+    size = len(x) // 2
+    return jnp.stack([x[0 : 2 * size : 2], x[1 : 2 * size : 2]])
 
 
 def _variance_of_mean(x: Array) -> Array:
-    return x.var(ddof=1) / len(x)
+    return x.var(1, ddof=1) / x.shape[1]
 
 
 def stationarity_finding(site: str, found: Distance | Unknown) -> Finding:
