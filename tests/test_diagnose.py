@@ -30,7 +30,7 @@ from numpyro_ebm import (
     negative_phase,
 )
 from numpyro_ebm.evaluate.capacity import OTHER_ROWS
-from numpyro_ebm.evaluate.negative_chains import _quantile
+from numpyro_ebm.evaluate.density import quantile
 
 KEY = jax.random.key(0)
 DISTANCE = "distance of chains from density"
@@ -320,7 +320,7 @@ def test_quantiles_are_those_of_jax():
     at_zero = jnp.array([0.0, -0.0, 1e-40, -1e30])[:, None, None] + jnp.zeros((4, 2, 3))
     x = jnp.concatenate([jax.random.normal(jax.random.key(3), (101, 2, 3)), at_zero])
     q = jnp.linspace(0.0, 1.0, 17)
-    np.testing.assert_array_equal(_quantile(x, q), jnp.quantile(x, q, axis=0))
+    np.testing.assert_array_equal(quantile(x, q), jnp.quantile(x, q, axis=0))
     half = x.astype(jnp.bfloat16)
-    assert _quantile(half, q).dtype == jnp.bfloat16
-    np.testing.assert_allclose(_quantile(half, q).astype(float), jnp.quantile(half, q, axis=0).astype(float), rtol=0.01)
+    assert quantile(half, q).dtype == jnp.bfloat16
+    np.testing.assert_allclose(quantile(half, q).astype(float), jnp.quantile(half, q, axis=0).astype(float), rtol=0.01)

@@ -19,16 +19,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from numpyro_ebm.chains import chains_of, positions
 from numpyro_ebm.evaluate.capacity import capacity_findings
+from numpyro_ebm.evaluate.density import NUM_REFERENCE, SAMPLES_TO_JUDGE, distance_from, known_density
 from numpyro_ebm.evaluate.mixing import R_HAT_OF_AGREEING, R_HAT_OF_CHAINS, least_sample_size, worst_r_hat
 from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.evaluate.stationarity import Distance, RunOf, Unknown, distances, stationarity_finding
 from numpyro_ebm.handlers import chains_target, explain_chains, frozen_chains, innermost, negative_phase
 from numpyro_ebm.program.sites import FIELD
-from numpyro_ebm.samplers import Target
 from numpyro_ebm.weighted import is_weighted
 from numpyro_ebm.weights import effective_sample_size, normalized_weights
 
@@ -39,11 +39,6 @@ NUM_SAMPLES = 50  # of every chain, each after one run of its sampler
 TOLERANCE = 0.05
 # Weighted chains may lose half of what they are worth in a step, on average, and not more.
 KEPT_BY_WEIGHTS = 0.5
-SAMPLES_TO_JUDGE = 100
-NUM_REFERENCE = 10_000
-POINTS_PER_SIDE = {1: 1000, 2: 100}  # of chains, and as many of the reference
-MIN_POINTS_PER_SIDE = 30
-MAX_POINTS = 2**20  # of a grid or of samples of the reference, of all energies of a stack together
 MAX_DRAWN = 2**22  # numbers that are looked at of a site
 
 
@@ -263,78 +258,6 @@ def _from_density(site: str, draws: np.ndarray, known: Any, more: str) -> Findin
 
 def _distance(rng_key: Array, energy: Any, sampler: Any, draws: Array) -> tuple[Array, Array] | None:
     """That distance, and how many samples the density is known by; of shape ``batch_shape``."""
-    target = energy.chain_log_prob(sampler)
     x = energy.to_chain(draws.reshape(-1, *draws.shape[2:]), sampler)
-    batch_shape = jax.eval_shape(target, x).shape[1:]
-    event_shape = x.shape[1 + len(batch_shape) :]
-    size, is_discrete = math.prod(event_shape), energy.support.is_discrete
-    most = MAX_POINTS // math.prod(batch_shape)
-    per_side = min(POINTS_PER_SIDE.get(size, 0), int(most ** (1 / max(size, 1)) / 2))
-    on_grid = size <= 2 and not is_discrete and per_side >= MIN_POINTS_PER_SIDE
-    if on_grid:
-        known = _on_grid(rng_key, target, x, event_shape, per_side)
-    elif target.reference is None:
-        return None
-    else:
-        points = target.reference.sample(rng_key, min(NUM_REFERENCE, max(most, 1)))
-        known = points, target(points) - target.reference.log_prob(points)
-    points, log_weights = known
-    weights = normalized_weights(log_weights)
-    chains, points = (jnp.moveaxis(y.reshape(-1, *batch_shape, size), -1, 0).astype(weights.dtype) for y in (x, points))
-
-    def of_element(chains_and_points: tuple[Array, Array]) -> Array:
-        chains, points = chains_and_points
-        if is_discrete:
-            return abs(chains.mean(0) - (weights * points).sum(0))
-        deciles = _quantile(chains, jnp.linspace(0.1, 0.9, 9))
-        below = jax.vmap(lambda decile: (weights * (points <= decile)).sum(0) - (chains <= decile).mean(0))(deciles)
-        return jnp.max(jnp.abs(below), 0)
-
-    worth = jnp.full(batch_shape, jnp.inf) if on_grid else effective_sample_size(weights)
-    return lax.map(of_element, (chains, points)).max(0), worth
-
-
-def _on_grid(rng_key: Array, target: Target, x: Array, event_shape: tuple[int, ...], per_side: int) -> tuple[Array, Array]:
-    """A grid where chains and reference are, with the log of the target times the cell of each point."""
-    seen = x.reshape(*x.shape[: x.ndim - len(event_shape)], -1)
-    points = _quantiles(seen, per_side)
-    if target.reference is not None:
-        more = target.reference.sample(rng_key, NUM_REFERENCE)
-        points = jnp.sort(jnp.concatenate([points, _quantiles(more.reshape(len(more), *seen.shape[1:]), per_side)]), 0)
-    return _product(points, event_shape, target)
-
-
-def _quantiles(x: Array, per_side: int) -> Array:
-    """Quantiles of every element along axis 0, close where values are, and a tenth of their range beyond them."""
-    inner = _quantile(x, jnp.linspace(5e-4, 1 - 5e-4, per_side))
-    beyond = 0.1 * (inner[-1] - inner[0])
-    return jnp.concatenate([inner[:1] - beyond, inner, inner[-1:] + beyond])
-
-
-def _quantile(x: Array, q: Array) -> Array:
-    """:func:`jax.numpy.quantile` along axis 0 of numbers that are none of them nan, to the last digit.
-
-    They are sorted as integers in the same order: a program that is compiled soon sorts floats seven times as slowly.
-    """
-    kind = jnp.dtype(f"int{8 * x.dtype.itemsize}")
-    turned = jnp.array(jnp.iinfo(kind).max, kind)  # of a negative number a larger size is less
-
-    def turn(bits: Array) -> Array:
-        return jnp.where(bits < 0, bits ^ turned, bits)
-
-    ordered = lax.sort(turn(lax.bitcast_convert_type(x, kind)), dimension=0, is_stable=False)
-    ordered = lax.bitcast_convert_type(turn(ordered), x.dtype)
-    at = (q * (len(x) - 1)).reshape(-1, *[1] * (x.ndim - 1))
-    below, above = (ordered[to(at).reshape(-1).astype(int)] for to in (jnp.floor, jnp.ceil))
-    part = at - jnp.floor(at)
-    return below * (1 - part).astype(x.dtype) + above * part.astype(x.dtype)
-
-
-def _product(sides: Array, event_shape: tuple[int, ...], target: Target) -> tuple[Array, Array]:
-    """All points with one element of each side, and the log of the target times the cell of each, by the trapezoidal rule."""
-    widths = jnp.diff(sides, axis=0, prepend=sides[:1]) / 2 + jnp.diff(sides, axis=0, append=sides[-1:]) / 2
-    size, length = sides.shape[-1], len(sides)
-    index = jnp.stack(jnp.meshgrid(*[jnp.arange(length)] * size), -1).reshape(-1, size)
-    points, cells = (jnp.stack([side[index[:, i], ..., i] for i in range(size)], -1) for side in (sides, widths))
-    log_density = target(points.reshape(*points.shape[:-1], *event_shape))
-    return points, log_density + jnp.log(cells).sum(-1)
+    known = known_density(rng_key, energy, sampler, x)
+    return None if known is None else (distance_from(known, x, is_discrete=energy.support.is_discrete), known.worth)

@@ -21,6 +21,7 @@ from jax import Array, lax
 
 from numpyro_ebm._checks import require_bool, require_count, require_instance
 from numpyro_ebm._pytree import join
+from numpyro_ebm.distributions.energy import energy_site
 from numpyro_ebm.evaluate.report import Finding, are_reports_enabled, not_told, report_of
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.infer.collapse import (
@@ -35,12 +36,13 @@ from numpyro_ebm.infer.collapse import (
 )
 from numpyro_ebm.infer.engine import Engine, RunResult, compiled_method
 from numpyro_ebm.infer.noise_levels import levels_finding
+from numpyro_ebm.infer.visible_density import FROM_ROWS, LATENTS, MAX_ROWS, DensityNumbers, density_findings, density_numbers
 from numpyro_ebm.objectives.score import MultiscaleDenoisingScoreMatching, ScoreObjective, objective_keys
 from numpyro_ebm.program.batch import Batch, drawn_batch, first_batch, over_rows, run_at_zero, whole_batch
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.rows import ROUNDING
 from numpyro_ebm.program.run import Run, log_density_terms, own_key, require_program, run_model, total
-from numpyro_ebm.program.sites import Model, Site, are_possible, has_density, is_masked, require_data, require_possible
+from numpyro_ebm.program.sites import Model, Site, are_possible, core_of, has_density, is_masked, require_data, require_possible
 from numpyro_ebm.program.visible import Visible, find_visible, require_batch, require_rows, require_unscaled
 from numpyro_ebm.train.devices import as_sharding
 
@@ -168,6 +170,9 @@ class ScoreEngine(Engine):
         if isinstance(self.objective, MultiscaleDenoisingScoreMatching):
             num_rows = len(self._first_batch(state.rng_key, state.params, args, kwargs).args[0])
             return [levels_finding(self._visible_site(state, args, kwargs), self.objective, num_rows, args[0])]
+        return [*self._of_objective(rng_key, state, args, kwargs), *self._of_density(rng_key, state, args, kwargs)]
+
+    def _of_objective(self, rng_key: Array, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
         if not getattr(self.objective, "differentiates_score", False):
             return []
         numbers = jax.device_get(self._beside(state._replace(rng_key=rng_key), *args, **kwargs))
@@ -177,6 +182,25 @@ class ScoreEngine(Engine):
         if is_masked(program.sites[visible.site]["fn"]):  # a masked row has the objective 0, whatever the model
             return [*found, not_told(visible.site, AT_ROWS, "the site is masked, and a Gaussian is not")]
         return [*found, level_finding(visible.site, np.asarray(at_rows, float), np.asarray(of_correlated, float))]
+
+    def _of_density(self, rng_key: Array, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
+        """Of an energy whose visible has no latents, whether it has the masses of the rows."""
+        visible, program = self._visible(state, args, kwargs)
+        fn = program.sites[visible.site]["fn"]
+        if energy_site(fn) is None or is_masked(fn) or math.prod(core_of(fn).batch_shape) > 1:
+            return [not_told(visible.site, FROM_ROWS, LATENTS)] if program.latents else []
+        numbers = jax.device_get(self._density(state, rng_key, visible.site, *args, **kwargs))
+        return density_findings(visible.site, numbers, min(len(args[0]), MAX_ROWS))
+
+    @partial(compiled_method, cheaply=True)
+    def _density(self, state: Any, rng_key: Array, site: str, *args: Any, **kwargs: Any) -> DensityNumbers | None:
+        noise_key, judge_key = jax.random.split(rng_key)
+        whole = self._all_rows(state, args, kwargs)
+        moved = whole._replace(args=(self.objective.perturb(noise_key, whole.args[0]), *whole.args[1:]))
+        seen = run_at_zero(moved.of(self._inner), moved.args, kwargs, state.rng_key, state.params).observed[site]
+        energy = energy_site(seen["fn"])
+        rows = jnp.asarray(seen["value"])
+        return density_numbers(judge_key, energy, rows[:: -(-len(rows) // MAX_ROWS)])
 
     @compiled_method
     def _beside(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Array, Array, Array, Array]:

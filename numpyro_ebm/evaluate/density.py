@@ -1,0 +1,123 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""The density that an energy says, known by points with weights.
+
+Of real events of one or two dimensions by quadrature, as far as samples and reference reach; of others by samples of the
+reference, whose importance weights :math:`w = \tilde p / b` are worth as many as the effective sample size tells.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.scipy.special import logsumexp
+
+from numpyro_ebm.samplers import Target
+from numpyro_ebm.weights import effective_sample_size, normalized_weights
+
+NUM_REFERENCE = 10_000
+POINTS_PER_SIDE = {1: 1000, 2: 100}  # of samples, and as many of the reference
+MIN_POINTS_PER_SIDE = 30
+MAX_POINTS = 2**20  # of a grid or of samples of the reference, of all energies of a stack together
+SAMPLES_TO_JUDGE = 100  # that weights must be worth
+
+
+class KnownDensity(NamedTuple):
+    """Points and weights, ``(points,) + batch_shape``."""
+
+    #: positions of chains, ``(points,) + batch_shape + event_shape``
+    points: Array
+    #: sum to one
+    weights: Array
+    #: ``batch_shape``, the log normalizer
+    log_normalizer: Array
+    #: ``batch_shape``, how many samples these are worth; infinite for a quadrature
+    worth: Array
+
+
+def known_density(rng_key: Array, energy: Any, sampler: Any, x: Array) -> KnownDensity | None:
+    """The density, or None where it cannot be known; traced.
+
+    :param x: positions of chains, ``(samples,) + batch_shape + event_shape``, from where the density is thought to be.
+    """
+    target = energy.chain_log_prob(sampler)
+    batch_shape = jax.eval_shape(target, x).shape[1:]
+    event_shape = x.shape[1 + len(batch_shape) :]
+    size, is_discrete = math.prod(event_shape), energy.support.is_discrete
+    most = MAX_POINTS // math.prod(batch_shape)
+    per_side = min(POINTS_PER_SIDE.get(size, 0), int(most ** (1 / max(size, 1)) / 2))
+    if size <= 2 and not is_discrete and per_side >= MIN_POINTS_PER_SIDE:
+        points, log_weights = _on_grid(rng_key, target, x, event_shape, per_side)
+        return KnownDensity(points, normalized_weights(log_weights), logsumexp(log_weights, 0), jnp.full(batch_shape, jnp.inf))
+    if target.reference is None:
+        return None
+    points = target.reference.sample(rng_key, min(NUM_REFERENCE, max(most, 1)))
+    log_weights = target(points) - target.reference.log_prob(points)
+    weights = normalized_weights(log_weights)
+    return KnownDensity(points, weights, logsumexp(log_weights, 0) - math.log(len(points)), effective_sample_size(weights))
+
+
+def distance_from(known: KnownDensity, x: Array, *, is_discrete: bool) -> Array:
+    """``batch_shape``, the largest difference of the distribution functions of an element at its deciles (of means of bits)."""
+    batch_shape = known.worth.shape
+    size = math.prod(x.shape[1 + len(batch_shape) :])
+    x, points = (jnp.moveaxis(y.reshape(-1, *batch_shape, size), -1, 0).astype(known.weights.dtype) for y in (x, known.points))
+
+    def of_element(x_and_points: tuple[Array, Array]) -> Array:
+        x, points = x_and_points
+        if is_discrete:
+            return abs(x.mean(0) - (known.weights * points).sum(0))
+        deciles = quantile(x, jnp.linspace(0.1, 0.9, 9))
+        below = jax.vmap(lambda decile: (known.weights * (points <= decile)).sum(0) - (x <= decile).mean(0))(deciles)
+        return jnp.max(jnp.abs(below), 0)
+
+    return lax.map(of_element, (x, points)).max(0)
+
+
+def _on_grid(rng_key: Array, target: Target, x: Array, event_shape: tuple[int, ...], per_side: int) -> tuple[Array, Array]:
+    """A grid where chains and reference are, with the log of the target times the cell of each point."""
+    seen = x.reshape(*x.shape[: x.ndim - len(event_shape)], -1)
+    points = _quantiles(seen, per_side)
+    if target.reference is not None:
+        more = target.reference.sample(rng_key, NUM_REFERENCE)
+        points = jnp.sort(jnp.concatenate([points, _quantiles(more.reshape(len(more), *seen.shape[1:]), per_side)]), 0)
+    return _product(points, event_shape, target)
+
+
+def _quantiles(x: Array, per_side: int) -> Array:
+    """Quantiles of every element along axis 0, close where values are, and a tenth of their range beyond them."""
+    inner = quantile(x, jnp.linspace(5e-4, 1 - 5e-4, per_side))
+    beyond = 0.1 * (inner[-1] - inner[0])
+    return jnp.concatenate([inner[:1] - beyond, inner, inner[-1:] + beyond])
+
+
+def quantile(x: Array, q: Array) -> Array:
+    """:func:`jax.numpy.quantile` along axis 0 of numbers that are none of them nan, to the last digit.
+
+    They are sorted as integers in the same order: a program that is compiled soon sorts floats seven times as slowly.
+    """
+    kind = jnp.dtype(f"int{8 * x.dtype.itemsize}")
+    turned = jnp.array(jnp.iinfo(kind).max, kind)  # of a negative number a larger size is less
+
+    def turn(bits: Array) -> Array:
+        return jnp.where(bits < 0, bits ^ turned, bits)
+
+    ordered = lax.sort(turn(lax.bitcast_convert_type(x, kind)), dimension=0, is_stable=False)
+    ordered = lax.bitcast_convert_type(turn(ordered), x.dtype)
+    at = (q * (len(x) - 1)).reshape(-1, *[1] * (x.ndim - 1))
+    below, above = (ordered[to(at).reshape(-1).astype(int)] for to in (jnp.floor, jnp.ceil))
+    part = at - jnp.floor(at)
+    return below * (1 - part).astype(x.dtype) + above * part.astype(x.dtype)
+
+
+def _product(sides: Array, event_shape: tuple[int, ...], target: Target) -> tuple[Array, Array]:
+    """All points with one element of each side, and the log of the target times the cell of each, by the trapezoidal rule."""
+    widths = jnp.diff(sides, axis=0, prepend=sides[:1]) / 2 + jnp.diff(sides, axis=0, append=sides[-1:]) / 2
+    size, length = sides.shape[-1], len(sides)
+    index = jnp.stack(jnp.meshgrid(*[jnp.arange(length)] * size), -1).reshape(-1, size)
+    points, cells = (jnp.stack([side[index[:, i], ..., i] for i in range(size)], -1) for side in (sides, widths))
+    log_density = target(points.reshape(*points.shape[:-1], *event_shape))
+    return points, log_density + jnp.log(cells).sum(-1)
