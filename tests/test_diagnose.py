@@ -24,6 +24,7 @@ from numpyro_ebm import (
     EnergyDistribution,
     Finding,
     FitReport,
+    ParticleMMLE,
     TiltedDistribution,
     UnadjustedLangevin,
     diagnose,
@@ -202,6 +203,21 @@ def test_random_fields_have_r_hat_only():
     ]
     assert [finding.is_told for finding in report.findings] == [True, True, True, False, False]
     assert "no reference to jump from" in _on_one_line(report)
+
+
+def test_random_fields_with_latents_have_a_report():
+    """Catches a run of the model that draws a flat latent, which cannot be drawn."""
+
+    def model(x):
+        w = numpyro.param("w", 0.3)
+        with numpyro.plate("data", 2):
+            h = numpyro.sample("h", BaseMeasure())
+            x = numpyro.sample("x", BaseMeasure(), obs=x)
+            numpyro.factor("coupling", -(x**2) / 2 - h**2 / 2 + w * h * x)
+
+    engine = ParticleMMLE(negative_phase(model), Adam(0.01), num_particles=2, step_size=0.1)
+    result = engine.run(KEY, 2, X, progress_bar=False, report=False)
+    assert found(diagnose(result, engine, X, warn=False), "R-hat")["random_field"].is_told
 
 
 def test_flat_energies_are_judged_around_their_chains():

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from numpyro_ebm.evaluate.report import Finding, not_told
-from numpyro_ebm.handlers import innermost, negative_phase, unnormalized
+from numpyro_ebm.handlers import innermost, negative_phase, undrawn, unnormalized
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.run import Run, run_model
 from numpyro_ebm.program.sites import FIELD
@@ -33,7 +33,7 @@ def capacity_findings(
     num_rows: dict[str, int] = {}
 
     def count() -> None:
-        run = run_model(model, args, kwargs, jax.random.key(0), data=data)
+        run = run_model(undrawn(model), args, kwargs, jax.random.key(0), data=data)
         num_rows.update({site.name: _num_events(run, site.couples[0] if site.couples else site.name) for site in learned})
 
     jax.eval_shape(count)  # nothing is computed
