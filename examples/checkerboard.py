@@ -190,7 +190,7 @@ def plot_densities(path: Path, points: Array, fits: dict[str, Fit]) -> None:
         ax.pcolormesh(axis, axis, density, vmin=0, vmax=2, rasterized=True)
         ax.set_title(method)
     for ax in axes:
-        ax.set(xlim=(-0.5, 1.5), ylim=(-0.5, 1.5), aspect="equal")
+        ax.set(xlim=(-0.5, 1.5), ylim=(-0.5, 1.5), xticks=(0, 1), yticks=(0, 1), aspect="equal")
     for ax in axes[1 + len(fits) :]:
         ax.set_visible(False)
     figure.tight_layout()

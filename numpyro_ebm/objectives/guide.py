@@ -27,7 +27,7 @@ Latents = dict[str, Array]
 
 @dataclass(frozen=True)
 class PosteriorFisher:
-    r"""Half the Fisher divergence of a guide from the posterior, one sample per row of the data:
+    r"""Half the Fisher divergence of a guide from the posterior, one sample per row of the data.
 
     .. math:: \tfrac12 \|\nabla_h [\log \tilde p(v, h) - \log q(h \mid v)]\|^2, \qquad h \sim q(\cdot \mid v).
 
