@@ -63,8 +63,11 @@ class PosteriorFisher:
         ...     with numpyro.plate("data", len(v)):
         ...         numpyro.sample("h", dist.Normal(slope * v, jnp.sqrt(variance)))
         >>> svi = SVI(model, guide, optax.adam(0.02), PosteriorFisher())
-        >>> result = svi.run(jax.random.key(0), 500, jnp.linspace(-2, 2, 50), progress_bar=False)
-        >>> print(f"slope {result.params['slope']:.2f}, variance {result.params['variance']:.2f}; both are 1/2")
+        >>> result = svi.run(
+        ...     jax.random.key(0), 500, jnp.linspace(-2, 2, 50), progress_bar=False
+        ... )
+        >>> slope, variance = result.params["slope"], result.params["variance"]
+        >>> print(f"slope {slope:.2f}, variance {variance:.2f}; both are 1/2")
         slope 0.50, variance 0.50; both are 1/2
     """
 
