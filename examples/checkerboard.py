@@ -20,7 +20,7 @@ What is compared, for denoising (DSM, noise .05) and sliced score matching (SSM)
 * ``implicit``: BiSM with the hypergradient by the implicit function theorem, which is not in the paper; ``Fisher``: the same
   with the guide's Fisher information for the Hessian, which is cheaper.
 
-Settings are those of the code of [1]: batches of 100, Adam with rate 1e-3 and betas .9, .95, 100 000 steps. All seeds of a
+Settings are those of the code of [1]: batches of 100, Adam with rate 1e-3 and betas .9, .95, 100,000 steps. All seeds of a
 method run side by side in one ``vmap``.
 
 The script writes to ``--output``: ``densities.png``, data and the exact density of every method's first seed;

@@ -18,7 +18,7 @@ Every fit is judged by its exact mean log-likelihood of test points, in nats.
 * ``blind``: denoising with a guide that ignores the visible, and so is never near the posterior.
 
 Settings are those of the code of [1]: batches of 100, Adam with rate 1e-3 and betas .9, .95, K = 5 steps of the guide per
-step, 100 000 steps. All seeds of a method run side by side in one ``vmap``.
+step, 100,000 steps. All seeds of a method run side by side in one ``vmap``.
 
 The script writes to ``--output``: ``densities.png``, data and the exact density of every method's first seed;
 ``curves.png``, the log-likelihood of the test points against the step.
