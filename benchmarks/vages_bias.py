@@ -201,13 +201,15 @@ def plot_samples(ax, v, num_draws, samples):
         print(f"{name:<12}{cells}", flush=True)
     ax.plot(samples, 1 / np.array(samples), ":", color="gray", label="1 / L")
     ax.plot(samples, 4 / np.array(samples) ** 2, "-.", color="gray", label=r"4 / L$^2$")
-    ax.set(xscale="log", yscale="log", xlabel="draws L", ylabel="relative bias, a guide that ignores the visible")
+    ax.set(xscale="log", yscale="log", xlabel="samples L", ylabel="relative bias, guide ignores the visible")
+    ax.set_xticks(samples, [str(size) for size in samples])
+    ax.minorticks_off()
     ax.legend()
 
 
 def main(args):
     v = normal(3, NUM_ROWS, NUM_VISIBLE)
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.4))
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.2))
     plot_bounds(axes[0], v, args.distances)
     plot_divergence(axes[1], v, args.num_draws, args.distances)
     plot_samples(axes[2], v, args.num_draws, args.samples)

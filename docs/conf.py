@@ -130,7 +130,7 @@ html_baseurl = found_at["site"]
 html_show_sourcelink = False
 html_last_updated_fmt = None
 html_context = {"default_mode": "auto"}
-html_sidebars = {"index": []}
+html_sidebars = {"index": [], "gallery/scripts/*": []}  # a script has lines of 132 characters, and needs the width
 html_theme_options = {
     "logo": {
         "text": "numpyro_ebm",

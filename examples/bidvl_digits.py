@@ -446,12 +446,14 @@ def told_apart(scores: np.ndarray) -> np.ndarray:
 
 def plot_samples(path: Path, held_out: Array, first: dict[str, Judged], side: int = 9) -> None:
     grids = {"held-out digits": np.asarray(held_out), **{name: fit.means for name, fit in first.items()}}
-    figure, axes = plt.subplots(1, len(grids), figsize=(2.6 * len(grids), 2.9), layout="constrained")
-    for axis, (title, images) in zip(axes, grids.items(), strict=True):
+    columns = -(-len(grids) // 2)
+    figure, axes = plt.subplots(2, columns, figsize=(2.6 * columns, 5.8), layout="constrained", squeeze=False)
+    for axis, (title, images) in zip(axes.ravel(), grids.items(), strict=False):
         tiles = np.ones((side, 9, side, 9))  # 8 x 8 pixels and a white line
         tiles[:, :8, :, :8] = 1 - images[: side**2].reshape(side, side, 8, 8).transpose(0, 2, 1, 3)
         axis.imshow(tiles.reshape(9 * side, 9 * side)[:-1, :-1], cmap="gray", vmin=0, vmax=1)
         axis.set_title(title)
+    for axis in axes.ravel():
         axis.set_axis_off()
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)

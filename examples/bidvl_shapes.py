@@ -14,7 +14,7 @@ Bi-level doubly variational learning [1] of half-moons, a circle, and eight norm
 about the mean m and the scale s of the data, an encoder, and a generator :math:`N(h; 0, I) \, N(v; g(h), .1^2 I)` of two
 latents, all networks with hidden layers of 64. In the plane everything can be judged by quadrature on a grid:
 
-* the energy, by the Kullback-Leibler divergence from the distribution that generated the data, on 10 000 new points;
+* the energy, by the Kullback-Leibler divergence from the distribution that generated the data, on 10,000 new points;
 * the generator, by the sliced Wasserstein distance of its samples from those points;
 * the same for samples that 200 moves of MALA on the energy have refined.
 

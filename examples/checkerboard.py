@@ -20,7 +20,7 @@ What is compared, for denoising (DSM, noise .05) and sliced score matching (SSM)
 * ``implicit``: BiSM with the hypergradient by the implicit function theorem, which is not in the paper; ``Fisher``: the same
   with the guide's Fisher information for the Hessian, which is cheaper.
 
-Settings are those of the code of [1]: batches of 100, Adam with rate 1e-3 and betas .9, .95, 100 000 steps. All seeds of a
+Settings are those of the code of [1]: batches of 100, Adam with rate 1e-3 and betas .9, .95, 100,000 steps. All seeds of a
 method run side by side in one ``vmap``.
 
 The script writes to ``--output``: ``densities.png``, data and the exact density of every method's first seed;
@@ -190,7 +190,7 @@ def plot_densities(path: Path, points: Array, fits: dict[str, Fit]) -> None:
         ax.pcolormesh(axis, axis, density, vmin=0, vmax=2, rasterized=True)
         ax.set_title(method)
     for ax in axes:
-        ax.set(xlim=(-0.5, 1.5), ylim=(-0.5, 1.5), aspect="equal")
+        ax.set(xlim=(-0.5, 1.5), ylim=(-0.5, 1.5), xticks=(0, 1), yticks=(0, 1), aspect="equal")
     for ax in axes[1 + len(fits) :]:
         ax.set_visible(False)
     figure.tight_layout()

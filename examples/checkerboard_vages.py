@@ -18,7 +18,7 @@ Every fit is judged by its exact mean log-likelihood of test points, in nats.
 * ``blind``: denoising with a guide that ignores the visible, and so is never near the posterior.
 
 Settings are those of the code of [1]: batches of 100, Adam with rate 1e-3 and betas .9, .95, K = 5 steps of the guide per
-step, 100 000 steps. All seeds of a method run side by side in one ``vmap``.
+step, 100,000 steps. All seeds of a method run side by side in one ``vmap``.
 
 The script writes to ``--output``: ``densities.png``, data and the exact density of every method's first seed;
 ``curves.png``, the log-likelihood of the test points against the step.
@@ -152,7 +152,7 @@ SHOWN += ["blind, L = 2", "blind, weighted, L = 2", "blind, weighted, L = 40"]
 
 def plot_curves(path: Path, fits: dict[str, Fit]) -> None:
     families = [family for family in ("DSM", "KSD", "blind") if any(method.startswith(family) for method in fits)]
-    figure, axes = plt.subplots(1, len(families), figsize=(4.8 * len(families), 4.2), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(families), figsize=(3.6 * len(families), 5), sharey=True, squeeze=False)
     for ax, family in zip(axes[0], families, strict=True):
         for method, result in fits.items():
             if method.startswith(family):
@@ -160,7 +160,8 @@ def plot_curves(path: Path, fits: dict[str, Fit]) -> None:
                 ax.plot(result.steps, result.log_likelihood.mean(1), style, label=method.removeprefix(f"{family}, "))
         ax.set(xlabel="step", title=family, ylim=(-0.8, 0.45))
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
+        ax.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:.0f}k")
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize=9, frameon=False)  # below its many curves
     axes[0, 0].set_ylabel("log-likelihood of a test point, nats")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

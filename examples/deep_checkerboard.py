@@ -22,7 +22,7 @@ How the model's gradient sees that the guide follows the model is the choice ``-
 * ``unrolled`` differentiates through ``--num-unroll-steps`` steps of the guide;
 * ``implicit`` uses the implicit function theorem, which is not in the paper.
 
-The settings are those of [1] and [2] (K = 5, batches of 100, Adam with beta_2 = .95), but for two. They make 100 000 steps at a
+The settings are those of [1] and [2] (K = 5, batches of 100, Adam with beta_2 = .95), but for two. They make 100,000 steps at a
 rate of 1e-4, and here it is a tenth of them at ten times the rate: ``--num-steps 100000 --learning-rate 1e-4`` is theirs. And
 their noise begins at .05 (``--smallest-sigma 0.05``). In the plane no network can tell how much noise a point has, and one score
 for all levels is then that of the data smoothed by .05 only if the mean of :math:`\sigma^{-2}` is :math:`.05^{-2}` = 400. From

@@ -5,7 +5,7 @@ r"""
 A learned energy for a Swiss roll, half-moons and a circle
 ==========================================================
 
-The synthetic experiments of EBIPLA [1]: 10 000 points in the plane, rotated and stretched, by a linear decoder and an energy
+The synthetic experiments of EBIPLA [1]: 10,000 points in the plane, rotated and stretched, by a linear decoder and an energy
 over a latent plane,
 
 .. math::
@@ -33,7 +33,7 @@ most of it (the page of this example says what a run gives):
 that of a mean over the batch of 1000. Here :math:`h = .2 \, \sigma^2 / |W|^2` with the decoder's first W, which has the
 data's own scale, and the script prints the limit where the particles end.
 
-All is judged by quadrature on a grid, without relying on chains: the log-likelihood of 10 000 new points under the learned
+All is judged by quadrature on a grid, without relying on chains: the log-likelihood of 10,000 new points under the learned
 distribution is compared with that under the distribution that generated them (their difference is the Kullback-Leibler
 divergence), and with the same model with a normal prior. V is the mean of :math:`|y - W x - b|^2 / (2 \sigma^2)` over all
 particles. It is 1 for a plane if the model holds; unadjusted particles are wider by a fraction of about :math:`hc / 2` of their

@@ -149,7 +149,7 @@ def batters(rng_key: Array, data: Batters, num_steps: int, path: Path) -> None:
     order = np.argsort(data.early)
     figure, axis = plt.subplots(figsize=(6, 5.5), layout="constrained")
     rows = np.arange(len(order))
-    axis.hlines(rows, low[order], high[order], color="0.75", linewidth=4, label="90 % of the particles' posterior")
+    axis.hlines(rows, low[order], high[order], color="0.75", linewidth=4, label="90% of the particles' posterior")
     axis.plot(data.early[order], rows, "x", color="C3", label="first 45 at-bats")
     axis.plot(shrunk[order], rows, "o", color="C0", label="posterior mean")
     axis.plot(data.rest[order], rows, "D", color="k", markersize=4, label="rest of the season")
@@ -178,7 +178,7 @@ def schools(rng_key: Array, data: EightSchools, num_steps: int, path: Path) -> N
     for name, width in zip(("plugged in", "full Bayes"), widths, strict=True):
         print(f"  {name:<12}" + " ".join(f"{w:5.1f}" for w in width))
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
     taus = np.linspace(0, 25, 200)
     values = np.array([log_likelihood(y, scale, tau)[0] for tau in taus])
     axes[0].plot(taus, values - values.max())
@@ -192,7 +192,7 @@ def schools(rng_key: Array, data: EightSchools, num_steps: int, path: Path) -> N
         axes[2].errorbar(np.arange(8) + shift, middle, [middle - low, high - middle], fmt="o", capsize=2, label=name)
     axes[2].plot(np.arange(8), y, "x", color="k", label="measured")
     axes[2].set_xticks(range(8), "ABCDEFGH")
-    axes[2].set(xlabel="school", ylabel="effect", title="90 % intervals")
+    axes[2].set(xlabel="school", ylabel="effect", title="90% intervals")
     axes[2].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)

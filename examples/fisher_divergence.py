@@ -13,7 +13,7 @@ biases. Its Fisher divergence from the data is known up to a mean over N(0, I):
 
     F = \frac{1}{2} E \|c^*(v)\|^2, \qquad c^*(v) = \nabla_v \log p(v) + v = b + W \, \sigma(c + W^T v).
 
-A critic estimates it without using the density of the data, from 16 000 rows to learn on, 2000 to choose the best step by
+A critic estimates it without using the density of the data, from 16,000 rows to learn on, 2000 to choose the best step by
 and 2000 for the estimate. Two scores are given to it: the exact one, and VaES with one sample of a guide, which is fitted
 before. Two critics are compared:
 
@@ -233,7 +233,7 @@ if __name__ == "__main__":
     parser.add_argument("--dimension", type=int, default=200, help="visible and hidden units; 200 and 500 in the paper")
     parser.add_argument("--rhos", type=float, nargs="+", default=list(RHOS))
     parser.add_argument("--num-seeds", type=int, default=3, help="at rho = .2; one seed elsewhere")
-    parser.add_argument("--num-steps", type=int, default=5_000, help="of the critic; 20 000 in the paper")
+    parser.add_argument("--num-steps", type=int, default=5_000, help="of the critic; 20,000 in the paper")
     parser.add_argument("--num-guide-steps", type=int, default=10_000)
     parser.add_argument("--output", type=Path, default=Path("outputs/fisher_divergence"))
     parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")

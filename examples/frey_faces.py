@@ -25,7 +25,7 @@ Every machine is judged on the test faces by
   unknown constant. Lower is better; negative is normal.
 
 Settings are those of the code of [1] (batches of 100, Adam with rate 2e-4 and betas .9, .95) but for the number of steps,
-which it has at 20 000: ``--num-steps 20000``.
+which it has at 20,000: ``--num-steps 20000``.
 
 The script writes to ``--output``: ``faces.png``, test faces and samples of every method, E[v|h] after 1000 sweeps from
 uniform noise, and last the face of its heaviest state; ``curves.png``, the sliced score matching loss on the test faces against

@@ -166,7 +166,7 @@ def print_table(metrics: dict[str, np.ndarray], num_splits: int) -> None:
 
 
 def plot_trajectories(path: Path, runs: dict[str, tuple[Run, Run]]) -> None:
-    figure, axes = plt.subplots(1, len(runs), figsize=(3 * len(runs), 3.2), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(runs), figsize=(2 * len(runs), 2.8), sharey=True, layout="constrained")
     for axis, (name, pair) in zip(axes, runs.items(), strict=True):
         for run, start in zip(pair, ("from 0", "from 10"), strict=True):
             axis.plot(run.theta, label=start, linewidth=1)

@@ -20,7 +20,7 @@ covariance.
 ``--engine vages`` learns the same networks by variational estimates of the score and of its gradient [2], from two samples of the
 guide for every factor, each moved by five Langevin steps that are nearly without noise: its gradient has the covariance.
 
-``--size full`` is the published setting (images of 32 x 32, 9.9 million weights, noise up to 3, 100 000 steps) and needs a GPU.
+``--size full`` is the published setting (images of 32 x 32, 9.9 million weights, noise up to 3, 100,000 steps) and needs a GPU.
 ``--size reduced``, the default, is for two cores and ten minutes: images of 16 x 16, noise up to 1.2, 5000 steps at ten
 times the rate, and two changes that take it from strokes to digits in that time:
 

@@ -162,7 +162,9 @@ class negative_phase(Messenger):
         >>> def model(y):
         ...     tilt = numpyro.param("tilt", 0.0)
         ...     with numpyro.plate("data", len(y)):
-        ...         z = numpyro.sample("z", TiltedDistribution(dist.Normal(0, 1), lambda z: -tilt * z))
+        ...         z = numpyro.sample(
+        ...             "z", TiltedDistribution(dist.Normal(0, 1), lambda z: -tilt * z)
+        ...         )
         ...         numpyro.sample("y", dist.Normal(z, 1), obs=y)
         >>> y = 1.5 + jnp.sqrt(2) * jax.random.normal(jax.random.key(0), (400,))
         >>> model = negative_phase(model, num_chains=1000)

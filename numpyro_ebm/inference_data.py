@@ -106,8 +106,12 @@ def to_inference_data(
         ...         numpyro.sample("y", dist.Normal(x, 1), obs=y)
         >>> y = jnp.array([1.0, 5.0, 3.0])
         >>> engine = ParticleMMLE(model, optax.adam(0.1), num_particles=20, step_size=0.1)
-        >>> result = engine.run(jax.random.key(0), 100, y, collect=engine.get_params, progress_bar=False)
-        >>> data = to_inference_data(result, model=model, model_args=(y,), coords={"school": ["a", "b", "c"]})
+        >>> result = engine.run(
+        ...     jax.random.key(0), 100, y, collect=engine.get_params, progress_bar=False
+        ... )
+        >>> data = to_inference_data(
+        ...     result, model=model, model_args=(y,), coords={"school": ["a", "b", "c"]}
+        ... )
         >>> dict(data["posterior"]["x"].sizes)
         {'chain': 1, 'draw': 20, 'school': 3}
         >>> data["observed_data"]["y"].sel(school="b").item(), dict(data["fit"]["loc"].sizes)

@@ -174,7 +174,9 @@ def langevin(step_size: float | Schedule) -> optax.GradientTransformationExtraAr
         >>> from numpyro_ebm import langevin
         >>> optim = langevin(0.1)
         >>> state = optim.init(jnp.zeros(3))
-        >>> updates, state = optim.update(jnp.ones(3), state, temperature=0.0, rng_key=jax.random.key(0))
+        >>> updates, state = optim.update(
+        ...     jnp.ones(3), state, temperature=0.0, rng_key=jax.random.key(0)
+        ... )
         >>> updates
         Array([-0.1, -0.1, -0.1], dtype=float32)
     """

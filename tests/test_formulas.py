@@ -8,8 +8,10 @@ import re
 import runpy
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from docutils import nodes
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("docs/**/*.md")))]
@@ -83,3 +85,15 @@ def test_lines_of_a_displayed_formula_are_aligned(render):
 def test_misspelled_commands_are_refused(render):
     with pytest.raises(ValueError, match="Undefined control sequence"):
         render(r"\tfarc12 x")
+
+
+@pytest.mark.parametrize(
+    ("after", "closing", "rest"), [(", also", r"\text{,}", " also"), (").", r"\text{).}", ""), (" is", "", " is")]
+)
+def test_no_line_begins_with_the_comma_of_a_formula(after, closing, rest):
+    # A browser may break the line behind a formula; it does not break inside one at its end.
+    keep = runpy.run_path(str(ROOT / "docs" / "extensions" / "formulas.py"))["_keep_punctuation"]
+    paragraph = nodes.paragraph("", "", nodes.math("Z", "Z"), nodes.Text(after))
+    keep(SimpleNamespace(builder=SimpleNamespace(format="html")), paragraph, "page")
+    formula, text = paragraph.children
+    assert (formula.get("closing", ""), text) == (closing, rest)

@@ -27,12 +27,18 @@ def fenced(text):
     return [(kind, code) for kind, code in found if "[remove-cell]" not in code.partition("\n")[0]]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(DOCS)))
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda path: str(path.relative_to(ROOT)))
 def test_code_of_a_page_can_be_read_without_scrolling(page):
     # 88 characters are what the column holds.
     kinds = ("python", "{code-cell}", "bash")
     lines = [line for kind, code in fenced(page.read_text(encoding="utf-8")) if kind in kinds for line in code.splitlines()]
     assert [line for line in lines if len(line) > 88 and not line.startswith(":")] == []
+
+
+def test_examples_of_the_api_can_be_read_without_scrolling():
+    code = re.compile(r"^ *((?:>>>|\.\.\.) .{85,})$", re.MULTILINE)
+    modules = sorted((ROOT / "numpyro_ebm").rglob("*.py"))
+    assert [(path.name, line) for path in modules for line in code.findall(path.read_text(encoding="utf-8"))] == []
 
 
 def test_every_figure_of_a_page_is_described_for_those_who_do_not_see_it():

@@ -7,6 +7,7 @@ KaTeX (``_static/katex``: script, style sheet and fonts of its npm package, vers
 engine. It refuses what it does not know, so a misspelled command fails the build instead of looking odd.
 """
 
+import re
 from pathlib import Path
 
 import dukpy
@@ -31,10 +32,20 @@ def render(tex, display=False):
 
 def _append(writer, node, before, display, after):
     try:
-        writer.body.append(before + render(node.astext(), display) + after)
+        writer.body.append(before + render(node.astext() + node.get("closing", ""), display) + after)
     except ValueError as error:
         logging.getLogger(__name__).warning("%s", error, location=node)
     raise nodes.SkipNode
+
+
+def _keep_punctuation(app, doctree, docname):
+    """A browser may break the line between a formula and the comma after it: the comma becomes a part of the formula."""
+    for node in list(doctree.findall(nodes.math)) if app.builder.format == "html" else ():
+        after = node.next_node(descend=False, siblings=True)
+        found = re.match(r"[.,;:)?!]+", after) if isinstance(after, nodes.Text) else None
+        if found:
+            node["closing"] = rf"\text{{{found[0]}}}"
+            after.parent.replace(after, nodes.Text(after[found.end() :]))
 
 
 def _inline(writer, node):
@@ -49,4 +60,5 @@ def _displayed(writer, node):
 def setup(app):
     app.add_html_math_renderer("katex", inline_renderers=(_inline, None), block_renderers=(_displayed, None))
     app.add_css_file(f"{_KATEX}.css")
+    app.connect("doctree-resolved", _keep_punctuation)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

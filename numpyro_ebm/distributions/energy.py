@@ -492,10 +492,14 @@ class EnergyDistribution(TiltedDistribution):
         >>> import jax, jax.numpy as jnp
         >>> import numpyro.distributions as dist
         >>> from numpyro_ebm import EnergyDistribution
-        >>> double_well = EnergyDistribution(lambda x: (x**2 - 1) ** 2, initial=dist.Normal(0, 1))
+        >>> double_well = EnergyDistribution(
+        ...     lambda x: (x**2 - 1) ** 2, initial=dist.Normal(0, 1)
+        ... )
         >>> double_well.log_prob(jnp.array([0.0, 1.0]))
         Array([-1., 0.], dtype=float32)
-        >>> stack = EnergyDistribution(lambda k, x: k * x**2, params=jnp.array([1.0, 10.0]), batch_shape=(2,))
+        >>> stack = EnergyDistribution(
+        ...     lambda k, x: k * x**2, params=jnp.array([1.0, 10.0]), batch_shape=(2,)
+        ... )
         >>> stack.log_prob(jnp.ones((5, 2))).shape
         (5, 2)
     """

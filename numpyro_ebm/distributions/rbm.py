@@ -268,11 +268,14 @@ class GaussianBernoulliRBM(RestrictedBoltzmannMachine):
 
         >>> import jax, jax.numpy as jnp
         >>> from numpyro_ebm import GaussianBernoulliRBM
-        >>> rbm = GaussianBernoulliRBM(weights=jnp.eye(2), visible_bias=jnp.zeros(2), hidden_bias=jnp.zeros(2))
+        >>> rbm = GaussianBernoulliRBM(
+        ...     weights=jnp.eye(2), visible_bias=jnp.zeros(2), hidden_bias=jnp.zeros(2)
+        ... )
         >>> v = jnp.array([[0.0, 0.0], [3.0, -3.0]])
         >>> print(rbm.log_prob(v).round(1))
         [ 1.4 -5.9]
-        >>> print((rbm.log_prob(v) - rbm.log_normalizer()).round(1))  # normalized: 2^2 hidden states are enumerated
+        >>> log_density = rbm.log_prob(v) - rbm.log_normalizer()  # of 2^2 hidden states
+        >>> print(log_density.round(1))
         [-2.4 -9.7]
         >>> rbm.hidden_given_visible(v[1]).mean.round(1)
         Array([1., 0.], dtype=float32)
@@ -350,7 +353,11 @@ class BernoulliRBM(RestrictedBoltzmannMachine):
 
         >>> import jax, jax.numpy as jnp
         >>> from numpyro_ebm import BernoulliRBM
-        >>> rbm = BernoulliRBM(weights=2 * jnp.ones((2, 1)), visible_bias=-jnp.ones(2), hidden_bias=jnp.zeros(1))
+        >>> rbm = BernoulliRBM(
+        ...     weights=2 * jnp.ones((2, 1)),
+        ...     visible_bias=-jnp.ones(2),
+        ...     hidden_bias=jnp.zeros(1),
+        ... )
         >>> v = jnp.array([[0, 0], [0, 1], [1, 0], [1, 1]])
         >>> print(jnp.exp(rbm.log_prob(v) - rbm.log_normalizer()).round(1))
         [0.1 0.2 0.2 0.5]

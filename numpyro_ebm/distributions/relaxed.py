@@ -118,7 +118,8 @@ def amortized_normal(network: Callable[[Array], tuple[Array, Array]], v: Array) 
         ...     log_scale = numpyro.param("log_scale", jnp.zeros(3))
         ...     with numpyro.plate("data", len(v)):
         ...         numpyro.sample("h", amortized_normal(lambda v: (A @ v, log_scale), v))
-        >>> numpyro.handlers.trace(numpyro.handlers.seed(guide, 0)).get_trace(jnp.ones((4, 2)))["h"]["value"].shape
+        >>> traced = numpyro.handlers.trace(numpyro.handlers.seed(guide, 0))
+        >>> traced.get_trace(jnp.ones((4, 2)))["h"]["value"].shape
         (4, 3)
     """
     loc, log_scale = _of_rows(network, v, ("loc", "log_scale"))

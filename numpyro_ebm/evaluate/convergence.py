@@ -85,9 +85,18 @@ def convergence(
         ...         x = numpyro.sample("x", dist.Normal(loc, 1))
         ...         numpyro.sample("y", dist.Normal(x, 1), obs=y)
         >>> engine = ParticleMMLE.ipla(model, num_particles=10, step_size=0.05)
-        >>> result = engine.run(jax.random.key(0), 4000, jnp.arange(4.0), collect=engine.get_params, progress_bar=False)
-        >>> report = convergence(result.collected, num_particles=10, standard_errors={"loc": (2 / 4) ** 0.5})
-        >>> print(f"mean {report.mean['loc']:.1f}, sd {report.sd['loc']:.1f}, in theory {report.theory['loc']:.1f}")
+        >>> result = engine.run(
+        ...     jax.random.key(0),
+        ...     4000,
+        ...     jnp.arange(4.0),
+        ...     collect=engine.get_params,
+        ...     progress_bar=False,
+        ... )
+        >>> report = convergence(
+        ...     result.collected, num_particles=10, standard_errors={"loc": (2 / 4) ** 0.5}
+        ... )
+        >>> mean, sd, theory = (x["loc"] for x in (report.mean, report.sd, report.theory))
+        >>> print(f"mean {mean:.1f}, sd {sd:.1f}, in theory {theory:.1f}")
         mean 1.5, sd 0.2, in theory 0.2
     """
     if not isinstance(trace, Mapping):

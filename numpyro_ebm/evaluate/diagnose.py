@@ -92,9 +92,13 @@ def diagnose(
         >>> from numpyro_ebm import TiltedDistribution, diagnose, negative_phase
         >>> def model(x):
         ...     tilt = numpyro.param("tilt", 0.0)
-        ...     numpyro.sample("x", TiltedDistribution(dist.Normal(0, 1), lambda x: -tilt * x), obs=x)
+        ...     numpyro.sample(
+        ...         "x", TiltedDistribution(dist.Normal(0, 1), lambda x: -tilt * x), obs=x
+        ...     )
         >>> x, program = 1 + jax.random.normal(jax.random.key(0), (200,)), negative_phase(model)
-        >>> result = SVI(program, lambda x: None, optax.adam(0.02), Trace_ELBO()).run(jax.random.key(1), 300, x, progress_bar=False)
+        >>> result = SVI(program, lambda x: None, optax.adam(0.02), Trace_ELBO()).run(
+        ...     jax.random.key(1), 300, x, progress_bar=False
+        ... )
         >>> diagnose(result, program, x).is_well
         True
     """

@@ -121,9 +121,11 @@ def fisher_divergence(
         >>> from jax.tree_util import Partial
         >>> from numpyro_ebm import fisher_divergence
         >>> v = jax.random.normal(jax.random.key(0), (3, 4000, 2))
-        >>> score = lambda v, rng_key: 1 - v  # of N(1, I), where the data have N(0, I): the divergence is 1
+        >>> score = lambda v, rng_key: 1 - v  # of N(1, I); data of N(0, I) are 1 away
         >>> critic = Partial(lambda a, A, x: a + A @ x, jnp.zeros(2), jnp.zeros((2, 2)))
-        >>> found = fisher_divergence(jax.random.key(1), score, v, critic, optax.adam(0.01), 500, progress_bar=False)
+        >>> found = fisher_divergence(
+        ...     jax.random.key(1), score, v, critic, optax.adam(0.01), 500, progress_bar=False
+        ... )
         >>> bool(abs(found.estimate - 1) < 4 * found.standard_error)
         True
     """

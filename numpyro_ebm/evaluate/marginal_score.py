@@ -81,13 +81,14 @@ def marginal_score(
         >>> def model(v):
         ...     with numpyro.plate("data", len(v)):
         ...         h = numpyro.sample("h", dist.Normal(0, 1))
-        ...         numpyro.sample("v", dist.Normal(h, 1), obs=v)  # the marginal is N(0, 2), its score -v / 2
+        ...         numpyro.sample("v", dist.Normal(h, 1), obs=v)  # v has N(0, 2)
         >>> def guide(v):
         ...     slope = numpyro.param("slope", 0.0)
         ...     with numpyro.plate("data", len(v)):
         ...         numpyro.sample("h", dist.Normal(slope * v, jnp.sqrt(0.5)))
         >>> v = jnp.array([-2.0, 0.0, 1.0])
-        >>> marginal_score(model, guide, {"slope": 0.5}, v, rng_key=jax.random.key(0), variance_reduced=True).round(3) + 0.0
+        >>> settings = {"rng_key": jax.random.key(0), "variance_reduced": True}
+        >>> marginal_score(model, guide, {"slope": 0.5}, v, **settings).round(3) + 0.0  # -v / 2
         Array([ 1. ,  0. , -0.5], dtype=float32)
     """
     num_samples = require_count("num_samples", num_samples)

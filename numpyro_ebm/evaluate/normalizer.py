@@ -74,8 +74,13 @@ def log_normalizer(
         >>> weights = 0.5 * jax.random.normal(jax.random.key(0), (6, 10))
         >>> rbm = GaussianBernoulliRBM(weights, jnp.zeros(6), jnp.zeros(10))
         >>> exact = log_normalizer(rbm)
-        >>> estimate = log_normalizer(rbm, "ais", rng_key=jax.random.key(1), num_chains=500, num_temperatures=200)
-        >>> bool(abs(estimate.log_normalizer - exact.log_normalizer) < 4 * estimate.standard_error)
+        >>> estimate = log_normalizer(
+        ...     rbm, "ais", rng_key=jax.random.key(1), num_chains=500, num_temperatures=200
+        ... )
+        >>> bool(
+        ...     abs(estimate.log_normalizer - exact.log_normalizer)
+        ...     < 4 * estimate.standard_error
+        ... )
         True
     """
     if not isinstance(rbm, RestrictedBoltzmannMachine):

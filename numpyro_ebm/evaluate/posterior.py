@@ -109,7 +109,9 @@ def sample_posterior(
         ...     with numpyro.plate("data", len(y)):
         ...         x = numpyro.sample("x", dist.Normal(loc, 1))
         ...         numpyro.sample("y", dist.Normal(x, 1), obs=y)
-        >>> draws = sample_posterior(jax.random.key(0), model, {"loc": 1.0}, jnp.array([1.0, 5.0]), num_samples=2000)
+        >>> draws = sample_posterior(
+        ...     jax.random.key(0), model, {"loc": 1.0}, jnp.array([1.0, 5.0]), num_samples=2000
+        ... )
         >>> draws["x"].shape
         (4, 2000, 2)
         >>> print(draws["x"].mean((0, 1)).round(1))

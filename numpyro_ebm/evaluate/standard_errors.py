@@ -98,7 +98,9 @@ def standard_errors(
         ...         x = numpyro.sample("x", dist.Normal(loc, 1))
         ...         numpyro.sample("y", dist.Normal(x, 1), obs=y)
         >>> y = jax.random.normal(jax.random.key(0), (50,))
-        >>> samples = sample_posterior(jax.random.key(1), model, {"loc": y.mean()}, y, num_samples=500)
+        >>> samples = sample_posterior(
+        ...     jax.random.key(1), model, {"loc": y.mean()}, y, num_samples=500
+        ... )
         >>> found = standard_errors(model, {"loc": y.mean()}, samples, y)
         >>> print(f"{found.standard_errors['loc']:.2f}, exact {(2 / 50) ** 0.5:.2f}")
         0.20, exact 0.20

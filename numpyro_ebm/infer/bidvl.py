@@ -164,7 +164,9 @@ class BiDVL(Engine):
         ...     with numpyro.plate("data", len(v)):
         ...         numpyro.sample("h", dist.Normal(0.8 * v + shift, 0.6))
         >>> v = 2.9 + jax.random.normal(jax.random.key(0), (1000,))
-        >>> engine = BiDVL(energy, encoder, generator, optax.sgd(0.02), optax.sgd(0.1), optax.sgd(0.02))
+        >>> engine = BiDVL(
+        ...     energy, encoder, generator, optax.sgd(0.02), optax.sgd(0.1), optax.sgd(0.02)
+        ... )
         >>> result = engine.run(jax.random.key(1), 2000, v, progress_bar=False)
         >>> print(f"learned {result.params['loc']:.1f}, exact {v.mean():.1f}")
         learned 2.9, exact 2.9

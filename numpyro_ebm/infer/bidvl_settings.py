@@ -86,7 +86,7 @@ class Hinge(_Upper):
 
 @dataclass(frozen=True)
 class LowerLevel:
-    r"""The lower level of :class:`~numpyro_ebm.BiDVL`, which encoder and generator minimize:
+    r"""The lower level of :class:`~numpyro_ebm.BiDVL`, which encoder and generator minimize.
 
     .. math::
 

@@ -201,7 +201,9 @@ class BiSM(BilevelEngine):
         ...     with numpyro.plate("data", len(v)):
         ...         numpyro.sample("h", dist.Normal(slope * v + shift, jnp.sqrt(0.5)))
         >>> v = 2.9 + jnp.sqrt(2.0) * jax.random.normal(jax.random.key(0), (1000,))
-        >>> engine = BiSM(model, guide, optax.adam(0.01), optax.adam(0.01), DenoisingScoreMatching(0.3))
+        >>> engine = BiSM(
+        ...     model, guide, optax.adam(0.01), optax.adam(0.01), DenoisingScoreMatching(0.3)
+        ... )
         >>> result = engine.run(jax.random.key(1), 1500, v, progress_bar=False)
         >>> print(f"learned {result.params['loc']:.1f}, exact {v.mean():.1f}")
         learned 2.9, exact 2.9

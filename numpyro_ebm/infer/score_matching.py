@@ -91,7 +91,9 @@ class ScoreMatching(ScoreEngine):
         >>> def model(v):
         ...     precision = numpyro.param("precision", 1.0, constraint=constraints.positive)
         ...     with numpyro.plate("data", len(v)):
-        ...         numpyro.sample("v", EnergyDistribution(lambda v: precision * v**2 / 2), obs=v)
+        ...         numpyro.sample(
+        ...             "v", EnergyDistribution(lambda v: precision * v**2 / 2), obs=v
+        ...         )
         >>> v = jax.random.normal(jax.random.key(0), (400,)) / 2
         >>> engine = ScoreMatching(model, optax.adam(0.05), ExactScoreMatching())
         >>> result = engine.run(jax.random.key(1), 500, v, progress_bar=False)

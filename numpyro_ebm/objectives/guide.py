@@ -27,7 +27,7 @@ Latents = dict[str, Array]
 
 @dataclass(frozen=True)
 class PosteriorFisher:
-    r"""Half the Fisher divergence of a guide from the posterior, one sample per row of the data:
+    r"""Half the Fisher divergence of a guide from the posterior, one sample per row of the data.
 
     .. math:: \tfrac12 \|\nabla_h [\log \tilde p(v, h) - \log q(h \mid v)]\|^2, \qquad h \sim q(\cdot \mid v).
 
@@ -63,8 +63,11 @@ class PosteriorFisher:
         ...     with numpyro.plate("data", len(v)):
         ...         numpyro.sample("h", dist.Normal(slope * v, jnp.sqrt(variance)))
         >>> svi = SVI(model, guide, optax.adam(0.02), PosteriorFisher())
-        >>> result = svi.run(jax.random.key(0), 500, jnp.linspace(-2, 2, 50), progress_bar=False)
-        >>> print(f"slope {result.params['slope']:.2f}, variance {result.params['variance']:.2f}; both are 1/2")
+        >>> result = svi.run(
+        ...     jax.random.key(0), 500, jnp.linspace(-2, 2, 50), progress_bar=False
+        ... )
+        >>> slope, variance = result.params["slope"], result.params["variance"]
+        >>> print(f"slope {slope:.2f}, variance {variance:.2f}; both are 1/2")
         slope 0.50, variance 0.50; both are 1/2
     """
 

@@ -57,10 +57,13 @@ class ScoreObjective(ABC):
         >>> import jax, jax.numpy as jnp
         >>> from numpyro_ebm.objectives import ScoreObjective
         >>> @dataclass(frozen=True)
-        ... class RobustDenoising(ScoreObjective):  # the absolute error in place of the squared one
+        ... class RobustDenoising(ScoreObjective):  # absolute errors, not squared
         ...     sigma: float
+        ...
         ...     def perturb(self, rng_key, v):
-        ...         return super().perturb(rng_key, v) + self.sigma * jax.random.normal(rng_key, v.shape)
+        ...         noise = self.sigma * jax.random.normal(rng_key, v.shape)
+        ...         return super().perturb(rng_key, v) + noise
+        ...
         ...     def _loss(self, score_fn, rng_key, v, v_tilde):
         ...         return jnp.abs(score_fn(v_tilde) + (v_tilde - v) / self.sigma**2).sum(-1)
         >>> v = jnp.zeros((1, 2))
@@ -152,7 +155,8 @@ class ExactScoreMatching(ScoreObjective):
         >>> import jax, jax.numpy as jnp
         >>> from numpyro_ebm import ExactScoreMatching
         >>> v = jnp.array([[0.0, 1.0], [2.0, 0.0]])
-        >>> ExactScoreMatching().loss(lambda v: -v, jax.random.key(0), v, v)  # standard normal: |v|^2 / 2 - 2
+        >>> score = lambda v: -v  # of the standard normal, whose loss is |v|^2 / 2 - 2
+        >>> ExactScoreMatching().loss(score, jax.random.key(0), v, v)
         Array([-1.5,  0. ], dtype=float32)
     """
 
@@ -204,7 +208,8 @@ class SlicedScoreMatching(ScoreObjective):
         >>> import jax, jax.numpy as jnp
         >>> from numpyro_ebm import SlicedScoreMatching
         >>> v = jnp.array([[0.0, 1.0], [2.0, 0.0]])
-        >>> SlicedScoreMatching().loss(lambda v: -v, jax.random.key(0), v, v)  # exact: the Hessian is diagonal
+        >>> score = lambda v: -v  # its derivative is diagonal, so that slices are exact
+        >>> SlicedScoreMatching().loss(score, jax.random.key(0), v, v)
         Array([-1.5,  0. ], dtype=float32)
     """
 
@@ -310,7 +315,9 @@ class MultiscaleDenoisingScoreMatching(ScoreObjective):
     .. doctest::
 
         >>> from numpyro_ebm import MultiscaleDenoisingScoreMatching
-        >>> objective = MultiscaleDenoisingScoreMatching(sigma0=0.1, sigma_begin=0.05, sigma_end=0.2)
+        >>> objective = MultiscaleDenoisingScoreMatching(
+        ...     sigma0=0.1, sigma_begin=0.05, sigma_end=0.2
+        ... )
         >>> objective.weight(3)  # 1 / sigma
         Array([20., 10.,  5.], dtype=float32)
     """

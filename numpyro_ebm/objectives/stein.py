@@ -164,13 +164,19 @@ class KernelSteinDiscrepancy(ScoreObjective):
     .. doctest::
 
         >>> import jax, jax.numpy as jnp, numpyro, optax
-        >>> from numpyro_ebm import EnergyDistribution, KernelSteinDiscrepancy, RBFKernel, ScoreMatching
+        >>> from numpyro.distributions import constraints
+        >>> from numpyro_ebm import EnergyDistribution, ScoreMatching
+        >>> from numpyro_ebm import KernelSteinDiscrepancy, RBFKernel
         >>> def model(v):
-        ...     precision = numpyro.param("precision", 1.0, constraint=numpyro.distributions.constraints.positive)
+        ...     precision = numpyro.param("precision", 1.0, constraint=constraints.positive)
         ...     with numpyro.plate("data", len(v)):
-        ...         numpyro.sample("v", EnergyDistribution(lambda v: precision * v**2 / 2), obs=v)
+        ...         numpyro.sample(
+        ...             "v", EnergyDistribution(lambda v: precision * v**2 / 2), obs=v
+        ...         )
         >>> v = jax.random.normal(jax.random.key(0), (400,)) / 2
-        >>> engine = ScoreMatching(model, optax.adam(0.05), KernelSteinDiscrepancy(RBFKernel(bandwidth=1.0)))
+        >>> engine = ScoreMatching(
+        ...     model, optax.adam(0.05), KernelSteinDiscrepancy(RBFKernel(bandwidth=1.0))
+        ... )
         >>> result = engine.run(jax.random.key(1), 500, v, progress_bar=False)
         >>> print(f"learned {result.params['precision']:.1f}, true 4")
         learned 4.3, true 4
@@ -275,9 +281,10 @@ def ksd_test(
         >>> import jax, jax.numpy as jnp
         >>> from numpyro_ebm import ksd_test
         >>> v = jax.random.normal(jax.random.key(0), (300, 2))
-        >>> bool(ksd_test(jax.random.key(1), v, lambda v: -v).p_value > 0.05)  # a standard normal
+        >>> key, normal, narrow = jax.random.key(1), lambda v: -v, lambda v: -2 * v
+        >>> bool(ksd_test(key, v, normal).p_value > 0.05)  # a standard normal
         True
-        >>> bool(ksd_test(jax.random.key(1), v, lambda v: -2 * v).p_value < 0.01)  # half the variance
+        >>> bool(ksd_test(key, v, narrow).p_value < 0.01)  # half the variance
         True
     """
     _require_kernel(kernel)

@@ -119,7 +119,9 @@ def check_model(model: Callable[..., Any], *args: Any, **kwargs: Any) -> ModelRe
         >>> from numpyro_ebm import TiltedDistribution, check_model
         >>> def model(y):
         ...     tilt = numpyro.param("tilt", 0.0)
-        ...     z = numpyro.sample("z", TiltedDistribution(dist.Normal(0, 1), lambda z: -tilt * z))
+        ...     z = numpyro.sample(
+        ...         "z", TiltedDistribution(dist.Normal(0, 1), lambda z: -tilt * z)
+        ...     )
         ...     numpyro.sample("y", dist.Normal(z, 1), obs=y)
         >>> print(check_model(model, jnp.array(1.0)))
         site  distribution        verdict

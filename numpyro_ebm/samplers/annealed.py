@@ -64,10 +64,13 @@ def annealed_langevin(
 
         >>> import jax, jax.numpy as jnp
         >>> from numpyro_ebm import annealed_langevin, annealing_schedule
-        >>> def log_prob(x):  # two far modes, which no chain crosses between at temperature 1
+        >>> def log_prob(x):  # two modes; no chain crosses between them at temperature 1
         ...     return jnp.logaddexp(-50 * ((x - 2) ** 2).sum(-1), -50 * ((x + 2) ** 2).sum(-1))
-        >>> x = annealed_langevin(jax.random.key(0), log_prob, jnp.full((1000, 1), 2.0), step_size=2e-3)
-        >>> print(f"{jnp.mean(x > 0):.1f} of the chains on the right, {jnp.mean(x < 0):.1f} on the left")
+        >>> x = annealed_langevin(
+        ...     jax.random.key(0), log_prob, jnp.full((1000, 1), 2.0), step_size=2e-3
+        ... )
+        >>> right, left = jnp.mean(x > 0), jnp.mean(x < 0)
+        >>> print(f"{right:.1f} of the chains on the right, {left:.1f} on the left")
         0.5 of the chains on the right, 0.5 on the left
     """
     step_size = require_positive("step_size", step_size, WHAT_A_STEP_IS)

@@ -79,6 +79,7 @@ class Sampler:
         ... class RandomWalk(Sampler):
         ...     scale: float = 2.0
         ...     num_steps: int = 50
+        ...
         ...     def run(self, rng_key, target, state):
         ...         def step(x, key):
         ...             key, accept_key = jax.random.split(key)
@@ -86,9 +87,14 @@ class Sampler:
         ...             ratio = target(new) - target(x)
         ...             accept = jnp.log(jax.random.uniform(accept_key, ratio.shape)) < ratio
         ...             return jnp.where(over_events(accept, x.ndim), new, x), None
-        ...         x, _ = jax.lax.scan(step, state.position, jax.random.split(rng_key, self.num_steps))
+        ...
+        ...         x, _ = jax.lax.scan(
+        ...             step, state.position, jax.random.split(rng_key, self.num_steps)
+        ...         )
         ...         return state._replace(position=x)
-        >>> normal = EnergyDistribution(lambda x: (x - 3) ** 2 / 2, initial=dist.Normal(0, 1), sampler=RandomWalk())
+        >>> normal = EnergyDistribution(
+        ...     lambda x: (x - 3) ** 2 / 2, initial=dist.Normal(0, 1), sampler=RandomWalk()
+        ... )
         >>> print(normal.sample(jax.random.key(0), (2000,)).mean().round(1))
         3.0
     """

@@ -54,8 +54,10 @@ def block_gibbs(rng_key: Array, layers: Layers, v: Array, num_steps: int = 1) ->
 
         >>> import jax, jax.numpy as jnp
         >>> from numpyro_ebm import GaussianBernoulliRBM, block_gibbs
-        >>> rbm = GaussianBernoulliRBM(jnp.array([[2.0], [0.0]]), jnp.zeros(2), jnp.array([-2.0]))  # h is 0 or 1 evenly
-        >>> block_gibbs(jax.random.key(0), rbm, jnp.zeros((10_000, 2)), num_steps=100).mean(0).round(1) + 0.0
+        >>> weights, hidden_bias = jnp.array([[2.0], [0.0]]), jnp.array([-2.0])
+        >>> rbm = GaussianBernoulliRBM(weights, jnp.zeros(2), hidden_bias)  # h is 0 or 1 evenly
+        >>> v = block_gibbs(jax.random.key(0), rbm, jnp.zeros((10_000, 2)), num_steps=100)
+        >>> v.mean(0).round(1) + 0.0
         Array([1., 0.], dtype=float32)
     """
     num_steps = require_count("num_steps", num_steps, least=0)
@@ -122,7 +124,12 @@ class BlockGibbs(Sampler):
 
         >>> import jax, jax.numpy as jnp
         >>> from numpyro_ebm import BernoulliRBM, BlockGibbs
-        >>> rbm = BernoulliRBM(jnp.zeros((3, 2)), jnp.array([-20.0, 0.0, 20.0]), jnp.zeros(2), sampler=BlockGibbs(num_steps=5))
+        >>> rbm = BernoulliRBM(
+        ...     jnp.zeros((3, 2)),
+        ...     jnp.array([-20.0, 0.0, 20.0]),
+        ...     jnp.zeros(2),
+        ...     sampler=BlockGibbs(num_steps=5),
+        ... )
         >>> rbm.sample(jax.random.key(0), (1000,)).mean(0).round(1)
         Array([0. , 0.5, 1. ], dtype=float32)
     """

@@ -99,7 +99,8 @@ class MALA(Sampler):
         >>> sampler = MALA(num_steps=300)
         >>> state = sampler.init(jnp.zeros((2000, 3)))
         >>> state = sampler.run(jax.random.key(0), lambda x: -50 * (x**2).sum(-1), state)
-        >>> print(f"standard deviation {state.position.std():.2f}, step size {state.step_size:.2f}")
+        >>> sd, step_size = state.position.std(), state.step_size
+        >>> print(f"standard deviation {sd:.2f}, step size {step_size:.2f}")
         standard deviation 0.10, step size 0.01
     """
 

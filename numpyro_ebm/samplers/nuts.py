@@ -44,7 +44,9 @@ class NUTS:
         ...         x = numpyro.sample("x", dist.Normal(top, 1))
         ...         numpyro.sample("y", dist.Normal(x, 1), obs=y)
         >>> y = jnp.array([1.0, 5.0])
-        >>> draws = sample_posterior(jax.random.key(0), model, {}, y, num_samples=1000, sampler=samplers.NUTS())
+        >>> draws = sample_posterior(
+        ...     jax.random.key(0), model, {}, y, num_samples=1000, sampler=samplers.NUTS()
+        ... )
         >>> print(draws["top"].mean().round(1), draws["x"].shape)
         1.5 (4, 1000, 2)
     """

@@ -120,7 +120,9 @@ def fit(
         >>> import jax, numpy as np, numpyro, optax
         >>> import numpyro.distributions as dist
         >>> from numpyro_ebm import Batches, ParticleMMLE, fit
-        >>> y = 3 + np.sqrt(2) * np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+        >>> y = 3 + np.sqrt(2) * np.random.default_rng(0).standard_normal(1000).astype(
+        ...     np.float32
+        ... )
         >>> def model(y):
         ...     loc = numpyro.param("loc", 0.0)
         ...     with numpyro.plate("data", 1000, subsample_size=100):
@@ -128,7 +130,13 @@ def fit(
         ...         x = numpyro.sample("x", dist.Normal(loc, 1))
         ...         numpyro.sample("y", dist.Normal(x, 1), obs=y)
         >>> engine = ParticleMMLE(model, optax.sgd(0.0003), num_particles=20, step_size=0.1)
-        >>> result = fit(engine, jax.random.key(1), Batches(y, batch_size=100), num_epochs=100, progress_bar=False)
+        >>> result = fit(
+        ...     engine,
+        ...     jax.random.key(1),
+        ...     Batches(y, batch_size=100),
+        ...     num_epochs=100,
+        ...     progress_bar=False,
+        ... )
         >>> print(f"learned {result.params['loc']:.1f}, exact {y.mean():.1f}")
         learned 2.9, exact 2.9
         >>> result.state.particles["x"].shape
