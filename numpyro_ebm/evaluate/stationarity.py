@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.scipy.sparse.linalg import cg
 
 from numpyro_ebm.chains import chains_of
 from numpyro_ebm.evaluate.report import Finding, not_told
@@ -34,6 +35,7 @@ from numpyro_ebm.program.sites import FIELD, is_masked
 FROM_DATA, FROM_POSTERIOR = "distance of density from data", "distance of prior from posterior"
 MOST = 0.15  # standard deviations: a mode of 50 % may have 43
 NUM_VALUES = 2000  # where an energy learns, of rows and samples of the posterior together
+NUM_CG, DAMPING = 5, 1e-3  # steps of conjugate gradients towards the natural gradient, and what is added to its metric
 MIN_RUNS = 16  # of the model, each with other samples of the posterior
 MANY_ROWS = 500
 SAMPLES_OF_CHAIN = 10
@@ -180,7 +182,23 @@ def _distance(
     def along(direction: Data, x: Array) -> Array:
         return jax.jvp(lambda params: log_density(params, x), (params,), (direction,))[1]
 
-    directions = lax.map(lambda x: jax.grad(gap)(params, x), x[::-1])  # of the other half
+    def direction(x: Array) -> Data:
+        gradient = jax.grad(gap)(params, x)
+        of_chains = x[num_values * size :]
+        _, pull = jax.vjp(lambda params: log_density(params, of_chains), params)
+
+        def fisher(direction: Data) -> Data:
+            slope = along(direction, of_chains)
+            return pull((slope - slope.mean(0)) / slope.size)[0]
+
+        damping = DAMPING * _dot(gradient, fisher(gradient)) / jnp.maximum(_dot(gradient, gradient), jnp.finfo(x.dtype).tiny)
+
+        def metric(direction: Data) -> Data:
+            return jax.tree.map(lambda a, b: a + damping * b, fisher(direction), direction)
+
+        return cg(metric, gradient, maxiter=NUM_CG)[0]
+
+    directions = lax.map(direction, x[::-1])  # of the other half
     slopes = lax.map(lambda both: along(*both), (directions, x))
     of_values, of_chains = slopes[:, : num_values * size], slopes[:, num_values * size :]
     scale = jnp.sqrt(of_chains.var(1).reshape(2, -1).mean(1))
@@ -189,6 +207,10 @@ def _distance(
     of_chains = of_chains.reshape(2, num_chains, -1).mean(2) / scale
     variance = _variance_of_mean(of_chains) + (0 if is_all else _variance_of_mean(of_values))
     return of_values.mean() - of_chains.mean(), jnp.sqrt(variance.mean() / 2)  # of two independent ones
+
+
+def _dot(a: Data, b: Data) -> Array:
+    return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)), jnp.zeros(()))
 
 
 def _halves(x: Array) -> Array:

@@ -28,6 +28,7 @@ MAX_ROWS = 10_000  # rows that a correlation is estimated from
 ROWS_PER_DIM = 10  # so many there must be for each coordinate: of fewer, a covariance describes them far better than any others
 LEAST_VARIANCE = 1e-3  # of standardized data: a direction with less has a precision that would be all of an objective
 NUM_BATCHES = 8  # that the objective at the rows is compared on
+SHORT_OF = 0.2  # of what a Gaussian reaches there a model may be short
 AT_ROWS, VALIDATION = "objective at the rows", "objective on validation rows"
 FIX = (
     "The model has spikes at the data (or at the values that they are rounded to), which lower the objective without bound. Take "
@@ -106,18 +107,19 @@ def collapse_finding(site: str, at_rows: float, beside_rows: float, of_gaussian:
     return Finding(site, "objective at half the distance to other rows", value, None, most, fix)
 
 
-def level_finding(site: str, at_rows: np.ndarray, of_gaussian: np.ndarray) -> Finding:
-    """Whether a model comes near a Gaussian at the rows: by half of what it reaches, and what the difference is uncertain by.
+def level_finding(site: str, at_rows: np.ndarray, of_gaussian: np.ndarray, of_flat: np.ndarray | float = 0.0) -> Finding:
+    """Whether a model comes near a Gaussian at the rows: by a part of what it reaches, and what the difference is uncertain by.
 
     :param at_rows: the objective in batches.
     :param of_gaussian: that of a Gaussian in the same.
+    :param of_flat: that of a score of 0, from where it is counted what is reached.
     """
     value, reached = float(at_rows.mean()), float(of_gaussian.mean())
     if not math.isfinite(reached):
         return not_told(site, AT_ROWS, "a Gaussian has none there to compare with")
     differences = at_rows - of_gaussian
     error = float(differences.std(ddof=1)) / math.sqrt(len(differences)) if np.isfinite(differences).all() else 0.0
-    most = reached + abs(reached) / 2 + 4 * error
+    most = reached + SHORT_OF * abs(float(np.mean(of_flat)) - reached) + 4 * error
     return Finding(site, AT_ROWS, value, None, most, f"a normal distribution fitted to the data reaches {reached:.3g}. {TOO_BAD}")
 
 

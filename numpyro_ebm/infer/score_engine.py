@@ -37,7 +37,7 @@ from numpyro_ebm.infer.collapse import (
 from numpyro_ebm.infer.engine import Engine, RunResult, compiled_method
 from numpyro_ebm.infer.noise_levels import levels_finding
 from numpyro_ebm.infer.visible_density import FROM_ROWS, LATENTS, MAX_ROWS, DensityNumbers, density_findings, density_numbers
-from numpyro_ebm.objectives.score import MultiscaleDenoisingScoreMatching, ScoreObjective, objective_keys
+from numpyro_ebm.objectives.score import DenoisingScoreMatching, MultiscaleDenoisingScoreMatching, ScoreObjective, objective_keys
 from numpyro_ebm.program.batch import Batch, drawn_batch, first_batch, over_rows, run_at_zero, whole_batch
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.rows import ROUNDING
@@ -173,6 +173,12 @@ class ScoreEngine(Engine):
         return [*self._of_objective(rng_key, state, args, kwargs), *self._of_density(rng_key, state, args, kwargs)]
 
     def _of_objective(self, rng_key: Array, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
+        if isinstance(self.objective, DenoisingScoreMatching):
+            visible, program = self._visible(state, args, kwargs)
+            if is_masked(program.sites[visible.site]["fn"]):
+                return [not_told(visible.site, AT_ROWS, "the site is masked, and a Gaussian is not")]
+            numbers = jax.device_get(self._at_rows(state._replace(rng_key=rng_key), *args, **kwargs))
+            return [level_finding(visible.site, *(np.asarray(x, float) for x in numbers))]
         if not getattr(self.objective, "differentiates_score", False):
             return []
         numbers = jax.device_get(self._beside(state._replace(rng_key=rng_key), *args, **kwargs))
@@ -201,6 +207,19 @@ class ScoreEngine(Engine):
         energy = energy_site(seen["fn"])
         rows = jnp.asarray(seen["value"])
         return density_numbers(judge_key, energy, rows[:: -(-len(rows) // MAX_ROWS)])
+
+    @partial(compiled_method, cheaply=True)
+    def _at_rows(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Array, Array, Array]:
+        """Of some batches, the loss; that of a Gaussian with the covariance of the data; and that of no score at all."""
+
+        def of_batch(rng_key: Array) -> tuple[Array, Array, Array]:
+            batch = self._batch(rng_key, state.params, args, kwargs)
+            loss = self._batch_loss(state._replace(rng_key=rng_key), batch, kwargs)
+            fits = (correlated_objective, lambda loss, _: loss(jnp.zeros_like))
+            of_gaussian, of_flat = (self._gaussian_loss(rng_key, args[0], batch.args[0], fit) for fit in fits)
+            return loss, of_gaussian, of_flat
+
+        return lax.map(of_batch, jax.random.split(state.rng_key, NUM_BATCHES))
 
     @compiled_method
     def _beside(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Array, Array, Array, Array]:
