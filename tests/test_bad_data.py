@@ -356,7 +356,22 @@ def test_particles_say_where_the_density_is_not_finite():
         NonFiniteError, match="step 1: site 'limit': its log density is not finite at 2 of 12 events and particles"
     ) as error:
         engine.run(KEY, 2, Y, progress_bar=False)
-    assert "the model makes these values impossible, or overflows there. " in str(error.value)  # no step has been made
+    assert "the model makes these values impossible, or overflows there. Scale the data" in str(error.value)  # no step has been made
+
+
+def test_a_density_that_a_step_has_lost_is_told_after_the_step():
+    # "site 'y': its log density is -inf: the model makes them impossible" is what a diverged fit began with. Without a step it does.
+    model = energy_of(lambda a, y: jnp.exp(a * y**2))
+    engine = ScoreMatching(model, optax.sgd(0.0), DenoisingScoreMatching(0.1))
+    state = engine.init(KEY, Y)
+    lost = state._replace(params={"a": jnp.array(1e3)}, unconstrained={"a": jnp.array(1e3)}, num_steps=jnp.int32(3))
+    seen = r"site 'y': its log density is (-inf|nan) at \d of 6 observed events"
+    cause = "the likely cause is too large a learning rate: take a smaller learning rate, or clip"
+    with pytest.raises(NonFiniteError, match=rf"^step 1: {cause}.* What was seen: {seen}") as error:
+        engine.run(KEY, 2, Y, progress_bar=False, init_state=lost)
+    assert str(error.value).count("learning rate") == 2
+    with pytest.raises(NonFiniteError, match=rf"^step 1: {seen}.*Where it was finite before, take a smaller learning rate"):
+        engine.run(KEY, 2, Y, progress_bar=False, init_state=lost._replace(num_steps=jnp.int32(0)))
 
 
 @pytest.mark.parametrize("dtype", [float, jnp.uint8])

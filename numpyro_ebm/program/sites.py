@@ -133,11 +133,19 @@ def are_possible(observed: Mapping[str, Site]) -> Array:
     return jnp.asarray(good).all()
 
 
+class NoDensityError(ValueError):
+    """A model has no log density at its data, or beside them: ``what`` says where."""
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        super().__init__(f"{what} {fix}".rstrip())
+        self.what = what
+
+
 def require_possible(observed: Mapping[str, Site], fix: str = "") -> None:
     """Refuses data at which a model has no log density; for values that are known.
 
     :param str fix: what else to do about a density that is not finite.
-    :raises ValueError: naming the site.
+    :raises ValueError: naming the site; :class:`NoDensityError` if the data themselves are good.
     """
     for site in observed.values():
         require_data(site)
@@ -208,9 +216,10 @@ def _require_density(site: Site, fix: str) -> None:
     log_density = np.asarray(site["fn"].log_prob(site["value"]))
     bad = log_density[~np.isfinite(log_density)]
     if bad.size:
-        raise ValueError(
+        raise NoDensityError(
             f"site '{site['name']}': its log density is {bad[0]} at {bad.size} of {log_density.size} observed events: the model "
-            f"makes them impossible, or overflows there. Look at its energy at these values, or scale the data. {fix}".rstrip()
+            "makes them impossible, or overflows there. Look at its energy at these values, or scale the data.",
+            fix,
         )
 
 
