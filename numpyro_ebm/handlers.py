@@ -58,7 +58,7 @@ from numpyro_ebm.distributions.guard import NormalizerError, refuse_gradient
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.random_field import RandomField, record_run
 from numpyro_ebm.program.run import run_model
-from numpyro_ebm.program.sites import FIELD, normalizer_name, require_data, stand_in
+from numpyro_ebm.program.sites import FIELD, is_factor, normalizer_name, require_data, require_events, stand_in
 from numpyro_ebm.samplers import Sampler
 from numpyro_ebm.samplers.base import require_sampler
 from numpyro_ebm.weighted import Weighted, is_weighted
@@ -251,6 +251,8 @@ class negative_phase(Messenger):
             return
         if msg["is_observed"]:
             require_data(msg)
+            if not is_factor(msg["fn"]):
+                require_events(msg, enumerated=True)
         energy = energy_site(msg["fn"])
         if energy is None or not energy.guarded:
             return

@@ -40,7 +40,16 @@ from numpyro_ebm.program.batch import Batch, drawn_batch, first_batch, over_rows
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.rows import ROUNDING
 from numpyro_ebm.program.run import Run, log_density_terms, own_key, require_program, run_model, total
-from numpyro_ebm.program.sites import Model, Site, NoDensityError, are_possible, has_density, is_masked, require_data, require_possible
+from numpyro_ebm.program.sites import (
+    Model,
+    NoDensityError,
+    Site,
+    are_possible,
+    has_density,
+    is_masked,
+    require_data,
+    require_possible,
+)
 from numpyro_ebm.program.visible import Visible, find_visible, require_batch, require_rows, require_unscaled
 from numpyro_ebm.train.devices import as_sharding
 

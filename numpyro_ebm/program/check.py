@@ -20,7 +20,7 @@ from numpyro_ebm.distributions.guard import NormalizerError
 from numpyro_ebm.program.identify import scale_and_shift
 from numpyro_ebm.program.minibatch import rows_given, taking_rows
 from numpyro_ebm.program.provenance import mark, sources_of
-from numpyro_ebm.program.sites import FIELD, core_of, is_factor, is_normalizer, normalizer_name, stand_in
+from numpyro_ebm.program.sites import FIELD, core_of, is_factor, is_normalizer, normalizer_name, require_events, stand_in
 
 
 @dataclass(frozen=True)
@@ -217,6 +217,8 @@ class _look(substitute):
         if is_normalizer(name):  # what negative_phase adds
             self.has_pool |= name.endswith(normalizer_name(FIELD))
         else:
+            if msg["is_observed"] and not is_factor(msg["fn"]):
+                require_events(msg)
             self.found[name] = _found(msg)
             self.densities[name] = _density(msg)
             energy = energy_site(msg["fn"])
