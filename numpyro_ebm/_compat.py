@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from numpyro.handlers import block, scope
+from numpyro.handlers import block, replay, scope, substitute
 from numpyro.infer import AIES, ESS, MCMC, SA, SVI, DiscreteHMCGibbs, MixedHMC
 from numpyro.infer.autoguide import AutoGuide, AutoSemiDAIS
 from numpyro.infer.elbo import ELBO
@@ -95,6 +95,19 @@ def calling_objective() -> ELBO | None:
         if isinstance(self, (ELBO, SVI)):
             return self.loss if isinstance(self, SVI) else self
     return None
+
+
+def guide_lacks(latent: dict[str, Any]) -> bool:
+    """Whether SVI is running the model on samples of a guide that has none of this latent, and nothing else gives it a value.
+
+    One that a block hides is the user's own noise: its density is not counted.
+    """
+    guide, name = open_handler(replay), latent["name"]
+    if latent.get("stop") or guide is None or guide.trace is None or name in guide.trace or calling_objective() is None:
+        return False
+    given = (handler for handler in _PYRO_STACK if isinstance(handler, substitute))
+    is_given = any(name in (handler.data or ()) or handler.substitute_fn is not None for handler in given)
+    return not is_given and "enumerate" not in latent["infer"]
 
 
 def called_by_mcmc() -> bool:
