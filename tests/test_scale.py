@@ -64,8 +64,8 @@ def test_the_numbers_are_those_of_the_data_in_units_of_the_base():
     site = check_model(model, 43 + 50 * (X - X.mean()) / X.std()).sites[0]
     assert "the mean of the data is 2" in site.distant
     assert "their standard deviation is 2" in site.distant
-    drawn = np.random.default_rng(0).normal(3, 2, 10**5)
-    found = scales(np.asarray(43 + 50 * (X - X.mean()) / X.std()), drawn, 0)
+    drawn = np.random.default_rng(0).normal(3, 2, (1, 10**5))
+    found = scales(np.asarray(43 + 50 * (X - X.mean()) / X.std())[None], drawn, 0)
     assert found.distance == pytest.approx(20, rel=0.02)
     assert found.width == pytest.approx(25, rel=0.02)
 
@@ -85,20 +85,22 @@ def test_a_flat_base_has_the_scale_of_its_reference():
 
 def test_the_farthest_coordinate_counts_and_the_widest():
     # Catches an average over coordinates, of which one is in other units; and an alarm about one that is constant.
-    drawn = np.random.default_rng(0).normal(size=(10**4, 3))
-    x = np.random.default_rng(1).normal(size=(100, 3))
+    drawn = np.random.default_rng(0).normal(size=(1, 10**4, 3))
+    x = np.random.default_rng(1).normal(size=(1, 100, 3))
     assert not scales(x, drawn, 1).are_far
     assert scales(x + np.array([0, 9, 0]), drawn, 1).are_far
     assert scales(x * np.array([1, 30, 1]), drawn, 1).are_far
     assert not scales(x * np.array([1, 0, 1]), drawn, 1).are_far
     assert scales(x / 99, drawn, 1).are_far
-    assert not scales(x[:1], drawn, 1).are_far  # one row has no spread
+    repeated = np.repeat(x[:, :1], 64, 0)
+    assert not scales(repeated, drawn, 1).are_far  # one row has no spread, however often it is shown
+    assert not scales(np.ones((64, 100, 3)), drawn, 1).are_far  # nor has a constant
     assert not scales(x + 9, 0 * drawn, 1).are_far  # a certain value has no scale
 
 
 def test_tails_are_no_scale():
-    drawn = np.asarray(dist.Cauchy(0, 1).sample(jax.random.key(1), (10**4,)))
-    assert scales(np.asarray(X) + 30, drawn, 0).distance > 10
+    drawn = np.asarray(dist.Cauchy(0, 1).sample(jax.random.key(1), (1, 10**4)))
+    assert scales(np.asarray(X)[None] + 30, drawn, 0).distance > 10
 
 
 def test_data_of_latents_are_compared_with_what_the_model_predicts():

@@ -27,6 +27,7 @@ from numpyro_ebm.program.minibatch import taking_rows
 from numpyro_ebm.program.sites import Model, Site, is_factor, is_unbounded
 
 FAR, WIDE = 5.0, 20.0  # of the right models of the documentation and examples none is beyond half of these
+FEW_ROWS = 10
 # samples of the model, and numbers that they may be in all: of data that leave fewer samples nothing is said
 NUM_SAMPLES, LEAST_SAMPLES, NUM_ELEMENTS = 64, 8, 2**23
 HALF = (0.16, 0.84)  # the quantiles of a normal at one standard deviation; tails, which may be heavy, do not count
@@ -60,7 +61,8 @@ def scales_of(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], names
     def samples(key: jax.Array) -> dict[str, Any]:
         with one_at_a_time, block(), seed(rng_seed=key), predicting:
             taking_rows(model)(*args, **kwargs)
-        return predicting.found
+        found, predicting.found = predicting.found, {}  # what is traced ends with the trace
+        return found
 
     predicting = _predicting(names)
     try:
@@ -78,15 +80,22 @@ def scales_of(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], names
 
 
 def scales(data: np.ndarray, drawn: np.ndarray, event_dim: int) -> Scales:
-    """Of every coordinate of an event by itself: the farthest, and the widest."""
+    """Of every coordinate of an event by itself: the farthest, and the widest.
+
+    :param data: of shape ``(num_samples,) + batch_shape + event_shape``: the data, or batches of them.
+    :param drawn: what was predicted for them, of the same shape.
+    """
     event = data.shape[data.ndim - event_dim :]
+    num_rows = math.prod(data.shape[1 : data.ndim - event_dim])
     num = math.prod(event)
     data, drawn = data.reshape(-1, num), drawn.reshape(-1, num)
     low, center, high = np.quantile(drawn, (HALF[0], 0.5, HALF[1]), axis=0)
     unit = (high - low) / 2
     if not (unit > 0).all():  # what is predicted is all but certain, and no scale
         return Scales(0.0, 1.0)
-    width = (data.std(0) / unit).max() if len(data) > 1 else 1.0
+    width = (data.std(0) / unit).max()
+    if width < 1 and (width == 0 or num_rows < FEW_ROWS):  # a constant has no spread, and that of few rows may be small by chance
+        width = 1.0
     return Scales(float((abs(data.mean(0) - center) / unit).max()), float(width))
 
 
