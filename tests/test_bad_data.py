@@ -371,7 +371,7 @@ def test_a_density_that_a_step_has_lost_is_told_after_the_step():
     with pytest.raises(NonFiniteError, match=rf"^step 1: {cause}.* What was seen: {seen}") as error:
         engine.run(KEY, 2, Y, progress_bar=False, init_state=lost)
     assert str(error.value).count("learning rate") == 2
-    with pytest.raises(NonFiniteError, match=rf"^step 1: {seen}.*Where it was finite before, take a smaller learning rate"):
+    with pytest.raises(NonFiniteError, match=rf"^step 1: {seen}.*Where it was finite before: take a smaller learning rate"):
         engine.run(KEY, 2, Y, progress_bar=False, init_state=lost._replace(num_steps=jnp.int32(0)))
 
 

@@ -40,16 +40,7 @@ from numpyro_ebm.program.batch import Batch, drawn_batch, first_batch, over_rows
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.rows import ROUNDING
 from numpyro_ebm.program.run import Run, log_density_terms, own_key, require_program, run_model, total
-from numpyro_ebm.program.sites import (
-    Model,
-    NoDensityError,
-    Site,
-    are_possible,
-    has_density,
-    is_masked,
-    require_data,
-    require_possible,
-)
+from numpyro_ebm.program.sites import Model, Site, are_possible, has_density, is_masked, require_data, require_possible
 from numpyro_ebm.program.visible import Visible, find_visible, require_batch, require_rows, require_unscaled
 from numpyro_ebm.train.devices import as_sharding
 
@@ -257,7 +248,7 @@ class ScoreEngine(Engine):
 
     def _fix_of_density(self) -> str:
         """What to do where the density is no longer finite after some steps."""
-        return f"Where it was finite before, {self._fix()}"
+        return f"Where it was finite before: {self._fix()}"
 
     def _seen(self, rng_key: Array, params: dict[str, Any], batch: Batch, kwargs: dict[str, Any]) -> dict[str, Site]:
         """The observed sites of the model on the rows of a batch."""
@@ -340,7 +331,7 @@ class ScoreEngine(Engine):
         """
         fix = "transform the data to real space, as by a log"
         if has_noise:
-            raise NoDensityError(
+            raise ValueError(
                 f"site '{site}': its log density is finite at the data, and not at {where} events that the noise of "
                 f"{type(self.objective).__name__} has moved. Scores do not see where a density ends, so that what is learned "
                 f"would be wrong: {fix}, or take less noise."

@@ -134,7 +134,7 @@ def are_possible(observed: Mapping[str, Site]) -> Array:
 
 
 class NoDensityError(ValueError):
-    """A model has no log density at its data, or beside them: ``what`` says where."""
+    """A model has no log density at its data: ``what`` says where."""
 
     def __init__(self, what: str, fix: str = "") -> None:
         super().__init__(f"{what} {fix}".rstrip())
