@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from numpyro.handlers import block, scope
+from numpyro.handlers import block, replay, scope, substitute
 from numpyro.infer import AIES, ESS, MCMC, SA, SVI, DiscreteHMCGibbs, MixedHMC
 from numpyro.infer.autoguide import AutoGuide, AutoSemiDAIS
 from numpyro.infer.elbo import ELBO
@@ -55,30 +55,38 @@ def calling_site(fn: dist.Distribution) -> str | None:
 
 @contextmanager
 def sites_named() -> Iterator[None]:
-    """Says at which sample site NumPyro's errors of shapes arose, which do not name it."""
+    """Names the sample site, the plate and the fix in place of NumPyro's errors of shapes, which name none.
+
+    :raises ValueError: for a distribution whose batch does not fit a plate around it.
+    """
     try:
         yield
     except ValueError as error:
-        if (site := _failing_site(error)) is not None and not hasattr(error, "__notes__"):
-            name, fn = site
-            error.add_note(
-                f"site '{name}': {type(fn).__name__} has batch_shape {fn.batch_shape} and event_shape {fn.event_shape}, which does "
-                "not fit the plates around it. Dimensions that belong to one event are no batch: give a base "
-                f".to_event({len(fn.batch_shape)}), and an EnergyDistribution its event_shape."
-            )
-        raise
+        if (found := _failing_site(error)) is None:
+            raise
+        name, fn, plate = found
+        raise ValueError(
+            f"site '{name}': {type(fn).__name__} has batch_shape {fn.batch_shape} and event_shape {fn.event_shape}, which does not "
+            f"fit plate '{plate.name}' of {plate.subsample_size} around it. Dimensions that belong to one event are no batch: give "
+            f"the distribution, or the base of an energy, .to_event(n), and an EnergyDistribution its event_shape."
+        ) from error
 
 
-def _failing_site(error: BaseException) -> tuple[str, dist.Distribution] | None:
-    """The name and the distribution of the sample site that raised an error of shapes."""
+def _failing_site(error: BaseException) -> tuple[str, dist.Distribution, numpyro.plate] | None:
+    """The name and the distribution of the sample site that raised an error of shapes, and the plate that it does not fit."""
     if "Incompatible shapes for broadcasting" not in str(error):
         return None
-    found, frame = None, error.__traceback__
+    site, plate, frame = None, None, error.__traceback__
     while frame is not None:
+        seen = frame.tb_frame.f_locals
         if frame.tb_frame.f_code is numpyro.sample.__code__:
-            found = frame.tb_frame.f_locals["name"], frame.tb_frame.f_locals["fn"]
+            site = seen["name"], seen["fn"]
+        if frame.tb_frame.f_code is numpyro.plate.process_message.__code__:
+            plate = seen["self"]
         frame = frame.tb_next
-    return found if found is not None and isinstance(found[1], dist.Distribution) and found[1].batch_shape else None
+    if site is None or plate is None or not isinstance(site[1], dist.Distribution) or not site[1].batch_shape:
+        return None
+    return *site, plate
 
 
 def calling_objective() -> ELBO | None:
@@ -87,6 +95,19 @@ def calling_objective() -> ELBO | None:
         if isinstance(self, (ELBO, SVI)):
             return self.loss if isinstance(self, SVI) else self
     return None
+
+
+def guide_lacks(latent: dict[str, Any]) -> bool:
+    """Whether SVI is running the model on samples of a guide that has none of this latent, and nothing else gives it a value.
+
+    One that a block hides is the user's own noise: its density is not counted.
+    """
+    guide, name = open_handler(replay), latent["name"]
+    if latent.get("stop") or guide is None or guide.trace is None or name in guide.trace or calling_objective() is None:
+        return False
+    given = (handler for handler in _PYRO_STACK if isinstance(handler, substitute))
+    is_given = any(name in (handler.data or ()) or handler.substitute_fn is not None for handler in given)
+    return not is_given and "enumerate" not in latent["infer"]
 
 
 def called_by_mcmc() -> bool:

@@ -30,6 +30,7 @@ from numpyro_ebm._compat import (
     called_by_mcmc,
     calling_local_model,
     calling_objective,
+    guide_lacks,
     handlers_of,
     hides_one_of,
     in_subsampled_plate,
@@ -58,7 +59,7 @@ from numpyro_ebm.distributions.guard import NormalizerError, refuse_gradient
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.random_field import RandomField, record_run
 from numpyro_ebm.program.run import run_model
-from numpyro_ebm.program.sites import FIELD, normalizer_name, require_data, stand_in
+from numpyro_ebm.program.sites import FIELD, is_factor, is_latent, normalizer_name, require_data, require_events, stand_in
 from numpyro_ebm.samplers import Sampler
 from numpyro_ebm.samplers.base import require_sampler
 from numpyro_ebm.weighted import Weighted, is_weighted
@@ -199,6 +200,7 @@ class negative_phase(Messenger):
             raise ValueError("weights go on from step to step, and chains that restart do not: take persistent=True.")
         self.init_chains: dict[str, Any] = dict(init_chains or {})
         self._open: list[tuple[Message, str]] = []
+        self._lacking: list[str] = []  # latents that the guide of SVI has no value for
         # by the kind of arguments and sites, and by what the model reads beside them: whether it is a random field
         self._checked: dict[Any, bool] = {}
         self._watch = Watch(fn)
@@ -222,7 +224,14 @@ class negative_phase(Messenger):
             except NotImplementedError:  # a site cannot be drawn: if the model is refused anyway, that says more
                 self._is_field(args, kwargs, seen)
                 raise
-            if self._is_field(args, kwargs, seen):
+            is_field = self._is_field(args, kwargs, seen)
+            if self._lacking:  # last of all: what a handler has made a latent is refused as such
+                raise ValueError(
+                    f"site '{self._lacking[0]}': the guide has no such site. SVI would take a sample of its prior in every step, "
+                    "which the data do not move, and count its density without that of a guide: what is learned would be wrong. "
+                    "Sample it in the guide too, under this name; or make it a numpyro.param, or give it a value."
+                )
+            if is_field:
                 self._add_field_normalizer(seen, args, kwargs)
         return result
 
@@ -245,7 +254,7 @@ class negative_phase(Messenger):
     def __enter__(self) -> Any:
         if self.fn is None:
             raise ValueError("negative_phase must see the whole model: wrap it, negative_phase(model), instead of a part of it.")
-        self._open = []
+        self._open, self._lacking = [], []
         return super().__enter__()
 
     def process_message(self, msg: Message) -> None:
@@ -253,6 +262,8 @@ class negative_phase(Messenger):
             return
         if msg["is_observed"]:
             require_data(msg)
+            if not is_factor(msg["fn"]):
+                require_events(msg, enumerated=True)
         energy = energy_site(msg["fn"])
         if energy is None or not energy.guarded:
             return
@@ -266,6 +277,8 @@ class negative_phase(Messenger):
             self._open.append((msg, msg["name"]))
 
     def postprocess_message(self, msg: Message) -> None:
+        if is_latent(msg) and guide_lacks(msg):
+            self._lacking.append(msg["name"])
         if not self._open or self._open[-1][0] is not msg:
             return
         name = self._open.pop()[1]  # the name before handlers outside this one changed it
@@ -363,7 +376,7 @@ class negative_phase(Messenger):
     def without_reports(self) -> Self:
         """The same handler for an engine that reads the chains' ``status`` itself, and tells what is wrong between steps."""
         silent = copy.copy(self)
-        silent._open, silent._reports = [], False
+        silent._open, silent._lacking, silent._reports = [], [], False
         return silent
 
     def _advance(self, name: str, energy: ChainTarget, start: Any, run_key: Array) -> Array:

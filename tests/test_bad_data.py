@@ -356,7 +356,23 @@ def test_particles_say_where_the_density_is_not_finite():
         NonFiniteError, match="step 1: site 'limit': its log density is not finite at 2 of 12 events and particles"
     ) as error:
         engine.run(KEY, 2, Y, progress_bar=False)
-    assert "the model makes these values impossible, or overflows there. " in str(error.value)  # no step has been made
+    # no step has been made
+    assert "the model makes these values impossible, or overflows there. Scale the data" in str(error.value)
+
+
+def test_a_density_that_a_step_has_lost_is_told_after_the_step():
+    # "site 'y': its log density is -inf: the model makes them impossible" is what a diverged fit began with, as one without steps.
+    model = energy_of(lambda a, y: jnp.exp(a * y**2))
+    engine = ScoreMatching(model, optax.sgd(0.0), DenoisingScoreMatching(0.1))
+    state = engine.init(KEY, Y)
+    lost = state._replace(params={"a": jnp.array(1e3)}, unconstrained={"a": jnp.array(1e3)}, num_steps=jnp.int32(3))
+    seen = r"site 'y': its log density is (-inf|nan) at \d of 6 observed events"
+    cause = "the likely cause is too large a learning rate: take a smaller learning rate, or clip"
+    with pytest.raises(NonFiniteError, match=rf"^step 1: {cause}.* What was seen: {seen}") as error:
+        engine.run(KEY, 2, Y, progress_bar=False, init_state=lost)
+    assert str(error.value).count("learning rate") == 2
+    with pytest.raises(NonFiniteError, match=rf"^step 1: {seen}.*Where it was finite before: take a smaller learning rate"):
+        engine.run(KEY, 2, Y, progress_bar=False, init_state=lost._replace(num_steps=jnp.int32(0)))
 
 
 @pytest.mark.parametrize("dtype", [float, jnp.uint8])
@@ -1067,11 +1083,63 @@ def _particles(model, v):
 @pytest.mark.parametrize("base", [dist.Normal(0, 1).expand([2]), dist.Normal(jnp.zeros(2), 1)], ids=["expanded", "array"])
 @pytest.mark.parametrize("who", [_learn, check_model, _particles], ids=["svi", "check", "particles"])
 def test_a_forgotten_to_event_is_named(base, who):
-    with pytest.raises(ValueError, match="Incompatible shapes") as error:
-        who(_energy_of(lambda energy: TiltedDistribution(base, energy)), jnp.zeros((5, 2)))
-    notes = "".join(error.value.__notes__)
-    assert "site 'v': TiltedDistribution has batch_shape (2,) and event_shape ()" in notes
-    assert "give a base .to_event(1)" in notes
+    # Catches JAX's "Incompatible shapes for broadcasting", which names neither the site nor the fix.
+    message = (
+        "site 'v': TiltedDistribution has batch_shape (2,) and event_shape (), which does not fit plate 'data' of 5 around it. "
+        "Dimensions that belong to one event are no batch: give the distribution, or the base of an energy, .to_event(n)"
+    )
+    refused(message, who, _energy_of(lambda energy: TiltedDistribution(base, energy)), jnp.zeros((5, 2)))
+
+
+@pytest.mark.parametrize("who", [_learn, check_model], ids=["svi", "check"])
+def test_a_network_of_vectors_on_events_that_are_numbers_is_told_their_batch(who):
+    def model(v):
+        w = numpyro.param("w", jnp.ones(2))
+        numpyro.sample("v", TiltedDistribution(dist.Normal(jnp.zeros(2), 1), lambda x: x @ w), obs=v)
+
+    message = (
+        r"energy of site 'v' failed on one event of shape \(\).* Its batch_shape is \(2,\): where one event is of shape \(2,\), "
+        r"give the base \.to_event\(1\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        who(model, jnp.zeros((5, 2)))
+
+
+@pytest.mark.parametrize("who", [_learn, check_model, _particles], ids=["svi", "check", "particles"])
+def test_rows_are_not_one_event_that_a_plate_repeats(who):
+    # Catches data that count once for each row: their gradient was five times the right one.
+    base = dist.Normal(jnp.zeros((5, 2)), 1)
+    message = (
+        "site 'v': TiltedDistribution has events of shape (5, 2), and the data, of shape (5, 2), are one, which plate 'data' of 5 "
+        "repeats for each of its rows. What belongs to one row is an event: give the distribution, or the base of an energy, "
+        ".to_event(1)"
+    )
+    refused(message, who, _energy_of(lambda energy: TiltedDistribution(base.to_event(2), energy)), jnp.ones((5, 2)))
+    if who is not _particles:  # there is no latent for them
+        who(_energy_of(lambda energy: TiltedDistribution(base.to_event(1), energy)), jnp.ones((5, 2)))
+
+
+@pytest.mark.parametrize("who", [check_model, _particles], ids=["check", "particles"])
+def test_data_are_not_compared_with_what_no_plate_is_for(who):
+    def model(v, event_dim):
+        precision = numpyro.param("precision", 1.0)
+        with numpyro.plate("data", len(v)):
+            base = dist.Normal(jnp.zeros((5, 2)), 1).to_event(event_dim)
+            z = numpyro.sample("z", TiltedDistribution(base, lambda z: precision * jnp.sum(z**2)))
+            numpyro.sample("v", dist.Normal(z, 1).to_event(1), obs=v)
+
+    message = (
+        "site 'v': Normal has a batch of (5, 5), and the data, of shape (5, 2), lack its first 1 dimensions, for which there is no "
+        "plate"
+    )
+    refused(message, who, lambda v: model(v, 2), jnp.ones((5, 2)))
+    who(lambda v: model(v, 1), jnp.ones((5, 2)))
+
+
+@pytest.mark.parametrize("who", [_learn, check_model], ids=["svi", "check"])
+def test_a_table_of_one_column_is_told_by_every_program(who):
+    model = _energy_of(lambda energy: TiltedDistribution(dist.Normal(0, 1), energy))
+    refused("site 'v': its data are of shape (5, 1), and TiltedDistribution has a batch of (5,)", who, model, jnp.ones((5, 1)))
 
 
 def test_a_forgotten_event_shape_is_named():

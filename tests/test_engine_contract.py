@@ -5,6 +5,7 @@
 
 import inspect
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -597,7 +598,10 @@ def test_run_that_diverges_stops_with_the_last_good_state(case, by_hand, request
     with pytest.raises(NonFiniteError, match=r"no longer (be )?finite") as error:
         _run(engine, 50, case, chunk_size=4)
     assert error.value.step == 7
-    assert str(error.value).startswith("step 7: ")
+    cause, seen = str(error.value).split("What was seen: ")  # Catches a symptom told first, which is taken for the cause.
+    assert re.match(r"step 7: (the likely cause is too large a |The step_size h = |Particles are stable )", cause)
+    assert "learning rate" in cause or "step_size" in cause
+    assert re.search("no longer (be )?finite|density is not finite", seen)
     assert _is_finite(error.value.state)
     _assert_same(error.value.state, _run(engine, 6, case).state, but=("rng_key",))
     stable = _run(engine, 20, case, stable_update=True)

@@ -3,6 +3,8 @@
 
 """The guard: a gradient that needs an unknown normalizer raises, every other gradient passes untouched."""
 
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -15,11 +17,12 @@ from flax import nnx
 from numpyro.contrib.control_flow import scan
 from numpyro.contrib.module import eqx_module, nnx_module
 from numpyro.distributions import constraints
+from numpyro.handlers import substitute
 from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.util import log_density
 
-from numpyro_ebm import EnergyDistribution, NormalizerError, TiltedDistribution, unnormalized
+from numpyro_ebm import EnergyDistribution, NormalizerError, TiltedDistribution, negative_phase, unnormalized
 
 Y = jnp.array([0.3, 1.2, 2.1])
 STANDARD = dist.Normal(0, 1)
@@ -229,3 +232,35 @@ def test_unnormalized_lets_forward_mode_scores_through():
 
     tangent = jax.jvp(score, (0.7,), (1.0,))[1]
     np.testing.assert_allclose(tangent, -2.0, rtol=1e-6)
+
+
+# A guide that does not go with the model.
+
+
+@pytest.mark.parametrize("loss", [Trace_ELBO, TraceMeanField_ELBO])
+@pytest.mark.parametrize("missing", ["mu", "z"])
+@pytest.mark.filterwarnings("ignore:Found vars in model but not guide")
+def test_svi_is_refused_a_guide_that_lacks_a_latent(missing, loss):
+    # NumPyro warns, or raises KeyError: 'mu', and takes samples of the prior, which pulled the energy elsewhere.
+    def joint(y):
+        tilt = numpyro.param("tilt", 0.3)
+        mu = numpyro.sample("mu", dist.Normal(0, 1))
+        with numpyro.plate("data", len(y)):
+            z = numpyro.sample("z", TiltedDistribution(dist.Normal(0, 1), lambda z: -tilt * z))
+            numpyro.sample("y", dist.Normal(z + mu, 1), obs=y)
+
+    def guide(y, hidden=()):
+        loc = numpyro.param("loc", 0.0)
+        if "mu" not in hidden:
+            numpyro.sample("mu", dist.Normal(loc, 1))
+        with numpyro.plate("data", len(y)):
+            if "z" not in hidden:
+                numpyro.sample("z", dist.Normal(loc, 1))
+
+    def init(model, guide):
+        return SVI(negative_phase(model, num_chains=4), guide, optax.sgd(0.1), loss()).init(jax.random.key(0), jnp.ones(3))
+
+    init(joint, guide)
+    with pytest.raises(ValueError, match=f"site '{missing}': the guide has no such site.*Sample it in the guide too"):
+        init(joint, partial(guide, hidden=(missing,)))
+    init(substitute(joint, data={missing: jnp.zeros(() if missing == "mu" else 3)}), partial(guide, hidden=(missing,)))

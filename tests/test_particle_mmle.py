@@ -261,9 +261,9 @@ def test_step_above_the_stability_limit_is_said():
 
 def test_learning_rate_that_is_too_large_is_said():
     engine = _engine(_hierarchical, optax.sgd(50.0))
-    with pytest.raises(NonFiniteError, match=r"param 'loc'|the loss.*take a smaller learning rate") as error:
+    with pytest.raises(NonFiniteError, match=r"take a smaller learning rate.* What was seen: .*(param 'loc'|the loss)") as error:
         _run(engine, 1_000, Y)
-    assert "Particles are stable there at fixed parameters (h = 0.05, limit about 1)" in str(error.value)
+    assert "Particles are stable where they were at fixed parameters (h = 0.05, limit about 1)" in str(error.value)
 
 
 def _logistic(x, y):
@@ -511,7 +511,8 @@ def test_a_density_that_was_finite_before_has_met_too_large_a_step_first_of_all(
 
     engine = ParticleMMLE(model, optax.sgd(1e4), 2, 0.1, init_strategy=init_to_value(values={"x": jnp.ones(6)}))
     causes = "it overflows where too large a step_size or learning rate has led to, or the model makes these values impossible"
-    with pytest.raises(NonFiniteError, match=rf"step [2-9]: site 'wall': .*: {causes}\."):
+    seen = rf"site 'wall': its log density is not finite .*: {causes}\."
+    with pytest.raises(NonFiniteError, match=rf"step [2-9]: .*(step_size|learning rate).* What was seen: {seen}"):
         engine.run(KEY, 20, Y, progress_bar=False)
 
 

@@ -241,10 +241,35 @@ def test_an_engine_without_anything_to_say_has_an_empty_report():
             numpyro.sample("y", dist.Normal(loc, 1), obs=y)
 
     engine = ScoreMatching(model, optax.adam(0.02), DenoisingScoreMatching(0.1))
-    report = engine.run(KEY, 2, Y, progress_bar=False, report=True).report
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is no reason to doubt the fit
+        report = engine.run(KEY, 2, Y, progress_bar=False, report=True).report
     assert report == FitReport()
+    assert report.trouble == ()
     for what in ("Nothing of this fit was checked", "result.losses", "another key", "validation="):
         assert what in str(report)
+
+
+def test_a_report_is_well_only_where_something_was_checked():
+    # Catches an all() over nothing: "well" of a fit of which nothing is known.
+    def finding(value, least=None, most=None):
+        return Finding("z", "number", value, least, most, "a reason")
+
+    unchecked = [(), (finding(1.0),), (finding(float("nan")),), (finding(float("nan"), most=1.0), finding(1.0))]
+    for findings in unchecked:
+        report = FitReport(findings)
+        assert not report.is_checked
+        assert not report.is_well
+        assert report.trouble == ()
+        assert "Nothing of this fit was checked" in str(report)
+    for right, wrong in ((finding(1.0, most=2.0), finding(1.0, most=0.5)), (finding(1.0, least=0.5), finding(1.0, least=2.0))):
+        for extra in unchecked:
+            assert FitReport((*extra, right)).is_checked
+            assert FitReport((*extra, right)).is_well
+            assert "Nothing of" not in str(FitReport((*extra, right)))
+            assert FitReport((*extra, wrong, right)).is_checked
+            assert not FitReport((*extra, wrong, right)).is_well
+    assert not FitReport((finding(1.0, most=2.0),), failure="an error").is_well
 
 
 def test_diagnose_asks_an_engine_as_its_runs_do(engine):

@@ -185,7 +185,7 @@ def _start(ratio, local=np.nan, low=-1.0, high=1.0):
 def test_the_limit_where_particles_start_is_said_where_there_is_none_to_tell():
     assert "h = 0.1 is above the stability limit of about 0.05 where particles start" in fix_of({"x": 0.1}, np.nan, _start(4.0))
     assert "above the stability limit by far where particles start" in fix_of({"x": 0.1}, np.nan, _start(np.inf))
-    assert "h = 0.1 at 'x', 0.2 at 'y' is above the stability limit by a factor of 2 there" in fix_of(
+    assert "h = 0.1 at 'x', 0.2 at 'y' is above the stability limit by a factor of 2 where they were" in fix_of(
         {"x": 0.1, "y": 0.2}, 4.0, _start(1.0)
     )
 

@@ -435,7 +435,7 @@ class TiltedDistribution(Distribution):
         except (TypeError, ValueError, IndexError) as error:
             raise ValueError(
                 f"energy of {place(calling_site(self))} failed on one event of shape {x.shape} and dtype {x.dtype} ({error}): "
-                "write it for one event, the distribution maps it over every batch."
+                f"write it for one event, the distribution maps it over every batch.{self._forgotten_event}"
             ) from error
         except Exception as error:
             error.add_note(f"In the energy of {place(calling_site(self))}, on one event of shape {x.shape} and dtype {x.dtype}.")
@@ -455,6 +455,14 @@ class TiltedDistribution(Distribution):
             value,
             "convert what enters its last layer or sum, h.astype(jnp.float32). To convert the result alone is too late.",
         )
+
+    @property
+    def _forgotten_event(self) -> str:
+        """What to do where events are numbers, and the batch may be meant as one event."""
+        if self.event_shape or not self.batch_shape:
+            return ""
+        fix = f"the distribution event_shape={self.batch_shape[-1:]}" if is_flat(self.base) else "the base .to_event(1)"
+        return f" Its batch_shape is {self.batch_shape}: where one event is of shape {self.batch_shape[-1:]}, give {fix}."
 
     # NumPyro collects field names through a set: their order, and so the order of a pytree's leaves, would depend on
     # PYTHONHASHSEED, and a distribution passed between processes would silently exchange its arrays.

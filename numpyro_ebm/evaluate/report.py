@@ -15,10 +15,11 @@ import jax
 
 WIDTH = 100  # of a printed report, but for a line of numbers that is longer
 UNCHECKED = (
-    "Nothing of this fit was checked: it has no chains, particles or guide, and no objective of which there is a number. Look "
-    "whether the losses have settled (result.losses), whether another key ends at the same parameters, and how well rows do that "
-    "were not learned from: engines that match scores take validation= rows in run."
+    "Nothing of this fit was checked: {}. Look whether the losses have settled (result.losses), whether another key ends at the "
+    "same parameters, and how well rows do that were not learned from: engines that match scores take validation= rows in run."
 )
+NOTHING_TO_CHECK = "it has no chains, particles or guide, and no objective of which there is a number"
+NO_BOUNDS = "none of the numbers above is told and has a bound"
 
 
 class Finding(NamedTuple):
@@ -46,6 +47,11 @@ class Finding(NamedTuple):
     def is_told(self) -> bool:
         """Whether there is a value."""
         return not math.isnan(self.value)
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether there is a value, and a threshold to compare it with."""
+        return self.is_told and (self.least is not None or self.most is not None)
 
     @property
     def wanted(self) -> str:
@@ -99,6 +105,8 @@ class FitReport:
         site  quantity  value  wanted
         z     R-hat     3.2    at most 1.2
               take more num_jumps
+        >>> FitReport().is_checked, FitReport().is_well  # of a fit with nothing to look at
+        (False, False)
     """
 
     #: every number, in bounds or not
@@ -107,13 +115,22 @@ class FitReport:
     failure: str = ""
 
     @property
+    def is_checked(self) -> bool:
+        """Whether at least one number is told and has a threshold. Where none is, nothing is known for the fit or against it."""
+        return any(finding.is_checked for finding in self.findings)
+
+    @property
     def is_well(self) -> bool:
-        """Whether the report was made, and every number is in bounds."""
-        return not self.failure and all(finding.is_well for finding in self.findings)
+        """Whether the report was made, something was checked (:attr:`is_checked`), and every number that was is in bounds.
+
+        False is not yet a reason to doubt a fit: of one without anything to check, :attr:`trouble` is empty, and nothing is
+        warned of.
+        """
+        return self.is_checked and not self.failure and not self.trouble
 
     @property
     def trouble(self) -> tuple[Finding, ...]:
-        """The findings out of bounds."""
+        """The findings out of bounds; none where nothing was checked."""
         return tuple(finding for finding in self.findings if not finding.is_well)
 
     def warn(self, stacklevel: int = 1, before: Collection[str] = ()) -> None:
@@ -135,7 +152,7 @@ class FitReport:
         if self.failure:
             return self._failed
         if not self.findings:
-            return textwrap.fill(UNCHECKED, WIDTH)
+            return textwrap.fill(UNCHECKED.format(NOTHING_TO_CHECK), WIDTH)
         rows, said = [("site", "quantity", "value", "wanted")], [""]
         for finding in self.findings:
             value = f"{finding.value:.3g}" if finding.is_told else "not told"
@@ -147,6 +164,8 @@ class FitReport:
         for row, text in zip(rows, said, strict=True):
             lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
             lines += textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_long_words=False)
+        if not self.is_checked:
+            lines += textwrap.wrap(UNCHECKED.format(NO_BOUNDS), WIDTH)
         return "\n".join(lines)
 
 

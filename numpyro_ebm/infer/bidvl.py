@@ -461,7 +461,7 @@ class BiDVL(Engine):
         return {levels.visible: in_groups(weigh, rng_key, len(batch.args[0]))}
 
     def _fix(self) -> str:
-        return "Take smaller learning rates, upper=Hinge(), or spectral normalization of the energy's network."
+        return "take smaller learning rates, upper=Hinge(), or spectral normalization of the energy's network."
 
 
 class UpperKeys(NamedTuple):

@@ -315,10 +315,10 @@ class BiSM(BilevelEngine):
     def _fix(self) -> str:
         if self._unrolls:
             return (
-                "Take smaller learning rates; or, since the guide's optimizer is differentiated, give one whose derivative is "
+                "take smaller learning rates; or, since the guide's optimizer is differentiated, give one whose derivative is "
                 "finite where a gradient is 0, as optax.adam(..., eps_root=1e-16)."
             )
-        return "Take smaller learning rates, or more inner steps for a guide that has lost the posterior."
+        return "take smaller learning rates, or more inner steps for a guide that has lost the posterior."
 
 
 def _implicit(settings: Implicit, levels: "_Levels", theta: Any, phi: Any, lower_key: Array, upper_key: Array) -> tuple[Array, Any]:

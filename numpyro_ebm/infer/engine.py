@@ -32,6 +32,7 @@ from numpyro_ebm.infer.averaging import ParamSites, require_average, start_avera
 from numpyro_ebm.infer.init_params import InitParams
 from numpyro_ebm.program.minibatch import Minibatch, minibatch_of
 from numpyro_ebm.program.run import own_key
+from numpyro_ebm.program.sites import NoDensityError
 from numpyro_ebm.train.devices import as_sharding, number_of_rows, spread_batches
 from numpyro_ebm.train.fingerprint import fingerprint_of
 from numpyro_ebm.train.health import Health, NonFiniteError, Part, named
@@ -170,13 +171,17 @@ class Engine(metaclass=_ReadOnly):
     def _meet(self, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What there is to do before anything is traced."""
 
-    def _explain(self, state: State, bad: dict[Part, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, str]:
-        """What is wrong with the step from a state, where its data are not to blame; and the fix."""
-        return f"{named(bad)} would no longer be finite.", self._fix()
+    def _explain(self, state: State, bad: dict[Part, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """What is wrong with the step from a state, where its data are not to blame: cause and fix first, then what was seen."""
+        return self._too_large(f"{named(bad)} would no longer be finite.")
+
+    def _too_large(self, what: str) -> str:
+        """The same where all was finite before."""
+        return f"the likely cause is too large a learning rate: {self._fix()} What was seen: {what}"
 
     def _fix(self) -> str:
-        """What to do about numbers that are no longer finite."""
-        return "Take a smaller learning rate, or clip the gradient (optax.clip_by_global_norm)."
+        """What to do about numbers that are no longer finite: the end of a sentence."""
+        return "take a smaller learning rate, or clip the gradient (optax.clip_by_global_norm)."
 
     def _warnings(self, state: State, before: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         """What to warn of after a chunk, which began when ``before`` steps were made."""
@@ -401,11 +406,13 @@ class Engine(metaclass=_ReadOnly):
         try:
             with numpyro.validation_enabled(False):  # parameters may be out of range by now: that is told below
                 self._refuse(state.rng_key, fit_of(state).data, args, kwargs)
+        except NoDensityError as error:  # after some steps these have led there
+            said = self._too_large(error.what) if int(state.num_steps) else str(error)
         except ValueError as error:  # a run that goes on from a state may be given other data
-            what, fix = str(error), ""
+            said = str(error)
         else:
-            what, fix = self._explain(state, bad, args, kwargs)
-        return NonFiniteError(f"step {step}: {what} The state before is in .state. {fix}".rstrip(), state, step, bad)
+            said = self._explain(state, bad, args, kwargs)
+        return NonFiniteError(f"step {step}: {said} The state before is in .state.", state, step, bad)
 
     def _start_arrays(
         self, rng_key: Array, init_params: dict[str, Any], dynamic: Any, static: Rest

@@ -92,7 +92,7 @@ from numpyro_ebm.program.run import (
 from numpyro_ebm.program.sites import Model
 from numpyro_ebm.program.streamed import require_own_rows
 from numpyro_ebm.samplers import UnadjustedLangevin
-from numpyro_ebm.train.health import Health, Part, health_of, is_bad, keep
+from numpyro_ebm.train.health import Health, Part, health_of, is_bad, keep, named
 
 
 class ParticleState(NamedTuple):
@@ -732,40 +732,34 @@ class ParticleMMLE(Engine):
         batch = self._batch(state, own_key(rng_key), args, kwargs)
         return jump_numbers(rng_key, batch, state.unconstrained, batch.gather(state.particles))
 
-    def _explain(
-        self, state: ParticleState, bad: dict[Part, int], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[str, str]:
+    def _explain(self, state: ParticleState, bad: dict[Part, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         for part, code in bad.items():
             if part.kind == "plate":
-                return f"{part} are out of range, or not in order.", ""
+                return f"{part} are out of range, or not in order."
             if part.kind == "chains":
-                return self._phase.explain(part.site, code, args, kwargs, data={**state.params, **state.mutable_state}), ""
-        what, _ = super()._explain(state, bad, args, kwargs)
-        finite = jax.device_get(self._finite_terms(state, *args, **kwargs))
-        elsewhere = "Scale the data, look at the model at these values, or start elsewhere, by init_params or init_strategy."
-        if int(state.num_steps):
-            too_large = "learning rate" if self.kernel == "mala" else "step_size or learning rate"
-            cause = f"it overflows where too large a {too_large} has led to, or the model makes these values impossible"
-            elsewhere = f"Take a smaller {too_large}. If that does not help: {elsewhere}"
-        else:
-            cause = "the model makes these values impossible, or overflows there"
-        for site, is_finite in finite.items():
-            if not is_finite.all():
-                where = f"at {int((~is_finite).sum())} of {is_finite.size} events and particles"
-                what = f"site '{site}': its log density is not finite {where}: {cause}."
-                break
-        impossible = not all(is_finite.all() for is_finite in finite.values())
-        if self.kernel == "mala":
-            return what, elsewhere if impossible else self._fix()
-        steps = self._told_steps(state)
+                return self._phase.explain(part.site, code, args, kwargs, data={**state.params, **state.mutable_state})
+        steps = {} if self.kernel == "mala" else self._told_steps(state)
         for h in steps.values():
             if not h > 0:
-                return f"step_size gives {h} at step {int(state.num_steps)}: it must be positive.", ""
-        there = float(self._local_stiffness(state, *args, **kwargs))
-        start = self._look_at_start(state, *args, **kwargs)
-        if impossible and not (there >= 2 or start.row.ratio >= 2):
-            return what, elsewhere
-        return what, fix_of(steps, there, start)
+                return f"step_size gives {h} at step {int(state.num_steps)}: it must be positive."
+        finite = jax.device_get(self._finite_terms(state, *args, **kwargs))
+        impossible = next((site for site, is_finite in finite.items() if not is_finite.all()), None)
+        what, fix = f"{named(bad)} would no longer be finite.", ""
+        if steps:
+            there, start = float(self._local_stiffness(state, *args, **kwargs)), self._look_at_start(state, *args, **kwargs)
+            if impossible is None or there >= 2 or start.row.ratio >= 2:
+                fix = fix_of(steps, there, start)
+        if impossible is None:
+            return f"{fix} What was seen: {what}" if fix else self._too_large(what)
+        elsewhere = "scale the data, look at the model at these values, or start elsewhere, by init_params or init_strategy."
+        where = f"at {int((~finite[impossible]).sum())} of {finite[impossible].size} events and particles"
+        what = f"site '{impossible}': its log density is not finite {where}: "
+        if not int(state.num_steps):  # it is the place, and not a step
+            return f"{what}the model makes these values impossible, or overflows there. {fix or elsewhere.capitalize()}"
+        too_large = "step_size or learning rate" if steps else "learning rate"
+        fix = fix or f"the likely cause is too large a {too_large}: take a smaller one. If that does not help, {elsewhere}"
+        what += f"it overflows where too large a {too_large} has led to, or the model makes these values impossible."
+        return f"{fix} What was seen: {what}"
 
 
 def _health(batch: ParticleBatch, loss: Array, theta: Any, x: Particles, mutable_state: dict[str, Any]) -> Health:

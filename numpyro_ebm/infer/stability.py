@@ -285,7 +285,10 @@ def fix_of(step_size: dict[str, float], ratio: float, start: Start) -> str:
         return f"of about {2 * next(iter(step_size.values())) / ratio:.2g}" if one else f"by a factor of {ratio / 2:.2g}"
 
     if 2 <= ratio <= HOPELESS:
-        return f"The step_size h = {h} is above the stability limit {limit(ratio)} there: take a fifth of that, or kernel='mala'."
+        return (
+            f"The step_size h = {h} is above the stability limit {limit(ratio)} where they were: take a fifth of that, or "
+            "kernel='mala'."
+        )
     if 2 <= at_start <= HOPELESS:
         return (
             f"The step_size h = {h} is above the stability limit {limit(at_start)} where particles start: take a fifth of that, or "
@@ -301,9 +304,9 @@ def fix_of(step_size: dict[str, float], ratio: float, start: Start) -> str:
     known = f", limit {limit(ratio).removeprefix('of ')}" if is_known and one else ""
     flat = f" The posterior is all but flat for such a step where they start: {_told_start(step_size, start)}. {ELSEWHERE}."
     return (
-        f"Particles are stable {'there' if is_known else 'where they start'} at fixed parameters (h = {h}{known}): take a smaller "
-        "learning rate, which is the step_size too where parameters move by it, or a smaller step_size for places that are "
-        f"steeper, or kernel='mala'.{flat if abs(at_start) < 1 / HOPELESS else ''}"
+        f"Particles are stable {'where they were' if is_known else 'where they start'} at fixed parameters (h = {h}{known}): take "
+        "a smaller learning rate, which is the step_size too where parameters move by it, or a smaller step_size for places that "
+        f"are steeper, or kernel='mala'.{flat if abs(at_start) < 1 / HOPELESS else ''}"
     )
 
 

@@ -279,9 +279,9 @@ class VaGES(BilevelEngine):
 
     def _fix(self) -> str:
         if isinstance(self.estimate, ImportanceWeighted):
-            return "Take smaller learning rates; or, where all weights underflow, a guide that covers the posterior."
+            return "take smaller learning rates; or, where all weights underflow, a guide that covers the posterior."
         return (
-            "Take smaller learning rates, or more inner steps for a guide that has lost the posterior. An objective that takes the "
+            "take smaller learning rates, or more inner steps for a guide that has lost the posterior. An objective that takes the "
             "score elsewhere than at v_tilde needs estimate=ImportanceWeighted(): samples of a guide are for those rows."
         )
 

@@ -25,7 +25,7 @@ from numpyro_ebm._compat import PLACES, in_subsampled_plate, marked_factor, one_
 from numpyro_ebm._precision import is_coarse, tell_coarse_density
 from numpyro_ebm.distributions.energy import TiltedDistribution, energy_site, with_core
 from numpyro_ebm.program.minibatch import taking_rows
-from numpyro_ebm.program.sites import Model, Site, is_factor, is_latent, kind_of, transform_of
+from numpyro_ebm.program.sites import Model, Site, is_factor, is_latent, kind_of, require_events, transform_of
 
 
 class LatentSite(NamedTuple):
@@ -423,7 +423,7 @@ def _read(sites: dict[str, Site]) -> Run:
     if all(jnp.shape(site["value"]) == site["fn"].shape() for site in sites.values() if is_latent(site)):
         for site in sites.values():
             if site["type"] == "sample" and site["is_observed"] and not is_factor(site["fn"]):
-                _require_events(site)
+                require_events(site)
     plates = {
         name: Plate(site["value"], site["args"][0], site.get(PLACES)) for name, site in sites.items() if site["type"] == "plate"
     }
@@ -434,45 +434,6 @@ def _read(sites: dict[str, Site]) -> Run:
             axes = tuple(at for at in _axes(site, transform) if at[0] in plates)  # those inside a scan are not seen
             latents[name] = LatentSite(axes, _event_dim(site["fn"], transform))
     return Run(sites, latents, plates)
-
-
-def _require_events(site: Site) -> None:
-    """Refuses data that are not one event for every element of their site, which NumPyro would broadcast, with a warning at most.
-
-    :raises TypeError: for complex data of a site of real events.
-    """
-    name, fn, shape = site["name"], site["fn"], jnp.shape(site["value"])
-    if jnp.iscomplexobj(site["value"]) and not isinstance(fn.support, type(constraints.complex)):
-        raise TypeError(
-            f"site '{name}': its data are complex, of {jnp.result_type(site['value'])}, and {kind_of(fn)} has real events."
-        )
-    num_dims = len(shape) - fn.event_dim
-    batch, events = shape[: max(num_dims, 0)], shape[max(num_dims, 0) :]
-    if events != fn.event_shape:
-        raise ValueError(
-            f"site '{name}': its data are of shape {shape}, and {kind_of(fn)} has events of shape {fn.event_shape} in a batch of "
-            f"{fn.batch_shape}: the last dimensions of data must be those of an event."
-        )
-    try:
-        whole = jnp.broadcast_shapes(batch, fn.batch_shape)
-    except ValueError:
-        whole = ()
-    if whole == fn.batch_shape or (whole == batch and not site["cond_indep_stack"]):
-        return
-    for frame in site["cond_indep_stack"] if len(batch) == len(fn.batch_shape) else ():
-        if (given := batch[frame.dim]) not in (1, frame.size):
-            raise ValueError(
-                f"site '{name}': plate '{frame.name}' is of {frame.size} and the data have {given} rows (they are of shape "
-                f"{shape}). Give the plate the size of the data, as numpyro.plate('{frame.name}', len(y)); where it is "
-                f"subsampled, take the rows of the batch by numpyro.subsample(y, event_dim={fn.event_dim})."
-            )
-    plates = ", ".join(f"'{frame.name}' of {frame.size}" for frame in site["cond_indep_stack"])
-    raise ValueError(
-        f"site '{name}': its data are of shape {shape}, and {kind_of(fn)} has a batch of {fn.batch_shape}"
-        f"{f' in plate {plates}' if plates else ''}: every event would be compared with all others. Reshape the data, as by "
-        "y[:, 0] for a table of one column; or write .to_event(n) for what belongs to one event, and a plate for each "
-        "dimension that does not."
-    )
 
 
 def _axes(site: Site, transform: Any) -> tuple[tuple[str, int], ...]:

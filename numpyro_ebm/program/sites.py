@@ -133,11 +133,19 @@ def are_possible(observed: Mapping[str, Site]) -> Array:
     return jnp.asarray(good).all()
 
 
+class NoDensityError(ValueError):
+    """A model has no log density at its data: ``what`` says where."""
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        super().__init__(f"{what} {fix}".rstrip())
+        self.what = what
+
+
 def require_possible(observed: Mapping[str, Site], fix: str = "") -> None:
     """Refuses data at which a model has no log density; for values that are known.
 
     :param str fix: what else to do about a density that is not finite.
-    :raises ValueError: naming the site.
+    :raises ValueError: naming the site; :class:`NoDensityError` if the data themselves are good.
     """
     for site in observed.values():
         require_data(site)
@@ -183,6 +191,61 @@ def require_data(site: Site) -> None:
         )
 
 
+def require_events(site: Site, *, enumerated: bool = False) -> None:
+    """Refuses data that are not one event for every element of their site, which NumPyro would broadcast, with a warning at most.
+
+    :param enumerated: whether dimensions to the left of all plates may be those of an enumerated latent.
+    :raises TypeError: for complex data of a site of real events.
+    """
+    name, fn, shape = site["name"], site["fn"], jnp.shape(site["value"])
+    if jnp.iscomplexobj(site["value"]) and not isinstance(fn.support, type(constraints.complex)):
+        raise TypeError(
+            f"site '{name}': its data are complex, of {jnp.result_type(site['value'])}, and {kind_of(fn)} has real events."
+        )
+    num_dims = len(shape) - fn.event_dim
+    batch, events = shape[: max(num_dims, 0)], shape[max(num_dims, 0) :]
+    if events != fn.event_shape:
+        raise ValueError(
+            f"site '{name}': its data are of shape {shape}, and {kind_of(fn)} has events of shape {fn.event_shape} in a batch of "
+            f"{fn.batch_shape}: the last dimensions of data must be those of an event."
+        )
+    try:
+        whole = jnp.broadcast_shapes(batch, fn.batch_shape)
+    except ValueError:
+        whole = ()
+    for frame in site["cond_indep_stack"]:
+        if len(batch) < -frame.dim and events and events[0] == frame.size:
+            raise ValueError(
+                f"site '{name}': {kind_of(fn)} has events of shape {fn.event_shape}, and the data, of shape {shape}, are one, "
+                f"which plate '{frame.name}' of {frame.size} repeats for each of its rows. What belongs to one row is an event: "
+                f"give the distribution, or the base of an energy, .to_event({fn.event_dim - 1}); or leave the plate out."
+            )
+    lacking = fn.batch_shape[: len(fn.batch_shape) - len(batch)]
+    in_plates = {frame.dim + len(fn.batch_shape) for frame in site["cond_indep_stack"]}
+    if not enumerated and batch and in_plates and any(size > 1 and dim not in in_plates for dim, size in enumerate(lacking)):
+        raise ValueError(
+            f"site '{name}': {kind_of(fn)} has a batch of {fn.batch_shape}, and the data, of shape {shape}, lack its first "
+            f"{len(lacking)} dimensions, for which there is no plate: they would be compared with each element there. Is a latent "
+            "that it depends on larger than meant, its base with too large an .to_event(n)?"
+        )
+    if whole == fn.batch_shape or (whole == batch and not site["cond_indep_stack"]):
+        return
+    for frame in site["cond_indep_stack"] if len(batch) == len(fn.batch_shape) else ():
+        if (given := batch[frame.dim]) not in (1, frame.size):
+            raise ValueError(
+                f"site '{name}': plate '{frame.name}' is of {frame.size} and the data have {given} rows (they are of shape "
+                f"{shape}). Give the plate the size of the data, as numpyro.plate('{frame.name}', len(y)); where it is "
+                f"subsampled, take the rows of the batch by numpyro.subsample(y, event_dim={fn.event_dim})."
+            )
+    plates = ", ".join(f"'{frame.name}' of {frame.size}" for frame in site["cond_indep_stack"])
+    raise ValueError(
+        f"site '{name}': its data are of shape {shape}, and {kind_of(fn)} has a batch of {fn.batch_shape}"
+        f"{f' in plate {plates}' if plates else ''}: every event would be compared with all others. Reshape the data, as by "
+        "y[:, 0] for a table of one column; or write .to_event(n) for what belongs to one event, and a plate for each "
+        "dimension that does not."
+    )
+
+
 def _require_kind(site: Site) -> None:
     """Refuses data by their shape and dtype."""
     fn, value = site["fn"], site["value"]
@@ -208,9 +271,10 @@ def _require_density(site: Site, fix: str) -> None:
     log_density = np.asarray(site["fn"].log_prob(site["value"]))
     bad = log_density[~np.isfinite(log_density)]
     if bad.size:
-        raise ValueError(
+        raise NoDensityError(
             f"site '{site['name']}': its log density is {bad[0]} at {bad.size} of {log_density.size} observed events: the model "
-            f"makes them impossible, or overflows there. Look at its energy at these values, or scale the data. {fix}".rstrip()
+            "makes them impossible, or overflows there. Look at its energy at these values, or scale the data.",
+            fix,
         )
 
 

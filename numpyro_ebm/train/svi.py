@@ -106,7 +106,10 @@ class SVISteps:
             where = f"argument {jax.tree_util.keystr(in_data[0][1:])} of this batch has values that are not finite"
             text = f"{named(bad)} would no longer be finite: {where}"
         else:
-            text = f"{named(bad)} would no longer be finite. Take a smaller learning rate, or clip the gradient"
+            text = (
+                "the likely cause is too large a learning rate: take a smaller one, or clip the gradient. What was seen: "
+                f"{named(bad)} would no longer be finite"
+            )
         return NonFiniteError(f"step {step}: {text}. The state before is in .state.", state, step, bad)
 
 
