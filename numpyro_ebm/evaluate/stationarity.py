@@ -5,13 +5,14 @@ r"""Whether the last step of a fit stands where the likelihood is stationary in 
 
 At a maximum the mean gradient of an energy is the same under its own density p as where it learns, at the data or under the
 posterior of a latent: :math:`g = E_q [\nabla_\psi \log \tilde p] - E_p [\nabla_\psi \log \tilde p] = 0`. Steps of a constant rate
-swing about that point, while chains mix and agree with whatever is learned at the moment. Along the gradient the two differ by
+swing about that point, while chains mix and agree with whatever is learned at the moment. Along a direction u the two differ by
 
-.. math:: d = \frac{E_q [s] - E_p [s]}{\mathrm{sd}_p [s]}, \qquad s(x) = \langle g, \nabla_\psi \log \tilde p(x) \rangle,
+.. math:: d = \frac{E_q [s] - E_p [s]}{\mathrm{sd}_p [s]}, \qquad s(x) = \langle u, \nabla_\psi \log \tilde p(x) \rangle,
 
 standard deviations: where a mode has the weight w under p and v where it learns, :math:`|v - w| / \sqrt{w (1 - w)}`. A step along
-the gradient would gain about :math:`d^2 / 2` nats for each row. Half of the samples gives the direction, and the other half the
-distance, so that noise alone has none.
+it would gain about :math:`d^2 / 2` nats for each row. That is the most for the natural gradient, :math:`u = F^{-1} g` with
+:math:`F = \mathrm{cov}_p [\nabla_\psi \log \tilde p]`, of which some steps of conjugate gradients are taken. Half of the samples
+gives the direction, and the other half the distance, so that noise alone has none.
 """
 
 import math
@@ -41,7 +42,7 @@ MANY_ROWS = 500
 SAMPLES_OF_CHAIN = 10
 NUM_GROUPS = 16  # of chains, by which the error of the distance is estimated
 FIX = (
-    "at the last step {} differ by so many standard deviations along the gradient of the likelihood: the fit has not reached the "
+    "at the last step {} differ by so many standard deviations, along the natural gradient of the likelihood: the fit has not reached the "
     "maximum, or swings about it. Let the learning rate fall, as by optax.cosine_decay_schedule(rate, num_steps), take more steps, "
     "or average the last of them. Weight decay and priors of parameters keep a fit away from the maximum, and read the same"
 )
