@@ -31,6 +31,7 @@ from numpyro_ebm import (
     GumbelBernoulli,
     Implicit,
     ImportanceWeighted,
+    KernelSteinDiscrepancy,
     ParticleMMLE,
     ScoreMatching,
     TiltedDistribution,
@@ -138,12 +139,11 @@ def test_a_fit_that_is_not_well_says_so_once_and_where():
     sampler = MALA(0.01, 2, adapt=False, num_jumps=0)
     phase = negative_phase(tilted, num_chains=300, sampler=sampler, persistent=False)
     engine = ParticleMMLE(phase, optax.sgd(0.0), num_particles=4, step_size=0.1)
-    of_chains = r"site 'z': distance of chains from density is .* at most .* num_steps"
-    of_step = "site 'z': distance of prior from posterior is"  # it has learned nothing
-    with pytest.warns(UserWarning, match=of_chains), pytest.warns(UserWarning, match=of_step) as told:
+    with pytest.warns(UserWarning, match=r"site 'z': distance of chains from density is .* at most .* num_steps") as told:
         result = engine.run(KEY, 100, Y, progress_bar=False, report=True, init_params={"tilt": 3.0})
-    assert [warning.filename for warning in told] == [__file__] * 2
-    assert [finding.quantity for finding in result.report.trouble] == [DISTANCE, FROM_POSTERIOR]
+    assert [warning.filename for warning in told] == [__file__]
+    assert [finding.quantity for finding in result.report.trouble] == [DISTANCE]
+    assert found(result.report, FROM_POSTERIOR).value > 1  # and no second warning: chains that are wrong are its cause
 
 
 def test_particles_report_how_stiff_they_are_or_how_often_they_are_accepted(engine):
@@ -204,7 +204,8 @@ def test_a_warning_is_of_one_quantity_and_site():
 def test_weights_that_one_sample_has_are_warned_of_once():
     # by the engine in the run, or by its report: the fraction that counts is of the same cause
     engine = VaGES(joint, Guide(shift=300.0), optax.sgd(0.0), optax.sgd(0.0), DenoisingScoreMatching(0.1))
-    with pytest.warns(UserWarning, match="one sample has all the weight") as told:
+    too_bad = pytest.warns(UserWarning, match="objective at the rows")
+    with too_bad, pytest.warns(UserWarning, match="one sample has all the weight") as told:
         result = engine.run(KEY, 2, Y, progress_bar=False, report=True)
     assert FRACTION in [finding.quantity for finding in result.report.trouble]
     assert not [warning for warning in told if FRACTION in str(warning.message)]
@@ -240,7 +241,7 @@ def test_an_engine_without_anything_to_say_has_an_empty_report():
         with numpyro.plate("data", len(y)):
             numpyro.sample("y", dist.Normal(loc, 1), obs=y)
 
-    engine = ScoreMatching(model, optax.adam(0.02), DenoisingScoreMatching(0.1))
+    engine = ScoreMatching(model, optax.adam(0.02), KernelSteinDiscrepancy())
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it is no reason to doubt the fit
         report = engine.run(KEY, 2, Y, progress_bar=False, report=True).report

@@ -142,7 +142,9 @@ def chain_findings(
                 num_taught = math.ceil(phase.num_chains / _stride(before["x"], draws[site].shape[1]))
                 findings.append(_agreement(site, draws[site][:num_taught], draws[site][num_taught:]))
         findings.append(density)
-        findings += [stationarity_finding(site, numbers.from_learned[site])] if site in numbers.from_learned else []
+        if site in numbers.from_learned:
+            are_well = all(finding.is_well for finding in findings if finding.site == site)
+            findings.append(stationarity_finding(site, numbers.from_learned[site], are_well=are_well))
         findings += [capacity[site]] if site in capacity else []
     return findings
 

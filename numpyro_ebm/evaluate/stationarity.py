@@ -42,9 +42,10 @@ MANY_ROWS = 500
 SAMPLES_OF_CHAIN = 10
 NUM_GROUPS = 16  # of chains, by which the error of the distance is estimated
 FIX = (
-    "at the last step {} differ by so many standard deviations, along the natural gradient of the likelihood: the fit has not reached the "
-    "maximum, or swings about it. Let the learning rate fall, as by optax.cosine_decay_schedule(rate, num_steps), take more steps, "
-    "or average the last of them. Weight decay and priors of parameters keep a fit away from the maximum, and read the same"
+    "at the last step {} differ by so many standard deviations, along the natural gradient of the likelihood: the fit has not "
+    "reached the maximum, or swings about it. Let the learning rate fall, as by optax.cosine_decay_schedule(rate, num_steps), take "
+    "more steps, or average the last of them. Weight decay and priors of parameters keep a fit away from the maximum, and read the "
+    "same"
 )
 
 RunOf = Callable[[Array], Run]
@@ -192,7 +193,11 @@ def _distance(
             slope = along(direction, of_chains)
             return pull((slope - slope.mean(0)) / slope.size)[0]
 
-        damping = DAMPING * _dot(gradient, fisher(gradient)) / jnp.maximum(_dot(gradient, gradient), jnp.finfo(x.dtype).tiny)
+        damping = (
+            DAMPING
+            * _dot(gradient, fisher(gradient))
+            / jnp.maximum(_dot(gradient, gradient), jnp.finfo(jnp.result_type(float)).tiny)
+        )
 
         def metric(direction: Data) -> Data:
             return jax.tree.map(lambda a, b: a + damping * b, fisher(direction), direction)
@@ -223,11 +228,14 @@ def _variance_of_mean(x: Array) -> Array:
     return x.var(1, ddof=1) / x.shape[1]
 
 
-def stationarity_finding(site: str, found: Distance | Unknown) -> Finding:
-    """What is said of that distance."""
+def stationarity_finding(site: str, found: Distance | Unknown, *, are_well: bool) -> Finding:
+    """What is said of that distance.
+
+    :param are_well: whether the chains are, which stand for the density. Where they are not, that is the cause to tell.
+    """
     quantity = FROM_DATA if found.is_observed else FROM_POSTERIOR
     if isinstance(found, Unknown):
         return not_told(site, quantity, found.why)
     value, error = float(found.value), float(found.error)
     fix = FIX.format("the density and the data" if found.is_observed else "the prior and the posterior that it learns from")
-    return Finding(site, quantity, value, None, MOST + 3 * error, fix)
+    return Finding(site, quantity, value, None, MOST + 3 * error if are_well else None, fix if are_well else "")

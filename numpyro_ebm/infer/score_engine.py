@@ -170,7 +170,10 @@ class ScoreEngine(Engine):
         if isinstance(self.objective, MultiscaleDenoisingScoreMatching):
             num_rows = len(self._first_batch(state.rng_key, state.params, args, kwargs).args[0])
             return [levels_finding(self._visible_site(state, args, kwargs), self.objective, num_rows, args[0])]
-        return [*self._of_objective(rng_key, state, args, kwargs), *self._of_density(rng_key, state, args, kwargs)]
+        found = self._of_objective(rng_key, state, args, kwargs)
+        more = self._of_density(rng_key, state, args, kwargs)
+        is_well = all(finding.is_well for finding in found)  # else the density is far from the rows by the same cause
+        return found + (more if is_well else [finding._replace(least=None, most=None) for finding in more])
 
     def _of_objective(self, rng_key: Array, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
         if isinstance(self.objective, DenoisingScoreMatching):
