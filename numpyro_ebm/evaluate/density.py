@@ -3,7 +3,8 @@
 
 r"""The density that an energy says, known by points with weights.
 
-Of real events of one or two dimensions by quadrature, as far as samples and reference reach; of others by samples of the
+Of real events of one or two dimensions by quadrature, as far as the reference reaches, or three times as far as the samples do
+where there is none; of others by samples of the
 reference, whose importance weights :math:`w = \tilde p / b` are worth as many as the effective sample size tells.
 """
 
@@ -20,6 +21,7 @@ from numpyro_ebm.weights import effective_sample_size, normalized_weights
 
 NUM_REFERENCE = 10_000
 POINTS_PER_SIDE = {1: 1000, 2: 100}  # of samples, and as many of the reference
+WIDER = 3  # times as far from their mean as samples a density is looked for that has no reference
 MIN_POINTS_PER_SIDE = 30
 MAX_POINTS = 2**20  # of a grid or of samples of the reference, of all energies of a stack together
 SAMPLES_TO_JUDGE = 100  # that weights must be worth
@@ -78,12 +80,15 @@ def distance_from(known: KnownDensity, x: Array, *, is_discrete: bool) -> Array:
 
 
 def _on_grid(rng_key: Array, target: Target, x: Array, event_shape: tuple[int, ...], per_side: int) -> tuple[Array, Array]:
-    """A grid where chains and reference are, with the log of the target times the cell of each point."""
+    """A grid where samples and reference are, with the log of the target times the cell of each point."""
     seen = x.reshape(*x.shape[: x.ndim - len(event_shape)], -1)
-    points = _quantiles(seen, per_side)
-    if target.reference is not None:
+    if target.reference is None:
+        center = seen.mean(0)
+        more = center + WIDER * (seen - center)
+    else:
         more = target.reference.sample(rng_key, NUM_REFERENCE)
-        points = jnp.sort(jnp.concatenate([points, _quantiles(more.reshape(len(more), *seen.shape[1:]), per_side)]), 0)
+        more = more.reshape(len(more), *seen.shape[1:])
+    points = jnp.sort(jnp.concatenate([_quantiles(seen, per_side), _quantiles(more, per_side)]), 0)
     return _product(points, event_shape, target)
 
 

@@ -46,15 +46,16 @@ def diagnose(
     effective sample size of the chains, which are moved on from the fit; the acceptance of their steps and jumps, where the
     sampler keeps it; and their distance from the density, the largest difference of the distribution functions of an element at
     the deciles (of the means of bits). That density is known by quadrature for real events of one or two dimensions, as far as
-    chains and reference reach, and by importance weights of samples of the reference where these are worth 100 or more; elsewhere
-    it is not told, and a mode that neither chains nor reference have found is not seen. A random field has neither.
+    the reference reaches, or three times as far as the chains where there is none, and by importance weights of samples of the
+    reference where these are worth 100 or more; elsewhere it is not told, and a mode that neither chains nor reference have found
+    is not seen. A random field has neither.
 
     Chains that restart at every step (``persistent=False``) have no R-hat: what they are distant from the density is the bias of
     short runs. Chains with weights need not mix: of them it is told what their weights keep in a step, and how far they are from
     monitors, where there are some.
 
     **Energies**, and whether the last step stands where the likelihood is stationary in them: how far the density is from what it
-    learns from, the data or the posterior of a latent, in standard deviations along the gradient. Steps of a constant rate swing
+    learns from, the data or the posterior of a latent, in standard deviations along the natural gradient. Steps of a constant rate swing
     about the maximum, while chains mix and agree with whatever is learned at the moment. The posterior under ``SVI`` is that of
     its ``guide``.
 
@@ -62,6 +63,9 @@ def diagnose(
     samples of the guide, row by row, whether the engine uses them or not: which fraction of them counts, and the shape k of
     the generalized Pareto distribution that fits the largest of them; bits have few weights, and no k. What the guide misses
     altogether is not seen.
+
+    **Scores**: objectives at the rows and beside them, in comparison with a normal distribution; and of an energy of the visible
+    whose density is known as above, whether it has the masses of the rows, since scores hardly see the weights of modes.
 
     **Generators** of :class:`~numpyro_ebm.BiDVL`: the same of the weights of energy and encoder over the generator.
 
