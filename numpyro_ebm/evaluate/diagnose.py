@@ -55,9 +55,9 @@ def diagnose(
     monitors, where there are some.
 
     **Energies**, and whether the last step stands where the likelihood is stationary in them: how far the density is from what it
-    learns from, the data or the posterior of a latent, in standard deviations along the natural gradient. Steps of a constant rate swing
-    about the maximum, while chains mix and agree with whatever is learned at the moment. The posterior under ``SVI`` is that of
-    its ``guide``.
+    learns from, the data or the posterior of a latent, in standard deviations along the natural gradient. Steps of a constant
+    rate swing about the maximum, while chains mix and agree with whatever is learned at the moment. The posterior under ``SVI`` is
+    that of its ``guide``.
 
     **Guides** of :class:`~numpyro_ebm.BiSM` and :class:`~numpyro_ebm.VaGES`: the importance weights :math:`\tilde p / q` of
     samples of the guide, row by row, whether the engine uses them or not: which fraction of them counts, and the shape k of

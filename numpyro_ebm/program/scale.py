@@ -26,7 +26,7 @@ from numpyro_ebm.distributions.known import is_known
 from numpyro_ebm.program.minibatch import taking_rows
 from numpyro_ebm.program.sites import Model, Site, is_factor, is_unbounded
 
-FAR, WIDE = 5.0, 20.0  # of the right models of the documentation and examples none is beyond half of these
+FAR, WIDE = 5.0, 20.0  # in standard deviations of what is predicted
 FEW_ROWS = 10
 # samples of the model, and numbers that they may be in all: of data that leave fewer samples nothing is said
 NUM_SAMPLES, LEAST_SAMPLES, NUM_ELEMENTS = 64, 8, 2**23
