@@ -58,7 +58,7 @@ import optax
 from jax import Array
 
 from numpyro_ebm import ParticleMMLE, ParticleState, UnadjustedLangevin, sample_posterior
-from numpyro_ebm.datasets import LabelledImages, mnist
+from numpyro_ebm.datasets import LabeledImages, mnist
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -116,7 +116,7 @@ def logits(x: Array, w: Array, v: Array) -> Array:
     return jnp.tanh(x @ w) @ v
 
 
-def make_split(data: LabelledImages, seed: int) -> Split:
+def make_split(data: LabeledImages, seed: int) -> Split:
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(np.flatnonzero(np.isin(data.labels, CLASSES)))[:NUM_IMAGES]
     pictures, y = data.images[chosen], jnp.asarray(data.labels[chosen] == CLASSES[1], jnp.int32)
@@ -245,7 +245,7 @@ def plot_digits(path: Path, run: Run, split: Split, num_digits: int = 10) -> Non
     plt.close(figure)
 
 
-def load(smoke: bool) -> LabelledImages:
+def load(smoke: bool) -> LabeledImages:
     try:
         return mnist()
     except FileNotFoundError:
@@ -255,7 +255,7 @@ def load(smoke: bool) -> LabelledImages:
         rng = np.random.default_rng(0)
         labels = rng.choice(np.array(CLASSES, np.uint8), 2 * NUM_IMAGES)
         images = rng.integers(0, 128, (len(labels), 28, 28)) + 100 * (labels == CLASSES[1])[:, None, None]
-        return LabelledImages(images.astype(np.uint8), labels)
+        return LabeledImages(images.astype(np.uint8), labels)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -86,7 +86,7 @@ from numpyro_ebm import (
     annealing_schedule,
     denoise,
 )
-from numpyro_ebm.datasets import LabelledImages, mnist
+from numpyro_ebm.datasets import LabeledImages, mnist
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -142,7 +142,7 @@ class Images(NamedTuple):
     labels: np.ndarray
 
 
-def prepared(raw: LabelledImages, side: int) -> Images:
+def prepared(raw: LabeledImages, side: int) -> Images:
     """Images with a border of two pixels, as in the paper; halved if ``side`` is 16."""
     pixels = np.pad(raw.images.astype(np.float32) / 255, [(0, 0), (2, 2), (2, 2)])
     factor = 32 // side
@@ -150,7 +150,7 @@ def prepared(raw: LabelledImages, side: int) -> Images:
     return Images(jnp.asarray(pixels[..., None]), raw.labels)
 
 
-def load_data(smoke: bool) -> tuple[LabelledImages, LabelledImages]:
+def load_data(smoke: bool) -> tuple[LabeledImages, LabeledImages]:
     try:
         train, test = mnist(train=True), mnist(train=False)
     except FileNotFoundError:
@@ -158,9 +158,9 @@ def load_data(smoke: bool) -> tuple[LabelledImages, LabelledImages]:
             raise
         print("MNIST is not there: random images of the same shape stand in, to see that everything runs.")
         rng = np.random.default_rng(0)
-        train = test = LabelledImages(rng.integers(0, 255, (500, 28, 28)).astype(np.uint8), np.arange(500, dtype=np.uint8) % 10)
+        train = test = LabeledImages(rng.integers(0, 255, (500, 28, 28)).astype(np.uint8), np.arange(500, dtype=np.uint8) % 10)
     if smoke:
-        train, test = (LabelledImages(part.images[:500], part.labels[:500]) for part in (train, test))
+        train, test = (LabeledImages(part.images[:500], part.labels[:500]) for part in (train, test))
     return train, test
 
 

@@ -73,7 +73,7 @@ FILES = {
 }
 
 
-class LabelledImages(NamedTuple):
+class LabeledImages(NamedTuple):
     """Images with their labels."""
 
     images: np.ndarray  # (num_images, height, width), uint8; with a last axis of three colors if it has colors
@@ -104,17 +104,17 @@ class Batters(NamedTuple):
     num_rest: np.ndarray  # (18,), at-bats of the rest
 
 
-def mnist(train: bool = True) -> LabelledImages:
+def mnist(train: bool = True) -> LabeledImages:
     """Handwritten digits (LeCun et al. 1998): 60 000 images of 28 x 28 pixels to train on, 10 000 to test on.
 
     :raises FileNotFoundError: if the files are not found and cannot be downloaded.
     :raises ValueError: if a file has a wrong checksum.
     """
     part = "train" if train else "t10k"
-    return LabelledImages(_idx(f"mnist/{part}-images-idx3-ubyte.gz"), _idx(f"mnist/{part}-labels-idx1-ubyte.gz"))
+    return LabeledImages(_idx(f"mnist/{part}-images-idx3-ubyte.gz"), _idx(f"mnist/{part}-labels-idx1-ubyte.gz"))
 
 
-def cifar10(train: bool = True) -> LabelledImages:
+def cifar10(train: bool = True) -> LabeledImages:
     """Photographs of ten kinds of things (Krizhevsky 2009): 50 000 of 32 x 32 pixels to train on, 10 000 to test on.
 
     A data folder without the archive may hold a subset of 4000 and 1000 as ``cifar10/cifar10_5k_images.npy.xz`` and
@@ -129,12 +129,12 @@ def cifar10(train: bool = True) -> LabelledImages:
     if _find(archive) is None and len(subset) == len(_CIFAR_SUBSET):
         images, labels = (_cifar_subset(path, sha256) for path, sha256 in subset)
         part = slice(None, 4000) if train else slice(4000, None)
-        return LabelledImages(images[part], labels[part])
+        return LabeledImages(images[part], labels[part])
     batches = [f"data_batch_{i}" for i in range(1, 6)] if train else ["test_batch"]
     with tarfile.open(fileobj=io.BytesIO(_read(archive))) as files:
         contents = [files.extractfile(f"cifar-10-batches-bin/{batch}.bin").read() for batch in batches]  # type: ignore[union-attr]
     rows = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, 1 + 3 * 32 * 32)  # a label, and color by color the pixels
-    return LabelledImages(np.ascontiguousarray(rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), rows[:, 0].copy())
+    return LabeledImages(np.ascontiguousarray(rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), rows[:, 0].copy())
 
 
 def breast_cancer_wisconsin() -> Patients:
