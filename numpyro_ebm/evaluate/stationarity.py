@@ -36,7 +36,7 @@ from numpyro_ebm.program.sites import FIELD, is_masked
 FROM_DATA, FROM_POSTERIOR = "distance of density from data", "distance of prior from posterior"
 MOST = 0.15  # standard deviations: a mode of 50 % may have 43
 NUM_VALUES = 2000  # where an energy learns, of rows and samples of the posterior together
-NUM_CG, DAMPING = 5, 1e-3  # steps of conjugate gradients towards the natural gradient, and what is added to its metric
+NUM_CG, DAMPING = 5, 1e-6  # steps of conjugate gradients towards the natural gradient, and what is added to its metric
 MIN_RUNS = 16  # of the model, each with other samples of the posterior
 MANY_ROWS = 500
 SAMPLES_OF_CHAIN = 10
