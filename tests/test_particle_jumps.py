@@ -192,6 +192,8 @@ def _sums(y):
 def test_rows_that_depend_on_each_other_are_seen_in_the_report(model, is_told):
     engine = ParticleMMLE(model, STILL, 200, 0.01)
     state = engine.run(KEY, 50, Y, progress_bar=False, report=False).state
-    (found,) = [each for each in diagnose(state, engine, Y, warn=False).findings if each.quantity == "distance of particles from posterior"]
+    (found,) = [
+        each for each in diagnose(state, engine, Y, warn=False).findings if each.quantity == "distance of particles from posterior"
+    ]
     assert found.is_told == is_told, found
     assert found.is_told or found.fix == "the rows of its plates depend on each other"
