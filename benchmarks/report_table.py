@@ -216,6 +216,20 @@ def bell(x):
         numpyro.sample("x", EnergyDistribution(lambda x: precision * (x**2).sum() / 2, event_shape=(1,)), obs=x)
 
 
+# Two modes that do not overlap, so that scores say nothing of their weights, of which the upper has .7.
+APART = jnp.where(KIND < 0.524, 4.0, -4.0)[:, None] + 0.5 * NOISE[:, None]
+
+
+def of_modes_apart(logit):
+    def model(x):
+        upper = numpyro.param("logit", logit)
+        logs, centers = jax.nn.log_sigmoid(jnp.stack([upper, -upper])), jnp.array([4.0, -4.0])
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("x", EnergyDistribution(lambda x: -logsumexp(logs - 2 * (x - centers) ** 2), event_shape=(1,)), obs=x)
+
+    return ScoreMatching(model, optax.adam(1e-3), ExactScoreMatching()), APART
+
+
 def of_scores(model, objective):
     return ScoreMatching(model, optax.adam(0.03), objective), FEW
 
@@ -241,11 +255,14 @@ PROBLEMS = {
     "particles with jumps": (lambda: of_wells(kernel="mala"), 300, ()),
     "exact score matching, spikes": (lambda: of_scores(spikes, ExactScoreMatching()), 400, ("half the distance",)),
     "exact score matching, a bell": (lambda: of_scores(bell, ExactScoreMatching()), 400, ()),
+    "scores of modes apart, other weights": (lambda: of_modes_apart(0.0), 100, ("density from rows",)),
+    "scores of modes apart, their weights": (lambda: of_modes_apart(0.85), 100, ()),
+    "BiSM that has not arrived": (lambda: of_factors(BiSM, full, DENOISING, **IMPLICIT), 5, ("objective at the rows",)),
     "BiSM, a guide that is too narrow": (lambda: of_factors(BiSM, narrow, DENOISING, **IMPLICIT), 400, ("Pareto",)),
     "BiSM, the posterior's family": (lambda: of_factors(BiSM, full, DENOISING, **IMPLICIT), 400, ()),
     "BiSM, few unrolled steps": (lambda: of_factors(BiSM, full, SLICED, hypergradient=Unrolled(5)), 600, ("response",)),
-    "BiSM, a guide that is too sure of bits": (lambda: of_bits(sure_bits), 600, ("count",)),
-    "BiSM, the posterior of bits": (lambda: of_bits(bits), 600, ()),
+    "BiSM, a guide that is too sure of bits": (lambda: of_bits(sure_bits), 3000, ("count",)),
+    "BiSM, the posterior of bits": (lambda: of_bits(bits), 3000, ()),
     "BiDVL, a generator of one mode for two": (lambda: of_generator(wells, MODES), 1500, ("count", "Pareto")),
     "BiDVL, a generator of the energy's family": (lambda: of_generator(hill, 1.5 + 1.1 * NOISE), 1500, ()),
     "VaGES unweighted, a blind guide": (lambda: of_factors(VaGES, blind, SLICED, **VARIATIONAL), 600, ("Pareto", "count")),

@@ -28,6 +28,7 @@ MAX_ROWS = 10_000  # rows that a correlation is estimated from
 ROWS_PER_DIM = 10  # so many there must be for each coordinate: of fewer, a covariance describes them far better than any others
 LEAST_VARIANCE = 1e-3  # of standardized data: a direction with less has a precision that would be all of an objective
 NUM_BATCHES = 8  # that the objective at the rows is compared on
+MORE_BATCHES = 32  # the same of denoising, whose noise is most of the objective
 SHORT_OF = 0.2  # of what a Gaussian reaches there a model may be short
 AT_ROWS, VALIDATION = "objective at the rows", "objective on validation rows"
 FIX = (

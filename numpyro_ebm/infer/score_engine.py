@@ -26,6 +26,7 @@ from numpyro_ebm.evaluate.report import Finding, are_reports_enabled, not_told, 
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.infer.collapse import (
     AT_ROWS,
+    MORE_BATCHES,
     NUM_BATCHES,
     beside,
     collapse_finding,
@@ -222,7 +223,7 @@ class ScoreEngine(Engine):
             of_gaussian, of_flat = (self._gaussian_loss(rng_key, args[0], batch.args[0], fit) for fit in fits)
             return loss, of_gaussian, of_flat
 
-        return lax.map(of_batch, jax.random.split(state.rng_key, NUM_BATCHES))
+        return lax.map(of_batch, jax.random.split(state.rng_key, MORE_BATCHES))
 
     @compiled_method
     def _beside(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Array, Array, Array, Array]:
