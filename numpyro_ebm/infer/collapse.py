@@ -38,7 +38,7 @@ FIX = (
 
 TOO_BAD = (
     "The model describes its own data worse than a normal distribution: it has not converged, or is too small. Take more steps, a "
-    "larger or a falling learning rate, a guide that learns faster, or a larger model"
+    "larger or a falling learning rate, a guide that learns faster or has a larger family, or a larger model"
 )
 
 
