@@ -241,7 +241,7 @@ STANDING = {"sampler": MALA(1e-3, 1, adapt=False, num_jumps=0), "weights": Weigh
 # what is wrong or right: how it is learned, in how many steps, and the words of the numbers of which one must be out of bounds
 PROBLEMS = {
     "modes without jumps": (lambda: of_modes(0), 300, ("R-hat", "density")),
-    "modes with jumps": (lambda: of_modes(None), 300, ()),
+    "modes with jumps": (lambda: of_modes(None), 2000, ()),
     "short runs that are too short": (lambda: of_tilt(**SHORT), 300, ("density",)),
     "short runs that are long": (lambda: of_tilt(sampler=MALA(0.5, 20), persistent=False), 300, ()),
     "a fit that has not arrived": (lambda: of_tilt(), 30, ("prior from posterior",)),
