@@ -26,6 +26,7 @@ from numpyro_ebm.infer.collapse import AT_ROWS
 from numpyro_ebm.infer.visible_density import FROM_ROWS, LIKELIHOOD
 
 KEY = jax.random.key(0)
+NOISE = "noise of denoising in standard deviations of the data"
 ROWS = jnp.asarray(np.random.default_rng(0).normal(size=(2000, 1)), jnp.float32)
 STILL = optax.sgd(0.0)
 
@@ -131,6 +132,14 @@ def test_denoising_that_has_not_come_near_a_normal_distribution_is_told():
         -1 / 5 + 1.09 / 50 + 1 / 1.09 - 1.09 / (2 * 1.09**2), abs=0.1
     )
     assert "marginal density, over latents, is not known" in told(right, FROM_ROWS).fix
+
+
+def test_noise_that_is_all_of_the_objective_is_told():
+    rows = 100 * ROWS
+    found = [told(report_of(normal, rows, DenoisingScoreMatching(s), {"precision": 1e-4}), NOISE) for s in (1.0, 5.0)]
+    assert [finding.is_well for finding in found] == [False, True]
+    assert found[0].value == pytest.approx(0.01 / float(ROWS.std()), rel=1e-4)
+    assert "Take a sigma of a tenth of the standard deviation" in str(found[0])
 
 
 def test_nothing_is_said_of_a_fit_that_is_right():

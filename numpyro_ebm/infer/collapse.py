@@ -36,6 +36,12 @@ FIX = (
     "more rows, noise_scale= or curvature_penalty= of the objective, validation= and patience= of run, or DenoisingScoreMatching"
 )
 
+LEAST_NOISE = 0.02  # of denoising: with .01 fits of 3000 steps were .6 to .9 nats below in the plane, at objectives all of noise
+TOO_LITTLE = (
+    "most of the objective, and of its gradient, is the noise, and a fit that looks right may have learned hardly anything. Take a "
+    "sigma of a tenth of the standard deviation of the data or more, or many more steps than a larger one would need"
+)
+
 TOO_BAD = (
     "The model describes its own data worse than a normal distribution: it has not converged, or is too small. Take more steps, a "
     "larger or a falling learning rate, a guide that learns faster or has a larger family, or a larger model"
@@ -122,6 +128,13 @@ def level_finding(site: str, at_rows: np.ndarray, of_gaussian: np.ndarray, of_fl
     error = float(differences.std(ddof=1)) / math.sqrt(len(differences)) if np.isfinite(differences).all() else 0.0
     most = reached + SHORT_OF * abs(float(np.mean(of_flat)) - reached) + 4 * error
     return Finding(site, AT_ROWS, value, None, most, f"a normal distribution fitted to the data reaches {reached:.3g}. {TOO_BAD}")
+
+
+def noise_finding(site: str, sigma: float, data: np.ndarray) -> Finding:
+    """The noise of denoising, in standard deviations of the data."""
+    scale = math.sqrt(float(np.nanvar(data, axis=0).mean()))
+    value = sigma / scale if scale > 0 else math.inf
+    return Finding(site, "noise of denoising in standard deviations of the data", value, LEAST_NOISE, None, TOO_LITTLE)
 
 
 def validation_finding(

@@ -33,6 +33,7 @@ from numpyro_ebm.infer.collapse import (
     correlated_objective,
     gaussian_objective,
     level_finding,
+    noise_finding,
     validation_finding,
 )
 from numpyro_ebm.infer.engine import Engine, RunResult, compiled_method
@@ -182,7 +183,8 @@ class ScoreEngine(Engine):
             if is_masked(program.sites[visible.site]["fn"]):
                 return [not_told(visible.site, AT_ROWS, "the site is masked, and a Gaussian is not")]
             numbers = jax.device_get(self._at_rows(state._replace(rng_key=rng_key), *args, **kwargs))
-            return [level_finding(visible.site, *(np.asarray(x, float) for x in numbers))]
+            noise = noise_finding(visible.site, self.objective.sigma, np.asarray(args[0], float))
+            return [level_finding(visible.site, *(np.asarray(x, float) for x in numbers)), noise]
         if not getattr(self.objective, "differentiates_score", False):
             return []
         numbers = jax.device_get(self._beside(state._replace(rng_key=rng_key), *args, **kwargs))
