@@ -130,3 +130,8 @@ def _read_param(what: str, value: Any) -> Any:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) < 60 else f"a {type(value).__name__}"
+
+
+def keep(condition: Array, new: Any, old: Any) -> Any:
+    """The new values where the condition holds, the old ones otherwise."""
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)

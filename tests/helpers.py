@@ -45,3 +45,9 @@ def hierarchical(y, scale=1.0):
     with numpyro.plate("data", len(y)):
         x = numpyro.sample("x", dist.Normal(loc, 1))
         numpyro.sample("y", dist.Normal(x, scale), obs=y)
+
+
+def found(report, quantity):
+    """The one finding of a quantity."""
+    (finding,) = [finding for finding in report.findings if finding.quantity == quantity]
+    return finding

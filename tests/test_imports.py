@@ -22,6 +22,7 @@ FLOORS = {
     "_map_over": 0,
     "_precision": 0,
     "_pytree": 0,
+    "_conjugate_gradient": 0.5,
     "_compiled": 0.5,
     "weights": 0,
     "datasets": 0,

@@ -14,8 +14,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_engine_contract import CASES, KEY, RATE, Y, _assert_same, _keep, _pgd
 
 from numpyro_ebm import EnergyDistribution, ExactScoreMatching, ScoreMatching
+from numpyro_ebm._conjugate_gradient import conjugate_gradient
 from numpyro_ebm.infer import engine as engine_module
-from numpyro_ebm.infer.bism import conjugate_gradient
 from numpyro_ebm.train import loop as loop_module
 from numpyro_ebm.train import steps as steps_module
 from numpyro_ebm.train.health import NonFiniteError, Part, health_of, is_bad, named

@@ -17,6 +17,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from helpers import found
 from numpyro.infer import SVI, Trace_ELBO
 
 from numpyro_ebm import (
@@ -59,11 +60,6 @@ from numpyro_ebm.infer.stability import STIFFEST
 
 KEY = jax.random.key(0)
 SD = 0.5**0.5  # of the posterior below
-
-
-def found(report, quantity):
-    (finding,) = [finding for finding in report.findings if finding.quantity == quantity]
-    return finding
 
 
 # R-hat and the effective sample size, once.

@@ -10,6 +10,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from helpers import found as told
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
@@ -51,10 +52,6 @@ def fitted(model, guide, y, init_params, num_chains=200):
     phase = negative_phase(model, num_chains=num_chains)
     svi = SVI(phase, guide, optax.sgd(0.0), Trace_ELBO())
     return svi.run(KEY, 50, y, progress_bar=False, init_params=init_params), phase
-
-
-def told(report, quantity):
-    return next(finding for finding in report.findings if finding.quantity == quantity)
 
 
 @pytest.mark.parametrize("tilt", [0.0, 1.0, 1.5])

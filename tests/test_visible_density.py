@@ -12,6 +12,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from helpers import found as told
 
 from numpyro_ebm import (
     BiSM,
@@ -29,10 +30,6 @@ KEY = jax.random.key(0)
 NOISE = "noise of denoising in standard deviations of the data"
 ROWS = jnp.asarray(np.random.default_rng(0).normal(size=(2000, 1)), jnp.float32)
 STILL = optax.sgd(0.0)
-
-
-def told(report, quantity):
-    return next(finding for finding in report.findings if finding.quantity == quantity)
 
 
 def report_of(model, rows, objective=None, params=None):

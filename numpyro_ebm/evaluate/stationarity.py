@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.scipy.sparse.linalg import cg
 
+from numpyro_ebm._conjugate_gradient import conjugate_gradient, dot, square
 from numpyro_ebm.chains import chains_of
 from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.handlers import chains_target, innermost, negative_phase, undrawn, unnormalized
@@ -102,10 +102,8 @@ def distances(
         shape = x.shape[2 : x.ndim - site["fn"].event_dim]  # of energies with a density of their own
         others = {param for other in learned.values() if other.name != name for param in other.params}
         own = [param for param in learned[name].params if param not in others and _is_real(params.get(param))]
-        is_observed, is_part = (
-            bool(site["is_observed"]),
-            any(frame.name in program.subsampled for frame in site["cond_indep_stack"]),
-        )
+        is_observed = bool(site["is_observed"])
+        is_part = any(frame.name in program.subsampled for frame in site["cond_indep_stack"])
         if not is_observed and run_of is None:
             why = "give diagnose(..., guide=) the guide of the fit, whose samples the prior has learned from"
         elif not own:
@@ -149,9 +147,8 @@ def _values(rng_key: Array, run: RunOf, name: str, site: Data, shape: tuple[int,
     if is_all or not is_many:
         return lax.stop_gradient(found)
     every = -(-num_runs * num_rows // NUM_VALUES)
-    apart = [
-        each[at * every // num_runs :: every][: num_rows // every] for at, each in enumerate(found)
-    ]  # each run with other rows
+    starts = [at * every // num_runs for at in range(num_runs)]  # each run with other rows
+    apart = [each[start::every][: num_rows // every] for start, each in zip(starts, found, strict=True)]
     return lax.stop_gradient(jnp.concatenate(apart)[:, None])
 
 
@@ -193,16 +190,13 @@ def _distance(
             slope = along(direction, of_chains)
             return pull((slope - slope.mean(0)) / slope.size)[0]
 
-        damping = (
-            DAMPING
-            * _dot(gradient, fisher(gradient))
-            / jnp.maximum(_dot(gradient, gradient), jnp.finfo(jnp.result_type(float)).tiny)
-        )
+        tiny = jnp.finfo(jnp.result_type(float)).tiny
+        damping = DAMPING * dot(gradient, fisher(gradient)) / jnp.maximum(square(gradient), tiny)
 
         def metric(direction: Data) -> Data:
             return jax.tree.map(lambda a, b: a + damping * b, fisher(direction), direction)
 
-        return cg(metric, gradient, maxiter=NUM_CG)[0]
+        return conjugate_gradient(metric, gradient, NUM_CG, tol=1e-5)
 
     directions = lax.map(direction, x[::-1])  # of the other half
     slopes = lax.map(lambda both: along(*both), (directions, x))
@@ -213,10 +207,6 @@ def _distance(
     of_chains = of_chains.reshape(2, num_chains, -1).mean(2) / scale
     variance = _variance_of_mean(of_chains) + (0 if is_all else _variance_of_mean(of_values))
     return of_values.mean() - of_chains.mean(), jnp.sqrt(variance.mean() / 2)  # of two independent ones
-
-
-def _dot(a: Data, b: Data) -> Array:
-    return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)), jnp.zeros(()))
 
 
 def _halves(x: Array) -> Array:

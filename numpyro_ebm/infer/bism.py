@@ -27,6 +27,7 @@ from jax import Array, lax
 from numpyro.infer import TraceGraph_ELBO
 
 from numpyro_ebm._checks import require_bool, require_count, require_nonnegative, require_one_of, require_setting
+from numpyro_ebm._conjugate_gradient import conjugate_gradient, square
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, Upper
@@ -38,7 +39,6 @@ from numpyro_ebm.program.batch import Batch
 from numpyro_ebm.program.rows import per_row
 from numpyro_ebm.program.run import log_density_terms, own_key, run_model, total
 from numpyro_ebm.program.sites import Model, kind_of
-from numpyro_ebm.train.health import keep
 
 CURVATURES = ("auto", "hessian", "fisher")
 # How far the guide's response may be from that of Implicit, relative to it, over so many batches; and how many of its standard
@@ -299,7 +299,7 @@ class BiSM(BilevelEngine):
             _, whole = _implicit(Implicit(), levels, state.theta, phi, lower_key, upper_key)
             wanted = jax.tree.map(jnp.subtract, whole, direct)
             missed = jax.tree.map(jnp.subtract, wanted, pull(of_phi)[0])
-            return jax.tree.map(jnp.add, sums, ((missed, _square(missed)), (wanted, _square(wanted)))), None
+            return jax.tree.map(jnp.add, sums, ((missed, square(missed)), (wanted, square(wanted)))), None
 
         nothing = jax.tree.map(jnp.zeros_like, state.theta), jnp.zeros(())
         (missed, missed_squares), (wanted, squares) = lax.scan(
@@ -307,7 +307,7 @@ class BiSM(BilevelEngine):
         )[0]
 
         def unbiased(total: Any, squares: Array) -> Array:  # of the length of a mean, from pairs of different batches
-            return (_square(total) - squares) / (RESPONSE_BATCHES * (RESPONSE_BATCHES - 1))
+            return (square(total) - squares) / (RESPONSE_BATCHES * (RESPONSE_BATCHES - 1))
 
         size, error = unbiased(wanted, squares), squares / RESPONSE_BATCHES**2
         return jnp.sqrt(jnp.maximum(unbiased(missed, missed_squares), 0)), jnp.sqrt(jnp.maximum(size, 0)), jnp.sqrt(error)
@@ -343,53 +343,6 @@ def _implicit(settings: Implicit, levels: "_Levels", theta: Any, phi: Any, lower
     x = conjugate_gradient(damped, of_phi, settings.num_cg_steps, settings.tol)
     _, transposed = jax.vjp(lambda theta: lower_gradient(theta, phi), theta)
     return value, jax.tree.map(jnp.subtract, direct, transposed(x)[0])
-
-
-# Of conjugate gradient: the solution so far, its residual, the next direction, the residual's square.
-_Solving = tuple[Any, Any, Any, Array]
-
-
-def conjugate_gradient(product: Callable[[Any], Any], b: Any, num_steps: int, tol: float) -> Any:
-    """``x`` with ``product(x) = b``, of a positive definite product of pytrees, to a residual of ``tol`` times that of 0.
-
-    Of a product that is not it is the last ``x`` before a direction of negative curvature (Steihaug 1983): what samples make of a
-    curvature near 0 has no inverse worth taking. The numbers are those of :func:`jax.scipy.sparse.linalg.cg`, which is a loop of
-    open length: a GPU asks the host after every step of it whether to go on. Here all steps are gone through, and none changes
-    anything once the residual is small.
-    """
-    enough = tol**2 * _square(b)
-
-    def advance(carry: _Solving) -> _Solving:
-        x, residual, direction, size = carry
-        curved = product(direction)
-        curvature = _dot(direction, curved)
-        length = size / curvature
-        new_residual = jax.tree.map(lambda r, c: r - length * c, residual, curved)
-        new_size = _square(new_residual)
-        new_direction = jax.tree.map(lambda r, p: r + (new_size / size) * p, new_residual, direction)
-        new = jax.tree.map(lambda x, p: x + length * p, x, direction), new_residual, new_direction, new_size
-        return keep(curvature <= 0, (x, residual, direction, jnp.zeros_like(size)), new)  # what is nan stays so
-
-    def on_cpu(carry: _Solving) -> _Solving:  # a branch costs nothing there
-        return lax.cond(carry[3] > enough, advance, lambda carry: carry, carry)
-
-    def elsewhere(carry: _Solving) -> _Solving:  # a branch asks the host
-        return keep(carry[3] > enough, advance(carry), carry)
-
-    def step(carry: _Solving, _: None) -> tuple[_Solving, None]:
-        return lax.platform_dependent(carry, cpu=on_cpu, default=elsewhere), None
-
-    begin = jax.tree.map(jnp.zeros_like, b), b, b, _square(b)
-    return lax.scan(step, begin, None, length=num_steps)[0][0]
-
-
-def _dot(a: Any, b: Any) -> Array:
-    products = jax.tree.map(lambda x, y: jnp.vdot(x, y, precision="highest"), a, b)
-    return sum(jax.tree.leaves(products), jnp.zeros(()))
-
-
-def _square(x: Any) -> Array:
-    return _dot(x, x)
 
 
 class _Levels(Levels):

@@ -28,6 +28,7 @@ from numpyro.infer import init_to_sample
 import numpyro_ebm.optim as optim_module
 from numpyro_ebm._checks import require_bool, require_count, require_instance, require_one_of, require_setting
 from numpyro_ebm._map_over import map_over
+from numpyro_ebm._pytree import keep
 from numpyro_ebm.distributions.guard import NormalizerError
 from numpyro_ebm.evaluate.negative_chains import ChainNumbers
 from numpyro_ebm.evaluate.report import Finding
@@ -92,7 +93,7 @@ from numpyro_ebm.program.run import (
 from numpyro_ebm.program.sites import Model
 from numpyro_ebm.program.streamed import require_own_rows
 from numpyro_ebm.samplers import UnadjustedLangevin
-from numpyro_ebm.train.health import Health, Part, health_of, is_bad, keep, named
+from numpyro_ebm.train.health import Health, Part, health_of, is_bad, named
 
 
 class ParticleState(NamedTuple):

@@ -172,37 +172,39 @@ class ScoreEngine(Engine):
         if isinstance(self.objective, MultiscaleDenoisingScoreMatching):
             num_rows = len(self._first_batch(state.rng_key, state.params, args, kwargs).args[0])
             return [levels_finding(self._visible_site(state, args, kwargs), self.objective, num_rows, args[0])]
-        found = self._of_objective(rng_key, state, args, kwargs)
-        more = self._of_density(rng_key, state, args, kwargs)
+        visible, program = self._visible(state, args, kwargs)
+        found = self._of_objective(rng_key, state, visible.site, program, args, kwargs)
+        more = self._of_density(rng_key, state, visible.site, program, args, kwargs)
         is_well = all(finding.is_well for finding in found)  # else the density is far from the rows by the same cause
         return found + (more if is_well else [finding._replace(least=None, most=None) for finding in more])
 
-    def _of_objective(self, rng_key: Array, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
+    def _of_objective(
+        self, rng_key: Array, state: Any, site: str, program: Run, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[Finding]:
+        state, has_all_rows = state._replace(rng_key=rng_key), not is_masked(program.sites[site]["fn"])
+        masked = not_told(site, AT_ROWS, "the site is masked, and a Gaussian is not")  # a masked row has the objective 0
         if isinstance(self.objective, DenoisingScoreMatching):
-            visible, program = self._visible(state, args, kwargs)
-            if is_masked(program.sites[visible.site]["fn"]):
-                return [not_told(visible.site, AT_ROWS, "the site is masked, and a Gaussian is not")]
-            numbers = jax.device_get(self._at_rows(state._replace(rng_key=rng_key), *args, **kwargs))
-            noise = noise_finding(visible.site, self.objective.sigma, np.asarray(args[0], float))
-            return [level_finding(visible.site, *(np.asarray(x, float) for x in numbers)), noise]
+            if not has_all_rows:
+                return [masked]
+            numbers = jax.device_get(self._at_rows(state, *args, **kwargs))
+            noise = noise_finding(site, self.objective.sigma, np.asarray(args[0], float))
+            return [level_finding(site, *(np.asarray(x, float) for x in numbers)), noise]
         if not getattr(self.objective, "differentiates_score", False):
             return []
-        numbers = jax.device_get(self._beside(state._replace(rng_key=rng_key), *args, **kwargs))
-        at_rows, beside_rows, of_gaussian, of_correlated = numbers
-        visible, program = self._visible(state, args, kwargs)
-        found = [collapse_finding(visible.site, float(at_rows[0]), float(beside_rows[0]), float(of_gaussian[0]))]
-        if is_masked(program.sites[visible.site]["fn"]):  # a masked row has the objective 0, whatever the model
-            return [*found, not_told(visible.site, AT_ROWS, "the site is masked, and a Gaussian is not")]
-        return [*found, level_finding(visible.site, np.asarray(at_rows, float), np.asarray(of_correlated, float))]
+        at_rows, beside_rows, of_gaussian, of_correlated = jax.device_get(self._beside(state, *args, **kwargs))
+        collapse = collapse_finding(site, float(at_rows[0]), float(beside_rows[0]), float(of_gaussian[0]))
+        level = level_finding(site, np.asarray(at_rows, float), np.asarray(of_correlated, float)) if has_all_rows else masked
+        return [collapse, level]
 
-    def _of_density(self, rng_key: Array, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
+    def _of_density(
+        self, rng_key: Array, state: Any, site: str, program: Run, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[Finding]:
         """Of an energy whose visible has no latents, whether it has the masses of the rows."""
-        visible, program = self._visible(state, args, kwargs)
-        fn = program.sites[visible.site]["fn"]
+        fn = program.sites[site]["fn"]
         if energy_site(fn) is None or is_masked(fn) or math.prod(core_of(fn).batch_shape) > 1:
-            return [not_told(visible.site, FROM_ROWS, LATENTS)] if program.latents else []
-        numbers = jax.device_get(self._density(state, rng_key, visible.site, *args, **kwargs))
-        return density_findings(visible.site, numbers, min(len(args[0]), MAX_ROWS))
+            return [not_told(site, FROM_ROWS, LATENTS)] if program.latents else []
+        numbers = jax.device_get(self._density(state, rng_key, site, *args, **kwargs))
+        return density_findings(site, numbers, min(len(args[0]), MAX_ROWS))
 
     @partial(compiled_method, cheaply=True)
     def _density(self, state: Any, rng_key: Array, site: str, *args: Any, **kwargs: Any) -> DensityNumbers | None:

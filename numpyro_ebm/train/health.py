@@ -56,11 +56,6 @@ def named(bad: dict[Part, int]) -> str:
     return ", ".join(map(str, bad))
 
 
-def keep(condition: Array, new: Any, old: Any) -> Any:
-    """The new values where the condition holds, the old ones otherwise."""
-    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
-
-
 def _not_finite(tree: Any) -> Array:
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     # the largest of absolute values is nan or infinite where any is, and XLA on the CPU finds it in a third of the time of isfinite

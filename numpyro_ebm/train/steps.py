@@ -18,8 +18,8 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from numpyro_ebm._pytree import Rest
-from numpyro_ebm.train.health import Health, Part, is_bad, keep
+from numpyro_ebm._pytree import Rest, keep
+from numpyro_ebm.train.health import Health, Part, is_bad
 
 State = Any
 
