@@ -15,7 +15,9 @@ from numpyro_ebm._compat import sites_named
 from numpyro_ebm._compiled import compiled
 from numpyro_ebm._fit import fit_of
 from numpyro_ebm.chains import chains_of
+from numpyro_ebm.evaluate.guide_stationarity import GuideDistance, guide_distances, guide_stationarity_finding
 from numpyro_ebm.evaluate.negative_chains import NUM_SAMPLES, ChainNumbers, chain_findings, chain_numbers
+from numpyro_ebm.evaluate.predictions import Beyond, beyond_predictions, prediction_findings
 from numpyro_ebm.evaluate.report import Finding, FitReport
 from numpyro_ebm.handlers import innermost, negative_phase, undrawn, unnormalized
 from numpyro_ebm.program.run import Run, run_model
@@ -140,8 +142,10 @@ def _of_phase(
     if not chains_of(mutable_state):
         raise ValueError("the fit has no negative chains to diagnose: pass the result of a fit of negative_phase(model).")
     phase.check_chains(params, mutable_state, *args, **kwargs)
-    numbers = compiled(_numbers, rng_key, phase, guide, num_samples, params, mutable_state, args, kwargs)
-    return chain_findings(phase, numbers, params, mutable_state, args, kwargs)
+    numbers, of_guide, beyond = compiled(_numbers, rng_key, phase, guide, num_samples, params, mutable_state, args, kwargs)
+    findings = chain_findings(phase, numbers, params, mutable_state, args, kwargs)
+    findings += [guide_stationarity_finding(site, found) for site, found in of_guide.items()]
+    return findings + prediction_findings(beyond)
 
 
 def _numbers(
@@ -153,18 +157,22 @@ def _numbers(
     mutable_state: dict[str, Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> ChainNumbers:
-    data = {**params, **mutable_state}
+) -> tuple[ChainNumbers, dict[str, GuideDistance], dict[str, Beyond]]:
+    data, model = {**params, **mutable_state}, unnormalized(innermost(phase).fn)
 
-    def run(key: Array) -> Run:
-        """The model with a sample of the guide."""
+    def run(key: Array, rows: dict[str, Array] | None = None) -> Run:
+        """The model with a sample of the guide, on these rows of subsampled plates if they are given."""
         guide_key, model_key = jax.random.split(key)
-        with sites_named(), trace() as drawn, substitute(data=data), seed(rng_seed=guide_key):
+        given = {**data, **(rows or {})}
+        with sites_named(), trace() as drawn, substitute(data=given), seed(rng_seed=guide_key):
             guide(*args, **kwargs)  # type: ignore[misc]
-        found = run_model(undrawn(replay(unnormalized(innermost(phase).fn), drawn)), args, kwargs, model_key, data=data)
+        found = run_model(undrawn(replay(model, drawn)), args, kwargs, model_key, data=given)
         if missing := sorted(set(found.latents) - set(drawn)):
             raise ValueError(f"the guide has no value of {missing}, latent sites of the model that it must draw.")
         return found
 
-    run_of = None if guide is None else run
-    return chain_numbers(rng_key, phase, num_samples, params, mutable_state, args, kwargs, run_of)
+    numbers = chain_numbers(rng_key, phase, num_samples, params, mutable_state, args, kwargs, None if guide is None else run)
+    if guide is None:
+        return numbers, {}, {}
+    guide_key, predict_key = jax.random.split(jax.random.fold_in(rng_key, 1))
+    return numbers, guide_distances(guide_key, model, run, data, args, kwargs), beyond_predictions(predict_key, run)

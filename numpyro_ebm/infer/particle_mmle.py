@@ -31,6 +31,7 @@ from numpyro_ebm._map_over import map_over
 from numpyro_ebm._pytree import keep
 from numpyro_ebm.distributions.guard import NormalizerError
 from numpyro_ebm.evaluate.negative_chains import ChainNumbers
+from numpyro_ebm.evaluate.predictions import Beyond, beyond_predictions, prediction_findings
 from numpyro_ebm.evaluate.report import Finding
 from numpyro_ebm.handlers import negative_phase
 from numpyro_ebm.infer.engine import Engine, compiled_method
@@ -709,7 +710,8 @@ class ParticleMMLE(Engine):
         ]
         if self.kernel == "langevin" and self.dynamics is None:
             found.append(stiffness_finding(self._look(state, *map(jnp.asarray, (0, 1, NUM_SCORES)), *args, **kwargs)))
-        found += jump_findings(self._jump_numbers(state, rng_key, *args, **kwargs), is_adjusted=self.kernel == "mala")
+        jumps, beyond = self._particle_numbers(state, rng_key, *args, **kwargs)
+        found += jump_findings(jumps, is_adjusted=self.kernel == "mala") + prediction_findings(beyond)
         if has_chains(state.mutable_state):
             numbers = self._chain_numbers(state, rng_key, *args, **kwargs)
             found += self._phase.findings(numbers, state.params, state.mutable_state, args, kwargs)
@@ -718,20 +720,24 @@ class ParticleMMLE(Engine):
     @partial(compiled_method, cheaply=True)
     def _chain_numbers(self, state: ParticleState, rng_key: Array, *args: Any, **kwargs: Any) -> ChainNumbers:
 
-        def run(key: Array) -> Run:
-            """The model with one of the particles, on rows of their own where it is subsampled."""
-            batch = self._batch(state, own_key(key), args, kwargs)
-            particles = batch.gather(state.particles)
-            at = jax.random.randint(key, (), 0, number_of(particles))
-            one = jax.tree.map(lambda x: x[at], particles)
-            return run_model(self._phase.inner, args, kwargs, key, data=batch.data(state.unconstrained), latents=one)
-
+        run = partial(self._with_a_particle, state, args, kwargs)
         return self._phase.numbers(rng_key, state.params, state.mutable_state, args, kwargs, run)
 
     @partial(compiled_method, cheaply=True)
-    def _jump_numbers(self, state: ParticleState, rng_key: Array, *args: Any, **kwargs: Any) -> dict[str, JumpNumbers]:
+    def _particle_numbers(
+        self, state: ParticleState, rng_key: Array, *args: Any, **kwargs: Any
+    ) -> tuple[dict[str, JumpNumbers], dict[str, Beyond]]:
         batch = self._batch(state, own_key(rng_key), args, kwargs)
-        return jump_numbers(rng_key, batch, state.unconstrained, batch.gather(state.particles))
+        jumps = jump_numbers(rng_key, batch, state.unconstrained, batch.gather(state.particles))
+        return jumps, beyond_predictions(rng_key, partial(self._with_a_particle, state, args, kwargs))
+
+    def _with_a_particle(self, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any], key: Array) -> Run:
+        """The model with one of the particles, on rows of their own where it is subsampled."""
+        batch = self._batch(state, own_key(key), args, kwargs)
+        particles = batch.gather(state.particles)
+        at = jax.random.randint(key, (), 0, number_of(particles))
+        one = jax.tree.map(lambda x: x[at], particles)
+        return run_model(self._phase.inner, args, kwargs, key, data=batch.data(state.unconstrained), latents=one)
 
     def _explain(self, state: ParticleState, bad: dict[Part, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         for part, code in bad.items():
