@@ -10,9 +10,9 @@ in the family of nearly every guide, so that at its optimum every unconstrained 
 .. math:: a = s \, E_q [\partial_u \log \tilde p] = 0, \qquad r = -E_q [(u - m) \, \partial_u \log \tilde p] = 1
 
 with m and s its mean and standard deviation under the guide. A normal distribution of precision :math:`r / s^2` has these gradients
-where its mean is :math:`s a / r` away, and the divergence of the guide from it is :math:`(a^2 / r + r - 1 - \log r) / 2` nats. What is
-told is :math:`d = \sqrt{a^2 / \min(r, 1) + r - 1 - \log r}`, in standard deviations as a distance of means alone would be (of the
-guide where it is the wider one), from the means of :math:`a^2` and r over the elements of a site.
+where its mean is :math:`s a / r` away, and the divergence of the guide from it is :math:`(a^2 / r + r - 1 - \log r) / 2` nats.
+What is told is :math:`d = \sqrt{a^2 / \min(r, 1) + r - 1 - \log r}`, in standard deviations as a distance of means alone would be
+(of the guide where it is the narrower one), from the means of :math:`a^2` and r over the elements of a site.
 """
 
 import math
@@ -116,7 +116,7 @@ def _some(x: Array) -> Array:
 def _distance(x: Array, scores: Array) -> GuideDistance:
     mean, width = x.mean(0), x.std(0, ddof=1)
     count = len(x) / (len(x) - 1)  # deviations from the mean of these samples are too small
-    steps = jnp.stack([width * scores, -count * (x - mean) * scores])
+    steps = jnp.stack([width * scores, -count * (x - mean) * (scores - scores.mean(0))])
     of_groups = steps.reshape(2, NUM_GROUPS, PER_GROUP, -1).mean(2)
 
     def square(means: Array) -> Array:

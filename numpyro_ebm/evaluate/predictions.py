@@ -27,9 +27,9 @@ MOST = 0.5  # where .2 is right: a noise of half of what the data have gives .5
 NUM_PREDICTIONS, NUM_RUNS = 9, 4
 MAX_DATA = 2**24  # of a site, in all runs
 FIX = (
-    "more of the data than 2 of 10 are larger or smaller than all of 9 predictions that the model makes at its latents: parameters of "
-    "this site have not arrived, as a noise that is far too small, or the model cannot describe these data. Take more steps, a "
-    "larger learning rate, or init_params near the data; standardize data in large units"
+    "2 of 10 data should be larger or smaller than all of 9 predictions that the model makes at its latents. Parameters or latents "
+    "of the site have not arrived, as a noise that is far too small, or the model cannot describe these data. Take more steps, a "
+    "larger learning rate, or a start near the data; standardize data in large units"
 )
 
 
