@@ -278,6 +278,27 @@ def test_diagnose_asks_an_engine_as_its_runs_do(engine):
         diagnose(result, engine, Y, num_samples=10)
 
 
+@pytest.mark.parametrize(
+    ("value", "bound", "value_shown", "bound_shown"),
+    [
+        (10_004.0, 10_000.0, "10004", "10000"),
+        (0.2501, 0.25, "0.2501", "0.25"),
+        (3.2, 1.2, "3.2", "1.2"),
+        (np.nextafter(0.25, 1.0), 0.25, "0.2500000000000001", "0.25"),
+        (0.25, 0.25, "0.25", "0.25"),  # which is in bounds
+        (np.inf, 1.2, "inf", "1.2"),
+    ],
+)
+def test_a_number_out_of_bounds_reads_otherwise_than_its_bound(value, bound, value_shown, bound_shown):
+    # Catches "is 1e+04 and should be at most 1e+04", in the warning or in the table.
+    for finding in (Finding("z", "number", value, None, bound, "fix"), Finding("z", "number", -value, -bound, None, "fix")):
+        sign, should = ("", "at most ") if finding.least is None else ("-", "at least -")
+        said = f"number is {sign}{value_shown} and should be {should}{bound_shown}: fix"
+        assert str(finding) == f"site 'z': {said}"
+        cells = str(FitReport((finding,))).splitlines()[1].split("  ")
+        assert [cell.strip() for cell in cells if cell] == ["z", "number", f"{sign}{value_shown}", f"{should}{bound_shown}"]
+
+
 def test_a_report_is_no_array():
     # Catches words among the leaves of a result, which JAX could not wait for, copy or save.
     report = FitReport((Finding("z", "R-hat", 3.2, None, 1.2, "do this"),))

@@ -54,18 +54,31 @@ class Finding(NamedTuple):
         return self.is_told and (self.least is not None or self.most is not None)
 
     @property
+    def shown(self) -> str:
+        """The value, as it is printed."""
+        return self._in_digits(self.value)
+
+    @property
     def wanted(self) -> str:
         """What the value should be, in words."""
         if self.least is not None:
-            return f"at least {self.least:.3g}"
-        return "" if self.most is None else f"at most {self.most:.3g}"
+            return f"at least {self._in_digits(self.least)}"
+        return "" if self.most is None else f"at most {self._in_digits(self.most)}"
+
+    def _in_digits(self, number: float) -> str:
+        """Three digits, or as many as tell the value from its bound: "is 1e+04 and should be at most 1e+04" tells nobody."""
+        bound = self.most if self.least is None else self.least
+        digits = 3
+        while bound is not None and self.value != bound and f"{self.value:.{digits}g}" == f"{bound:.{digits}g}":
+            digits += 1
+        return f"{number:.{digits}g}"
 
     def __str__(self) -> str:
         where = f"site '{self.site}': " if self.site else ""
         if not self.is_told:
             return f"{where}{self.quantity} cannot be told: {self.fix}" if self.fix else f"{where}{self.quantity} cannot be told"
         should = f" and should be {self.wanted}: {self.fix}" if self.wanted else ""
-        return f"{where}{self.quantity} is {self.value:.3g}{should}"
+        return f"{where}{self.quantity} is {self.shown}{should}"
 
 
 class Warned(str):
@@ -155,7 +168,7 @@ class FitReport:
             return textwrap.fill(UNCHECKED.format(NOTHING_TO_CHECK), WIDTH)
         rows, said = [("site", "quantity", "value", "wanted")], [""]
         for finding in self.findings:
-            value = f"{finding.value:.3g}" if finding.is_told else "not told"
+            value = finding.shown if finding.is_told else "not told"
             rows.append((finding.site, finding.quantity, value, finding.wanted))
             said.append(finding.fix if not (finding.is_well and finding.is_told) else "")
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
