@@ -82,20 +82,20 @@ class Finding(NamedTuple):
 
 
 class Warned(str):
-    """A warning that a run gives on its way, and what finding of a report is of the same cause: it is not warned of again."""
+    """A warning that a run gives on its way, and what findings of a report are of the same cause: they are not warned of again."""
 
-    quantity: str
+    quantities: tuple[str, ...]
     site: str
 
-    def __new__(cls, text: str, quantity: str, site: str = "") -> "Warned":
-        """``site`` is that of the finding, "" where it may be any."""
+    def __new__(cls, text: str, *quantities: str, site: str = "") -> "Warned":
+        """``site`` is that of the findings, "" where it may be any."""
         self = super().__new__(cls, text)
-        self.quantity, self.site = quantity, site
+        self.quantities, self.site = quantities, site
         return self
 
     def tells(self, finding: Finding) -> bool:
         """Whether it is of the same cause."""
-        return finding.quantity == self.quantity and self.site in ("", finding.site)
+        return finding.quantity in self.quantities and self.site in ("", finding.site)
 
 
 def not_told(site: str, quantity: str, why: str) -> Finding:
