@@ -36,10 +36,14 @@ class Finding(NamedTuple):
     most: float | None
     #: what to do where it is not; or why it cannot be told
     fix: str
+    #: whether it is not told only because something was not given, as ``fix`` says
+    is_missing: bool = False
 
     @property
     def is_well(self) -> bool:
-        """Whether the value is in bounds, or cannot be told."""
+        """Whether the value is in bounds, or cannot be told; not where it could be."""
+        if self.is_missing:
+            return False
         too_small = self.least is not None and self.value < self.least
         return not too_small and not (self.most is not None and self.value > self.most)
 
@@ -98,9 +102,9 @@ class Warned(str):
         return finding.quantity in self.quantities and self.site in ("", finding.site)
 
 
-def not_told(site: str, quantity: str, why: str) -> Finding:
+def not_told(site: str, quantity: str, why: str, *, is_missing: bool = False) -> Finding:
     """A finding without a value."""
-    return Finding(site, quantity, math.nan, None, None, why)
+    return Finding(site, quantity, math.nan, None, None, why, is_missing)
 
 
 @jax.tree_util.register_static  # a result of a run is a pytree of arrays, and words are none
@@ -134,7 +138,8 @@ class FitReport:
 
     @property
     def is_well(self) -> bool:
-        """Whether the report was made, something was checked (:attr:`is_checked`), and every number that was is in bounds.
+        """Whether the report was made, something was checked (:attr:`is_checked`), every number that was is in bounds, and none is
+        missing that whoever asks could have had.
 
         False is not yet a reason to doubt a fit: of one without anything to check, :attr:`trouble` is empty, and nothing is
         warned of.
@@ -143,7 +148,7 @@ class FitReport:
 
     @property
     def trouble(self) -> tuple[Finding, ...]:
-        """The findings out of bounds; none where nothing was checked."""
+        """The findings out of bounds, or missing; none where nothing was checked."""
         return tuple(finding for finding in self.findings if not finding.is_well)
 
     def warn(self, stacklevel: int = 1, before: Collection[str] = ()) -> None:
