@@ -58,6 +58,7 @@ from numpyro_ebm.infer.particle_start import (
     require_noise,
     tamed,
 )
+from numpyro_ebm.infer.particle_strays import Gain, largest_gains, stray_findings
 from numpyro_ebm.infer.phase import Phase, has_chains, health_of_chains
 from numpyro_ebm.infer.stability import (
     ALL_BATCHES,
@@ -709,7 +710,9 @@ class ParticleMMLE(Engine):
         ]
         if self.kernel == "langevin" and self.dynamics is None:
             found.append(stiffness_finding(self._look(state, *map(jnp.asarray, (0, 1, NUM_SCORES)), *args, **kwargs)))
-        found += jump_findings(self._jump_numbers(state, rng_key, *args, **kwargs), is_adjusted=self.kernel == "mala")
+        jumps, gains = self._cloud_numbers(state, rng_key, *args, **kwargs)
+        found += stray_findings(gains, are_well=all(finding.is_well for finding in found))
+        found += jump_findings(jumps, is_adjusted=self.kernel == "mala")
         if has_chains(state.mutable_state):
             numbers = self._chain_numbers(state, rng_key, *args, **kwargs)
             found += self._phase.findings(numbers, state.params, state.mutable_state, args, kwargs)
@@ -729,9 +732,12 @@ class ParticleMMLE(Engine):
         return self._phase.numbers(rng_key, state.params, state.mutable_state, args, kwargs, run)
 
     @partial(compiled_method, cheaply=True)
-    def _jump_numbers(self, state: ParticleState, rng_key: Array, *args: Any, **kwargs: Any) -> dict[str, JumpNumbers]:
+    def _cloud_numbers(
+        self, state: ParticleState, rng_key: Array, *args: Any, **kwargs: Any
+    ) -> tuple[dict[str, JumpNumbers], dict[str, Gain]]:
         batch = self._batch(state, own_key(rng_key), args, kwargs)
-        return jump_numbers(rng_key, batch, state.unconstrained, batch.gather(state.particles))
+        theta, x = state.unconstrained, batch.gather(state.particles)
+        return jump_numbers(rng_key, batch, theta, x), largest_gains(batch, theta, x)
 
     def _explain(self, state: ParticleState, bad: dict[Part, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         for part, code in bad.items():
