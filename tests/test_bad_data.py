@@ -375,6 +375,31 @@ def test_a_density_that_a_step_has_lost_is_told_after_the_step():
         engine.run(KEY, 2, Y, progress_bar=False, init_state=lost._replace(num_steps=jnp.int32(0)))
 
 
+@pytest.mark.parametrize("objective", [DenoisingScoreMatching(0.5), ExactScoreMatching()])
+def test_a_density_that_a_step_has_lost_beside_the_data_is_told_after_the_step(objective):
+    # "Scores do not see where a density ends: transform the data" is what a fit that had overflown there was told, or warned of.
+    engine = ScoreMatching(energy_of(lambda a, y: jnp.exp(a * y**2)), optax.sgd(0.0), objective)
+    a = 87 / (Y**2).max()
+    state = engine.init(KEY, Y)
+    lost = state._replace(params={"a": a}, unconstrained={"a": a}, num_steps=jnp.int32(3))
+    cause = "the likely cause is too large a learning rate: take a smaller learning rate, or clip"
+    with pytest.raises(NonFiniteError, match=rf"^step 1: {cause}.* What was seen: ") as error:
+        engine.run(KEY, 2, Y, progress_bar=False, init_state=lost)
+    assert "transform" not in str(error.value)
+
+
+@pytest.mark.parametrize("objective", [DenoisingScoreMatching(0.5), ExactScoreMatching()])
+def test_an_energy_without_a_derivative_at_the_start_is_told_and_no_learning_rate(objective):
+    # "the likely cause is too large a learning rate" was said before any step, though none would have helped.
+    engine = ScoreMatching(energy_of(lambda a, y: a * y**2 + jnp.sqrt(jnp.maximum(y, 0))), optax.sgd(0.0), objective)
+    with pytest.raises(NonFiniteError, match=r"^step 1: the objective is not finite .* root at 0.* What was seen: ") as error:
+        engine.run(KEY, 2, Y, progress_bar=False)
+    assert "learning rate" not in str(error.value)
+    lost = engine.init(KEY, Y)._replace(num_steps=jnp.int32(3))
+    with pytest.raises(NonFiniteError, match=r"^step 1: the likely cause is too large a learning rate"):
+        engine.run(KEY, 2, Y, progress_bar=False, init_state=lost)
+
+
 @pytest.mark.parametrize("dtype", [float, jnp.uint8])
 def test_bytes_are_no_bits(dtype):
     # The losses were inf, and the weights moved by the chains alone.

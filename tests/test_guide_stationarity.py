@@ -51,7 +51,7 @@ def report_of(phase, guide, init_params):
     return diagnose(fit, phase, Y, guide=guide, warn=False)
 
 
-@pytest.mark.parametrize("shift, factor", [(0.0, 1.0), (0.5, 1.0), (2.0, 1.0), (0.0, 0.2), (1.0, 0.5), (-1.0, 2.0)])
+@pytest.mark.parametrize(("shift", "factor"), [(0.0, 1.0), (0.5, 1.0), (2.0, 1.0), (0.0, 0.2), (1.0, 0.5), (-1.0, 2.0)])
 def test_distance_is_that_of_the_normal_posterior(phase, shift, factor):
     found = told(report_of(phase, away, {"tilt": 0.0, "shift": shift, "factor": factor}), DISTANCE)
     a, r = shift * factor, factor**2
@@ -77,7 +77,8 @@ def test_guide_of_one_value_has_no_width():
     guide = AutoDelta(phase)
     fit = SVI(phase, guide, optax.sgd(0.0), Trace_ELBO()).run(KEY, 50, Y, progress_bar=False)
     found = told(diagnose(fit, phase, Y, guide=guide, warn=False), DISTANCE)
-    assert not found.is_told and "one value alone" in found.fix
+    assert not found.is_told
+    assert "one value alone" in found.fix
 
 
 # A latent of all rows beside those of each, of which a batch has some; the posteriors given the others are normal.

@@ -63,7 +63,7 @@ def noisy(y):
         numpyro.sample("y", dist.Normal(z, noise), obs=y)
 
 
-@pytest.mark.parametrize("rate, is_well", [(0.0, False), (0.05, True)])
+@pytest.mark.parametrize(("rate", "is_well"), [(0.0, False), (0.05, True)])
 def test_noise_that_has_not_arrived_is_told(rate, is_well):
     engine = ParticleMMLE(noisy, optax.adam(rate), num_particles=2, kernel="mala")
     result = engine.run(KEY, 300, Y[:200], progress_bar=False, report=False)

@@ -56,6 +56,7 @@ from numpyro_ebm.evaluate.report import Warned
 from numpyro_ebm.evaluate.stationarity import FROM_DATA, FROM_POSTERIOR
 from numpyro_ebm.infer import Hinge, LowerLevel
 from numpyro_ebm.infer.bism import RESPONSE
+from numpyro_ebm.infer.particle_strays import GAIN
 from numpyro_ebm.infer.stability import STIFFEST
 
 KEY = jax.random.key(0)
@@ -157,8 +158,8 @@ def test_particles_report_how_stiff_they_are_or_how_often_they_are_accepted(engi
     assert found(result.report, quantity).value == pytest.approx(0.2, rel=1e-3)
     adjusted = ParticleMMLE(normal, optax.sgd(0.0), num_particles=4, kernel="mala")
     report = adjusted.run(KEY, 100, Y, progress_bar=False, report=True).report
-    (finding,) = report.findings
-    assert finding.quantity == "acceptance of moves in the row with the least"
+    finding = found(report, "acceptance of moves in the row with the least")
+    assert [each.quantity for each in report.findings] == [finding.quantity, GAIN]
     assert 0.4 < finding.value < 0.7
 
 
@@ -192,19 +193,20 @@ def test_a_warning_is_of_one_quantity_and_site():
 
     every = ["site 'a': stiffness", "site 'b': stiffness", "site 'a': R-hat"]
     assert said() == said("a text", Warned("a text", "acceptance")) == every
-    assert said(Warned("a text", "stiffness", "a")) == every[1:]
+    assert said(Warned("a text", "stiffness", site="a")) == every[1:]
     assert said(Warned("a text", "stiffness")) == every[2:]
+    assert said(Warned("a text", "stiffness", "R-hat", site="a")) == [every[1]]
 
 
-@pytest.mark.filterwarnings("ignore:site 'h'. Pareto k")
 def test_weights_that_one_sample_has_are_warned_of_once():
-    # by the engine in the run, or by its report: the fraction that counts is of the same cause
+    # by the engine in the run, or by its report: the fraction that counts and the tail are of the same cause
     engine = VaGES(joint, Guide(shift=300.0), optax.sgd(0.0), optax.sgd(0.0), DenoisingScoreMatching(0.1))
     too_bad = pytest.warns(UserWarning, match="objective at the rows")
     with too_bad, pytest.warns(UserWarning, match="one sample has all the weight") as told:
         result = engine.run(KEY, 2, Y, progress_bar=False, report=True)
-    assert FRACTION in [finding.quantity for finding in result.report.trouble]
-    assert not [warning for warning in told if FRACTION in str(warning.message)]
+    assert SHAPE in [finding.quantity for finding in result.report.trouble]
+    assert found(result.report, FRACTION).value < 0.01
+    assert not [warning for warning in told if "site 'h'" in str(warning.message)]
 
 
 def test_a_report_that_fails_is_said_and_no_error(engine, monkeypatch):
@@ -278,6 +280,27 @@ def test_diagnose_asks_an_engine_as_its_runs_do(engine):
         diagnose(result, engine, Y, num_samples=10)
 
 
+@pytest.mark.parametrize(
+    ("value", "bound", "value_shown", "bound_shown"),
+    [
+        (10_004.0, 10_000.0, "10004", "10000"),
+        (0.2501, 0.25, "0.2501", "0.25"),
+        (3.2, 1.2, "3.2", "1.2"),
+        (np.nextafter(0.25, 1.0), 0.25, "0.2500000000000001", "0.25"),
+        (0.25, 0.25, "0.25", "0.25"),  # which is in bounds
+        (np.inf, 1.2, "inf", "1.2"),
+    ],
+)
+def test_a_number_out_of_bounds_reads_otherwise_than_its_bound(value, bound, value_shown, bound_shown):
+    # Catches "is 1e+04 and should be at most 1e+04", in the warning or in the table.
+    for finding in (Finding("z", "number", value, None, bound, "fix"), Finding("z", "number", -value, -bound, None, "fix")):
+        sign, should = ("", "at most ") if finding.least is None else ("-", "at least -")
+        said = f"number is {sign}{value_shown} and should be {should}{bound_shown}: fix"
+        assert str(finding) == f"site 'z': {said}"
+        cells = str(FitReport((finding,))).splitlines()[1].split("  ")
+        assert [cell.strip() for cell in cells if cell] == ["z", "number", f"{sign}{value_shown}", f"{should}{bound_shown}"]
+
+
 def test_a_report_is_no_array():
     # Catches words among the leaves of a result, which JAX could not wait for, copy or save.
     report = FitReport((Finding("z", "R-hat", 3.2, None, 1.2, "do this"),))
@@ -334,7 +357,9 @@ def test_a_guide_that_is_the_posterior_is_well_and_one_that_is_too_narrow_is_not
     assert found(well, FRACTION).value > 0.99
     assert found(well, SHAPE).value < 0
     narrow = weighed(Guide(width=0.1), make)
-    assert SHAPE in [finding.quantity for finding in narrow.trouble]
+    # Few of its samples count either, by the same cause: that is a number of the report, and no second warning.
+    assert [finding.quantity for finding in narrow.trouble if finding.site == "h"] == [SHAPE]
+    assert found(narrow, FRACTION).value < 0.05
     assert "guide nearer to the posterior" in narrow.trouble[-1].fix
 
 

@@ -90,7 +90,12 @@ def test_prior_is_compared_with_the_samples_of_the_guide():
         UserWarning, match=r"site 'z': distance of prior from posterior is .* the prior and the posterior .*rate fall"
     ):
         diagnose(fit, phase, Y, guide=posterior)
-    unknown = told(diagnose(fit, phase, Y), FROM_POSTERIOR)
+    # Without the guide all other numbers are well, and would be taken for the fit, which is wrong.
+    with pytest.warns(UserWarning, match=r"site 'z': distance of prior from posterior cannot be told: give .*guide="):
+        report = diagnose(fit, phase, Y)
+    assert not report.is_well
+    unknown = told(report, FROM_POSTERIOR)
+    assert report.trouble == (unknown,)
     assert not unknown.is_told
     assert unknown.fix == "give diagnose(..., guide=) the guide of the fit, whose samples the prior has learned from"
 

@@ -40,6 +40,15 @@ class KnownDensity(NamedTuple):
     worth: Array
 
 
+def why_unknown(worth: float | None) -> str | None:
+    """Why nothing can be judged by a density that is known by so many samples, or None of it is; None where it can."""
+    if worth is None:
+        return "the energy has no reference distribution whose samples could be weighed by it"
+    if worth < SAMPLES_TO_JUDGE:
+        return f"of {NUM_REFERENCE} samples of its reference about {worth:.0f} stand where the energy is low"
+    return None
+
+
 def known_density(rng_key: Array, energy: Any, sampler: Any, x: Array) -> KnownDensity | None:
     """The density, or None where it cannot be known; traced.
 

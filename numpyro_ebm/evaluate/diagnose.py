@@ -79,7 +79,8 @@ def diagnose(
     :param rng_key: a key of :func:`jax.random.key`; ``jax.random.key(0)`` if not given.
     :param int num_samples: samples of every negative chain, 4 or more, each after one run of its sampler; 50 if not given.
     :param bool warn: whether what is out of bounds is warned of.
-    :param guide: the guide of a fit by ``SVI`` with a prior that is learned: its samples are what the prior learns from.
+    :param guide: the guide of a fit by ``SVI`` with a prior that is learned: its samples are what the prior learns from. Without
+        it the report is not well, and says what is missing.
     :param kwargs: keyword arguments of the model.
     :return: a :class:`FitReport`; ``print`` it.
     :raises TypeError: if ``program`` is neither.

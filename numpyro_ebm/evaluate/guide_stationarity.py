@@ -92,7 +92,8 @@ def guide_distances(
                 return total(log_density_terms(model, args, kwargs, key, data=given, latents=latents)[0])
 
             scores = jax.grad(log_density)(latents)
-            return tuple({name: _some(x[name]) for name in names} for x in (latents, _unscaled(run, scores)))
+            scores = {name: _some(score / run.scale(name)) for name, score in scores.items()}  # a row's own posterior has no scale
+            return {name: _some(x) for name, x in latents.items()}, scores
 
         return lax.map(one, jax.random.split(rng_key, NUM_GROUPS * PER_GROUP))
 
@@ -102,10 +103,6 @@ def guide_distances(
             x, scores = samples(given, names)
             found.update({name: _distance(x[name], scores[name]) for name in names})
     return found
-
-
-def _unscaled(run: Run, scores: dict[str, Array]) -> dict[str, Array]:
-    return {name: score / run.scale(name) for name, score in scores.items()}  # a row's own posterior has no scale
 
 
 def _some(x: Array) -> Array:

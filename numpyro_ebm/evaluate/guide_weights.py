@@ -80,7 +80,9 @@ def guide_findings(
         )
     else:
         of_tail = Finding(site, tail, float(np.quantile(shape[has_tail], ROWS_BELOW)), None, PARETO_K, fix)
-    return [Finding(site, count, float(np.quantile(fraction, 1 - ROWS_BELOW)), least, None, fix), of_tail]
+    # of weights with too heavy a tail the fraction is a lucky number, and few count by the same cause
+    bound = least if of_tail.is_well else None
+    return [Finding(site, count, float(np.quantile(fraction, 1 - ROWS_BELOW)), bound, None, fix), of_tail]
 
 
 def _shape(log_weights: np.ndarray) -> float:

@@ -23,7 +23,7 @@ from jax import Array
 
 from numpyro_ebm.chains import chains_of, positions
 from numpyro_ebm.evaluate.capacity import capacity_findings
-from numpyro_ebm.evaluate.density import NUM_REFERENCE, SAMPLES_TO_JUDGE, distance_from, known_density
+from numpyro_ebm.evaluate.density import distance_from, known_density, why_unknown
 from numpyro_ebm.evaluate.mixing import R_HAT_OF_AGREEING, R_HAT_OF_CHAINS, least_sample_size, worst_r_hat
 from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.evaluate.stationarity import Distance, RunOf, Unknown, distances, stationarity_finding
@@ -39,6 +39,11 @@ NUM_SAMPLES = 50  # of every chain, each after one run of its sampler
 TOLERANCE = 0.05
 # Weighted chains may lose half of what they are worth in a step, on average, and not more.
 KEPT_BY_WEIGHTS = 0.5
+GIVE_REFERENCE = "Give reference= one, wide enough"
+ASK_MONITORS = (
+    "Monitors tell it, negative_phase(weights=Weighted(num_monitor_chains=...)); of an RBM log_normalizer gives the likelihood of "
+    "other rows"
+)
 MAX_DRAWN = 2**22  # numbers that are looked at of a site
 
 
@@ -241,18 +246,10 @@ def _density_unknown(site: str, why: str) -> Finding:
 
 def _from_density(site: str, draws: np.ndarray, known: Any, more: str) -> Finding:
     """The largest difference between chains and density in the distribution function of an element."""
-    if known is None:
-        return _density_unknown(
-            site, "the energy has no reference distribution whose samples could be weighed by it. Give reference= one, wide enough"
-        )
+    worth = None if known is None else float(np.asarray(known[1]).min())
+    if why := why_unknown(worth):
+        return _density_unknown(site, f"{why}. {GIVE_REFERENCE if known is None else ASK_MONITORS}")
     distance, size = (np.asarray(x) for x in known)
-    if float(size.min()) < SAMPLES_TO_JUDGE:
-        return _density_unknown(
-            site,
-            f"of {NUM_REFERENCE} samples of its reference about {float(size.min()):.0f} stand where the energy is low. Monitors "
-            "tell it, negative_phase(weights=Weighted(num_monitor_chains=...)); of an RBM log_normalizer gives the likelihood of "
-            "other rows",
-        )
     noise = _noise(draws) + 0.5 / math.sqrt(float(size.min()))
     fix = f"the chains that have taught the energy are not distributed as it says. {more}, or a smaller learning rate"
     return Finding(site, DISTANCE, float(distance.max()), None, TOLERANCE + 3 * noise, fix)

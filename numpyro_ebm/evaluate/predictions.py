@@ -10,7 +10,7 @@ smallest.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def beyond_predictions(rng_key: Array, run_of: RunOf) -> dict[str, Beyond]:
             if not is_one or value.dtype == bool or not 0 < value.size <= MAX_DATA // NUM_RUNS or value.shape != fn.shape():
                 continue
 
-            def compare(extremes: tuple[Array, Array], key: Array, fn=fn) -> tuple[tuple[Array, Array], None]:
+            def compare(extremes: tuple[Array, Array], key: Array, fn: Any = fn) -> tuple[tuple[Array, Array], None]:
                 drawn = fn.sample(key)
                 return (jnp.minimum(extremes[0], drawn), jnp.maximum(extremes[1], drawn)), None
 

@@ -36,10 +36,14 @@ class Finding(NamedTuple):
     most: float | None
     #: what to do where it is not; or why it cannot be told
     fix: str
+    #: whether it is not told only because something was not given, as ``fix`` says
+    is_missing: bool = False
 
     @property
     def is_well(self) -> bool:
-        """Whether the value is in bounds, or cannot be told."""
+        """Whether the value is in bounds, or cannot be told; not where it could be."""
+        if self.is_missing:
+            return False
         too_small = self.least is not None and self.value < self.least
         return not too_small and not (self.most is not None and self.value > self.most)
 
@@ -54,40 +58,53 @@ class Finding(NamedTuple):
         return self.is_told and (self.least is not None or self.most is not None)
 
     @property
+    def shown(self) -> str:
+        """The value, as it is printed."""
+        return self._in_digits(self.value)
+
+    @property
     def wanted(self) -> str:
         """What the value should be, in words."""
         if self.least is not None:
-            return f"at least {self.least:.3g}"
-        return "" if self.most is None else f"at most {self.most:.3g}"
+            return f"at least {self._in_digits(self.least)}"
+        return "" if self.most is None else f"at most {self._in_digits(self.most)}"
+
+    def _in_digits(self, number: float) -> str:
+        """Three digits, or as many as tell the value from its bound: "is 1e+04 and should be at most 1e+04" tells nobody."""
+        bound = self.most if self.least is None else self.least
+        digits = 3
+        while bound is not None and self.value != bound and f"{self.value:.{digits}g}" == f"{bound:.{digits}g}":
+            digits += 1
+        return f"{number:.{digits}g}"
 
     def __str__(self) -> str:
         where = f"site '{self.site}': " if self.site else ""
         if not self.is_told:
             return f"{where}{self.quantity} cannot be told: {self.fix}" if self.fix else f"{where}{self.quantity} cannot be told"
         should = f" and should be {self.wanted}: {self.fix}" if self.wanted else ""
-        return f"{where}{self.quantity} is {self.value:.3g}{should}"
+        return f"{where}{self.quantity} is {self.shown}{should}"
 
 
 class Warned(str):
-    """A warning that a run gives on its way, and what finding of a report is of the same cause: it is not warned of again."""
+    """A warning that a run gives on its way, and what findings of a report are of the same cause: they are not warned of again."""
 
-    quantity: str
+    quantities: tuple[str, ...]
     site: str
 
-    def __new__(cls, text: str, quantity: str, site: str = "") -> "Warned":
-        """``site`` is that of the finding, "" where it may be any."""
+    def __new__(cls, text: str, *quantities: str, site: str = "") -> "Warned":
+        """``site`` is that of the findings, "" where it may be any."""
         self = super().__new__(cls, text)
-        self.quantity, self.site = quantity, site
+        self.quantities, self.site = quantities, site
         return self
 
     def tells(self, finding: Finding) -> bool:
         """Whether it is of the same cause."""
-        return finding.quantity == self.quantity and self.site in ("", finding.site)
+        return finding.quantity in self.quantities and self.site in ("", finding.site)
 
 
-def not_told(site: str, quantity: str, why: str) -> Finding:
+def not_told(site: str, quantity: str, why: str, *, is_missing: bool = False) -> Finding:
     """A finding without a value."""
-    return Finding(site, quantity, math.nan, None, None, why)
+    return Finding(site, quantity, math.nan, None, None, why, is_missing)
 
 
 @jax.tree_util.register_static  # a result of a run is a pytree of arrays, and words are none
@@ -121,7 +138,8 @@ class FitReport:
 
     @property
     def is_well(self) -> bool:
-        """Whether the report was made, something was checked (:attr:`is_checked`), and every number that was is in bounds.
+        """Whether the report was made, something was checked (:attr:`is_checked`), every number that was is in bounds, and none is
+        missing that whoever asks could have had.
 
         False is not yet a reason to doubt a fit: of one without anything to check, :attr:`trouble` is empty, and nothing is
         warned of.
@@ -130,7 +148,7 @@ class FitReport:
 
     @property
     def trouble(self) -> tuple[Finding, ...]:
-        """The findings out of bounds; none where nothing was checked."""
+        """The findings out of bounds, or missing; none where nothing was checked."""
         return tuple(finding for finding in self.findings if not finding.is_well)
 
     def warn(self, stacklevel: int = 1, before: Collection[str] = ()) -> None:
@@ -155,7 +173,7 @@ class FitReport:
             return textwrap.fill(UNCHECKED.format(NOTHING_TO_CHECK), WIDTH)
         rows, said = [("site", "quantity", "value", "wanted")], [""]
         for finding in self.findings:
-            value = f"{finding.value:.3g}" if finding.is_told else "not told"
+            value = finding.shown if finding.is_told else "not told"
             rows.append((finding.site, finding.quantity, value, finding.wanted))
             said.append(finding.fix if not (finding.is_well and finding.is_told) else "")
         widths = [max(len(row[i]) for row in rows) for i in range(4)]

@@ -73,6 +73,7 @@ class Unknown:
 
     why: str
     is_observed: bool
+    is_missing: bool = False
 
 
 def distances(
@@ -104,12 +105,14 @@ def distances(
         own = [param for param in learned[name].params if param not in others and _is_real(params.get(param))]
         is_observed = bool(site["is_observed"])
         is_part = any(frame.name in program.subsampled for frame in site["cond_indep_stack"])
-        if not is_observed and run_of is None:
-            why = "give diagnose(..., guide=) the guide of the fit, whose samples the prior has learned from"
-        elif not own:
+        is_missing = False
+        if not own:
             why = "it has no parameters, or shares them with other sites, whose gradients go into the same step"
         elif learned[name].latents or is_masked(site["fn"]) or (is_part and math.prod(shape) > 1):
             why = "its rows are masked, depend on latents, or have densities of their own of which a batch has some"
+        elif not is_observed and run_of is None:
+            why = "give diagnose(..., guide=) the guide of the fit, whose samples the prior has learned from"
+            is_missing = True
         else:
             is_all = is_observed and not is_part
             values = _values(rng_key, run, name, site, shape, is_all=is_all)
@@ -122,7 +125,7 @@ def distances(
             value, error = _distance(log_density, own_params, values, _groups(x, shape), is_all=is_all)
             found[name] = Distance(value, error, is_observed)
             continue
-        found[name] = Unknown(why, is_observed)
+        found[name] = Unknown(why, is_observed, is_missing)
     return found
 
 
@@ -225,7 +228,7 @@ def stationarity_finding(site: str, found: Distance | Unknown, *, are_well: bool
     """
     quantity = FROM_DATA if found.is_observed else FROM_POSTERIOR
     if isinstance(found, Unknown):
-        return not_told(site, quantity, found.why)
+        return not_told(site, quantity, found.why, is_missing=found.is_missing)
     value, error = float(found.value), float(found.error)
     fix = FIX.format("the density and the data" if found.is_observed else "the prior and the posterior that it learns from")
     return Finding(site, quantity, value, None, MOST + 3 * error if are_well else None, fix if are_well else "")

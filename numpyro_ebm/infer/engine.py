@@ -9,6 +9,7 @@ Nothing that depends on data is kept on the engine: a state restored from disk g
 """
 
 import inspect
+import warnings
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -404,7 +405,9 @@ class Engine(metaclass=_ReadOnly):
         self, state: State, bad: dict[Part, int], step: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> NonFiniteError:
         try:
-            with numpyro.validation_enabled(False):  # parameters may be out of range by now: that is told below
+            # parameters may be out of range by now: that is told below, and what is a warning of a start is none of what stopped
+            with numpyro.validation_enabled(False), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 self._refuse(state.rng_key, fit_of(state).data, args, kwargs)
         except NoDensityError as error:  # after some steps these have led there
             said = self._too_large(error.what) if int(state.num_steps) else str(error)

@@ -59,6 +59,7 @@ from numpyro_ebm.infer.particle_start import (
     require_noise,
     tamed,
 )
+from numpyro_ebm.infer.particle_strays import Gain, largest_gains, stray_findings
 from numpyro_ebm.infer.phase import Phase, has_chains, health_of_chains
 from numpyro_ebm.infer.stability import (
     ALL_BATCHES,
@@ -710,7 +711,8 @@ class ParticleMMLE(Engine):
         ]
         if self.kernel == "langevin" and self.dynamics is None:
             found.append(stiffness_finding(self._look(state, *map(jnp.asarray, (0, 1, NUM_SCORES)), *args, **kwargs)))
-        jumps, beyond = self._particle_numbers(state, rng_key, *args, **kwargs)
+        jumps, gains, beyond = self._cloud_numbers(state, rng_key, *args, **kwargs)
+        found += stray_findings(gains, are_well=all(finding.is_well for finding in found))
         found += jump_findings(jumps, is_adjusted=self.kernel == "mala") + prediction_findings(beyond)
         if has_chains(state.mutable_state):
             numbers = self._chain_numbers(state, rng_key, *args, **kwargs)
@@ -724,12 +726,13 @@ class ParticleMMLE(Engine):
         return self._phase.numbers(rng_key, state.params, state.mutable_state, args, kwargs, run)
 
     @partial(compiled_method, cheaply=True)
-    def _particle_numbers(
+    def _cloud_numbers(
         self, state: ParticleState, rng_key: Array, *args: Any, **kwargs: Any
-    ) -> tuple[dict[str, JumpNumbers], dict[str, Beyond]]:
+    ) -> tuple[dict[str, JumpNumbers], dict[str, Gain], dict[str, Beyond]]:
         batch = self._batch(state, own_key(rng_key), args, kwargs)
-        jumps = jump_numbers(rng_key, batch, state.unconstrained, batch.gather(state.particles))
-        return jumps, beyond_predictions(rng_key, partial(self._with_a_particle, state, args, kwargs))
+        theta, x = state.unconstrained, batch.gather(state.particles)
+        beyond = beyond_predictions(rng_key, partial(self._with_a_particle, state, args, kwargs))
+        return jump_numbers(rng_key, batch, theta, x), largest_gains(batch, theta, x), beyond
 
     def _with_a_particle(self, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any], key: Array) -> Run:
         """The model with one of the particles, on rows of their own where it is subsampled."""

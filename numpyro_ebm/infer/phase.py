@@ -95,7 +95,7 @@ class Phase:
         found = {site: int(status) for site, status in status_of(mutable_state).items()}
         warned = {site: status for site, status in found.items() if is_warning(status)}
         said = {site: self.explain(site, status, args, kwargs, data=data) for site, status in warned.items()}
-        return [Warned(text, UNADJUSTED, site) if warned[site] == 1 else text for site, text in said.items()]
+        return [Warned(text, UNADJUSTED, site=site) if warned[site] == 1 else text for site, text in said.items()]
 
     def numbers(
         self, rng_key: Array, params: Data, mutable_state: Data, args: tuple[Any, ...], kwargs: Data, run_of: RunOf

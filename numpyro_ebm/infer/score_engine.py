@@ -44,9 +44,26 @@ from numpyro_ebm.program.batch import Batch, drawn_batch, first_batch, over_rows
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.rows import ROUNDING
 from numpyro_ebm.program.run import Run, log_density_terms, own_key, require_program, run_model, total
-from numpyro_ebm.program.sites import Model, Site, are_possible, core_of, has_density, is_masked, require_data, require_possible
+from numpyro_ebm.program.sites import (
+    Model,
+    NoDensityError,
+    Site,
+    are_possible,
+    core_of,
+    has_density,
+    is_masked,
+    require_data,
+    require_possible,
+)
 from numpyro_ebm.program.visible import Visible, find_visible, require_batch, require_rows, require_unscaled
 from numpyro_ebm.train.devices import as_sharding
+from numpyro_ebm.train.health import Part, named
+
+NO_DERIVATIVE = (
+    "the objective is not finite at the parameters that the fit starts from, though the log density is: the objective is of its "
+    "derivatives, and a root at 0, a power of 0, or jnp.where around what is not finite has none. Look for these in the energy, or "
+    "start elsewhere, by init_params."
+)
 
 
 class ScoreEngine(Engine):
@@ -372,6 +389,11 @@ class ScoreEngine(Engine):
                     has_noise = self.objective.perturb(rng_key, v) is not v
                     return self._refuse_boundary(name, f"{bad.sum()} of {bad.size}", has_noise=has_noise)
 
+    def _explain(self, state: Any, bad: dict[Part, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        if int(state.num_steps) or np.isfinite(self.evaluate(state, *args, **kwargs)):
+            return super()._explain(state, bad, args, kwargs)
+        return f"{NO_DERIVATIVE} What was seen: {named(bad)}."
+
     def _refuse_guide(self, rng_key: Array, params: dict[str, Any], batch: Batch, kwargs: dict[str, Any]) -> None:
         """Raises for a guide that does not go with the model, where there is one; not traced."""
 
@@ -382,10 +404,10 @@ class ScoreEngine(Engine):
         """
         fix = "transform the data to real space, as by a log"
         if has_noise:
-            raise ValueError(
+            raise NoDensityError(
                 f"site '{site}': its log density is finite at the data, and not at {where} events that the noise of "
-                f"{type(self.objective).__name__} has moved. Scores do not see where a density ends, so that what is learned "
-                f"would be wrong: {fix}, or take less noise."
+                f"{type(self.objective).__name__} has moved.",
+                f"Scores do not see where a density ends, so that what is learned would be wrong: {fix}, or take less noise.",
             )
         warnings.warn(
             f"site '{site}': its log density is finite at the data, and not at {where} places beside them. Scores do not see where "

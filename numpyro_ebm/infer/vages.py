@@ -24,7 +24,7 @@ from jax import Array
 from numpyro.infer import TraceGraph_ELBO
 
 from numpyro_ebm._checks import require_bool, require_count, require_instance, require_one_of, require_setting
-from numpyro_ebm.evaluate.guide_weights import FRACTION, UNWEIGHTED
+from numpyro_ebm.evaluate.guide_weights import FRACTION, SHAPE, UNWEIGHTED
 from numpyro_ebm.evaluate.report import Warned
 from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, Upper
 from numpyro_ebm.objectives.latent import (
@@ -257,7 +257,7 @@ class VaGES(BilevelEngine):
             "samples: one sample has all the weight, so that the gradient lacks the posterior's covariance. Take a guide nearer to "
             "the posterior (more inner steps, a larger family), or more samples."
         )
-        return [Warned(text, FRACTION)]
+        return [Warned(text, FRACTION, SHAPE)]
 
     def _wanted_of_guide(self) -> tuple[float, str]:
         if isinstance(self.estimate, Variational):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from numpyro_ebm.evaluate.density import NUM_REFERENCE, SAMPLES_TO_JUDGE, distance_from, known_density
+from numpyro_ebm.evaluate.density import distance_from, known_density, why_unknown
 from numpyro_ebm.evaluate.report import Finding, not_told
 
 FROM_ROWS, LIKELIHOOD = "distance of density from rows", "log likelihood of the rows"
@@ -72,12 +72,10 @@ def density_numbers(rng_key: Array, energy: Any, rows: Array) -> DensityNumbers 
 
 def density_findings(site: str, numbers: DensityNumbers | None, num_rows: int) -> list[Finding]:
     """What these numbers say."""
-    if numbers is None:
-        return [not_told(site, FROM_ROWS, "the energy has no reference distribution whose samples could be weighed by it")]
+    why = why_unknown(None if numbers is None else float(numbers.worth))
+    if numbers is None or why is not None:
+        return [not_told(site, FROM_ROWS, str(why))]
     distance, worth, value, of_gaussian, error = (float(np.asarray(x)) for x in numbers)
-    if worth < SAMPLES_TO_JUDGE:
-        why = f"of {NUM_REFERENCE} samples of its reference about {worth:.0f} stand where the energy is low"
-        return [not_told(site, FROM_ROWS, why)]
     noise = 0.5 / math.sqrt(num_rows) + 0.5 / math.sqrt(worth)
     least = of_gaussian - NATS - 4 * error
     return [
