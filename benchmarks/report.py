@@ -4,7 +4,7 @@
 """What the report of a run costs: CPU seconds of ``diagnose`` after a fit, beside those of the fit.
 
 The first report of an engine compiles (cold), later ones do not (warm). Engines are ``ParticleMMLE`` with an energy prior of one,
-two and 64 dimensions, ``BiSM`` and ``VaGES``.
+two and 64 dimensions, ``ScoreMatching`` of an energy of two, ``BiSM`` and ``VaGES``.
 
 Run ``python benchmarks/report.py``: about three minutes of one core.
 """
@@ -27,6 +27,7 @@ from numpyro_ebm import (
     Implicit,
     ImportanceWeighted,
     ParticleMMLE,
+    ScoreMatching,
     TiltedDistribution,
     VaGES,
     diagnose,
@@ -47,6 +48,19 @@ def particles(dim):
             numpyro.sample("y", dist.Normal(z, 0.5).to_event(1), obs=numpyro.subsample(y, event_dim=1))
 
     return ParticleMMLE(model, optax.adam(1e-3), num_particles=4, step_size=0.05), y
+
+
+def scores(dim):
+    network = eqx.nn.MLP(dim, "scalar", 64, 2, jax.nn.silu, key=jax.random.key(1))
+    base = dist.Normal(0, 1).expand([dim]).to_event(1)
+
+    def model(x):
+        energy = eqx_module("energy", network)
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("x", TiltedDistribution(base, energy), obs=x)
+
+    y = jax.random.normal(jax.random.key(0), (ROWS, dim))
+    return ScoreMatching(model, optax.adam(1e-3), DenoisingScoreMatching(0.3), batch_size=BATCH), y
 
 
 def with_guide(make, visible, latent):
@@ -79,6 +93,7 @@ PROBLEMS = {
     "ParticleMMLE, prior of 1 dimension": lambda: particles(1),
     "ParticleMMLE, prior of 2 dimensions": lambda: particles(2),
     "ParticleMMLE, prior of 64 dimensions": lambda: particles(64),
+    "ScoreMatching, energy of 2 dimensions": lambda: scores(2),
     "BiSM, 5 visibles, 2 latents": lambda: with_guide(bism, 5, 2),
     "BiSM, 784 visibles, 50 latents": lambda: with_guide(bism, 784, 50),
     "VaGES, 5 visibles, 2 latents": lambda: with_guide(vages, 5, 2),

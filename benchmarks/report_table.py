@@ -13,6 +13,7 @@ Run ``python benchmarks/report_table.py``: about ten minutes of one core; ``--on
 import argparse
 
 import _timing
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpyro
@@ -230,6 +231,31 @@ def of_modes_apart(logit):
     return ScoreMatching(model, optax.adam(1e-3), ExactScoreMatching()), APART
 
 
+# Two half-moons, standardized, of noise .1, and a network that learns them.
+AROUND = jnp.pi * jax.random.uniform(jax.random.key(6), (1000,))
+ARC = jnp.stack([jnp.cos(AROUND), jnp.sin(AROUND)], 1)
+MOONS = jnp.concatenate([ARC, jnp.array([1, 0.5]) - ARC]) + 0.1 * jax.random.normal(jax.random.key(7), (2000, 2))
+MOONS = (MOONS - MOONS.mean(0)) / MOONS.std(0)
+
+
+def network(x):
+    start = eqx.nn.MLP(2, "scalar", 64, 2, jax.nn.silu, key=jax.random.key(0))
+    arrays, rest = eqx.partition(start, eqx.is_array)
+    tree = jax.tree.structure(arrays)
+
+    def drawn(key):
+        keys = jax.tree.unflatten(tree, jax.random.split(key, tree.num_leaves))
+        return jax.tree.map(lambda a, key: jax.random.normal(key, a.shape) / a.shape[-1] ** 0.5, arrays, keys)
+
+    energy = eqx.combine(numpyro.param("network", drawn), rest)
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("x", TiltedDistribution(dist.Normal(0, 2).expand([2]).to_event(1), energy), obs=x)
+
+
+def of_moons(sigma, rate=2e-3):
+    return ScoreMatching(network, optax.adam(rate), DenoisingScoreMatching(sigma), batch_size=200), MOONS
+
+
 def of_scores(model, objective):
     return ScoreMatching(model, optax.adam(0.03), objective), FEW
 
@@ -257,6 +283,8 @@ PROBLEMS = {
     "exact score matching, a bell": (lambda: of_scores(bell, ExactScoreMatching()), 400, ()),
     "scores of modes apart, other weights": (lambda: of_modes_apart(0.0), 100, ("density from rows",)),
     "scores of modes apart, their weights": (lambda: of_modes_apart(0.85), 100, ()),
+    "denoising with little noise": (lambda: of_moons(0.025), 3000, ("maximum", "density from rows")),
+    "denoising with more noise": (lambda: of_moons(0.3, optax.cosine_decay_schedule(2e-3, 3000)), 3000, ()),
     "BiSM that has not arrived": (lambda: of_factors(BiSM, full, DENOISING, **IMPLICIT), 5, ("objective at the rows",)),
     "BiSM, a guide that is too narrow": (lambda: of_factors(BiSM, narrow, DENOISING, **IMPLICIT), 400, ("Pareto",)),
     "BiSM, the posterior's family": (lambda: of_factors(BiSM, full, DENOISING, **IMPLICIT), 400, ()),

@@ -15,7 +15,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_ebm import ParticleMMLE, ScoreMatching, SlicedScoreMatching, TiltedDistribution, diagnose, negative_phase
-from numpyro_ebm.evaluate.stationarity import FROM_DATA, FROM_POSTERIOR, _distance
+from numpyro_ebm.evaluate.stationarity import FROM_DATA, FROM_POSTERIOR, natural_distance
 
 KEY = jax.random.key(0)
 Y = 1.0 + np.random.default_rng(0).standard_normal(200)
@@ -146,7 +146,9 @@ def test_energies_of_rows_are_compared_row_by_row():
 def test_noise_alone_has_no_distance(seed):
     """Of 50 parameters, whose estimated gradient is all noise: it would be .4 along itself."""
     one, other = np.random.default_rng(seed).standard_normal((2, 40, 20, 50))
-    value, error = _distance(lambda w, x: x @ w["w"], {"w": jnp.zeros(50)}, jnp.asarray(one), jnp.asarray(other), is_all=False)
+    value, error = natural_distance(
+        lambda w, x: x @ w["w"], {"w": jnp.zeros(50)}, jnp.asarray(one), jnp.asarray(other), is_all=False
+    )
     assert abs(value) < 4.5 * error
     assert 0.02 < error < 0.06  # 1 / sqrt(400), of either side, and of two halves
 

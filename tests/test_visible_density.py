@@ -24,7 +24,7 @@ from numpyro_ebm import (
     diagnose,
 )
 from numpyro_ebm.infer.collapse import AT_ROWS
-from numpyro_ebm.infer.visible_density import FROM_ROWS, LIKELIHOOD
+from numpyro_ebm.infer.visible_density import FROM_MAXIMUM, FROM_ROWS, LIKELIHOOD, MOST
 
 KEY = jax.random.key(0)
 NOISE = "noise of denoising in standard deviations of the data"
@@ -60,6 +60,8 @@ def test_weights_of_modes_that_scores_do_not_see_are_told():
         report = engine.run(KEY, 1, rows, progress_bar=False, report=True).report
     assert told(report, FROM_ROWS).value == pytest.approx(0.2, abs=0.005)
     assert told(report, AT_ROWS).is_well
+    assert told(report, FROM_MAXIMUM).value == pytest.approx(0.2 / 0.5, abs=0.1)  # of weights .5 and .7
+    assert told(report, FROM_MAXIMUM).most is None  # the cause is told
     right = report_of(model, rows, params={"upper": 0.7})
     assert right.is_well
     assert told(right, FROM_ROWS).value < 0.02
@@ -75,6 +77,39 @@ def test_log_likelihood_is_that_of_the_normalized_density(precision, is_well):
     assert report.is_well == is_well
 
 
+@pytest.mark.parametrize(("precision", "noise"), [(1.0, None), (0.45, None), (0.2, 2.0), (0.09, 2.0)])
+def test_distance_from_the_maximum_is_that_of_the_moment_that_is_learned(precision, noise):
+    """Of -x^2 / 2, whose standard deviation under N(0, 1 / precision) is 1 / (sqrt(2) precision)."""
+    report = report_of(normal, ROWS, DenoisingScoreMatching(noise) if noise else None, {"precision": precision})
+    square = float((ROWS**2).mean()) + (noise or 0) ** 2
+    error = ((square * precision) ** 2 + 1) ** 0.5 / 2000**0.5  # of 2000 rows, and as many samples
+    found = told(report, FROM_MAXIMUM)
+    assert abs(found.value - abs(square * precision - 1) / np.sqrt(2)) < 4 * error
+    if precision in (1.0, 0.2):
+        assert report.is_well
+        assert found.most - MOST == pytest.approx(3 * error, rel=0.3)
+
+
+def test_a_correlation_that_is_not_learned_is_told_by_the_distance_from_the_maximum():
+    """Of -x y, with standard deviation 1 where they are thought to be independent. Nothing else sees so little of it."""
+
+    def model(x):
+        precision, coupling = numpyro.param("precision", 1.0), numpyro.param("coupling", 0.0)
+        energy = EnergyDistribution(lambda x: precision * (x**2).sum() / 2 - coupling * x.prod(), event_shape=(2,))
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("x", energy, obs=x)
+
+    one, other = jnp.asarray(np.random.default_rng(2).normal(size=(2, 2000)), jnp.float32)
+    rows = jnp.stack([one, 0.4 * one + 0.84**0.5 * other], 1)
+    right = report_of(model, rows, params={"precision": 1 / 0.84, "coupling": 0.4 / 0.84})
+    assert right.is_well
+    assert abs(told(right, FROM_MAXIMUM).value) < 0.12
+    (found,) = report_of(model, rows).trouble
+    assert found.quantity == FROM_MAXIMUM
+    assert found.value == pytest.approx(0.4, abs=0.12)
+    assert f"a step there would gain about {found.value**2 / 2:.2g} nats for each row" in found.fix
+
+
 def test_density_of_many_dimensions_is_weighed_by_the_reference():
     tilt = jnp.full(5, 0.3)
 
@@ -88,6 +123,9 @@ def test_density_of_many_dimensions_is_weighed_by_the_reference():
     found = told(report_of(model, rows), LIKELIHOOD)
     exact = float(dist.Normal(0.3, 1).log_prob(rows).sum(1).mean())
     assert abs(found.value - exact) < 4 * (np.exp(0.45) - 1) ** 0.5 / 100  # of the mean of 10 000 weights exp(0.3 sum z - .225)
+    for scale in (1.0, 2.0):  # of sum(tilt x), whose mean is .45 and .9, with a standard deviation of .67
+        to_maximum = told(report_of(model, rows, params={"scale": scale}), FROM_MAXIMUM)
+        assert abs(to_maximum.value - 0.45**0.5 * (scale - 1)) < 0.2
     far = told(report_of(model, rows, params={"scale": 10.0}), FROM_ROWS)
     assert "of 10000 samples of its reference about" in far.fix
 

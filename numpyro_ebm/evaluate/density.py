@@ -71,6 +71,21 @@ def known_density(rng_key: Array, energy: Any, sampler: Any, x: Array) -> KnownD
     return KnownDensity(points, weights, logsumexp(log_weights, 0) - math.log(len(points)), effective_sample_size(weights))
 
 
+def samples_from(rng_key: Array, known: KnownDensity, num_groups: int, size: int) -> Array:
+    """Samples of a density without batch axes, ``(num_groups, size) + event_shape``, by systematic resampling.
+
+    Groups differ by nothing but noise, and those of a reference share none of its samples but at their ends.
+    """
+    order_key, start_key = jax.random.split(rng_key)
+    order = jax.random.permutation(order_key, len(known.weights))  # of a grid, whose neighbors are alike
+    num = num_groups * size
+    places = (jnp.arange(num) + jax.random.uniform(start_key)) / num
+    below = jnp.cumsum(known.weights[order])
+    at = jnp.searchsorted(below / below[-1], places)
+    points = known.points[order[jnp.minimum(at, len(order) - 1)]]
+    return points.reshape(num_groups, size, *points.shape[1:])
+
+
 def distance_from(known: KnownDensity, x: Array, *, is_discrete: bool) -> Array:
     """``batch_shape``, the largest difference of the distribution functions of an element at its deciles (of means of bits)."""
     batch_shape = known.worth.shape

@@ -122,7 +122,7 @@ def distances(
                 return chains_target(phase, name, args, kwargs, given)[0]._log_density(value)
 
             own_params = {param: params[param] for param in own}
-            value, error = _distance(log_density, own_params, values, _groups(x, shape), is_all=is_all)
+            value, error = natural_distance(log_density, own_params, values, _groups(x, shape), is_all=is_all)
             found[name] = Distance(value, error, is_observed)
             continue
         found[name] = Unknown(why, is_observed, is_missing)
@@ -165,11 +165,13 @@ def _groups(draws: Array, shape: tuple[int, ...]) -> Array:
     return lax.stop_gradient(some.reshape(num_groups, -1, *draws.shape[2:]))
 
 
-def _distance(
+def natural_distance(
     log_density: Callable[[Data, Array], Array], params: Data, values: Array, chains: Array, *, is_all: bool
 ) -> tuple[Array, Array]:
     """The mean of the distances by either half of the samples along the gradient of the other, and its standard error.
 
+    :param values: where an energy learns, ``(blocks, size) + shape + event_shape``.
+    :param chains: samples of its density, ``(groups, samples) + shape + event_shape``, in groups that differ by nothing but noise.
     :param is_all: whether ``values`` are all data, of which there is no other half.
     """
     values = jnp.stack([values, values]) if is_all else _halves(values)
@@ -177,21 +179,22 @@ def _distance(
     (num_values, size), num_chains = values.shape[1:3], chains.shape[1]
     x = jnp.concatenate([y.reshape(2, -1, *y.shape[3:]) for y in (values, chains)], 1)
 
-    def gap(params: Data, x: Array) -> Array:
-        found = log_density(params, x)
+    def gap(found: Array) -> Array:
         return found[: num_values * size].mean() - found[num_values * size :].mean()
+
+    def half_variance(slopes: Array) -> Array:
+        return slopes[num_values * size :].var(0).mean() / 2
 
     def along(direction: Data, x: Array) -> Array:
         return jax.jvp(lambda params: log_density(params, x), (params,), (direction,))[1]
 
     def direction(x: Array) -> Data:
-        gradient = jax.grad(gap)(params, x)
-        of_chains = x[num_values * size :]
-        _, pull = jax.vjp(lambda params: log_density(params, of_chains), params)
+        found, slopes_of = jax.linearize(lambda params: log_density(params, x), params)  # once, which costs the time of a report
+        pull = jax.linear_transpose(slopes_of, params)
+        gradient = pull(jax.grad(gap)(found))[0]
 
         def fisher(direction: Data) -> Data:
-            slope = along(direction, of_chains)
-            return pull((slope - slope.mean(0)) / slope.size)[0]
+            return pull(jax.grad(half_variance)(slopes_of(direction)))[0]
 
         tiny = jnp.finfo(jnp.result_type(float)).tiny
         damping = DAMPING * dot(gradient, fisher(gradient)) / jnp.maximum(square(gradient), tiny)

@@ -228,10 +228,13 @@ class ScoreEngine(Engine):
         noise_key, judge_key = jax.random.split(rng_key)
         whole = self._all_rows(state, args, kwargs)
         moved = whole._replace(args=(self.objective.perturb(noise_key, whole.args[0]), *whole.args[1:]))
-        seen = run_at_zero(moved.of(self._inner), moved.args, kwargs, state.rng_key, state.params).observed[site]
-        energy = energy_site(seen["fn"])
-        rows = jnp.asarray(seen["value"])
-        return density_numbers(judge_key, energy, rows[:: -(-len(rows) // MAX_ROWS)])
+
+        def seen(params: dict[str, Any]) -> Site:
+            return run_at_zero(moved.of(self._inner), moved.args, kwargs, state.rng_key, params).observed[site]
+
+        rows = jnp.asarray(seen(state.params)["value"])
+        energy_of = lambda params: energy_site(seen(params)["fn"])  # noqa: E731
+        return density_numbers(judge_key, energy_of, state.params, rows[:: -(-len(rows) // MAX_ROWS)])
 
     @partial(compiled_method, cheaply=True)
     def _at_rows(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Array, Array, Array]:

@@ -4,20 +4,26 @@
 """Whether the density whose scores were matched has the masses that its rows have.
 
 Scores are local: between modes that hardly overlap they say nothing of the weights, and an objective is at its best with any. The
-density tells, where it is known by quadrature or by samples of its reference.
+density tells, where it is known by quadrature or by samples of its reference. And a fit by scores may be slow where one by
+likelihood is not, as with little noise: at the optimum of an objective a step of likelihood gains nothing, and
+:func:`numpyro_ebm.evaluate.stationarity.natural_distance` tells what it would.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from numpyro_ebm.evaluate.density import distance_from, known_density, why_unknown
+from numpyro_ebm.evaluate.density import distance_from, known_density, samples_from, why_unknown
 from numpyro_ebm.evaluate.report import Finding, not_told
+from numpyro_ebm.evaluate.stationarity import NUM_GROUPS, NUM_VALUES, natural_distance
 
 FROM_ROWS, LIKELIHOOD = "distance of density from rows", "log likelihood of the rows"
+FROM_MAXIMUM = "distance from the maximum of likelihood"
 MAX_ROWS = 10_000  # that are compared
 TOLERANCE = 0.1  # of a distribution function: a mode of 50 % may have 40. A family may be too small for its rows, and a fit right
 NATS = 0.1  # that a density may be worse than a normal distribution with the moments of the rows
@@ -29,6 +35,13 @@ OTHER_MASSES = (
 WORSE = (
     "a normal distribution with the moments of the rows has {:.3g}. The model has not converged, has not enough noise, or is too "
     "small: take more steps, a falling learning rate, DenoisingScoreMatching with more noise, or a larger model"
+)
+MOST = 0.25  # standard deviations to that maximum, which is .03 nats where the likelihood is quadratic, and up to .1 where not
+TO_GAIN = (
+    "along the natural gradient of the likelihood the density and the rows differ by so many standard deviations, and a step there "
+    "would gain about {:.2g} nats for each row. Scores have not learned what likelihood would, or the model is so small that "
+    "they want different parameters: take more steps, a falling learning rate, more noise (sigma= of DenoisingScoreMatching), or "
+    "go on by likelihood, SVI of negative_phase(model) from these parameters"
 )
 LATENTS = "its marginal density, over latents, is not known"
 
@@ -46,16 +59,24 @@ class DensityNumbers(NamedTuple):
     of_gaussian: Array
     #: (), the standard error of their difference
     error: Array
+    #: (), standard deviations to the maximum of the likelihood along its natural gradient, and their standard error
+    to_maximum: Array
+    to_maximum_error: Array
 
 
-def density_numbers(rng_key: Array, energy: Any, rows: Array) -> DensityNumbers | None:
+def density_numbers(
+    rng_key: Array, energy_of: Callable[[dict[str, Any]], Any], params: dict[str, Any], rows: Array
+) -> DensityNumbers | None:
     """These numbers, or None where the density is not known; traced.
 
+    :param energy_of: the energy distribution by parameters.
     :param rows: ``(rows,) + event_shape``, with the noise that the density was learned with.
     """
+    energy = energy_of(params)
     sampler = energy.chain_sampler
     x = energy.to_chain(rows, sampler)
-    known = known_density(rng_key, energy, sampler, x)
+    known_key, samples_key = jax.random.split(rng_key)
+    known = known_density(known_key, energy, sampler, x)
     if known is None:
         return None
     log_density = energy.chain_log_prob(sampler)(x) - known.log_normalizer
@@ -67,7 +88,15 @@ def density_numbers(rng_key: Array, energy: Any, rows: Array) -> DensityNumbers 
     of_gaussian = -0.5 * (along**2 / variances + jnp.log(2 * jnp.pi * variances)).sum(1)
     variance = (log_density - of_gaussian).var() / len(x) + jnp.where(jnp.isinf(known.worth), 0, 1 / known.worth)
     distance = distance_from(known, x, is_discrete=False)
-    return DensityNumbers(distance, known.worth, log_density.mean(), of_gaussian.mean(), jnp.sqrt(variance))
+    samples = samples_from(samples_key, known, NUM_GROUPS, NUM_VALUES // NUM_GROUPS).reshape(NUM_GROUPS, -1, *x.shape[1:])
+    to_maximum = natural_distance(
+        jax.jit(lambda params, x: energy_of(params).chain_log_prob(sampler)(x)),  # traced once
+        params,
+        x[:: -(-len(x) // NUM_VALUES), None],
+        samples,
+        is_all=False,  # rows that scores have learned from are not at the maximum of their own likelihood
+    )
+    return DensityNumbers(distance, known.worth, log_density.mean(), of_gaussian.mean(), jnp.sqrt(variance), *to_maximum)
 
 
 def density_findings(site: str, numbers: DensityNumbers | None, num_rows: int) -> list[Finding]:
@@ -75,10 +104,13 @@ def density_findings(site: str, numbers: DensityNumbers | None, num_rows: int) -
     why = why_unknown(None if numbers is None else float(numbers.worth))
     if numbers is None or why is not None:
         return [not_told(site, FROM_ROWS, str(why))]
-    distance, worth, value, of_gaussian, error = (float(np.asarray(x)) for x in numbers)
+    distance, worth, value, of_gaussian, error, to_maximum, to_maximum_error = (float(np.asarray(x)) for x in numbers)
     noise = 0.5 / math.sqrt(num_rows) + 0.5 / math.sqrt(worth)
     least = of_gaussian - NATS - 4 * error
-    return [
+    found = [
         Finding(site, FROM_ROWS, distance, None, TOLERANCE + 3 * noise, OTHER_MASSES),
         Finding(site, LIKELIHOOD, value, least, None, WORSE.format(of_gaussian)),
     ]
+    is_well = all(finding.is_well for finding in found)  # else the same cause is told already
+    most, fix = (MOST + 3 * to_maximum_error, TO_GAIN.format(to_maximum**2 / 2)) if is_well else (None, "")
+    return [*found, Finding(site, FROM_MAXIMUM, to_maximum, None, most, fix)]
