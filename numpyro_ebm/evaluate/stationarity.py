@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from numpyro_ebm._conjugate_gradient import conjugate_gradient, dot, square
+from numpyro_ebm._conjugate_gradient import conjugate_gradient
 from numpyro_ebm.chains import chains_of
 from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.handlers import chains_target, innermost, negative_phase, undrawn, unnormalized
@@ -36,7 +36,7 @@ from numpyro_ebm.program.sites import FIELD, is_masked
 FROM_DATA, FROM_POSTERIOR = "distance of density from data", "distance of prior from posterior"
 MOST = 0.15  # standard deviations: a mode of 50 % may have 43
 NUM_VALUES = 2000  # where an energy learns, of rows and samples of the posterior together
-NUM_CG, DAMPING = 5, 1e-6  # steps of conjugate gradients towards the natural gradient, and what is added to its metric
+NUM_CG = 5  # steps of conjugate gradients towards the natural gradient
 MIN_RUNS = 16  # of the model, each with other samples of the posterior
 MANY_ROWS = 500
 SAMPLES_OF_CHAIN = 10
@@ -174,33 +174,29 @@ def _distance(
     (num_values, size), num_chains = values.shape[1:3], chains.shape[1]
     x = jnp.concatenate([y.reshape(2, -1, *y.shape[3:]) for y in (values, chains)], 1)
 
-    def gap(params: Data, x: Array) -> Array:
-        found = log_density(params, x)
-        return found[: num_values * size].mean() - found[num_values * size :].mean()
+    split = num_values * size
 
     def along(direction: Data, x: Array) -> Array:
         return jax.jvp(lambda params: log_density(params, x), (params,), (direction,))[1]
 
     def direction(x: Array) -> Data:
-        gradient = jax.grad(gap)(params, x)
-        of_chains = x[num_values * size :]
-        _, pull = jax.vjp(lambda params: log_density(params, of_chains), params)
+        density, slopes = jax.linearize(lambda params: log_density(params, x), params)  # once, for the program to be small
+        pull = jax.linear_transpose(slopes, params)
+        is_value = (jnp.arange(len(x)) < split).reshape(-1, *[1] * (density.ndim - 1))
+        weights = jnp.where(is_value, 1 / split, -1 / (len(x) - split)) * len(x) / density.size
+        (gradient,) = pull(weights.astype(density.dtype) + jnp.zeros_like(density))
 
         def fisher(direction: Data) -> Data:
-            slope = along(direction, of_chains)
-            return pull((slope - slope.mean(0)) / slope.size)[0]
+            slope = slopes(direction)
+            of_chains = slope[split:]
+            centered = (slope - of_chains.mean(0)) / of_chains.size
+            return pull(jnp.where(is_value, 0, centered))[0]
 
-        tiny = jnp.finfo(jnp.result_type(float)).tiny
-        damping = DAMPING * dot(gradient, fisher(gradient)) / jnp.maximum(square(gradient), tiny)
-
-        def metric(direction: Data) -> Data:
-            return jax.tree.map(lambda a, b: a + damping * b, fisher(direction), direction)
-
-        return conjugate_gradient(metric, gradient, NUM_CG, tol=1e-5)
+        return conjugate_gradient(fisher, gradient, NUM_CG, tol=1e-5)
 
     directions = lax.map(direction, x[::-1])  # of the other half
     slopes = lax.map(lambda both: along(*both), (directions, x))
-    of_values, of_chains = slopes[:, : num_values * size], slopes[:, num_values * size :]
+    of_values, of_chains = slopes[:, :split], slopes[:, split:]
     scale = jnp.sqrt(of_chains.var(1).reshape(2, -1).mean(1))
     scale = jnp.where(scale > 0, scale, jnp.inf)[:, None]  # of no gradient
     of_values = of_values.reshape(2, num_values, -1).mean(2) / scale

@@ -29,6 +29,7 @@ ROWS_PER_DIM = 10  # so many there must be for each coordinate: of fewer, a cova
 LEAST_VARIANCE = 1e-3  # of standardized data: a direction with less has a precision that would be all of an objective
 NUM_BATCHES = 8  # that the objective at the rows is compared on
 MORE_BATCHES = 32  # the same of denoising, whose noise is most of the objective
+MANY_ELEMENTS = 256  # of a row, over which noise averages
 SHORT_OF = 0.2  # of what a Gaussian reaches there a model may be short
 AT_ROWS, VALIDATION = "objective at the rows", "objective on validation rows"
 FIX = (
@@ -71,6 +72,11 @@ def beside(rng_key: Array, v: Array, data: Array) -> Array:
     length = lax.map(distance, rows, batch_size=64) / 2 / jnp.linalg.norm(directions, axis=1)
     length = jnp.where(jnp.isfinite(length), length, 0)  # of a row that has no other
     return (v + length[:, None] * directions @ root.T).reshape(shape)
+
+
+def num_batches(size: int) -> int:
+    """How many batches denoising is judged on, by rows of so many elements."""
+    return max(NUM_BATCHES, min(MORE_BATCHES, MORE_BATCHES * MANY_ELEMENTS // size))
 
 
 def gaussian_score(data: Array) -> ScoreFn:

@@ -26,7 +26,6 @@ from numpyro_ebm.evaluate.report import Finding, are_reports_enabled, not_told, 
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.infer.collapse import (
     AT_ROWS,
-    MORE_BATCHES,
     NUM_BATCHES,
     beside,
     collapse_finding,
@@ -34,6 +33,7 @@ from numpyro_ebm.infer.collapse import (
     gaussian_score,
     level_finding,
     noise_finding,
+    num_batches,
     validation_finding,
 )
 from numpyro_ebm.infer.engine import Engine, RunResult, compiled_method
@@ -233,7 +233,7 @@ class ScoreEngine(Engine):
             of_gaussian, of_flat = (self._loss_of_score(rng_key, batch.args[0], score) for score in (of_data, jnp.zeros_like))
             return loss, of_gaussian, of_flat
 
-        return lax.map(of_batch, jax.random.split(state.rng_key, MORE_BATCHES))
+        return lax.map(of_batch, jax.random.split(state.rng_key, num_batches(args[0].size // len(args[0]))))
 
     @compiled_method
     def _beside(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Array, Array, Array, Array]:
