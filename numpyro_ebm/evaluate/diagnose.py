@@ -140,7 +140,7 @@ def _of_phase(
     if not chains_of(mutable_state):
         raise ValueError("the fit has no negative chains to diagnose: pass the result of a fit of negative_phase(model).")
     phase.check_chains(params, mutable_state, *args, **kwargs)
-    numbers = compiled(_numbers, rng_key, phase, guide, num_samples, params, mutable_state, args, kwargs)
+    numbers = compiled(_numbers, rng_key, phase, guide, num_samples, params, mutable_state, args, kwargs, cheaply=True)
     return chain_findings(phase, numbers, params, mutable_state, args, kwargs)
 
 
