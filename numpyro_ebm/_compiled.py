@@ -48,20 +48,22 @@ MAX_BYTES = 2**16  # of a NumPy array that is compared by its numbers
 _Names = frozenset[str] | None
 
 
-def compiled(function: Callable[..., T], *args: Any) -> T:
+def compiled(function: Callable[..., T], *args: Any, cheaply: bool = False) -> T:
     """``function(*args)`` for pytrees of arrays and constants, compiled: once, or anew if that could freeze what may change.
 
     Inside another transformation it is run as it is. So it is where it fails: errors read the name of a site from the frames
     around it.
+
+    :param cheaply: whether it is to be compiled soon more than to run fast.
     """
     arrays, rest = arrays_and_rest(args)
     if any(isinstance(array, jax.core.Tracer) for array in arrays):
         return function(*args)
-    program: Callable[[list[Array]], Any] = jax.jit(lambda arrays: function(*join(arrays, rest)))
+    program: Callable[[list[Array]], Any] = _jit(function, rest, cheaply)
     try:
         look = Look(function, rest, with_lists=True)
         if look.sees_all:
-            program = _program(function, rest._replace(frozen=look.snapshot))
+            program = _program(function, rest._replace(frozen=look.snapshot), cheaply)
     except Exception:  # of a pytree that does without its arrays, or of a part that does not hash
         pass
     try:
@@ -82,8 +84,13 @@ def cheap_options() -> dict[str, Any]:
 
 
 @lru_cache(maxsize=128)  # of which each may keep megabytes
-def _program(function: Callable[..., Any], rest: Rest) -> Callable[[list[Array]], Any]:
-    return jax.jit(lambda arrays: function(*join(arrays, rest)))
+def _program(function: Callable[..., Any], rest: Rest, cheaply: bool) -> Callable[[list[Array]], Any]:
+    return _jit(function, rest, cheaply)
+
+
+def _jit(function: Callable[..., Any], rest: Rest, cheaply: bool) -> Callable[[list[Array]], Any]:
+    options: Any = cheap_options() if cheaply else None
+    return jax.jit(lambda arrays: function(*join(arrays, rest)), compiler_options=options)
 
 
 def frozen(rest: Rest) -> Rest:

@@ -28,8 +28,8 @@ from numpyro_ebm import (
 from numpyro_ebm.infer.collapse import (
     beside,
     collapse_finding,
-    correlated_objective,
-    gaussian_objective,
+    correlated_score,
+    gaussian_score,
     level_finding,
     validation_finding,
 )
@@ -242,36 +242,35 @@ def test_rows_that_are_all_equal_stay():
     np.testing.assert_array_equal(beside(KEY, v, v), v)
 
 
+def of_exact(fit, v):
+    return ExactScoreMatching().loss(fit(v), KEY, v, v).mean()
+
+
 def test_the_objective_of_a_gaussian_is_half_of_its_information():
     v = jnp.asarray(np.random.default_rng(5).normal(size=(50, 2)), jnp.float32) * jnp.array([1.0, 3.0])
-    value = gaussian_objective(lambda score: ExactScoreMatching().loss(score, KEY, v, v).mean(), v)
-    np.testing.assert_allclose(value, -(1 / v.var(0)).sum() / 2, rtol=1e-4)
-
-
-def of_exact(fit, v):
-    return fit(lambda score: ExactScoreMatching().loss(score, KEY, v, v).mean(), v)
+    np.testing.assert_allclose(of_exact(gaussian_score, v), -(1 / v.var(0)).sum() / 2, rtol=1e-4)
 
 
 def test_the_objective_of_a_correlated_gaussian_is_half_of_its_information():
     """Minus half the trace of the inverse covariance; and of events of two dimensions the same."""
     v = TABLE @ jnp.array([[1.0, 2.0], [0.0, 0.5]])
     wanted = -np.trace(np.linalg.inv(np.cov(v.T, bias=True))) / 2
-    np.testing.assert_allclose(of_exact(correlated_objective, v), wanted, rtol=1e-4)
-    np.testing.assert_allclose(of_exact(correlated_objective, v.reshape(300, 2, 1)), wanted, rtol=1e-4)
+    np.testing.assert_allclose(of_exact(correlated_score, v), wanted, rtol=1e-4)
+    np.testing.assert_allclose(of_exact(correlated_score, v.reshape(300, 2, 1)), wanted, rtol=1e-4)
 
 
 def test_directions_without_variance_are_none_to_be_good_in():
     """A constant column, and one that is another: catches a precision without bound, by which every model is bad."""
     x, y = TABLE.T
-    constant = of_exact(correlated_objective, jnp.stack([x, jnp.full(300, 3.0)], 1))
+    constant = of_exact(correlated_score, jnp.stack([x, jnp.full(300, 3.0)], 1))
     np.testing.assert_allclose(constant, -1 / x.var() / 2 - 1, rtol=1e-4)  # of precision 1 at its mean: the trace alone
-    same = of_exact(correlated_objective, jnp.stack([x, y, x + 1e-4 * y], 1))
+    same = of_exact(correlated_score, jnp.stack([x, y, x + 1e-4 * y], 1))
     assert same > -3
 
 
 def test_few_rows_have_no_covariance():
     v = TABLE[:15] @ jnp.array([[1.0, 1.0], [0.0, 0.01]])
-    assert of_exact(correlated_objective, v) == of_exact(gaussian_objective, v)
+    assert of_exact(correlated_score, v) == of_exact(gaussian_score, v)
 
 
 @pytest.mark.parametrize(

@@ -481,6 +481,7 @@ def test_weights_that_underflow_or_are_no_numbers_are_told():
 
 def test_samples_of_a_guide_are_bounded(monkeypatch):
     assert [num_guide_samples(rows) for rows in (1, 200, 10**6)] == [1000, 655, 200]
+    assert [num_guide_samples(rows, 784) for rows in (1, 100, 200, 10**6)] == [1000, 427, 213, 200]
     monkeypatch.setattr(guide_weights, "pareto_k", lambda log_weights: 1.0 if np.ptp(log_weights) > 1 else 0.0)
     bad = jnp.where(jnp.arange(1000) % 5 == 0, 1.0, 0.0)  # a fifth of the rows are bad, of which a tenth is enough
     assert guide_findings("h", bad * jax.random.normal(KEY, (200, 1000)), "fix")[1].value == 1.0

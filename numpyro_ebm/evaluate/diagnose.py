@@ -145,7 +145,8 @@ def _of_phase(
     if not chains_of(mutable_state):
         raise ValueError("the fit has no negative chains to diagnose: pass the result of a fit of negative_phase(model).")
     phase.check_chains(params, mutable_state, *args, **kwargs)
-    numbers, of_guide, beyond = compiled(_numbers, rng_key, phase, guide, num_samples, params, mutable_state, args, kwargs)
+    call = phase, guide, num_samples, params, mutable_state, args, kwargs
+    numbers, of_guide, beyond = compiled(_numbers, rng_key, *call, cheaply=True)
     findings = chain_findings(phase, numbers, params, mutable_state, args, kwargs)
     findings += [guide_stationarity_finding(site, found) for site, found in of_guide.items()]
     return findings + prediction_findings(beyond)

@@ -24,6 +24,7 @@ PARETO_K = 0.7
 UNWEIGHTED = 0.5  # the fraction that should count at least where samples stand for the other distribution without weights
 LEAST_FRACTION = 0.1  # that should count: with less a guide is another distribution, whatever its samples are used for
 MIN_SAMPLES, MAX_SAMPLES, MAX_WEIGHTS = 200, 1000, 2**17  # of every row, and of all rows of a batch together
+MAX_ELEMENTS = 2**25  # of the visible that are weighed, where the least number of samples allows
 ROWS_AT_ONCE = 4096  # samples of rows that are weighed together: more take memory, and less are slow
 MAX_ROWS = 200  # whose k is fitted
 ROWS_BELOW = 0.9  # the fraction of rows that are no worse than what is told
@@ -33,17 +34,19 @@ EQUAL = 1e-3  # weights are told apart by more than this, since rounding makes m
 FRACTION, SHAPE = "fraction of the guide's samples that count", "Pareto k of the guide's weights"
 
 
-def num_guide_samples(num_rows: int) -> int:
-    """How many samples of the guide to weigh for each of so many rows."""
-    return min(MAX_SAMPLES, max(MIN_SAMPLES, MAX_WEIGHTS // num_rows))
+def num_guide_samples(num_rows: int, size: int = 1) -> int:
+    """How many samples of the guide to weigh for each of so many rows, of so many elements."""
+    return min(MAX_SAMPLES, max(MIN_SAMPLES, min(MAX_WEIGHTS, MAX_ELEMENTS // size) // num_rows))
 
 
-def in_groups(weigh: Callable[[Array, int], Array], rng_key: Array, num_rows: int) -> Array:
+def in_groups(weigh: Callable[[Array, int], Array], rng_key: Array, v: Array) -> Array:
     """Log weights of as many samples as are wanted of every row, ``(num_samples, rows)``, several at once.
 
     :param weigh: log weights of so many samples by a key.
+    :param v: the rows, of the visible.
     """
-    num_samples = num_guide_samples(num_rows)
+    num_rows = len(v)
+    num_samples = num_guide_samples(num_rows, max(1, v.size // num_rows))
     at_once = min(num_samples, max(1, ROWS_AT_ONCE // num_rows))
     found = lax.map(lambda key: weigh(key, at_once), jax.random.split(rng_key, -(-num_samples // at_once)))
     return found.reshape(-1, num_rows)

@@ -458,7 +458,7 @@ class BiDVL(Engine):
         def weigh(key: Array, num_samples: int) -> Array:
             return map_over(partial(levels.log_weights, state), jax.random.split(key, num_samples))
 
-        return {levels.visible: in_groups(weigh, rng_key, len(batch.args[0]))}
+        return {levels.visible: in_groups(weigh, rng_key, batch.args[0])}
 
     def _fix(self) -> str:
         return "take smaller learning rates, upper=Hinge(), or spectral normalization of the energy's network."

@@ -296,7 +296,7 @@ class Levels:
             drawn = draw(self.guide, (v, *rest), self.kwargs, key, num_samples, params=params, relaxed=False)
             return map_over(lambda h: log_p(params, v, h.latents) - log_q(params, v, h), drawn)
 
-        return in_groups(weigh, rng_key, len(v))
+        return in_groups(weigh, rng_key, v)
 
 
 NEARER = "Take a guide nearer to the posterior: a larger family (a full covariance), more inner steps, a smaller learning rate."

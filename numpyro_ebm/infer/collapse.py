@@ -10,7 +10,6 @@ has 0. A density that the rows do support hardly changes within half the distanc
 """
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from jax.scipy.linalg import solve_triangular
 
 from numpyro_ebm.evaluate import Finding
 from numpyro_ebm.evaluate.report import not_told
+from numpyro_ebm.objectives.score import ScoreFn
 
 MAX_NEIGHBORS = 5000  # rows that neighbors are looked for in: of more, the nearest is hardly closer
 SAME = 1e-3  # rows closer than this are taken for one, relative to their size
@@ -29,6 +29,7 @@ ROWS_PER_DIM = 10  # so many there must be for each coordinate: of fewer, a cova
 LEAST_VARIANCE = 1e-3  # of standardized data: a direction with less has a precision that would be all of an objective
 NUM_BATCHES = 8  # that the objective at the rows is compared on
 MORE_BATCHES = 32  # the same of denoising, whose noise is most of the objective
+MANY_ELEMENTS = 256  # of a row, over which noise averages
 SHORT_OF = 0.2  # of what a Gaussian reaches there a model may be short
 AT_ROWS, VALIDATION = "objective at the rows", "objective on validation rows"
 FIX = (
@@ -73,25 +74,25 @@ def beside(rng_key: Array, v: Array, data: Array) -> Array:
     return (v + length[:, None] * directions @ root.T).reshape(shape)
 
 
-def gaussian_objective(loss: Callable[[Callable[[Array], Array]], Array], data: Array) -> Array:
-    """The objective of a normal distribution of independent coordinates, fitted to the data.
+def num_batches(size: int) -> int:
+    """How many batches denoising is judged on, by rows of so many elements."""
+    return max(NUM_BATCHES, min(MORE_BATCHES, MORE_BATCHES * MANY_ELEMENTS // size))
 
-    :param loss: the objective as a function of the score.
-    """
+
+def gaussian_score(data: Array) -> ScoreFn:
+    """The score of a normal distribution of independent coordinates, fitted to the data."""
     mean, variance = jnp.nanmean(data, 0), jnp.nanvar(data, 0)
-    return loss(lambda v: -(v - mean) / jnp.where(variance > 0, variance, 1))
+    return lambda v: -(v - mean) / jnp.where(variance > 0, variance, 1)
 
 
-def correlated_objective(loss: Callable[[Callable[[Array], Array]], Array], data: Array) -> Array:
-    """The objective of a normal distribution with the covariance of the data; of few rows as :func:`gaussian_objective`.
+def correlated_score(data: Array) -> ScoreFn:
+    """The score of a normal distribution with the covariance of the data; of few rows :func:`gaussian_score`.
 
-    Directions in which the data hardly vary get the variance 1, so that the objective is about the others.
-
-    :param loss: the objective as a function of the score.
+    Directions in which the data hardly vary get the variance 1, so that an objective is about the others.
     """
     some = data[:: -(-len(data) // MAX_ROWS)].reshape(-1, math.prod(data.shape[1:]))
     if len(some) < ROWS_PER_DIM * some.shape[1]:
-        return gaussian_objective(loss, data)
+        return gaussian_score(data)
     mean, scale = some.mean(0), some.std(0)
     scale = jnp.where(scale > 0, scale, 1)
     rows = (some - mean) / scale
@@ -102,7 +103,7 @@ def correlated_objective(loss: Callable[[Callable[[Array], Array]], Array], data
         along = jnp.matmul((v.reshape(len(v), -1) - mean) / scale, axes, precision="highest")
         return (-jnp.matmul(along * precisions, axes.T, precision="highest") / scale).reshape(v.shape)
 
-    return loss(score)
+    return score
 
 
 def collapse_finding(site: str, at_rows: float, beside_rows: float, of_gaussian: float) -> Finding:

@@ -26,20 +26,26 @@ from numpyro_ebm.evaluate.report import Finding, are_reports_enabled, not_told, 
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.infer.collapse import (
     AT_ROWS,
-    MORE_BATCHES,
     NUM_BATCHES,
     beside,
     collapse_finding,
-    correlated_objective,
-    gaussian_objective,
+    correlated_score,
+    gaussian_score,
     level_finding,
     noise_finding,
+    num_batches,
     validation_finding,
 )
 from numpyro_ebm.infer.engine import Engine, RunResult, compiled_method
 from numpyro_ebm.infer.noise_levels import levels_finding
 from numpyro_ebm.infer.visible_density import FROM_ROWS, LATENTS, MAX_ROWS, DensityNumbers, density_findings, density_numbers
-from numpyro_ebm.objectives.score import DenoisingScoreMatching, MultiscaleDenoisingScoreMatching, ScoreObjective, objective_keys
+from numpyro_ebm.objectives.score import (
+    DenoisingScoreMatching,
+    MultiscaleDenoisingScoreMatching,
+    ScoreFn,
+    ScoreObjective,
+    objective_keys,
+)
 from numpyro_ebm.program.batch import Batch, drawn_batch, first_batch, over_rows, run_at_zero, whole_batch
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.rows import ROUNDING
@@ -178,7 +184,7 @@ class ScoreEngine(Engine):
         numbers = self.evaluate(state, *args, **kwargs), self.evaluate(state, *rows, **kwargs)
         gaussians = self._gaussian(state, args[0], args[0]), self._gaussian(state, args[0], rows[0])
         (here, there), (at_rows, at_validation) = (map(float, pair) for pair in (numbers, gaussians))
-        of_flat = float(self._gaussian_loss(state.rng_key, args[0], jnp.asarray(args[0]), lambda loss, _: loss(jnp.zeros_like)))
+        of_flat = float(self._loss_of_score(state.rng_key, jnp.asarray(args[0]), jnp.zeros_like))
         site = self._visible_site(state, args, kwargs)
         return [*found, validation_finding(site, here, there, at_rows, at_validation, of_flat)]
 
@@ -239,21 +245,22 @@ class ScoreEngine(Engine):
     @partial(compiled_method, cheaply=True)
     def _at_rows(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Array, Array, Array]:
         """Of some batches, the loss; that of a Gaussian with the covariance of the data; and that of no score at all."""
+        of_data = self._fitted(state.rng_key, args[0], correlated_score)
 
         def of_batch(rng_key: Array) -> tuple[Array, Array, Array]:
             batch = self._batch(rng_key, state.params, args, kwargs)
             loss = self._batch_loss(state._replace(rng_key=rng_key), batch, kwargs)
-            fits = (correlated_objective, lambda loss, _: loss(jnp.zeros_like))
-            of_gaussian, of_flat = (self._gaussian_loss(rng_key, args[0], batch.args[0], fit) for fit in fits)
+            of_gaussian, of_flat = (self._loss_of_score(rng_key, batch.args[0], score) for score in (of_data, jnp.zeros_like))
             return loss, of_gaussian, of_flat
 
-        return lax.map(of_batch, jax.random.split(state.rng_key, MORE_BATCHES))
+        return lax.map(of_batch, jax.random.split(state.rng_key, num_batches(args[0].size // len(args[0]))))
 
     @compiled_method
     def _beside(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Array, Array, Array, Array]:
         """Of some batches, the loss on their rows, and beside those of the first; that of a Gaussian of independent coordinates,
         and of one with the covariance of the data.
         """
+        scores = [self._fitted(state.rng_key, args[0], fit) for fit in (gaussian_score, correlated_score)]
 
         def of_batch(at: tuple[Array, Array]) -> tuple[Array, Array, Array, Array]:
             is_first, rng_key = at
@@ -266,8 +273,7 @@ class ScoreEngine(Engine):
 
             moved = lax.cond(is_first, lambda: beside(move_key, v, args[0]), lambda: v)  # which is expensive
             here, there = lax.map(loss, jnp.stack([v, moved]))
-            gaussians = (self._gaussian_loss(rng_key, args[0], v, fit) for fit in (gaussian_objective, correlated_objective))
-            return here, there, *gaussians
+            return here, there, *(self._loss_of_score(rng_key, v, score) for score in scores)
 
         others = jax.random.split(jax.random.fold_in(state.rng_key, 2), NUM_BATCHES - 1)
         keys = jnp.concatenate([state.rng_key[None], others])
@@ -275,23 +281,31 @@ class ScoreEngine(Engine):
 
     @compiled_method
     def _gaussian(self, state: Any, data: Array, v: Array) -> Array:
-        return self._gaussian_loss(state.rng_key, data, v)
+        return self._loss_of_score(state.rng_key, v, self._fitted(state.rng_key, data, gaussian_score))
 
-    def _gaussian_loss(self, rng_key: Array, data: Array, v: Array, fit: Callable[..., Array] = gaussian_objective) -> Array:
-        """The objective on rows of a Gaussian that is fitted to the data, each with its noise."""
+    def _fitted(self, rng_key: Array, data: Array, fit: Callable[[Array], ScoreFn]) -> ScoreFn:
+        """The score of a Gaussian that is fitted to the data, with their noise."""
+        return fit(self.objective.perturb(objective_keys(rng_key).draw, data))
+
+    def _loss_of_score(self, rng_key: Array, v: Array, score: ScoreFn) -> Array:
+        """The objective of a score on rows, with their noise."""
         keys = objective_keys(rng_key)
-        v_tilde = self.objective.perturb(keys.noise, v)
-        data = self.objective.perturb(keys.draw, data)
-        return fit(lambda score: self.objective.loss(score, keys.loss, v, v_tilde).mean(), data)
+        return self.objective.loss(score, keys.loss, v, self.objective.perturb(keys.noise, v)).mean()
 
     def _visible_site(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """The name of the site of the visible."""
         return self._visible(state, args, kwargs)[0].site
 
     def _visible(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Visible, Run]:
-        """The visible, and the run of the model that it was found in."""
-        batch = self._first_batch(state.rng_key, state.params, args, kwargs)
-        return find_visible(batch.of(self._inner), batch.args, kwargs, state.rng_key, data=state.params)
+        """The visible, and the run of the model that it was found in, of whose values the shapes are known."""
+        found: list[tuple[Visible, Run]] = []
+
+        def look(state: Any) -> None:
+            batch = self._first_batch(state.rng_key, state.params, args, kwargs)
+            found.append(find_visible(batch.of(self._inner), batch.args, kwargs, state.rng_key, data=state.params))
+
+        jax.eval_shape(look, state)  # nothing is computed
+        return found[0]
 
     def _inspect(self, rng_key: Array, data: dict[str, Any], batch: Batch, kwargs: dict[str, Any]) -> tuple[Visible, Run]:
         """The visible and a run of the model, which is refused if no score could teach it."""
