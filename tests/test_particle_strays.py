@@ -131,3 +131,20 @@ def test_a_particle_that_starts_where_no_move_is_accepted_is_warned_of():
     with pytest.warns(UserWarning, match="site 'noise': nats that a particle would gain at another's place is") as told:
         engine.run(KEY, 100, y, init_state=bad, progress_bar=False, report=True)
     assert len(told) == 1
+
+
+def test_particles_do_not_start_as_strays():
+    # Catches a start that leaves a particle where it was drawn because those of its row, which stand right, are stiff too.
+    y = jnp.asarray(np.random.default_rng(0).standard_normal((40, 5)))
+
+    def model(y):
+        numpyro.param("loc", 0.0)
+        noise = numpyro.sample("noise", dist.HalfNormal(3.0))
+        with numpyro.plate("groups", 40, dim=-2):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            with numpyro.plate("obs", 5, dim=-1):
+                numpyro.sample("y", dist.Normal(z, noise), obs=y)
+
+    engine = ParticleMMLE(model, optax.sgd(0.0), num_particles=10, kernel="mala")
+    gains = [found(diagnose(engine.init(jax.random.key(i), y), engine, y, warn=False), GAIN) for i in range(10)]
+    assert all(gain.is_well for gain in gains), [gain.value for gain in gains]

@@ -16,6 +16,7 @@ from jax import Array, lax
 
 from numpyro_ebm.infer.particle_batch import ParticleBatch, Particles
 from numpyro_ebm.infer.particle_moves import How, Moves, adjusted
+from numpyro_ebm.infer.particle_strays import without_strays
 from numpyro_ebm.infer.stability import SCORES_AT_START, STIFF_IN_RUN, Blocks, stiffness
 from numpyro_ebm.program.provenance import mark, sources
 from numpyro_ebm.program.rows import all_batches, full_shape, scatter
@@ -189,7 +190,8 @@ def tamed(batch: ParticleBatch, theta: Any, x: Particles, step_size: dict[str, A
     tame_first, num_tame = jnp.argsort(wild, 0), jnp.maximum((~wild).sum(0), 1)
     place = jnp.arange(len(wild)).reshape(-1, *[1] * (wild.ndim - 1))
     source = jnp.where(wild & ~wild.all(0), jnp.take_along_axis(tame_first, place % num_tame, 0), place)
-    return {name: jnp.take_along_axis(x[name], at, 0) for name, at in blocks.spread(source, x).items()}
+    x = {name: jnp.take_along_axis(x[name], at, 0) for name, at in blocks.spread(source, x).items()}
+    return without_strays(batch, theta, x)
 
 
 def _finite_batches(

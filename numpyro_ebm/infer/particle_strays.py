@@ -14,7 +14,7 @@ is hardly further below its top than the number of its elements, however wide it
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -22,9 +22,7 @@ from jax import Array, lax
 
 from numpyro_ebm.evaluate.report import Finding
 from numpyro_ebm.infer.particle_batch import ParticleBatch, Particles
-from numpyro_ebm.infer.particle_rows import rows_of
-
-LogDensity = Callable[[Array], Array]
+from numpyro_ebm.infer.particle_rows import Rows, rows_of
 
 GAIN = "nats that a particle would gain at another's place"
 # What a million samples may lose: 60 nats where tails are those of two Cauchy variables, 14 more than on average where they are
@@ -50,22 +48,31 @@ class Gain(NamedTuple):
 
 def largest_gains(batch: ParticleBatch, theta: Any, x: Particles) -> dict[str, Gain]:
     """By latent site; traced. Nothing of a single particle, and of rows that cannot be told apart."""
-    num_places = min(OTHERS, len(next(iter(x.values()))) - 1) + 1
-    found = {}
+    return {name: Gain(gains.max(), most) for name, rows in rows_of(batch, theta).items() for gains, most in _gains(rows, theta, x)}
+
+
+def without_strays(batch: ParticleBatch, theta: Any, x: Particles) -> Particles:
+    """Particles that stand where others do, where they would gain more by that than is right; the others stay."""
     for name, rows in rows_of(batch, theta).items():
-        if num_places == 1 or rows.coupled:
-            continue
-        log_density, shape = rows.given_others(theta, x), x[name].shape
+        for gains, most in _gains(rows, theta, x):
+            places = jnp.stack([jnp.roll(x[name], i, 0) for i in range(len(gains))])
+            at = jnp.where(gains.max(0) > most, gains.argmax(0), 0)[None]
+            x = {**x, name: jnp.take_along_axis(places, at, 0)[0]}
+    return x
 
-        def at_place(i: Array, x: Array = x[name], log_density: LogDensity = log_density) -> Array:
-            return log_density(jnp.roll(x, i, 0))
 
-        values = lax.map(at_place, jnp.arange(num_places))
-        gains = values - values[0]
-        num_elements = math.prod(shape) / math.prod(rows.shape_of(shape))
-        rounding = ROUNDINGS * jnp.finfo(values.dtype).eps * jnp.nanmedian(jnp.abs(values))
-        found[name] = Gain(jnp.max(jnp.where(jnp.isnan(gains), 0, gains)), MOST + MOST_PER_ELEMENT * num_elements + rounding)
-    return found
+def _gains(rows: Rows, theta: Any, x: Particles) -> Iterator[tuple[Array, Array]]:
+    """What each particle gains at its own place and at others', ``(places, particles, ...)``, and the most that is right."""
+    value = x[rows.name]
+    num_places = min(OTHERS, len(value) - 1) + 1
+    if num_places == 1 or rows.coupled:
+        return
+    log_density, shape = rows.given_others(theta, x), value.shape
+    values = lax.map(lambda i: log_density(jnp.roll(value, i, 0)), jnp.arange(num_places))
+    gains = values - values[0]
+    num_elements = math.prod(shape) / math.prod(rows.shape_of(shape))
+    rounding = ROUNDINGS * jnp.finfo(values.dtype).eps * jnp.nanmedian(jnp.abs(values))
+    yield jnp.where(jnp.isnan(gains), 0, gains), MOST + MOST_PER_ELEMENT * num_elements + rounding
 
 
 def stray_findings(gains: dict[str, Gain], *, are_well: bool) -> list[Finding]:
