@@ -722,7 +722,10 @@ class ParticleMMLE(Engine):
     @partial(compiled_method, cheaply=True)
     def _chain_numbers(self, state: ParticleState, rng_key: Array, *args: Any, **kwargs: Any) -> ChainNumbers:
 
-        run = partial(self._with_a_particle, state, args, kwargs)
+        def run(key: Array) -> Run:
+            batch = self._batch(state, own_key(key), args, kwargs)  # with rows of its own
+            return self._with_a_particle(batch, state.unconstrained, batch.gather(state.particles), args, kwargs, key)
+
         return self._phase.numbers(rng_key, state.params, state.mutable_state, args, kwargs, run)
 
     @partial(compiled_method, cheaply=True)
@@ -731,16 +734,16 @@ class ParticleMMLE(Engine):
     ) -> tuple[dict[str, JumpNumbers], dict[str, Gain], dict[str, Beyond]]:
         batch = self._batch(state, own_key(rng_key), args, kwargs)
         theta, x = state.unconstrained, batch.gather(state.particles)
-        beyond = beyond_predictions(rng_key, partial(self._with_a_particle, state, args, kwargs))
+        beyond = beyond_predictions(rng_key, partial(self._with_a_particle, batch, theta, x, args, kwargs))
         return jump_numbers(rng_key, batch, theta, x), largest_gains(batch, theta, x), beyond
 
-    def _with_a_particle(self, state: ParticleState, args: tuple[Any, ...], kwargs: dict[str, Any], key: Array) -> Run:
-        """The model with one of the particles, on rows of their own where it is subsampled."""
-        batch = self._batch(state, own_key(key), args, kwargs)
-        particles = batch.gather(state.particles)
-        at = jax.random.randint(key, (), 0, number_of(particles))
-        one = jax.tree.map(lambda x: x[at], particles)
-        return run_model(self._phase.inner, args, kwargs, key, data=batch.data(state.unconstrained), latents=one)
+    def _with_a_particle(
+        self, batch: ParticleBatch, theta: Any, x: Particles, args: tuple[Any, ...], kwargs: dict[str, Any], key: Array
+    ) -> Run:
+        """The model with one of the particles."""
+        at = jax.random.randint(key, (), 0, number_of(x))
+        one = jax.tree.map(lambda x: x[at], x)
+        return run_model(self._phase.inner, args, kwargs, key, data=batch.data(theta), latents=one)
 
     def _explain(self, state: ParticleState, bad: dict[Part, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         for part, code in bad.items():
