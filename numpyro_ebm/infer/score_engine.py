@@ -239,7 +239,10 @@ class ScoreEngine(Engine):
             return run_at_zero(moved.of(self._inner), moved.args, kwargs, state.rng_key, params).observed[site]
 
         rows = jnp.asarray(seen(state.params)["value"])
-        energy_of = lambda params: energy_site(seen(params)["fn"])  # noqa: E731
+        def energy_of(params: dict[str, Any]) -> Any:
+            return energy_site(seen(params)["fn"])
+
+        rows = jnp.asarray(seen(state.params)["value"])
         return density_numbers(judge_key, energy_of, state.params, rows[:: -(-len(rows) // MAX_ROWS)])
 
     @partial(compiled_method, cheaply=True)
