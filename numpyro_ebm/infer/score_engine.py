@@ -238,7 +238,6 @@ class ScoreEngine(Engine):
         def seen(params: dict[str, Any]) -> Site:
             return run_at_zero(moved.of(self._inner), moved.args, kwargs, state.rng_key, params).observed[site]
 
-        rows = jnp.asarray(seen(state.params)["value"])
         def energy_of(params: dict[str, Any]) -> Any:
             return energy_site(seen(params)["fn"])
 
