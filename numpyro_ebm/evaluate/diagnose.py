@@ -17,7 +17,7 @@ from numpyro_ebm._fit import fit_of
 from numpyro_ebm.chains import chains_of
 from numpyro_ebm.evaluate.guide_stationarity import GuideDistance, guide_distances, guide_stationarity_finding
 from numpyro_ebm.evaluate.negative_chains import NUM_SAMPLES, ChainNumbers, chain_findings, chain_numbers
-from numpyro_ebm.evaluate.predictions import Beyond, beyond_predictions, prediction_findings
+from numpyro_ebm.evaluate.predictions import Predictions, prediction_findings, predictions
 from numpyro_ebm.evaluate.report import Finding, FitReport
 from numpyro_ebm.handlers import innermost, negative_phase, undrawn, unnormalized
 from numpyro_ebm.program.run import Run, run_model
@@ -146,10 +146,10 @@ def _of_phase(
         raise ValueError("the fit has no negative chains to diagnose: pass the result of a fit of negative_phase(model).")
     phase.check_chains(params, mutable_state, *args, **kwargs)
     call = phase, guide, num_samples, params, mutable_state, args, kwargs
-    numbers, of_guide, beyond = compiled(_numbers, rng_key, *call, cheaply=True)
+    numbers, of_guide, of_data = compiled(_numbers, rng_key, *call, cheaply=True)
     findings = chain_findings(phase, numbers, params, mutable_state, args, kwargs)
     findings += [guide_stationarity_finding(site, found) for site, found in of_guide.items()]
-    return findings + prediction_findings(beyond)
+    return findings + ([] if of_data is None else prediction_findings(of_data))
 
 
 def _numbers(
@@ -161,7 +161,7 @@ def _numbers(
     mutable_state: dict[str, Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> tuple[ChainNumbers, dict[str, GuideDistance], dict[str, Beyond]]:
+) -> tuple[ChainNumbers, dict[str, GuideDistance], Predictions | None]:
     data, model = {**params, **mutable_state}, unnormalized(innermost(phase).fn)
 
     def run(key: Array, rows: dict[str, Array] | None = None) -> Run:
@@ -177,6 +177,12 @@ def _numbers(
 
     numbers = chain_numbers(rng_key, phase, num_samples, params, mutable_state, args, kwargs, None if guide is None else run)
     if guide is None:
-        return numbers, {}, {}
+        return numbers, {}, None
+
+    def run_at(key: Array, seen: Run, latents: dict[str, Array]) -> Run:
+        given = {**data, **{name: plate.indices for name, plate in seen.plates.items()}, **seen.drawn}
+        given = {name: value for name, value in given.items() if name not in latents}
+        return run_model(model, args, kwargs, key, data=given, latents=latents)
+
     guide_key, predict_key = jax.random.split(jax.random.fold_in(rng_key, 1))
-    return numbers, guide_distances(guide_key, model, run, data, args, kwargs), beyond_predictions(predict_key, run)
+    return numbers, guide_distances(guide_key, model, run, data, args, kwargs), predictions(predict_key, run, run_at)

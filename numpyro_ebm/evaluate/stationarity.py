@@ -48,6 +48,11 @@ FIX = (
     "same"
 )
 
+NO_GRADIENT = (
+    "the energy has no gradient in its parameters where it learns, nor at its chains, so that it stays what it is: a network is "
+    "saturated where its inputs are large. Standardize the data, and take a base on their scale"
+)
+
 RunOf = Callable[[Array], Run]
 Data = dict[str, Any]
 
@@ -208,7 +213,7 @@ def natural_distance(
     slopes = lax.map(lambda both: along(*both), (directions, x))
     of_values, of_chains = slopes[:, : num_values * size], slopes[:, num_values * size :]
     scale = jnp.sqrt(of_chains.var(1).reshape(2, -1).mean(1))
-    scale = jnp.where(scale > 0, scale, jnp.inf)[:, None]  # of no gradient
+    scale = scale[:, None]  # 0 of an energy without a gradient, of which nan is told
     of_values = of_values.reshape(2, num_values, -1).mean(2) / scale
     of_chains = of_chains.reshape(2, num_chains, -1).mean(2) / scale
     variance = _variance_of_mean(of_chains) + (0 if is_all else _variance_of_mean(of_values))
@@ -233,5 +238,7 @@ def stationarity_finding(site: str, found: Distance | Unknown, *, are_well: bool
     if isinstance(found, Unknown):
         return not_told(site, quantity, found.why, is_missing=found.is_missing)
     value, error = float(found.value), float(found.error)
+    if math.isnan(value):
+        return not_told(site, quantity, NO_GRADIENT, is_missing=are_well)
     fix = FIX.format("the density and the data" if found.is_observed else "the prior and the posterior that it learns from")
     return Finding(site, quantity, value, None, MOST + 3 * error if are_well else None, fix if are_well else "")

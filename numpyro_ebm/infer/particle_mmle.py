@@ -31,7 +31,7 @@ from numpyro_ebm._map_over import map_over
 from numpyro_ebm._pytree import keep
 from numpyro_ebm.distributions.guard import NormalizerError
 from numpyro_ebm.evaluate.negative_chains import ChainNumbers
-from numpyro_ebm.evaluate.predictions import Beyond, beyond_predictions, prediction_findings
+from numpyro_ebm.evaluate.predictions import Predictions, prediction_findings, predictions
 from numpyro_ebm.evaluate.report import Finding
 from numpyro_ebm.handlers import negative_phase
 from numpyro_ebm.infer.engine import Engine, compiled_method
@@ -711,9 +711,9 @@ class ParticleMMLE(Engine):
         ]
         if self.kernel == "langevin" and self.dynamics is None:
             found.append(stiffness_finding(self._look(state, *map(jnp.asarray, (0, 1, NUM_SCORES)), *args, **kwargs)))
-        jumps, gains, beyond = self._cloud_numbers(state, rng_key, *args, **kwargs)
+        jumps, gains, of_data = self._cloud_numbers(state, rng_key, *args, **kwargs)
         found += stray_findings(gains, are_well=all(finding.is_well for finding in found))
-        found += jump_findings(jumps, is_adjusted=self.kernel == "mala") + prediction_findings(beyond)
+        found += jump_findings(jumps, is_adjusted=self.kernel == "mala") + prediction_findings(of_data)
         if has_chains(state.mutable_state):
             numbers = self._chain_numbers(state, rng_key, *args, **kwargs)
             found += self._phase.findings(numbers, state.params, state.mutable_state, args, kwargs)
@@ -731,11 +731,15 @@ class ParticleMMLE(Engine):
     @partial(compiled_method, cheaply=True)
     def _cloud_numbers(
         self, state: ParticleState, rng_key: Array, *args: Any, **kwargs: Any
-    ) -> tuple[dict[str, JumpNumbers], dict[str, Gain], dict[str, Beyond]]:
+    ) -> tuple[dict[str, JumpNumbers], dict[str, Gain], Predictions]:
         batch = self._batch(state, own_key(rng_key), args, kwargs)
         theta, x = state.unconstrained, batch.gather(state.particles)
-        beyond = beyond_predictions(rng_key, partial(self._with_a_particle, batch, theta, x, args, kwargs))
-        return jump_numbers(rng_key, batch, theta, x), largest_gains(batch, theta, x), beyond
+
+        def run_at(key: Array, seen: Run, latents: dict[str, Array]) -> Run:
+            return run_model(self._phase.inner, args, kwargs, key, data=batch.data(theta), latents=latents)
+
+        of_data = predictions(rng_key, partial(self._with_a_particle, batch, theta, x, args, kwargs), run_at)
+        return jump_numbers(rng_key, batch, theta, x), largest_gains(batch, theta, x), of_data
 
     def _with_a_particle(
         self, batch: ParticleBatch, theta: Any, x: Particles, args: tuple[Any, ...], kwargs: dict[str, Any], key: Array
