@@ -148,8 +148,11 @@ def _of_phase(
     call = phase, guide, num_samples, params, mutable_state, args, kwargs
     numbers, of_guide, of_data = compiled(_numbers, rng_key, *call, cheaply=True)
     findings = chain_findings(phase, numbers, params, mutable_state, args, kwargs)
-    findings += [guide_stationarity_finding(site, found) for site, found in of_guide.items()]
-    return findings + ([] if of_data is None else prediction_findings(of_data))
+    if of_data is None:
+        return findings
+    of_latents = [guide_stationarity_finding(site, found) for site, found in of_guide.items()]
+    are_well = all(finding.is_well for finding in of_latents)
+    return findings + of_latents + prediction_findings(of_data, are_well=are_well)
 
 
 def _numbers(

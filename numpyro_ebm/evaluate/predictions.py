@@ -148,13 +148,16 @@ def _pull(scores: Array) -> Pull:
     return Pull(of_data.mean() / expected, of_replicas.std() / math.sqrt(of_data.size) / expected)
 
 
-def prediction_findings(found: Predictions) -> list[Finding]:
-    """What is said of these numbers. Where data lie beyond their predictions, that is the cause to tell."""
+def prediction_findings(found: Predictions, *, are_well: bool = True) -> list[Finding]:
+    """What is said of these numbers. Where data lie beyond their predictions, that is the cause to tell.
+
+    :param are_well: whether the latents follow their posterior, as far as is known. Where they do not, that is the cause.
+    """
     of_data = [
         Finding(site, BEYOND, float(beyond.fraction), None, MOST + 1.5 / math.sqrt(float(beyond.num_data)), FIX)
         for site, beyond in found.beyond.items()
     ]
-    are_well = all(finding.is_well for finding in of_data)
+    are_well = are_well and all(finding.is_well for finding in of_data)
     of_latents = []
     for site, (ratio, error) in found.pulls.items():
         value = math.sqrt(float(ratio))

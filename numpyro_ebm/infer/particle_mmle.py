@@ -713,7 +713,8 @@ class ParticleMMLE(Engine):
             found.append(stiffness_finding(self._look(state, *map(jnp.asarray, (0, 1, NUM_SCORES)), *args, **kwargs)))
         jumps, gains, of_data = self._cloud_numbers(state, rng_key, *args, **kwargs)
         found += stray_findings(gains, are_well=all(finding.is_well for finding in found))
-        found += jump_findings(jumps, is_adjusted=self.kernel == "mala") + prediction_findings(of_data)
+        found += prediction_findings(of_data, are_well=all(finding.is_well for finding in found))
+        found += jump_findings(jumps, is_adjusted=self.kernel == "mala")
         if has_chains(state.mutable_state):
             numbers = self._chain_numbers(state, rng_key, *args, **kwargs)
             found += self._phase.findings(numbers, state.params, state.mutable_state, args, kwargs)
