@@ -52,6 +52,7 @@ from numpyro_ebm.evaluate import guide_weights
 from numpyro_ebm.evaluate.guide_weights import FRACTION, SHAPE, guide_findings, num_guide_samples
 from numpyro_ebm.evaluate.mixing import least_sample_size, r_hat, sample_size, worst_r_hat
 from numpyro_ebm.evaluate.negative_chains import DISTANCE
+from numpyro_ebm.evaluate.predictions import BEYOND, PULL
 from numpyro_ebm.evaluate.report import Warned
 from numpyro_ebm.evaluate.stationarity import FROM_DATA, FROM_POSTERIOR
 from numpyro_ebm.infer import Hinge, LowerLevel
@@ -159,7 +160,7 @@ def test_particles_report_how_stiff_they_are_or_how_often_they_are_accepted(engi
     adjusted = ParticleMMLE(normal, optax.sgd(0.0), num_particles=4, kernel="mala")
     report = adjusted.run(KEY, 100, Y, progress_bar=False, report=True).report
     finding = found(report, "acceptance of moves in the row with the least")
-    assert [each.quantity for each in report.findings] == [finding.quantity, GAIN]
+    assert [each.quantity for each in report.findings] == [finding.quantity, GAIN, BEYOND, PULL]
     assert 0.4 < finding.value < 0.7
 
 

@@ -20,7 +20,7 @@ from jax import Array
 
 from numpyro_ebm.evaluate.density import distance_from, known_density, samples_from, why_unknown
 from numpyro_ebm.evaluate.report import Finding, not_told
-from numpyro_ebm.evaluate.stationarity import NO_GRADIENT, NUM_GROUPS, NUM_VALUES, natural_distance
+from numpyro_ebm.evaluate.stationarity import NUM_GROUPS, NUM_VALUES, natural_distance
 
 FROM_ROWS, LIKELIHOOD = "distance of density from rows", "log likelihood of the rows"
 FROM_MAXIMUM = "distance from the maximum of likelihood"
@@ -43,6 +43,7 @@ TO_GAIN = (
     "they want different parameters: take more steps, a falling learning rate, more noise (sigma= of DenoisingScoreMatching), or "
     "go on by likelihood, SVI of negative_phase(model) from these parameters"
 )
+NO_NUMBER = "it is not finite: the density has spikes, or none of its parameters has a gradient"
 LATENTS = "its marginal density, over latents, is not known"
 
 
@@ -114,5 +115,5 @@ def density_findings(site: str, numbers: DensityNumbers | None, num_rows: int) -
     is_well = all(finding.is_well for finding in found)  # else the same cause is told already
     most, fix = (MOST + 3 * to_maximum_error, TO_GAIN.format(to_maximum**2 / 2)) if is_well else (None, "")
     if math.isnan(to_maximum):
-        return [*found, not_told(site, FROM_MAXIMUM, NO_GRADIENT, is_missing=is_well)]
+        return [*found, not_told(site, FROM_MAXIMUM, NO_NUMBER)]
     return [*found, Finding(site, FROM_MAXIMUM, to_maximum, None, most, fix)]
