@@ -90,7 +90,8 @@ def test_pull_on_latents_is_that_of_the_variances(noise, spread):
             with numpyro.plate("data", 5, dim=-1):
                 numpyro.sample("y", dist.Normal(z, noise), obs=y)
 
-    ratio, error = predicted(model, groups).pulls["z"]
+    found = predicted(model, groups)
+    ratio, error = found.pulls["z"]
     variance = (1.0 if spread == 1.0 else 4.0) + 0.2  # of the means of five
     weight = 5 / noise**2 / (1 / spread**2 + 5 / noise**2)
     # the score is 5 / noise^2 times what is left of a mean, and varies by 5 / noise^2 where predictions are data
@@ -100,6 +101,6 @@ def test_pull_on_latents_is_that_of_the_variances(noise, spread):
         assert exact == pytest.approx(1)
     assert ratio == pytest.approx(exact, rel=4.5 * (2 / NUM) ** 0.5)
     assert error == pytest.approx((2 / NUM) ** 0.5, rel=0.1)
-    (finding,) = [f for f in prediction_findings(predicted(model, groups)) if f.quantity == PULL]
+    (finding,) = [f for f in prediction_findings(found) if f.quantity == PULL]
     assert finding.value == pytest.approx(exact**0.5, rel=0.1)
     assert finding.is_well == (spread == 1.0)

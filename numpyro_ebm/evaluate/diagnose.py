@@ -183,9 +183,7 @@ def _numbers(
         return numbers, {}, None
 
     def run_at(key: Array, seen: Run, latents: dict[str, Array]) -> Run:
-        given = {**data, **{name: plate.indices for name, plate in seen.plates.items()}, **seen.drawn}
-        given = {name: value for name, value in given.items() if name not in latents}
-        return run_model(model, args, kwargs, key, data=given, latents=latents)
+        return run_model(model, args, kwargs, key, data={**data, **seen.given(but=latents)}, latents=latents)
 
     guide_key, predict_key = jax.random.split(jax.random.fold_in(rng_key, 1))
     return numbers, guide_distances(guide_key, model, run, data, args, kwargs), predictions(predict_key, run, run_at)

@@ -26,7 +26,7 @@ from jax import Array, lax
 
 from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.program.run import Run, log_density_terms, total
-from numpyro_ebm.program.sites import Model, transform_of
+from numpyro_ebm.program.sites import Model
 
 DISTANCE = "distance of guide from its optimum"
 MOST = 1.0  # standard deviations, half a nat for each element; a constant learning rate of .02 leaves .8 of a latent known to .04
@@ -75,7 +75,7 @@ def guide_distances(
     """
     once = sample_of(rng_key, {})
     rows = {name: plate.indices for name, plate in once.subsampled.items()}
-    known = [name for name in once.latents if not once.sites[name]["fn"].support.is_discrete]
+    known = list(once.positions)
     in_part = [name for name in known if any(plate in rows for plate, _ in once.latents[name].plates)]
     whole = [name for name in known if name not in in_part]
 
@@ -84,9 +84,8 @@ def guide_distances(
 
         def one(key: Array) -> tuple[dict[str, Array], dict[str, Array]]:
             run = sample_of(key, rows)
-            given = {**data, **{name: plate.indices for name, plate in run.plates.items()}, **run.drawn}
-            latents = {name: transform_of(run.sites[name]).inv(run.sites[name]["value"]) for name in names}
-            given = {name: value for name, value in given.items() if name not in latents}
+            positions, given = run.positions, {**data, **run.given(but=names)}
+            latents = {name: positions[name] for name in names}
 
             def log_density(latents: dict[str, Array]) -> Array:
                 return total(log_density_terms(model, args, kwargs, key, data=given, latents=latents)[0])

@@ -31,7 +31,7 @@ from numpyro_ebm.distributions.known import is_known
 from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.evaluate.stationarity import RunOf
 from numpyro_ebm.program.run import Run
-from numpyro_ebm.program.sites import Site, is_factor, is_masked, transform_of
+from numpyro_ebm.program.sites import Site, is_factor, is_masked
 
 BEYOND = "fraction of data beyond 9 predictions"
 MOST = 0.5  # where .2 is right: a noise of half of what the data have gives .5
@@ -42,7 +42,6 @@ FIX = (
     "of the site have not arrived, as a noise that is far too small, or the model cannot describe these data. Take more steps, a "
     "larger learning rate, or a start near the data; standardize data in large units"
 )
-
 
 PULL = "size of the likelihood's scores to that of predictions"
 MOST_PULL = 1.4  # a noise that stands for a prior of the same size gives 2 with five data for each latent
@@ -96,11 +95,7 @@ def predictions(rng_key: Array, run_of: RunOf, run_at: RunAt) -> Predictions:
         run = run_of(run_key)
         compared = {name: site for name, site in run.observed.items() if _is_compared(site)}
         beyond = {name: _beyond(predict_key, site["fn"], jnp.asarray(site["value"])) for name, site in compared.items()}
-        latents = {
-            name: transform_of(run.sites[name]).inv(run.sites[name]["value"])
-            for name in run.latents
-            if not run.sites[name]["fn"].support.is_discrete
-        }
+        latents = run.positions
         if not compared or not latents:
             return Predictions(beyond, {})
 

@@ -14,7 +14,6 @@ is hardly further below its top than the number of its elements, however wide it
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -48,31 +47,36 @@ class Gain(NamedTuple):
 
 def largest_gains(batch: ParticleBatch, theta: Any, x: Particles) -> dict[str, Gain]:
     """By latent site; traced. Nothing of a single particle, and of rows that cannot be told apart."""
-    return {name: Gain(gains.max(), most) for name, rows in rows_of(batch, theta).items() for gains, most in _gains(rows, theta, x)}
+    found = {name: _gains(rows, theta, x) for name, rows in rows_of(batch, theta).items()}
+    return {name: Gain(of_site[0].max(), of_site[1]) for name, of_site in found.items() if of_site is not None}
 
 
 def without_strays(batch: ParticleBatch, theta: Any, x: Particles) -> Particles:
     """Particles that stand where others do, where they would gain more by that than is right; the others stay."""
     for name, rows in rows_of(batch, theta).items():
-        for gains, most in _gains(rows, theta, x):
+        if (found := _gains(rows, theta, x)) is not None:
+            gains, most = found
             places = jnp.stack([jnp.roll(x[name], i, 0) for i in range(len(gains))])
             at = jnp.where(gains.max(0) > most, gains.argmax(0), 0)[None]
             x = {**x, name: jnp.take_along_axis(places, at, 0)[0]}
     return x
 
 
-def _gains(rows: Rows, theta: Any, x: Particles) -> Iterator[tuple[Array, Array]]:
-    """What each particle gains at its own place and at others', ``(places, particles, ...)``, and the most that is right."""
+def _gains(rows: Rows, theta: Any, x: Particles) -> tuple[Array, Array] | None:
+    """What each particle gains at its own place and at others', ``(places, particles, ...)``, and the most that is right.
+
+    None of a single particle, and of rows that cannot be told apart.
+    """
     value = x[rows.name]
     num_places = min(OTHERS, len(value) - 1) + 1
     if num_places == 1 or rows.coupled:
-        return
+        return None
     log_density, shape = rows.given_others(theta, x), value.shape
     values = lax.map(lambda i: log_density(jnp.roll(value, i, 0)), jnp.arange(num_places))
     gains = values - values[0]
     num_elements = math.prod(shape) / math.prod(rows.shape_of(shape))
     rounding = ROUNDINGS * jnp.finfo(values.dtype).eps * jnp.nanmedian(jnp.abs(values))
-    yield jnp.where(jnp.isnan(gains), 0, gains), MOST + MOST_PER_ELEMENT * num_elements + rounding
+    return jnp.where(jnp.isnan(gains), 0, gains), MOST + MOST_PER_ELEMENT * num_elements + rounding
 
 
 def stray_findings(gains: dict[str, Gain], *, are_well: bool) -> list[Finding]:

@@ -90,6 +90,17 @@ class Run(NamedTuple):
         return {name: self.sites[name]["value"] for name in self.latents}
 
     @property
+    def positions(self) -> dict[str, Array]:
+        """Unconstrained values of the continuous latent sites."""
+        sites = {name: self.sites[name] for name in self.latents if not self.sites[name]["fn"].support.is_discrete}
+        return {name: transform_of(site).inv(site["value"]) for name, site in sites.items()}
+
+    def given(self, *, but: Collection[str]) -> dict[str, Any]:
+        """The rows of its plates and the values of its latents but these: what another run like it needs beside them."""
+        indices = {name: plate.indices for name, plate in self.plates.items()}
+        return {name: value for name, value in {**indices, **self.drawn}.items() if name not in but}
+
+    @property
     def observed(self) -> dict[str, Site]:
         """Sample sites with data, factors among them."""
         return {name: site for name, site in self.sites.items() if site["type"] == "sample" and site["is_observed"]}
