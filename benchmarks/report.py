@@ -41,28 +41,31 @@ from numpyro_ebm import (
 ROWS, BATCH = 1000, 200
 
 
-def particles(dim):
+def energy_prior(dim):
     network = eqx.nn.MLP(dim, "scalar", 64, 2, jax.nn.silu, key=jax.random.key(1))
-    base = dist.Normal(0, 1).expand([dim]).to_event(1)
-    y = jax.random.normal(jax.random.key(0), (ROWS, dim)) * 1.2
+    return TiltedDistribution(dist.Normal(0, 1).expand([dim]).to_event(1), eqx_module("energy", network))
 
+
+def hierarchy(dim, batch_size=None):
     def model(y):
-        energy = eqx_module("energy", network)
-        with numpyro.plate("data", ROWS, subsample_size=BATCH):
-            z = numpyro.sample("z", TiltedDistribution(base, energy))
+        prior = energy_prior(dim)
+        with numpyro.plate("data", ROWS, subsample_size=batch_size):
+            z = numpyro.sample("z", prior)
             numpyro.sample("y", dist.Normal(z, 0.5).to_event(1), obs=numpyro.subsample(y, event_dim=1))
 
+    return model, jax.random.normal(jax.random.key(0), (ROWS, dim)) * 1.2
+
+
+def particles(dim):
+    model, y = hierarchy(dim, BATCH)
     return ParticleMMLE(model, optax.adam(1e-3), num_particles=4, step_size=0.05), y
 
 
 def scores(dim):
-    network = eqx.nn.MLP(dim, "scalar", 64, 2, jax.nn.silu, key=jax.random.key(1))
-    base = dist.Normal(0, 1).expand([dim]).to_event(1)
-
     def model(x):
-        energy = eqx_module("energy", network)
+        energy = energy_prior(dim)
         with numpyro.plate("data", len(x)):
-            numpyro.sample("x", TiltedDistribution(base, energy), obs=x)
+            numpyro.sample("x", energy, obs=x)
 
     y = jax.random.normal(jax.random.key(0), (ROWS, dim))
     return ScoreMatching(model, optax.adam(1e-3), DenoisingScoreMatching(0.3), batch_size=BATCH), y
@@ -96,15 +99,7 @@ def vages(*programs):
 
 def by_svi(dim):
     """``SVI`` with a guide, of the same prior."""
-    network = eqx.nn.MLP(dim, "scalar", 64, 2, jax.nn.silu, key=jax.random.key(1))
-    base = dist.Normal(0, 1).expand([dim]).to_event(1)
-    y = jax.random.normal(jax.random.key(0), (ROWS, dim)) * 1.2
-
-    def model(y):
-        energy = eqx_module("energy", network)
-        with numpyro.plate("data", len(y)):
-            z = numpyro.sample("z", TiltedDistribution(base, energy))
-            numpyro.sample("y", dist.Normal(z, 0.5).to_event(1), obs=y)
+    model, y = hierarchy(dim)
 
     def guide(y):
         slope, log_scale = numpyro.param("slope", jnp.ones(dim)), numpyro.param("log_scale", jnp.zeros(dim))

@@ -212,8 +212,7 @@ def natural_distance(
     directions = lax.map(direction, x[::-1])  # of the other half
     slopes = lax.map(lambda both: along(*both), (directions, x))
     of_values, of_chains = slopes[:, : num_values * size], slopes[:, num_values * size :]
-    scale = jnp.sqrt(of_chains.var(1).reshape(2, -1).mean(1))
-    scale = scale[:, None]  # 0 of an energy without a gradient, of which nan is told
+    scale = jnp.sqrt(of_chains.var(1).reshape(2, -1).mean(1))[:, None]  # 0 of an energy without a gradient, of which nan is told
     of_values = of_values.reshape(2, num_values, -1).mean(2) / scale
     of_chains = of_chains.reshape(2, num_chains, -1).mean(2) / scale
     variance = _variance_of_mean(of_chains) + (0 if is_all else _variance_of_mean(of_values))

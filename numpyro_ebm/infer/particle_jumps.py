@@ -130,9 +130,11 @@ class JumpNumbers(NamedTuple):
     is_known: Array
 
 
-def jump_numbers(rng_key: Array, batch: ParticleBatch, theta: Any, x: Particles) -> dict[str, JumpNumbers]:
-    """By latent site that has something to jump from; traced."""
-    rows = rows_of(batch, theta)
+def jump_numbers(rng_key: Array, batch: ParticleBatch, rows: dict[str, Rows], theta: Any, x: Particles) -> dict[str, JumpNumbers]:
+    """By latent site that has something to jump from; traced.
+
+    :param rows: of every latent site.
+    """
     all_jumps = {name: jumps for name in rows if (jumps := Jumps.of(batch, rows[name])) is not None}
     if any(each.coupled for each in rows.values()):
         return dict.fromkeys(all_jumps, JumpNumbers(*map(jnp.asarray, (0.0, [[0.0]], [[0.0]], False))))

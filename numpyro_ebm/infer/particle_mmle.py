@@ -38,7 +38,7 @@ from numpyro_ebm.infer.engine import Engine, compiled_method
 from numpyro_ebm.infer.particle_batch import ParticleBatch, Particles, first, number_of
 from numpyro_ebm.infer.particle_jumps import JumpNumbers, jump_findings, jump_numbers
 from numpyro_ebm.infer.particle_moves import LEAST_ACCEPTANCE, SLOW, AdaptedMoves, Moves
-from numpyro_ebm.infer.particle_rows import are_independent
+from numpyro_ebm.infer.particle_rows import are_independent, rows_of
 from numpyro_ebm.infer.particle_settings import (
     Averaged,
     Maximize,
@@ -740,7 +740,8 @@ class ParticleMMLE(Engine):
             return run_model(self._phase.inner, args, kwargs, key, data=batch.data(theta), latents=latents)
 
         of_data = predictions(rng_key, partial(self._with_a_particle, batch, theta, x, args, kwargs), run_at)
-        return jump_numbers(rng_key, batch, theta, x), largest_gains(batch, theta, x), of_data
+        rows = rows_of(batch, theta)
+        return jump_numbers(rng_key, batch, rows, theta, x), largest_gains(rows, theta, x), of_data
 
     def _with_a_particle(
         self, batch: ParticleBatch, theta: Any, x: Particles, args: tuple[Any, ...], kwargs: dict[str, Any], key: Array

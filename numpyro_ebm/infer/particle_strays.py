@@ -45,9 +45,9 @@ class Gain(NamedTuple):
     most: Array
 
 
-def largest_gains(batch: ParticleBatch, theta: Any, x: Particles) -> dict[str, Gain]:
+def largest_gains(rows: dict[str, Rows], theta: Any, x: Particles) -> dict[str, Gain]:
     """By latent site; traced. Nothing of a single particle, and of rows that cannot be told apart."""
-    found = {name: _gains(rows, theta, x) for name, rows in rows_of(batch, theta).items()}
+    found = {name: _gains(of_site, theta, x) for name, of_site in rows.items()}
     return {name: Gain(of_site[0].max(), of_site[1]) for name, of_site in found.items() if of_site is not None}
 
 
