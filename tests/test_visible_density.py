@@ -23,8 +23,9 @@ from numpyro_ebm import (
     TiltedDistribution,
     diagnose,
 )
+from numpyro_ebm.evaluate.yardstick import LIKELIHOOD
 from numpyro_ebm.infer.collapse import AT_ROWS
-from numpyro_ebm.infer.visible_density import FROM_MAXIMUM, FROM_ROWS, LIKELIHOOD, MOST
+from numpyro_ebm.infer.visible_density import FROM_MAXIMUM, FROM_ROWS, MOST
 
 KEY = jax.random.key(0)
 NOISE = "noise of denoising in standard deviations of the data"

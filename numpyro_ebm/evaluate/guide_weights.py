@@ -39,14 +39,15 @@ def num_guide_samples(num_rows: int, size: int = 1) -> int:
     return min(MAX_SAMPLES, max(MIN_SAMPLES, min(MAX_WEIGHTS, MAX_ELEMENTS // size) // num_rows))
 
 
-def in_groups(weigh: Callable[[Array, int], Array], rng_key: Array, v: Array) -> Array:
+def in_groups(weigh: Callable[[Array, int], Array], rng_key: Array, v: Array, num_samples: int | None = None) -> Array:
     """Log weights of as many samples as are wanted of every row, ``(num_samples, rows)``, several at once.
 
     :param weigh: log weights of so many samples by a key.
     :param v: the rows, of the visible.
+    :param num_samples: or a few more, to fill the last group.
     """
     num_rows = len(v)
-    num_samples = num_guide_samples(num_rows, max(1, v.size // num_rows))
+    num_samples = num_samples or num_guide_samples(num_rows, max(1, v.size // num_rows))
     at_once = min(num_samples, max(1, ROWS_AT_ONCE // num_rows))
     found = lax.map(lambda key: weigh(key, at_once), jax.random.split(rng_key, -(-num_samples // at_once)))
     return found.reshape(-1, num_rows)

@@ -23,10 +23,10 @@ from jax import Array
 
 from numpyro_ebm.chains import chains_of, positions
 from numpyro_ebm.evaluate.capacity import capacity_findings
-from numpyro_ebm.evaluate.density import distance_from, known_density, why_unknown
+from numpyro_ebm.evaluate.density import KnownDensity, distance_from, known_density, why_unknown
 from numpyro_ebm.evaluate.mixing import R_HAT_OF_AGREEING, R_HAT_OF_CHAINS, least_sample_size, worst_r_hat
 from numpyro_ebm.evaluate.report import Finding, not_told
-from numpyro_ebm.evaluate.stationarity import Distance, RunOf, Unknown, distances, stationarity_finding
+from numpyro_ebm.evaluate.stationarity import Distance, RunOf, Unknown, distances, stationarity_findings
 from numpyro_ebm.handlers import chains_target, explain_chains, frozen_chains, innermost, negative_phase
 from numpyro_ebm.program.sites import FIELD
 from numpyro_ebm.weighted import is_weighted
@@ -91,15 +91,17 @@ def chain_numbers(
         return {name: (some_of_field if name in of_field else some)(x) for name, x in positions(chains).items()}
 
     state, draws = frozen_chains(move_key, phase, num_samples, params, mutable_state, args, kwargs, look)
-    distance, has_reference = {}, {}
+    distance, has_reference, known = {}, {}, {}
     for site in chains_of(state):
         energy, sampler = chains_target(phase, site, args, kwargs, {**params, **state})
         if site == FIELD:
             has_reference[site] = False
         else:
             has_reference[site] = energy.chain_log_prob(sampler).reference is not None
-            distance[site] = _distance(judge_key, energy, sampler, draws[site])
-    from_learned = distances(learn_key, phase, run_of, draws, params, state, args, kwargs)
+            x = energy.to_chain(draws[site].reshape(-1, *draws[site].shape[2:]), sampler)
+            known[site] = known_density(judge_key, energy, sampler, x)
+            distance[site] = _distance(known[site], x, is_discrete=energy.support.is_discrete)
+    from_learned = distances(learn_key, phase, run_of, draws, known, params, state, args, kwargs)
     return ChainNumbers(draws, chains_of(state), distance, has_reference, from_learned)
 
 
@@ -149,7 +151,7 @@ def chain_findings(
         findings.append(density)
         if site in numbers.from_learned:
             are_well = all(finding.is_well for finding in findings if finding.site == site)
-            findings.append(stationarity_finding(site, numbers.from_learned[site], are_well=are_well))
+            findings += stationarity_findings(site, numbers.from_learned[site], are_well=are_well)
         findings += [capacity[site]] if site in capacity else []
     return findings
 
@@ -255,8 +257,6 @@ def _from_density(site: str, draws: np.ndarray, known: Any, more: str) -> Findin
     return Finding(site, DISTANCE, float(distance.max()), None, TOLERANCE + 3 * noise, fix)
 
 
-def _distance(rng_key: Array, energy: Any, sampler: Any, draws: Array) -> tuple[Array, Array] | None:
+def _distance(known: KnownDensity | None, x: Array, *, is_discrete: bool) -> tuple[Array, Array] | None:
     """That distance, and how many samples the density is known by; of shape ``batch_shape``."""
-    x = energy.to_chain(draws.reshape(-1, *draws.shape[2:]), sampler)
-    known = known_density(rng_key, energy, sampler, x)
-    return None if known is None else (distance_from(known, x, is_discrete=energy.support.is_discrete), known.worth)
+    return None if known is None else (distance_from(known, x, is_discrete=is_discrete), known.worth)

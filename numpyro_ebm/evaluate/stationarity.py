@@ -27,7 +27,9 @@ from jax import Array, lax
 
 from numpyro_ebm._conjugate_gradient import conjugate_gradient, dot, square
 from numpyro_ebm.chains import chains_of
+from numpyro_ebm.evaluate.density import KnownDensity
 from numpyro_ebm.evaluate.report import Finding, not_told
+from numpyro_ebm.evaluate.yardstick import LIKELIHOOD, MIN_OWNERS, OF_PRIOR, Shortfall, shortfall, shortfall_finding, thinned
 from numpyro_ebm.handlers import chains_target, innermost, negative_phase, undrawn, unnormalized
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.run import Run, run_model
@@ -47,7 +49,10 @@ FIX = (
     "more steps, or average the last of them. Weight decay and priors of parameters keep a fit away from the maximum, and read the "
     "same"
 )
-
+WORSE = (
+    "The last step is at no maximum that a network of this size has: it learns slowly, as where inputs are large, or it is too "
+    "small. Take more steps, a learning rate that falls, standardized data with a base on their scale, or a larger network"
+)
 NO_GRADIENT = (
     "the energy has no gradient in its parameters where it learns, nor at its chains, so that it stays what it is: a network is "
     "saturated where its inputs are large. Standardize the data, and take a base on their scale"
@@ -65,10 +70,12 @@ class Distance:
     value: Array
     #: (), its standard error
     error: Array
+    #: how its log density compares with simple estimates of what it learns from; None where it is not known
+    shortfall: Shortfall | None
     is_observed: bool
 
 
-jax.tree_util.register_dataclass(Distance, ["value", "error"], ["is_observed"])
+jax.tree_util.register_dataclass(Distance, ["value", "error", "shortfall"], ["is_observed"])
 
 
 @jax.tree_util.register_static  # so that a compiled function may return it
@@ -86,6 +93,7 @@ def distances(
     phase: negative_phase,
     run_of: RunOf | None,
     draws: dict[str, Array],
+    known: dict[str, KnownDensity | None],
     params: Data,
     mutable_state: Data,
     args: tuple[Any, ...],
@@ -95,6 +103,7 @@ def distances(
 
     :param run_of: a run of the model by a key, with latents from their posterior; None where that is not known.
     :param draws: of chains at these parameters, ``(num_samples, chains) + shape``.
+    :param known: by site, its density.
     """
     model, data = unnormalized(innermost(phase).fn), {**params, **mutable_state}
     learned = {site.name: site for site in check_run(model, args, kwargs, data=data).sites}
@@ -128,7 +137,9 @@ def distances(
 
             own_params = {param: params[param] for param in own}
             value, error = natural_distance(log_density, own_params, values, _groups(x, shape), is_all=is_all)
-            found[name] = Distance(value, error, is_observed)
+            energy, sampler = chains_target(phase, name, args, kwargs, data)
+            apart = None if is_part or shape else _by_owner(values)
+            found[name] = Distance(value, error, _shortfall(energy, sampler, known[name], apart), is_observed)
             continue
         found[name] = Unknown(why, is_observed, is_missing)
     return found
@@ -158,6 +169,22 @@ def _values(rng_key: Array, run: RunOf, name: str, site: Data, shape: tuple[int,
     starts = [at * every // num_runs for at in range(num_runs)]  # each run with other rows
     apart = [each[start::every][: num_rows // every] for start, each in zip(starts, found, strict=True)]
     return lax.stop_gradient(jnp.concatenate(apart)[:, None])
+
+
+def _by_owner(values: Array) -> Array:
+    """The values of the rows of :func:`_values` beside each other, ``(copies, rows) + event_shape``."""
+    return jnp.moveaxis(values, 1, 0) if values.shape[1] == 1 else values
+
+
+def _shortfall(energy: Any, sampler: Any, known: KnownDensity | None, values: Array | None) -> Shortfall | None:
+    """How its density compares at values ``(copies, rows) + event_shape``, if both are known."""
+    if known is None or values is None or values.shape[1] < MIN_OWNERS or energy.support.is_discrete:
+        return None
+    values = thinned(values)
+    x = energy.to_chain(values.reshape(-1, *values.shape[2:]), sampler)
+    log_density = energy.chain_log_prob(sampler)(x) - known.log_normalizer
+    variance = jnp.where(jnp.isinf(known.worth), 0, 1 / known.worth)
+    return shortfall(log_density.reshape(values.shape[:2]), x.reshape(*values.shape[:2], *x.shape[1:]), variance)
 
 
 def _groups(draws: Array, shape: tuple[int, ...]) -> Array:
@@ -228,16 +255,20 @@ def _variance_of_mean(x: Array) -> Array:
     return x.var(1, ddof=1) / x.shape[1]
 
 
-def stationarity_finding(site: str, found: Distance | Unknown, *, are_well: bool) -> Finding:
-    """What is said of that distance.
+def stationarity_findings(site: str, found: Distance | Unknown, *, are_well: bool) -> list[Finding]:
+    """What is said of that distance, and of its log density.
 
     :param are_well: whether the chains are, which stand for the density. Where they are not, that is the cause to tell.
     """
     quantity = FROM_DATA if found.is_observed else FROM_POSTERIOR
     if isinstance(found, Unknown):
-        return not_told(site, quantity, found.why, is_missing=found.is_missing)
+        return [not_told(site, quantity, found.why, is_missing=found.is_missing)]
     value, error = float(found.value), float(found.error)
     if math.isnan(value):
-        return not_told(site, quantity, NO_GRADIENT, is_missing=are_well)
+        return [not_told(site, quantity, NO_GRADIENT, is_missing=are_well)]
     fix = FIX.format("the density and the data" if found.is_observed else "the prior and the posterior that it learns from")
-    return Finding(site, quantity, value, None, MOST + 3 * error if are_well else None, fix if are_well else "")
+    distance = Finding(site, quantity, value, None, MOST + 3 * error if are_well else None, fix if are_well else "")
+    if found.shortfall is None:
+        return [distance]
+    quantity, fix = (LIKELIHOOD, WORSE) if found.is_observed else (OF_PRIOR, WORSE)
+    return [distance, shortfall_finding(site, quantity, found.shortfall, fix, are_well=are_well and distance.is_well)]

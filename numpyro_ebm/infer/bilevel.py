@@ -7,6 +7,7 @@ A step has two levels, on the same rows: some steps of the guide towards the pos
 step of the model's. The engines differ in the upper level.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpyro
 from jax import Array, lax
+from jax.scipy.special import logsumexp
+from numpyro.distributions import Distribution
 from numpyro.handlers import scale
 from numpyro.infer import Trace_ELBO, TraceEnum_ELBO
 from numpyro.infer.autoguide import AutoGuide
@@ -23,19 +26,29 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro_ebm._checks import require_count, require_instance
 from numpyro_ebm._compat import has_seen_model
 from numpyro_ebm._map_over import map_over
+from numpyro_ebm.distributions.energy import energy_site
+from numpyro_ebm.distributions.known import is_known
 from numpyro_ebm.evaluate.guide_weights import LEAST_FRACTION, guide_findings, in_groups
 from numpyro_ebm.evaluate.report import Finding
 from numpyro_ebm.infer.engine import compiled_method
+from numpyro_ebm.infer.marginal_likelihood import (
+    CONDITIONAL,
+    FEW,
+    MarginalLikelihood,
+    batches_to_judge,
+    likelihood_finding,
+    marginal_likelihood,
+)
 from numpyro_ebm.infer.score_engine import ScoreEngine, require_params, require_same_params
 from numpyro_ebm.objectives.guide import PosteriorFisher
 from numpyro_ebm.objectives.latent import draw, drawn_density, row_density
 from numpyro_ebm.objectives.score import ScoreObjective
 from numpyro_ebm.optim import apply_gradient, as_transformation
-from numpyro_ebm.program.batch import Batch, require_same_rows
+from numpyro_ebm.program.batch import Batch, at_rows, require_same_rows
 from numpyro_ebm.program.pair import require_apart, require_latent, require_pair, same_supports
 from numpyro_ebm.program.rows import dim_of, row_plate
 from numpyro_ebm.program.run import Run, constrain_params, own_key, require_program, run_model, strong_types, unconstrain_params
-from numpyro_ebm.program.sites import Model, Site
+from numpyro_ebm.program.sites import Model, Site, is_factor, is_masked
 from numpyro_ebm.program.visible import Visible
 from numpyro_ebm.train.health import Health, health_of
 
@@ -193,7 +206,25 @@ class BilevelEngine(ScoreEngine):
         for site, log_weights in self._weigh_guide(state, rng_key, *args, **kwargs).items():
             least, fix = self._wanted_of_guide()
             found += guide_findings(site, log_weights, f"{fix} {NEARER}", least=least)
-        return found
+        are_well = all(finding.is_well for finding in found)
+        return [*found, likelihood_finding(*self._likelihood_of(state, rng_key, args, kwargs), are_well=are_well)]
+
+    def _likelihood_of(
+        self, state: Any, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[str, MarginalLikelihood | str]:
+        """The site of the visible, and its likelihood, or why it is not known."""
+        visible, program = self._visible(state, args, kwargs)
+        site = visible.site
+        if is_masked(program.sites[site]["fn"]):
+            return site, "the site is masked"
+        is_normalized = all(_is_normalized(site["fn"]) for site in program.sites.values() if site["type"] == "sample")
+        if not is_normalized and any(jnp.ndim(x) for x in jax.tree.leaves((args[1:], kwargs))):
+            return site, CONDITIONAL
+        batch_size = len(self._first_batch(state.rng_key, state.params, args, kwargs).args[0])
+        batches = batches_to_judge(len(args[0]), batch_size, args[0].size // len(args[0]))
+        if batches is None:
+            return site, FEW
+        return site, self._likelihood(state, rng_key, jnp.asarray(batches), is_normalized, *args, **kwargs)
 
     def _wanted_of_guide(self) -> tuple[float, str]:
         """The fraction of the guide's samples that should count at least; and what becomes of the fit where the guide is bad."""
@@ -204,7 +235,24 @@ class BilevelEngine(ScoreEngine):
         """Log weights of samples of the guide on the rows of a step, ``(num_samples, rows)``, by the names of its sites."""
         batch_key, rng_key = jax.random.split(rng_key)
         levels = Levels(self, state, self._batch(batch_key, state.params, args, kwargs), kwargs)
-        return {", ".join(levels.latents): levels.log_weights(state.params, rng_key)}
+        v, draw_key = levels.noisy(rng_key)
+        found = in_groups(lambda key, num_samples: levels.log_weights(state.params, key, v, num_samples), draw_key, v)
+        return {", ".join(levels.latents): found}
+
+    @partial(compiled_method, cheaply=True)
+    def _likelihood(
+        self, state: Any, rng_key: Array, batches: Array, is_normalized: bool, *args: Any, **kwargs: Any
+    ) -> MarginalLikelihood:
+        first = self._first_batch(state.rng_key, state.params, args, kwargs)
+
+        def density(rng_key: Array, rows: Array, v: Array | None = None, num_samples: int = 1) -> tuple[Array, Array]:
+            levels = Levels(self, state, at_rows(first, args[0], rows), kwargs)
+            noisy, draw_key = levels.noisy(rng_key)
+            v = noisy if v is None else v
+            found = in_groups(lambda key, num: levels.log_weights(state.params, key, v, num), draw_key, v, num_samples)
+            return logsumexp(found, 0) - math.log(len(found)), v
+
+        return marginal_likelihood(rng_key, density, args[0], batches, is_normalized=is_normalized)
 
     def _lower_steps(self, levels: "Levels", theta: Any, phi: Any, optim_state: Any, keys: Array) -> tuple[Any, Any]:
         """One step of the guide for every key, with gradients in ``theta`` if they are asked for."""
@@ -285,18 +333,18 @@ class Levels:
             loss: Array = self.lower_loss.loss(draw_key, params, model, guide, v, *self.rest, **self.kwargs)
             return loss / len(v)
 
-    def log_weights(self, params: dict[str, Any], rng_key: Array) -> Array:
-        """Of samples of the guide that stand for the posterior as the lower level sees it: bits are bits."""
-        v, rng_key = self.noisy(rng_key)
+    def log_weights(self, params: dict[str, Any], rng_key: Array, v: Array, num_samples: int) -> Array:
+        """Of samples of the guide at rows, ``(num_samples, rows)``: they stand for the posterior, and bits are bits."""
         rest = tuple(self.rest)
         log_p = row_density(self.model, rest, self.kwargs, self.model_key, self.plate)
         log_q = drawn_density(self.guide, rest, self.kwargs, self.plate)
+        drawn = draw(self.guide, (v, *rest), self.kwargs, rng_key, num_samples, params=params, relaxed=False)
+        return map_over(lambda h: log_p(params, v, h.latents) - log_q(params, v, h), drawn)
 
-        def weigh(key: Array, num_samples: int) -> Array:
-            drawn = draw(self.guide, (v, *rest), self.kwargs, key, num_samples, params=params, relaxed=False)
-            return map_over(lambda h: log_p(params, v, h.latents) - log_q(params, v, h), drawn)
 
-        return in_groups(weigh, rng_key, v)
+def _is_normalized(fn: Distribution) -> bool:
+    """Whether a site has the density that it says."""
+    return energy_site(fn) is None and not is_factor(fn) and is_known(fn)
 
 
 NEARER = "Take a guide nearer to the posterior: a larger family (a full covariance), more inner steps, a smaller learning rate."

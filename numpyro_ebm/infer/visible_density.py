@@ -21,20 +21,20 @@ from jax import Array
 from numpyro_ebm.evaluate.density import distance_from, known_density, samples_from, why_unknown
 from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.evaluate.stationarity import NUM_GROUPS, NUM_VALUES, natural_distance
+from numpyro_ebm.evaluate.yardstick import LIKELIHOOD, MIN_OWNERS, Shortfall, shortfall, shortfall_finding, thinned
 
-FROM_ROWS, LIKELIHOOD = "distance of density from rows", "log likelihood of the rows"
+FROM_ROWS = "distance of density from rows"
 FROM_MAXIMUM = "distance from the maximum of likelihood"
 MAX_ROWS = 10_000  # that are compared
 TOLERANCE = 0.1  # of a distribution function: a mode of 50 % may have 40. A family may be too small for its rows, and a fit right
-NATS = 0.1  # that a density may be worse than a normal distribution with the moments of the rows
 OTHER_MASSES = (
     "the density that is learned has other masses than the rows. Scores hardly see the weights of modes that do not overlap: learn "
     "by likelihood, SVI of negative_phase(model) from these parameters, or take more noise; more steps where the fit has not "
     "converged"
 )
 WORSE = (
-    "a normal distribution with the moments of the rows has {:.3g}. The model has not converged, has not enough noise, or is too "
-    "small: take more steps, a falling learning rate, DenoisingScoreMatching with more noise, or a larger model"
+    "The model has not converged, has not enough noise, or is too small: take more steps, a falling learning rate, "
+    "DenoisingScoreMatching with more noise, or a larger model"
 )
 MOST = 0.25  # standard deviations to that maximum, which is .03 nats where the likelihood is quadratic, and up to .1 where not
 TO_GAIN = (
@@ -54,12 +54,8 @@ class DensityNumbers(NamedTuple):
     distance: Array
     #: (), how many samples the density is known by
     worth: Array
-    #: (), nats per row
-    log_likelihood: Array
-    #: (), the same of a normal distribution with the moments of the rows
-    of_gaussian: Array
-    #: (), the standard error of their difference
-    error: Array
+    #: nats per row, beside simple estimates; None of few rows
+    likelihood: Shortfall | None
     #: (), standard deviations to the maximum of the likelihood along its natural gradient, and their standard error
     to_maximum: Array
     to_maximum_error: Array
@@ -80,14 +76,10 @@ def density_numbers(
     known = known_density(known_key, energy, sampler, x)
     if known is None:
         return None
-    log_density = energy.chain_log_prob(sampler)(x) - known.log_normalizer
-    flat = x.reshape(len(x), -1)
-    centered = flat - flat.mean(0)
-    variances, axes = jnp.linalg.eigh(jnp.matmul(centered.T, centered, precision="highest") / len(flat))
-    variances = jnp.maximum(variances, jnp.finfo(flat.dtype).eps * variances.max())
-    along = jnp.matmul(centered, axes, precision="highest")
-    of_gaussian = -0.5 * (along**2 / variances + jnp.log(2 * jnp.pi * variances)).sum(1)
-    variance = (log_density - of_gaussian).var() / len(x) + jnp.where(jnp.isinf(known.worth), 0, 1 / known.worth)
+    target = energy.chain_log_prob(sampler)
+    variance = jnp.where(jnp.isinf(known.worth), 0, 1 / known.worth)
+    some = thinned(x[None])
+    likelihood = shortfall(target(some[0])[None] - known.log_normalizer, some, variance) if len(x) >= MIN_OWNERS else None
     distance = distance_from(known, x, is_discrete=False)
     samples = samples_from(samples_key, known, NUM_GROUPS, NUM_VALUES // NUM_GROUPS).reshape(NUM_GROUPS, -1, *x.shape[1:])
     to_maximum = natural_distance(
@@ -97,7 +89,7 @@ def density_numbers(
         samples,
         is_all=False,  # rows that scores have learned from are not at the maximum of their own likelihood
     )
-    return DensityNumbers(distance, known.worth, log_density.mean(), of_gaussian.mean(), jnp.sqrt(variance), *to_maximum)
+    return DensityNumbers(distance, known.worth, likelihood, *to_maximum)
 
 
 def density_findings(site: str, numbers: DensityNumbers | None, num_rows: int) -> list[Finding]:
@@ -105,13 +97,13 @@ def density_findings(site: str, numbers: DensityNumbers | None, num_rows: int) -
     why = why_unknown(None if numbers is None else float(numbers.worth))
     if numbers is None or why is not None:
         return [not_told(site, FROM_ROWS, str(why))]
-    distance, worth, value, of_gaussian, error, to_maximum, to_maximum_error = (float(np.asarray(x)) for x in numbers)
+    distance, worth, to_maximum, to_maximum_error = (
+        float(np.asarray(x)) for x in (numbers.distance, numbers.worth, numbers.to_maximum, numbers.to_maximum_error)
+    )
     noise = 0.5 / math.sqrt(num_rows) + 0.5 / math.sqrt(worth)
-    least = of_gaussian - NATS - 4 * error
-    found = [
-        Finding(site, FROM_ROWS, distance, None, TOLERANCE + 3 * noise, OTHER_MASSES),
-        Finding(site, LIKELIHOOD, value, least, None, WORSE.format(of_gaussian)),
-    ]
+    found = [Finding(site, FROM_ROWS, distance, None, TOLERANCE + 3 * noise, OTHER_MASSES)]
+    if numbers.likelihood is not None:
+        found.append(shortfall_finding(site, LIKELIHOOD, numbers.likelihood, WORSE))
     is_well = all(finding.is_well for finding in found)  # else the same cause is told already
     most, fix = (MOST + 3 * to_maximum_error, TO_GAIN.format(to_maximum**2 / 2)) if is_well else (None, "")
     if math.isnan(to_maximum):

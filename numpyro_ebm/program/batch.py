@@ -182,10 +182,16 @@ def over_rows(fn: Callable[[Batch], Array], batch: Batch, v: Array) -> Array:
         return fn(batch)[None]
     index = (np.arange(0, num_rows, size)[:, None] + np.arange(size)) % num_rows  # the last begins again from the first row
 
-    def at(rows: Array) -> Array:
-        return fn(batch._replace(args=(v[rows], *batch.args[1:]), indices=None if batch.plate is None else rows))
+    return lax.map(lambda rows: fn(at_rows(batch, v, rows)), jnp.asarray(index))
 
-    return lax.map(at, jnp.asarray(index))
+
+def at_rows(batch: Batch, v: Array, rows: Array) -> Batch:
+    """A batch like the first one, of other rows of the visible.
+
+    :param v: all rows.
+    :param rows: indices of as many as the batch has.
+    """
+    return batch._replace(args=(v[rows], *batch.args[1:]), indices=None if batch.plate is None else rows)
 
 
 def run_at_zero(program: Model, args: Args, kwargs: Kwargs, rng_key: Array, data: dict[str, Any]) -> Run:
