@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from numpyro.handlers import replay, seed, substitute, trace
 
@@ -17,10 +18,12 @@ from numpyro_ebm._fit import fit_of
 from numpyro_ebm.chains import chains_of
 from numpyro_ebm.evaluate.guide_stationarity import GuideDistance, guide_distances, guide_stationarity_finding
 from numpyro_ebm.evaluate.negative_chains import NUM_SAMPLES, ChainNumbers, chain_findings, chain_numbers
+from numpyro_ebm.evaluate.param_distance import NUM_COPIES, ParamDistance, param_distance, param_findings, told_params
 from numpyro_ebm.evaluate.predictions import Predictions, prediction_findings, predictions
 from numpyro_ebm.evaluate.report import Finding, FitReport
 from numpyro_ebm.handlers import innermost, negative_phase, undrawn, unnormalized
-from numpyro_ebm.program.run import Run, run_model
+from numpyro_ebm.program.check import check_run
+from numpyro_ebm.program.run import Run, constrain_params, log_density_terms, run_model, unconstrain_params
 
 
 @runtime_checkable
@@ -146,13 +149,14 @@ def _of_phase(
         raise ValueError("the fit has no negative chains to diagnose: pass the result of a fit of negative_phase(model).")
     phase.check_chains(params, mutable_state, *args, **kwargs)
     call = phase, guide, num_samples, params, mutable_state, args, kwargs
-    numbers, of_guide, of_data = compiled(_numbers, rng_key, *call, cheaply=True)
+    numbers, of_guide, of_data, of_params = compiled(_numbers, rng_key, *call, cheaply=True)
     findings = chain_findings(phase, numbers, params, mutable_state, args, kwargs)
     if of_data is None:
         return findings
     of_latents = [guide_stationarity_finding(site, found) for site, found in of_guide.items()]
     are_well = all(finding.is_well for finding in of_latents)
-    return findings + of_latents + prediction_findings(of_data, are_well=are_well)
+    findings += of_latents + prediction_findings(of_data, are_well=are_well)
+    return findings + param_findings(of_params, are_well=all(finding.is_well for finding in findings))
 
 
 def _numbers(
@@ -164,7 +168,7 @@ def _numbers(
     mutable_state: dict[str, Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> tuple[ChainNumbers, dict[str, GuideDistance], Predictions | None]:
+) -> tuple[ChainNumbers, dict[str, GuideDistance], Predictions | None, ParamDistance | None]:
     data, model = {**params, **mutable_state}, unnormalized(innermost(phase).fn)
 
     def run(key: Array, rows: dict[str, Array] | None = None) -> Run:
@@ -180,10 +184,25 @@ def _numbers(
 
     numbers = chain_numbers(rng_key, phase, num_samples, params, mutable_state, args, kwargs, None if guide is None else run)
     if guide is None:
-        return numbers, {}, None
+        return numbers, {}, None, None
 
     def run_at(key: Array, seen: Run, latents: dict[str, Array]) -> Run:
         return run_model(model, args, kwargs, key, data={**data, **seen.given(but=latents)}, latents=latents)
 
-    guide_key, predict_key = jax.random.split(jax.random.fold_in(rng_key, 1))
-    return numbers, guide_distances(guide_key, model, run, data, args, kwargs), predictions(predict_key, run, run_at)
+    guide_key, predict_key, params_key = jax.random.split(jax.random.fold_in(rng_key, 1), 3)
+    of_guide, of_data = guide_distances(guide_key, model, run, data, args, kwargs), predictions(predict_key, run, run_at)
+    transforms = run_model(model, args, kwargs, params_key, data=data).param_transforms
+    theta = unconstrain_params({name: params[name] for name in transforms}, transforms)
+    learned = check_run(model, args, kwargs, data=data).learned
+
+    def terms_at(told: dict[str, Any], key: Array) -> tuple[dict[str, Array], Run]:
+        given = {**data, **constrain_params({**theta, **told}, transforms), **run(key).given(but=())}
+        return log_density_terms(model, args, kwargs, key, data=given)
+
+    def draw(carry: None, key: Array) -> tuple[None, Array]:
+        return carry, jax.random.split(key, NUM_COPIES)  # which the latents are drawn with
+
+    told = told_params(theta, {param for site in learned for param in site.params})
+    size = sum(jnp.size(x) for x in jax.eval_shape(lambda key: run(key).drawn, rng_key).values())
+    of_params = param_distance(terms_at, told, draw, None, params_key, NUM_COPIES * size)
+    return numbers, of_guide, of_data, of_params

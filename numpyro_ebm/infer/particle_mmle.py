@@ -31,6 +31,14 @@ from numpyro_ebm._map_over import map_over
 from numpyro_ebm._pytree import keep
 from numpyro_ebm.distributions.guard import NormalizerError
 from numpyro_ebm.evaluate.negative_chains import ChainNumbers
+from numpyro_ebm.evaluate.param_distance import (
+    MOVES_BETWEEN,
+    NUM_COPIES,
+    ParamDistance,
+    param_distance,
+    param_findings,
+    told_params,
+)
 from numpyro_ebm.evaluate.predictions import Predictions, prediction_findings, predictions
 from numpyro_ebm.evaluate.report import Finding
 from numpyro_ebm.handlers import negative_phase
@@ -711,10 +719,11 @@ class ParticleMMLE(Engine):
         ]
         if self.kernel == "langevin" and self.dynamics is None:
             found.append(stiffness_finding(self._look(state, *map(jnp.asarray, (0, 1, NUM_SCORES)), *args, **kwargs)))
-        jumps, gains, of_data = self._cloud_numbers(state, rng_key, *args, **kwargs)
+        jumps, gains, of_data, of_params = self._cloud_numbers(state, rng_key, *args, **kwargs)
         found += stray_findings(gains, are_well=all(finding.is_well for finding in found))
         found += prediction_findings(of_data, are_well=all(finding.is_well for finding in found))
         found += jump_findings(jumps, is_adjusted=self.kernel == "mala")
+        found += param_findings(of_params, are_well=all(finding.is_well for finding in found))
         if has_chains(state.mutable_state):
             numbers = self._chain_numbers(state, rng_key, *args, **kwargs)
             found += self._phase.findings(numbers, state.params, state.mutable_state, args, kwargs)
@@ -732,7 +741,7 @@ class ParticleMMLE(Engine):
     @partial(compiled_method, cheaply=True)
     def _cloud_numbers(
         self, state: ParticleState, rng_key: Array, *args: Any, **kwargs: Any
-    ) -> tuple[dict[str, JumpNumbers], dict[str, Gain], Predictions]:
+    ) -> tuple[dict[str, JumpNumbers], dict[str, Gain], Predictions, ParamDistance | None]:
         batch = self._batch(state, own_key(rng_key), args, kwargs)
         theta, x = state.unconstrained, batch.gather(state.particles)
 
@@ -741,7 +750,32 @@ class ParticleMMLE(Engine):
 
         of_data = predictions(rng_key, partial(self._with_a_particle, batch, theta, x, args, kwargs), run_at)
         rows = rows_of(batch, theta)
-        return jump_numbers(rng_key, batch, rows, theta, x), largest_gains(rows, theta, x), of_data
+        of_params = self._param_distance(state, rng_key, batch, args, kwargs)
+        return jump_numbers(rng_key, batch, rows, theta, x), largest_gains(rows, theta, x), of_data, of_params
+
+    def _param_distance(
+        self, state: ParticleState, rng_key: Array, batch: ParticleBatch, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> ParamDistance | None:
+        """How far params beside energies are from the maximum, by particles that move on at these params."""
+        theta, every = state.unconstrained, -(-self.num_particles // NUM_COPIES)
+        report = self._phase.report(state.params, args, kwargs) if has_chains(state.mutable_state) else None
+        of_energies = {param for site in report.learned for param in site.params} if report else set()
+
+        def terms_at(params: dict[str, Any], latents: Particles) -> tuple[dict[str, Array], Run]:
+            return batch.terms(batch.model, data=batch.data({**theta, **params}), latents=latents)
+
+        def move(i: Any, at: tuple[Particles, Any], key: Array) -> tuple[Particles, Any]:
+            key = jax.random.fold_in(key, i)
+            moved = self._moves(batch, theta, *at, self._step_size(state), key, state.num_steps)
+            return moved.x, moved.kept
+
+        def draw(at: tuple[Particles, Any], key: Array) -> tuple[tuple[Particles, Any], Particles]:
+            at = lax.fori_loop(0, -(-MOVES_BETWEEN // self.num_moves), lambda i, at: move(i, at, key), at)
+            return at, jax.tree.map(lambda x: x[::every], at[0])
+
+        start = batch.gather(state.particles), batch.gather(state.dynamics_state)
+        size = sum(x.size // every for x in start[0].values())
+        return param_distance(terms_at, told_params(theta, of_energies), draw, start, rng_key, size)
 
     def _with_a_particle(
         self, batch: ParticleBatch, theta: Any, x: Particles, args: tuple[Any, ...], kwargs: dict[str, Any], key: Array
