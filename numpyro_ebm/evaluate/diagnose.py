@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from numpyro.handlers import replay, seed, substitute, trace
 
@@ -203,6 +202,6 @@ def _numbers(
         return carry, jax.random.split(key, NUM_COPIES)  # which the latents are drawn with
 
     told = told_params(theta, {param for site in learned for param in site.params})
-    size = sum(jnp.size(x) for x in jax.eval_shape(lambda key: run(key).drawn, rng_key).values())
+    size = sum(x.size for x in jax.eval_shape(lambda key: run(key).drawn, rng_key).values())
     of_params = param_distance(terms_at, told, draw, None, params_key, NUM_COPIES * size)
     return numbers, of_guide, of_data, of_params

@@ -45,8 +45,9 @@ class Shortfall(NamedTuple):
 
 
 def thinned(x: Array) -> Array:
-    """Of values ``(copies, owners) + shape`` those of so many owners that kernels can stand at all of them."""
-    return x[:, :: -(-x.shape[0] * x.shape[1] // MAX_VALUES)]
+    """Of values ``(copies, owners) + shape`` as many as kernels can stand at, of all owners if that can be."""
+    owners = x.shape[1]
+    return x[: max(1, MAX_VALUES // owners), :: -(-owners // MAX_VALUES)]
 
 
 def shortfall(log_density: Array, x: Array, variance: Array | float = 0.0, raw: Array | None = None) -> Shortfall:

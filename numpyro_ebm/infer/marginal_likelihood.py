@@ -76,7 +76,8 @@ def batches_to_judge(num_rows: int, batch_size: int, size: int) -> np.ndarray | 
     """
     most = min(MAX_VALUES, MAX_ELEMENTS // (size * MIN_SAMPLES))
     found = np.arange(num_rows // batch_size * batch_size).reshape(-1, batch_size)
-    found = found[:: -(-len(found) // max(1, most // batch_size))]
+    num = min(len(found), max(1, most // batch_size))
+    found = found[np.arange(num) * len(found) // max(1, num)]
     is_small = batch_size * size * MIN_SAMPLES <= MAX_ELEMENTS
     return found if is_small and found.size >= max(MIN_OWNERS, ROWS_PER_DIM * size) else None
 

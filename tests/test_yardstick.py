@@ -1,0 +1,169 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Estimates that need no training: against their definitions, and the truth is never short of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from helpers import found as told
+from numpyro.infer import SVI, Trace_ELBO
+from scipy.stats import norm
+
+from numpyro_ebm import TiltedDistribution, diagnose, negative_phase
+from numpyro_ebm.evaluate.stationarity import FROM_DATA, FROM_POSTERIOR
+from numpyro_ebm.evaluate.yardstick import BANDWIDTHS, LIKELIHOOD, NATS, OF_PRIOR, normal_of, shortfall, shortfall_finding
+
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+
+
+def compared(x, log_density=None, **settings):
+    """Of values ``(copies, owners, size)``."""
+    x = jnp.asarray(x, jnp.float32)
+    log_density = jnp.zeros(x.shape[:2]) if log_density is None else jnp.asarray(log_density, jnp.float32)
+    return jax.jit(lambda log_density, x: shortfall(log_density, x, **settings))(log_density, x)
+
+
+def kernels(x, owner, h):
+    """The mean log density by its definition, of values ``(n, size)``, each among those of other owners, for one bandwidth."""
+    covariance = h**2 * np.cov(x.T, bias=True).reshape(x.shape[1], -1)
+    differences = x[:, None] - x
+    squares = np.einsum("ijk,kl,ijl->ij", differences, np.linalg.inv(covariance), differences)
+    others = np.where(owner[:, None] != owner, np.exp(-squares / 2), 0).sum(1) / (owner[:, None] != owner).sum(1)
+    return (np.log(others) - np.linalg.slogdet(2 * np.pi * covariance)[1] / 2).mean()
+
+
+@pytest.mark.parametrize(("copies", "size"), [(1, 1), (1, 3), (4, 2)])
+def test_kernels_are_those_of_the_definition(copies, size):
+    x = RNG.normal(size=(1, 30, size)) * np.arange(1, size + 1) + 0.1 * RNG.normal(size=(copies, 30, size)) * (copies > 1)
+    owner = np.tile(np.arange(30), copies)
+    rule = 30 ** (-1 / (size + 4))
+    exact = max(kernels(x.reshape(-1, size), owner, factor * rule) for factor in BANDWIDTHS)
+    assert compared(x).of_others[1] == pytest.approx(exact, abs=2e-3)
+
+
+def test_normal_distribution_has_the_moments_less_what_they_gain():
+    x = RNG.normal(size=(1, 200, 2)) @ np.array([[1.0, 0.7], [0.0, 0.5]])
+    entropy = np.linalg.slogdet(2 * np.pi * np.e * np.cov(x[0].T, bias=True))[1] / 2
+    assert compared(x).of_others[0] == pytest.approx(-entropy - 5 / 400, abs=1e-4)
+
+
+def test_normal_distribution_of_few_values_has_no_correlations():
+    x = RNG.normal(size=(1, 40, 5))
+    x[..., 1] = x[..., 0]
+    exact = -np.log(2 * np.pi * np.e * x[0].var(0)).sum() / 2
+    assert compared(x).of_others[0] == pytest.approx(exact - 10 / 80, abs=1e-4)
+
+
+def test_normal_distribution_and_its_wider_one_are_normalized():
+    x = RNG.normal(size=(500, 2)) @ np.array([[2.0, 0.7], [0.0, 0.5]])
+    normal = normal_of(jnp.asarray(x, jnp.float32))
+    drawn = np.asarray(normal.sample(KEY, 20_000, 2.0))
+    assert np.cov(drawn.T, bias=True) == pytest.approx(2.5 * np.cov(x.T, bias=True), abs=0.4)
+    # the mean of another density over this one is 1
+    covariance = np.cov(x.T, bias=True)
+    other = (
+        -np.einsum("ni,ij,nj->n", drawn, np.linalg.inv(covariance), drawn) / 2 - np.linalg.slogdet(2 * np.pi * covariance)[1] / 2
+    )
+    weights = np.exp(other - np.asarray(normal.log_prob(jnp.asarray(drawn), 2.0)))
+    assert weights.mean() == pytest.approx(1, abs=4.5 * weights.std() / 20_000**0.5)
+
+
+@pytest.mark.parametrize("rows", [40, 400])
+@pytest.mark.parametrize("kind", ["bell", "rounded", "twins", "two modes"])
+def test_the_truth_is_never_short(rows, kind):
+    """Over many data sets, rounded and repeated rows among them, which make kernels of no width look as good as they like."""
+
+    def of_seed(seed):
+        rng = np.random.default_rng(seed)
+        z = rng.normal(size=rows)
+        if kind == "twins":  # every row twice, with a little noise of its own
+            raw = np.repeat(z[: rows // 2], 2)
+            x = raw + 0.01 * rng.normal(size=rows)
+            return shortfall_of(x, norm.logpdf(x, 0, 1.0001), raw)
+        if kind == "two modes":
+            x = np.where(rng.uniform(size=rows) < 0.3, -2, 2) + 0.3 * z
+            return shortfall_of(x, np.log(0.3 * norm.pdf(x, -2, 0.3) + 0.7 * norm.pdf(x, 2, 0.3)), x)
+        x = z.round(1) if kind == "rounded" else z
+        return shortfall_of(x, norm.logpdf(x), x)
+
+    judge = jax.jit(lambda log_density, x, raw: shortfall(log_density, x, raw=raw))
+
+    def shortfall_of(x, log_density, raw):
+        arrays = (jnp.asarray(a, jnp.float32)[None] for a in (log_density, x, raw))
+        return shortfall_finding("x", LIKELIHOOD, judge(*arrays), "fix")
+
+    assert all(of_seed(seed).is_well for seed in range(30))
+
+
+def test_samples_of_one_row_say_nothing_of_another():
+    """Tight clouds around 30 places: kernels that saw the others of a cloud would be far better."""
+    places, noise = RNG.normal(size=(1, 30, 1)), 0.01 * RNG.normal(size=(20, 30, 1))
+    apart, together = compared(places + noise), compared((places + noise).reshape(1, -1, 1))
+    truth = norm.logpdf(places).mean()
+    assert apart.of_others[1] < truth + 0.15
+    assert together.of_others[1] > truth + 0.7
+
+
+def test_finding_names_the_better_and_what_is_short():
+    x = np.where(RNG.uniform(size=(1, 500, 1)) < 0.5, -3, 3) + 0.5 * RNG.normal(size=(1, 500, 1))
+    found = compared(x, norm.logpdf(x, 0, 3)[..., 0])
+    finding = shortfall_finding("x", LIKELIHOOD, found, "Do this.")
+    assert finding.fix == f"a kernel density estimate that leaves each out has {found.of_others[1]:.3g} there. Do this."
+    assert finding.least == pytest.approx(float(found.of_others[1] - NATS - 4 * found.errors[1]), abs=1e-5)
+    assert not finding.is_well
+    assert shortfall_finding("x", LIKELIHOOD, found, "Do this.", are_well=False).is_well
+
+
+def tilted(x, base):
+    """N(tilt, 1): the width is that of the base, and no gradient moves it."""
+    tilt = numpyro.param("tilt", 0.0)
+    return numpyro.sample("x", TiltedDistribution(base, lambda x: -tilt * x), obs=x)
+
+
+def still(model, guide, y):
+    phase = negative_phase(model, num_chains=200)
+    fit = SVI(phase, guide, optax.sgd(0.0), Trace_ELBO()).run(KEY, 50, y, progress_bar=False)
+    return diagnose(fit, phase, y, guide=guide, warn=False)
+
+
+@pytest.mark.parametrize("width", [1.0, 0.3])
+def test_an_energy_of_data_that_is_at_rest_is_compared(width):
+    def model(y):
+        with numpyro.plate("data", len(y)):
+            tilted(y, dist.Normal(0, 1))
+
+    y = jnp.asarray(RNG.normal(size=500), jnp.float32)
+    y = width * (y - y.mean())
+    report = still(model, lambda y: None, y)
+    assert told(report, FROM_DATA).is_well  # at the maximum, of a family that is too small
+    found = told(report, LIKELIHOOD)
+    assert found.value == pytest.approx(float(norm.logpdf(y).mean()), abs=0.01)
+    assert found.is_well == (width == 1)
+
+
+@pytest.mark.parametrize("width", [1.0, 4.0])
+def test_a_prior_is_compared_with_its_posterior(width):
+    """Of 60 groups, each known to .1: the posterior has the width 1 however wide the prior is."""
+    y = jnp.asarray(RNG.normal(size=60), jnp.float32)
+    y = (y - y.mean()) / y.std()
+
+    def model(y):
+        with numpyro.plate("groups", len(y)):
+            z = tilted(None, dist.Normal(0, width))
+            numpyro.sample("y", dist.Normal(z, 0.1), obs=y)
+
+    def guide(y):
+        with numpyro.plate("groups", len(y)):
+            numpyro.sample("x", dist.Normal(y, 0.1))
+
+    report = still(model, guide, y)
+    assert told(report, FROM_POSTERIOR).is_well
+    found = told(report, OF_PRIOR)
+    assert found.value == pytest.approx(-np.log(width) - np.log(2 * np.pi) / 2 - 1.01 / width**2 / 2, abs=0.02)
+    assert found.is_well == (width == 1)
