@@ -118,7 +118,7 @@ def test_a_particle_that_starts_where_no_move_is_accepted_is_warned_of():
     y = jnp.asarray(np.random.default_rng(0).standard_normal(20))
 
     def model(y):
-        loc = numpyro.param("loc", 0.0)
+        loc = numpyro.param("loc", y.mean())
         noise = numpyro.sample("noise", dist.HalfNormal(3.0))
         with numpyro.plate("rows", len(y)):
             numpyro.sample("y", dist.Normal(loc, noise), obs=y)
