@@ -156,6 +156,20 @@ def of_particles(**settings):
     return ParticleMMLE(normal, optax.adam(1e-2), num_particles=10, **settings), 1.5 + 1.1 * NOISE
 
 
+# Counts, a negative binomial distribution as a mixture.
+COUNTS = jax.random.poisson(jax.random.key(10), jax.random.gamma(jax.random.key(11), 1.8, (300,)) / 1.1)
+
+
+def counts(y):
+    shape, rate = (numpyro.param(name, 1.0, constraint=constraints.positive) for name in ("shape", "rate"))
+    with numpyro.plate("rows", len(y)):
+        numpyro.sample("y", dist.Poisson(numpyro.sample("z", dist.Gamma(shape, rate))), obs=y)
+
+
+def of_counts(optim):
+    return ParticleMMLE(counts, optim, num_particles=10, kernel="mala"), COUNTS
+
+
 # Two wells with a high barrier between them, seen with so much noise that both are possible.
 SEEN = jnp.where(KIND < 0.524, 1.5, -1.5) + 0.3 * SPREAD + 1.5 * NOISE
 
@@ -241,7 +255,7 @@ MOONS = jnp.concatenate([ARC, jnp.array([1, 0.5]) - ARC]) + 0.1 * jax.random.nor
 MOONS = (MOONS - MOONS.mean(0)) / MOONS.std(0)
 
 
-def network(x):
+def network(x, batch_size=None):
     start = eqx.nn.MLP(2, "scalar", 64, 2, jax.nn.silu, key=jax.random.key(0))
     arrays, rest = eqx.partition(start, eqx.is_array)
     tree = jax.tree.structure(arrays)
@@ -251,7 +265,8 @@ def network(x):
         return jax.tree.map(lambda a, key: jax.random.normal(key, a.shape) / a.shape[-1] ** 0.5, arrays, keys)
 
     energy = eqx.combine(numpyro.param("network", drawn), rest)
-    with numpyro.plate("data", len(x)):
+    with numpyro.plate("data", len(x), subsample_size=batch_size):
+        x = numpyro.subsample(x, event_dim=1)
         numpyro.sample("x", TiltedDistribution(dist.Normal(0, 2).expand([2]).to_event(1), energy), obs=x)
 
 
@@ -273,11 +288,11 @@ def groups(y):
 
 
 class BySVI:
-    """NumPyro's SVI in the place of an engine, with a guide of its own family."""
+    """NumPyro's SVI in the place of an engine, by default with a guide of its own family."""
 
-    def __init__(self, model, optim, y):
+    def __init__(self, model, optim, y, guide=None):
         self.phase = negative_phase(model)
-        self.guide = AutoNormal(self.phase)
+        self.guide = guide or AutoNormal(self.phase)
         self.svi = SVI(self.phase, self.guide, optim, Trace_ELBO())
         self.svi.init(jax.random.key(0), y)  # a guide looks at its model once, where nothing is traced
 
@@ -295,6 +310,14 @@ class BySVI:
 def of_groups(optim, loc=0.0, scale=1.0):
     y = loc + scale * OF_GROUPS
     return BySVI(groups, optim, y), y
+
+
+def moons_in_batches(x):
+    return network(x, batch_size=200)
+
+
+def of_likelihood(optim):
+    return BySVI(moons_in_batches, optim, MOONS, guide=lambda x: None), MOONS
 
 
 def report_of(engine, state, y, key):
@@ -321,6 +344,10 @@ PROBLEMS = {
     "a guide that stays near its start": (lambda: of_groups(optax.adam(5e-3), 400, 50), 2000, ("guide", "beyond")),
     "a guide that has arrived": (lambda: of_groups(optax.adam(5e-3)), 2000, ()),
     "a guide at a rate that falls": (lambda: of_groups(optax.adam(optax.cosine_decay_schedule(0.02, 2000))), 2000, ()),
+    "a network that learns slowly": (lambda: of_likelihood(optax.adam(1e-3)), 1000, ("likelihood of the rows", "from data")),
+    "a network that has learned": (lambda: of_likelihood(optax.adam(optax.cosine_decay_schedule(1e-2, 3000))), 3000, ()),
+    "params that have not arrived": (lambda: of_counts(optax.adam(5e-3)), 100, ("standard errors",)),
+    "params at a constant rate": (lambda: of_counts(optax.adam(1e-2)), 600, ()),
     "weights at a large learning rate": (lambda: of_tilt(optax.sgd(0.02), **STANDING), 20, ("weights keep", "monitors")),
     "weights at a small one": (lambda: of_tilt(weights=Weighted(num_monitor_chains=256)), 300, ()),
     "particles, h above the limit of one row": (lambda: of_particles(step_size=0.1), 300, ("curvature",)),
@@ -336,6 +363,7 @@ PROBLEMS = {
     "denoising with little noise": (lambda: of_moons(0.025), 3000, ("maximum", "density from rows")),
     "denoising with more noise": (lambda: of_moons(0.3, optax.cosine_decay_schedule(2e-3, 3000)), 3000, ()),
     "BiSM that has not arrived": (lambda: of_factors(BiSM, full, DENOISING, **IMPLICIT), 5, ("objective at the rows",)),
+    "BiSM that has almost arrived": (lambda: of_factors(BiSM, full, DENOISING, **IMPLICIT), 60, ("likelihood of the rows",)),
     "BiSM, a guide that is too narrow": (lambda: of_factors(BiSM, narrow, DENOISING, **IMPLICIT), 400, ("Pareto",)),
     "BiSM, the posterior's family": (lambda: of_factors(BiSM, full, DENOISING, **IMPLICIT), 400, ()),
     "BiSM, few unrolled steps": (lambda: of_factors(BiSM, full, SLICED, hypergradient=Unrolled(5)), 600, ("response",)),

@@ -63,7 +63,9 @@ def diagnose(
     rate swing about the maximum, while chains mix and agree with whatever is learned at the moment. The posterior under ``SVI`` is
     that of its ``guide``, which is compared with its own optimum, the evidence lower bound's: how far in standard deviations the
     mean and width of its latents stand from there. And data are compared with what the model predicts for them at these latents:
-    2 of 10 should be beyond all of 9 predictions.
+    2 of 10 should be beyond all of 9 predictions. A density that is known as above is compared, where it learns, with a normal
+    distribution and a kernel density estimate, which need no training. Params of likelihoods and of known priors have their own
+    number, by how many standard errors a Newton step would move them.
 
     **Guides** of :class:`~numpyro_ebm.BiSM` and :class:`~numpyro_ebm.VaGES`: the importance weights :math:`\tilde p / q` of
     samples of the guide, row by row, whether the engine uses them or not: which fraction of them counts, and the shape k of
@@ -71,7 +73,8 @@ def diagnose(
     altogether is not seen.
 
     **Scores**: objectives at the rows and beside them, in comparison with a normal distribution; and of an energy of the visible
-    whose density is known as above, whether it has the masses of the rows, since scores hardly see the weights of modes.
+    whose density is known as above, whether it has the masses of the rows, since scores hardly see the weights of modes. With
+    latents, the marginal likelihood of the rows by the weights of the guide, beside that of a normal distribution.
 
     **Generators** of :class:`~numpyro_ebm.BiDVL`: the same of the weights of energy and encoder over the generator.
 

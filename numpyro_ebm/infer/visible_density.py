@@ -103,7 +103,7 @@ def density_findings(site: str, numbers: DensityNumbers | None, num_rows: int) -
     noise = 0.5 / math.sqrt(num_rows) + 0.5 / math.sqrt(worth)
     found = [Finding(site, FROM_ROWS, distance, None, TOLERANCE + 3 * noise, OTHER_MASSES)]
     if numbers.likelihood is not None:
-        found.append(shortfall_finding(site, LIKELIHOOD, numbers.likelihood, WORSE))
+        found.append(shortfall_finding(site, LIKELIHOOD, numbers.likelihood, WORSE, are_well=found[0].is_well))
     is_well = all(finding.is_well for finding in found)  # else the same cause is told already
     most, fix = (MOST + 3 * to_maximum_error, TO_GAIN.format(to_maximum**2 / 2)) if is_well else (None, "")
     if math.isnan(to_maximum):
