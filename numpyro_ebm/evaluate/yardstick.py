@@ -78,7 +78,7 @@ def shortfall_finding(site: str, quantity: str, found: Shortfall, fix: str, *, a
     least = others - NATS - 4 * errors
     best = int(least.argmax())
     text = WORSE.format(OTHERS[best], others[best], fix)
-    return Finding(site, quantity, float(value), float(least[best]) if are_well else None, None, text if are_well else "")
+    return Finding(site, quantity, float(value), float(least[best]) if are_well else None, None, text)
 
 
 class Normal(NamedTuple):
