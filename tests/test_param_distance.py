@@ -185,3 +185,26 @@ def test_samples_of_a_guide_tell_it_beside_an_energy():
     exact = abs(scores.sum()) / (scores.std() * 200**0.5)
     assert abs(found.value - exact) < 4.5 * (found.most - MOST) / 4 + 0.03 * exact
     assert not found.is_well
+
+
+def test_batches_of_a_guide_have_the_same_rows():
+    """Catches scores of different rows that are averaged as if they were samples of one: the information would be near 0."""
+
+    def model(y):
+        loc = numpyro.param("loc", 0.0)
+        numpyro.sample(
+            "energy", TiltedDistribution(dist.Normal(0, 1), lambda e: -numpyro.param("tilt", 0.0) * e), obs=jnp.zeros(())
+        )
+        with numpyro.plate("data", len(y), subsample_size=100):
+            batch = numpyro.subsample(y, event_dim=0)
+            x = numpyro.sample("x", dist.Normal(loc, 1))
+            numpyro.sample("y", dist.Normal(x, 1), obs=batch)
+
+    def guide(y):
+        with numpyro.plate("data", len(y), subsample_size=100):
+            numpyro.sample("x", dist.Normal((numpyro.subsample(y, event_dim=0) - 1) / 2, 0.5**0.5))
+
+    phase = negative_phase(model, num_chains=50)
+    fit = SVI(phase, guide, STILL, Trace_ELBO()).run(KEY, 5, Y, progress_bar=False, init_params={"loc": -1.0})
+    found = told(diagnose(fit, phase, Y, guide=guide, warn=False), QUANTITY)
+    assert abs(found.value - newton(Y, -1.0)) < 4.5  # of the 100 rows that are not seen

@@ -193,18 +193,20 @@ def _numbers(
 
     guide_key, predict_key, params_key = jax.random.split(jax.random.fold_in(rng_key, 1), 3)
     of_guide, of_data = guide_distances(guide_key, model, run, data, args, kwargs), predictions(predict_key, run, run_at)
-    transforms = run_model(model, args, kwargs, params_key, data=data).param_transforms
+    first = run(params_key)
+    rows = {name: plate.indices for name, plate in first.subsampled.items()}  # the same in all runs
+    transforms = {name: transform for name, transform in first.param_transforms.items() if name in params}
     theta = unconstrain_params({name: params[name] for name in transforms}, transforms)
     learned = check_run(model, args, kwargs, data=data).learned
 
     def terms_at(told: dict[str, Any], key: Array) -> tuple[dict[str, Array], Run]:
-        given = {**data, **constrain_params({**theta, **told}, transforms), **run(key).given(but=())}
+        given = {**data, **constrain_params({**theta, **told}, transforms), **run(key, rows).given(but=())}
         return log_density_terms(model, args, kwargs, key, data=given)
 
     def draw(carry: None, key: Array) -> tuple[None, Array]:
         return carry, jax.random.split(key, NUM_COPIES)  # which the latents are drawn with
 
     told = told_params(theta, {param for site in learned for param in site.params})
-    size = sum(x.size for x in jax.eval_shape(lambda key: run(key).drawn, rng_key).values())
+    size = sum(x.size for x in first.drawn.values())
     of_params = param_distance(terms_at, told, draw, None, params_key, NUM_COPIES * size)
     return numbers, of_guide, of_data, of_params
