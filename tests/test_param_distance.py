@@ -140,13 +140,13 @@ def test_a_param_that_no_datum_depends_on_is_not_told():
 @pytest.mark.parametrize("kernel", ["mala", "langevin"])
 def test_particles_tell_it_and_a_run_warns(kernel):
     engine = ParticleMMLE(hierarchical, STILL, num_particles=8, kernel=kernel, step_size=0.1)
-    start = {"loc": float(Y.mean())}
+    start = {"loc": float(Y.mean())}  # unadjusted particles would not move it: they have the right means
     result = engine.run(KEY, 200, Y, progress_bar=False, init_params=start, report=True)
     assert result.report.is_well
     with pytest.warns(UserWarning, match=r"site 'loc': standard errors from the maximum of likelihood is 7.* a Newton step"):
         result = engine.run(KEY, 200, Y, progress_bar=False, init_params={"loc": start["loc"] - 0.5}, report=True)
     found = told(result.report, QUANTITY)
-    error = (found.most - MOST) / 4
+    error = (found.most - MOST) / 3
     assert error < 0.2
     assert abs(found.value - newton(Y, start["loc"] - 0.5)) < 4.5 * error
 
@@ -183,7 +183,7 @@ def test_samples_of_a_guide_tell_it_beside_an_energy():
     scores = np.asarray((y - 1) ** 2 / variance - 1) * 1.3**2 / variance
     found = told(wrong, QUANTITY)
     exact = abs(scores.sum()) / (scores.std() * 200**0.5)
-    assert abs(found.value - exact) < 4.5 * (found.most - MOST) / 4 + 0.03 * exact
+    assert abs(found.value - exact) < 4.5 * (found.most - MOST) / 3 + 0.03 * exact
     assert not found.is_well
 
 
@@ -208,3 +208,38 @@ def test_batches_of_a_guide_have_the_same_rows():
     fit = SVI(phase, guide, STILL, Trace_ELBO()).run(KEY, 5, Y, progress_bar=False, init_params={"loc": -1.0})
     found = told(diagnose(fit, phase, Y, guide=guide, warn=False), QUANTITY)
     assert abs(found.value - newton(Y, -1.0)) < 4.5  # of the 100 rows that are not seen
+
+
+def test_what_unadjusted_particles_have_done_to_a_param_is_a_part_of_it():
+    """Of the variance t of a prior, which particles of a variance that is too large make larger: with h c = .4, a fourth."""
+    y = jnp.asarray(np.random.default_rng(3).standard_normal(2000) * 2**0.5, jnp.float32)
+
+    def model(y):
+        log_scale = numpyro.param("log_scale", 0.0)
+        with numpyro.plate("data", len(y)):
+            z = numpyro.sample("z", dist.Normal(0, jnp.exp(log_scale)))
+            numpyro.sample("y", dist.Normal(z, 1), obs=y)
+
+    engine = ParticleMMLE(model, optax.adam(optax.cosine_decay_schedule(0.05, 400)), num_particles=8, step_size=0.2)
+    result = engine.run(KEY, 400, y, progress_bar=False, report=False)
+    found = told(diagnose(result, engine, y, warn=False), QUANTITY)
+    marginal = 1 + np.exp(2 * result.params["log_scale"])
+    scores = (np.asarray(y) ** 2 / marginal - 1) * (marginal - 1) / marginal
+    exact = abs(scores.sum()) / (scores.std() * 2000**0.5)
+    assert exact > 2
+    assert abs(found.value - exact) < 4.5 * (found.most - MOST) / 3 + 0.05 * exact
+    assert not found.is_well
+
+
+def test_rows_that_depend_on_each_other_are_not_told():
+    """By a sum over a row of the plate, of which the plate says that it has rows: no row can be accepted by itself."""
+
+    def model(y):
+        loc = numpyro.param("loc", 0.0)
+        with numpyro.plate("data", len(y)):
+            x = numpyro.sample("x", dist.Normal(loc, 1))
+            numpyro.sample("y", dist.Normal(x + 0.1 * x.mean(), 1), obs=y)
+
+    engine = ParticleMMLE(model, STILL, num_particles=4, step_size=0.05)
+    result = engine.run(KEY, 10, Y, progress_bar=False, report=False)
+    assert not told(diagnose(result, engine, Y, warn=False), QUANTITY).is_told

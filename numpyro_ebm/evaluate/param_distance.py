@@ -30,18 +30,18 @@ from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.program.run import Run
 
 QUANTITY = "standard errors from the maximum of likelihood"
-MOST = 0.5  # of each param, and 4 errors: as of standard_errors
+MOST = 0.5  # of each param, and 3 errors: standard_errors warns from there on too
 MAX_SIZE, MAX_ELEMENTS = 20, 50  # of a param, and of all together
 MIN_ROWS = 10
 NUM_COPIES = 16  # samples of the guide, or particles, that are looked at together
 NUM_TIMES, MIN_TIMES = 32, 4  # others of them
-MOVES_BETWEEN = 8  # two times of particles
+MOVES_BETWEEN, NUM_BURN = 8, 8  # moves of particles between these times, and times before them in which moves adapt
 MAX_COST = 2**24  # derivatives of numbers, at each time of all
 LEAST_INFORMATION = 1e-6  # of the largest in any direction: with less, data do not tell parameters apart
 FIX = (
-    "a Newton step would move the param by so many of its standard errors: the fit has not arrived, or swings about the maximum. "
-    "Take more steps, a larger learning rate or one that falls to 0, as by optax.cosine_decay_schedule(rate, num_steps), or "
-    "average_iterates=True of an engine"
+    "a Newton step would move the param by so many of its standard errors: the fit has not arrived, swings about the maximum, or "
+    "unadjusted particles bias it. Take more steps, a larger learning rate or one that falls to 0, as by "
+    "optax.cosine_decay_schedule(rate, num_steps), average_iterates=True of an engine, or kernel='mala' of ParticleMMLE"
 )
 
 #: (unconstrained params, latents) -> terms of the log joint density by site, and the run that has them
@@ -71,7 +71,13 @@ def told_params(theta: dict[str, Any], of_energies: Collection[str]) -> dict[str
 
 
 def param_distance(
-    terms_at: TermsAt, params: dict[str, Any], draw: Callable[[Any, Array], tuple[Any, Any]], start: Any, rng_key: Array, cost: int
+    terms_at: TermsAt,
+    params: dict[str, Any],
+    draw: Callable[[Any, Array], tuple[Any, Any]],
+    start: Any,
+    rng_key: Array,
+    cost: int,
+    num_burn: int = 0,
 ) -> ParamDistance | None:
     """The distance, or None where there is nothing to tell; traced.
 
@@ -81,9 +87,11 @@ def param_distance(
         its own way: what they do not agree in is the error.
     :param start: the first carry.
     :param cost: of a sample of all rows, in numbers.
+    :param num_burn: how many of the first samples are no samples of the posterior yet.
     """
     theta, unravel = ravel_pytree(params)
-    keys = jax.random.split(rng_key, max(MIN_TIMES, min(NUM_TIMES, MAX_COST // max(1, cost * theta.size))))
+    num_times = max(MIN_TIMES, min(NUM_TIMES, MAX_COST // max(1, cost * theta.size)))
+    keys = jax.random.split(rng_key, num_burn + num_times)
     latents = jax.eval_shape(draw, start, keys[0])[1]
     num_copies = len(jax.tree.leaves(latents)[0])
     if not params or num_copies < 2:
@@ -101,10 +109,10 @@ def param_distance(
     def scores(latents: Any) -> dict[str, Array]:
         return map_over(partial(jax.jacfwd(rows), theta), latents)
 
-    def add(carry: tuple[Any, Any], key: Array) -> tuple[Any, None]:
-        at, sums = carry
+    def add(carry: tuple[Any, Any], step: tuple[Array, Array]) -> tuple[Any, None]:
+        (at, sums), (is_kept, key) = carry, step
         at, latents = draw(at, key)
-        return (at, jax.tree.map(jnp.add, sums, scores(latents))), None
+        return (at, jax.tree.map(lambda sum, new: sum + jnp.where(is_kept, new, 0), sums, scores(latents))), None
 
     try:
         shapes = jax.eval_shape(scores, latents)
@@ -115,11 +123,11 @@ def param_distance(
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     if max(x.shape[1] for x in shapes.values()) < MIN_ROWS:
         return None
-    (_, sums), _ = lax.scan(add, (start, zeros), keys)
+    (_, sums), _ = lax.scan(add, (start, zeros), (jnp.arange(len(keys)) >= num_burn, keys))
     gradient = jnp.zeros(theta.shape, theta.dtype)
     information = noise = jnp.zeros((theta.size, theta.size), theta.dtype)
     for name, total in sums.items():
-        by_copy, weight = total / len(keys), weights[name]
+        by_copy, weight = total / num_times, weights[name]
         mean = by_copy.mean(0)
         centered = _outer(mean - mean.mean(0))
         within = _outer((by_copy - mean).reshape(-1, theta.size)) / (num_copies - 1) / num_copies
@@ -174,9 +182,9 @@ def param_findings(found: ParamDistance | None, *, are_well: bool) -> list[Findi
         return []
     names = [name for name, value in sorted(found.params.items()) for _ in range(ravel_pytree(value)[0].size)]
     steps, errors = np.asarray(found.steps, float), np.asarray(found.errors, float)
-    excess = steps - MOST - 4 * errors
+    excess = steps - MOST - 3 * errors
     if not np.isfinite(excess).any():
         return [not_told(names[0], QUANTITY, "the data do not depend on it, or the derivatives are not finite")]
     worst = int(np.nanargmax(excess))
-    most = MOST + 4 * float(errors[worst]) if are_well else None
+    most = MOST + 3 * float(errors[worst]) if are_well else None
     return [Finding(names[worst], QUANTITY, float(steps[worst]), None, most, FIX if are_well else "")]

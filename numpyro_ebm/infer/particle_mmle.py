@@ -33,6 +33,7 @@ from numpyro_ebm.distributions.guard import NormalizerError
 from numpyro_ebm.evaluate.negative_chains import ChainNumbers
 from numpyro_ebm.evaluate.param_distance import (
     MOVES_BETWEEN,
+    NUM_BURN,
     NUM_COPIES,
     ParamDistance,
     param_distance,
@@ -45,7 +46,7 @@ from numpyro_ebm.handlers import negative_phase
 from numpyro_ebm.infer.engine import Engine, compiled_method
 from numpyro_ebm.infer.particle_batch import ParticleBatch, Particles, first, number_of
 from numpyro_ebm.infer.particle_jumps import JumpNumbers, jump_findings, jump_numbers
-from numpyro_ebm.infer.particle_moves import LEAST_ACCEPTANCE, SLOW, AdaptedMoves, Moves
+from numpyro_ebm.infer.particle_moves import LEAST_ACCEPTANCE, SLOW, AdaptedMoves, How, Moves, adjusted
 from numpyro_ebm.infer.particle_rows import are_independent, rows_of
 from numpyro_ebm.infer.particle_settings import (
     Averaged,
@@ -756,26 +757,34 @@ class ParticleMMLE(Engine):
     def _param_distance(
         self, state: ParticleState, rng_key: Array, batch: ParticleBatch, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> ParamDistance | None:
-        """How far params beside energies are from the maximum, by particles that move on at these params."""
+        """How far params beside energies are from the maximum, by particles that move on at these params.
+
+        Their moves are adjusted, whatever those of the fit are: what these have done to the params is a part of the distance.
+        """
         theta, every = state.unconstrained, -(-self.num_particles // NUM_COPIES)
         report = self._phase.report(state.params, args, kwargs) if has_chains(state.mutable_state) else None
         of_energies = {param for site in report.learned for param in site.params} if report else set()
+        told = told_params(theta, of_energies)
+        if not told or any(rows.coupled for rows in rows_of(batch, theta).values()):
+            return None
 
         def terms_at(params: dict[str, Any], latents: Particles) -> tuple[dict[str, Array], Run]:
             return batch.terms(batch.model, data=batch.data({**theta, **params}), latents=latents)
 
-        def move(i: Any, at: tuple[Particles, Any], key: Array) -> tuple[Particles, Any]:
-            key = jax.random.fold_in(key, i)
-            moved = self._moves(batch, theta, *at, self._step_size(state), key, state.num_steps)
-            return moved.x, moved.kept
+        def draw(at: tuple[Particles, AdaptedMoves, Array], key: Array) -> tuple[Any, Particles]:
+            x, kept, count = at
+            how = How(jax.random.split(key, MOVES_BETWEEN), jnp.ones(MOVES_BETWEEN), count + jnp.arange(MOVES_BETWEEN))
+            x, kept = adjusted(batch, theta, x, kept, how)
+            return (x, kept, count + MOVES_BETWEEN), jax.tree.map(lambda x: x[::every], x)
 
-        def draw(at: tuple[Particles, Any], key: Array) -> tuple[tuple[Particles, Any], Particles]:
-            at = lax.fori_loop(0, -(-MOVES_BETWEEN // self.num_moves), lambda i, at: move(i, at, key), at)
-            return at, jax.tree.map(lambda x: x[::every], at[0])
-
-        start = batch.gather(state.particles), batch.gather(state.dynamics_state)
-        size = sum(x.size // every for x in start[0].values())
-        return param_distance(terms_at, told_params(theta, of_energies), draw, start, rng_key, size)
+        x = batch.gather(state.particles)
+        size = sum(each.size // every for each in x.values())
+        start = x, AdaptedMoves.start(batch, theta, x, self._step_size(state)), jnp.zeros((), jnp.int32)
+        found = param_distance(terms_at, told, draw, start, rng_key, size, num_burn=NUM_BURN)
+        if found is None or self.kernel == "mala":
+            return found
+        is_known = jnp.asarray(list(are_independent(batch, theta, rng_key).values())).all()
+        return found._replace(steps=jnp.where(is_known, found.steps, jnp.nan))
 
     def _with_a_particle(
         self, batch: ParticleBatch, theta: Any, x: Particles, args: tuple[Any, ...], kwargs: dict[str, Any], key: Array

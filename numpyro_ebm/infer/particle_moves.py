@@ -15,7 +15,7 @@ particle that stands where the posterior is much steeper than elsewhere. Moves e
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,14 @@ class AdaptedMoves(NamedTuple):
     #: running mean of the particles' acceptance probability at full steps; it starts at .574
     acceptance: dict[str, Array]
 
+    @classmethod
+    def start(cls, batch: ParticleBatch, theta: Any, particles: Particles, step_size: Steps) -> Self:
+        """Before the first move of particles."""
+        shapes = {name: rows.shape_of(particles[name].shape)[1:] for name, rows in rows_of(batch, theta).items()}
+        like = {name: (shape, jnp.promote_types(particles[name].dtype, jnp.float32)) for name, shape in shapes.items()}
+        steps = {name: jnp.full(shape, step_size[name], dtype) for name, (shape, dtype) in like.items()}
+        return cls(steps, {name: jnp.full_like(step, TARGET_ACCEPTANCE) for name, step in steps.items()})
+
 
 class Moved(NamedTuple):
     """What the moves of a step made."""
@@ -77,10 +85,7 @@ class Moves:
     def init(self, batch: ParticleBatch, theta: Any, particles: Particles, step_size: Steps) -> Any:
         """What moves keep between steps, for particles of all rows of the data."""
         if self.is_adjusted:
-            shapes = {name: rows.shape_of(particles[name].shape)[1:] for name, rows in rows_of(batch, theta).items()}
-            like = {name: (shape, jnp.promote_types(particles[name].dtype, jnp.float32)) for name, shape in shapes.items()}
-            steps = {name: jnp.full(shape, step_size[name], dtype) for name, (shape, dtype) in like.items()}
-            return AdaptedMoves(steps, {name: jnp.full_like(step, TARGET_ACCEPTANCE) for name, step in steps.items()})
+            return AdaptedMoves.start(batch, theta, particles, step_size)
         return () if self.dynamics is None else self.dynamics.init(particles)
 
     def __call__(
