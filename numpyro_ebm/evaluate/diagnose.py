@@ -64,8 +64,8 @@ def diagnose(
     that of its ``guide``, which is compared with its own optimum, the evidence lower bound's: how far in standard deviations the
     mean and width of its latents stand from there. And data are compared with what the model predicts for them at these latents:
     2 of 10 should be beyond all of 9 predictions. A density that is known as above is compared, where it learns, with a normal
-    distribution and a kernel density estimate, which need no training. Params of likelihoods and of known priors have their own
-    number, by how many standard errors a Newton step would move them.
+    distribution and mixtures of normal distributions, which need hardly any training. Params of likelihoods and of known priors
+    have their own number, by how many standard errors a Newton step would move them.
 
     **Guides** of :class:`~numpyro_ebm.BiSM` and :class:`~numpyro_ebm.VaGES`: the importance weights :math:`\tilde p / q` of
     samples of the guide, row by row, whether the engine uses them or not: which fraction of them counts, and the shape k of

@@ -34,6 +34,7 @@ MOST = 0.5  # of each param, and 3 errors: standard_errors warns from there on t
 MAX_SIZE, MAX_ELEMENTS = 20, 50  # of a param, and of all together
 MIN_ROWS = 10
 NUM_COPIES = 16  # samples of the guide, or particles, that are looked at together
+LEAST_COPIES = 4  # of fewer particles, which go their own ways from where they are
 NUM_TIMES, MIN_TIMES = 32, 4  # others of them
 MOVES_BETWEEN, NUM_BURN = 8, 8  # moves of particles between these times, and times before them in which moves adapt
 MAX_COST = 2**24  # derivatives of numbers, at each time of all

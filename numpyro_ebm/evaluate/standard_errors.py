@@ -283,7 +283,8 @@ def _warn_off_maximum(
     warnings.warn(
         f"param '{names[worst]}': params are not at a maximum of the likelihood. A Newton step would move it by "
         f"{moved[worst]:.2g} (+- {noise[worst]:.1g}) of its standard errors, which hold where that is at most {MOST_STEP}. Fit for "
-        "longer, or average the iterates (average_iterates=True), and take samples at the new params.",
+        "longer, average the iterates (average_iterates=True), or take kernel='mala' where unadjusted particles have biased them; "
+        "and take samples at the new params.",
         stacklevel=3,
     )
 

@@ -1,12 +1,12 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Whether a density is as good at the values that it learns from as two estimates that need no training.
+r"""Whether a density is as good at the values that it learns from as two estimates that need hardly any training.
 
-A normal distribution with their moments, and a Gaussian kernel density estimate that leaves out the value it is asked of. A density
-that is many nats below one of them has not converged, or is of a family too small. Both are honest: leaving out makes the
-second what other values would have, and of the first the :math:`p / 2n` nats are taken away that p moments gain at the n values
-they are estimated from (Akaike 1974). In many dimensions kernels are far below any good fit, and only the first says something.
+A normal distribution with their moments, and a mixture of normal distributions, by EM on the other half of the values. A density
+that is many nats below one of them has not converged, or is of a family too small. Both are honest: each half is told by a mixture
+that has not seen it, and from the first estimate the :math:`p / 2n` nats are taken away that p moments gain at the n values
+they are estimated from (Akaike 1974). A mixture takes few elements; of more the normal distribution has to do.
 """
 
 import math
@@ -22,14 +22,18 @@ from numpyro_ebm.evaluate.report import Finding
 
 LIKELIHOOD = "log likelihood of the rows"
 OF_PRIOR = "log density of the prior at samples of the posterior"
-MAX_VALUES = 2000  # that kernels stand at
+MAX_VALUES = 2000  # that are looked at
 MIN_OWNERS = 20  # of values, to compare with
 ROWS_PER_DIM = 10  # of fewer, a covariance describes them far better than any others
-BANDWIDTHS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.1)  # of Scott's rule, which is right for a bell
+MAX_SIZE = 10  # elements that mixtures are of
+COMPONENTS = (2, 4, 12)  # of a mixture
+NUM_STARTS, NUM_EM = 2, 30
+PRIOR, PRIOR_VARIANCE = 2.0, 0.1  # of so many values, of the covariance of a component
+LEAST_VARIANCE = 1e-3  # of a component, where the values have 1: rounded data look like spikes
 NATS = 0.05  # that a density may be short, for each value
 
 
-OTHERS = ("a normal distribution with their moments", "a kernel density estimate that leaves each out")
+OTHERS = ("a normal distribution with their moments", "a mixture of normal distributions fitted to the other half of them")
 WORSE = "{} has {:.3g} there. {}"
 
 
@@ -38,34 +42,35 @@ class Shortfall(NamedTuple):
 
     #: (), its log density
     log_density: Array
-    #: (2,), that of a normal distribution and that of kernels
+    #: (estimates,), that of a normal distribution, and of mixtures of few elements
     of_others: Array
-    #: (2,), the standard errors of the differences
+    #: (estimates,), the standard errors of the differences
     errors: Array
 
 
 def thinned(x: Array) -> Array:
-    """Of values ``(copies, owners) + shape`` as many as kernels can stand at, of all owners if that can be."""
+    """Of values ``(copies, owners) + shape`` as many as are looked at, of all owners if that can be."""
     owners = x.shape[1]
     return x[: max(1, MAX_VALUES // owners), :: -(-owners // MAX_VALUES)]
 
 
-def shortfall(log_density: Array, x: Array, variance: Array | float = 0.0, raw: Array | None = None) -> Shortfall:
+def shortfall(log_density: Array, x: Array, variance: Array | float = 0.0) -> Shortfall:
     """The comparison; traced.
 
     :param log_density: ``(copies, owners)``, of the model at these values, normalized.
     :param x: ``(copies, owners) + event_shape``. Samples of the latent of one row, which is their owner, say nothing of another,
-        so that kernels leave out all of them.
+        and belong to the same half.
     :param variance: of the log normalizer, which may be an estimate.
-    :param raw: the values before there was noise on them, by which it is seen that two are the same row.
     """
-    x = x.reshape(*x.shape[:2], -1)
-    raw = x if raw is None else raw.reshape(x.shape)
+    owners = x.shape[1] // 4 * 4
+    x, log_density = x[:, :owners].reshape(len(x), owners, -1), log_density[:, :owners]
     normal = normal_of(x.reshape(-1, x.shape[2]))
-    of_gaussian = normal.log_prob(x) - normal.num_moments / 2 / x.shape[1]
-    of_others = jnp.stack([of_gaussian, _kernels(x, raw, normal)])
-    errors = (of_others - log_density).mean(1).var(1) / x.shape[1]
-    return Shortfall(log_density.mean(), of_others.mean((1, 2)), jnp.sqrt(errors + variance))
+    of_others = [normal.log_prob(x) - normal.num_moments / 2 / x.shape[1]]
+    if x.shape[2] <= MAX_SIZE:
+        of_others.append(_of_mixture(normal.whiten(x), _gaps(x.reshape(-1, x.shape[2])).max()) - jnp.log(normal.scales).sum())
+    estimates = jnp.stack(of_others)
+    errors = (estimates - log_density).mean(1).var(1) / x.shape[1]
+    return Shortfall(log_density.mean(), estimates.mean((1, 2)), jnp.sqrt(errors + variance))
 
 
 def shortfall_finding(site: str, quantity: str, found: Shortfall, fix: str, *, are_well: bool = True) -> Finding:
@@ -115,34 +120,74 @@ def normal_of(x: Array) -> Normal:
     return Normal(mean, axes, scales, size * (size + 3) // 2)
 
 
-def _kernels(x: Array, raw: Array, normal: Normal) -> Array:
-    """``(copies, owners)``, the log density of kernels at values of other owners, with the bandwidth that is best.
+class _Mixture(NamedTuple):
+    """Of normal distributions."""
 
-    Equal values are left out too, and no bandwidth is below the gaps between neighbors, of which rounded data have few.
+    log_weights: Array  # (components,)
+    means: Array  # (components, size)
+    roots: Array  # (components, size, size), which whiten
+
+    def log_probs(self, x: Array) -> Array:
+        """``(values, components)``, the log density of each with its weight."""
+        white = jnp.einsum("nki,kij->nkj", x[:, None] - self.means, self.roots)
+        log_scale = jnp.log(jnp.abs(jnp.diagonal(self.roots, axis1=1, axis2=2))).sum(1)
+        return self.log_weights + log_scale - (white**2).sum(2) / 2 - x.shape[1] / 2 * math.log(2 * math.pi)
+
+
+def _of_mixture(x: Array, gap: Array) -> Array:
+    """``(copies, owners)``, the log density of each half by a mixture of the other, with the number of components that is best.
+
+    :param x: white, ``(copies, owners, size)``. Every other pair of owners is of the same half: a row and its twin, where rows
+        are sorted so, or repeated.
+    :param gap: between neighbors, of which rounded data have few.
     """
     copies, owners, size = x.shape
-    owner = jnp.tile(jnp.arange(owners), copies)
-    squares, rounding = _squares(normal.whiten(raw).reshape(-1, size))
-    is_other = (owner[:, None] != owner) & (squares > rounding)
-    if raw is not x:
-        squares, _ = _squares(normal.whiten(x).reshape(-1, size))
-    squares = jnp.where(is_other, squares, jnp.inf)
-    rule, least = owners ** (-1 / (size + 4)), _gaps(x.reshape(-1, size)).max()
+    pairs = x.reshape(copies, owners // 4, 2, 2, size)
+    halves = jnp.moveaxis(pairs, 2, 0).reshape(2, -1, size)
+    least = jnp.maximum(gap**2, LEAST_VARIANCE)
+    is_used = jnp.arange(max(COMPONENTS)) < jnp.asarray(COMPONENTS)[:, None]
+    keys = jax.random.split(jax.random.key(0), NUM_STARTS)
 
-    def of_bandwidth(factor: Array) -> Array:
-        h = jnp.maximum(factor * rule, least)
-        found = logsumexp(-squares / (2 * h**2), 1) - math.log(copies * (owners - 1))
-        return found - size * (jnp.log(h) + math.log(2 * math.pi) / 2) - jnp.log(normal.scales).sum()
+    def of_half(values: Array, others: Array, used: Array) -> Array:
+        fits, gained = jax.vmap(lambda key: _mixture_of(values, used, least, key))(keys)
+        best = jax.tree.map(lambda y: y[jnp.argmax(gained)], fits)
+        return logsumexp(best.log_probs(others), 1)
 
-    found = lax.map(of_bandwidth, jnp.asarray(BANDWIDTHS, x.dtype))
-    return found[jnp.argmax(found.mean(1))].reshape(copies, owners)
+    found = jax.vmap(jax.vmap(of_half, (0, 0, None)), (None, None, 0))(halves, halves[::-1], is_used)
+    best = found[jnp.argmax(found.mean((1, 2)))][::-1]  # of the values of each half
+    return jnp.moveaxis(best.reshape(2, copies, owners // 4, 2), 0, 2).reshape(copies, owners)
 
 
-def _squares(x: Array) -> tuple[Array, Array]:
-    """Squared distances of all pairs, and what rounding makes of those that are 0."""
-    norms = (x**2).sum(1)
-    squares = norms[:, None] + norms - 2 * jnp.matmul(x, x.T, precision="highest")
-    return squares, 16 * jnp.finfo(x.dtype).eps * (1 + norms[:, None])
+def _mixture_of(x: Array, used: Array, least: Array, rng_key: Array) -> tuple[_Mixture, Array]:
+    """A mixture by EM, and the mean log density of its values.
+
+    :param used: ``(components,)``, whether there is such a component.
+    :param least: variance of a component in every direction.
+    """
+    number, size = len(used), x.shape[1]
+    eye = jnp.eye(size, dtype=x.dtype)
+    start = _Mixture(
+        jnp.where(used, -jnp.log(used.sum()), -jnp.inf),
+        x[jax.random.choice(rng_key, len(x), (number,))],
+        jnp.tile(2 * eye, (number, 1, 1)),
+    )
+
+    def improve(mixture: _Mixture, _: None) -> tuple[_Mixture, Array]:
+        log_probs = mixture.log_probs(x)
+        total = logsumexp(log_probs, 1)
+        shares = jnp.exp(log_probs - total[:, None])
+        count = shares.sum(0)
+        means = jnp.matmul(shares.T, x, precision="highest") / jnp.maximum(count, 1e-6)[:, None]
+        centered = x[:, None] - means
+        spread = jnp.einsum("nk,nki,nkj->kij", shares, centered, centered)
+        spread = jnp.einsum("nk,nki,nkj->kij", shares, centered, centered)
+        spread = jnp.einsum("nk,nki,nkj->kij", shares, centered, centered)
+        covariances = (spread + PRIOR * PRIOR_VARIANCE * eye) / (count + PRIOR)[:, None, None] + least * eye
+        roots = jnp.swapaxes(jnp.linalg.inv(jnp.linalg.cholesky(covariances)), 1, 2)
+        return _Mixture(jnp.log(count / len(x)), means, roots), total.mean()
+
+    mixture, gained = lax.scan(improve, start, None, NUM_EM)
+    return mixture, gained[-1]
 
 
 def _gaps(x: Array) -> Array:

@@ -252,7 +252,7 @@ class BilevelEngine(ScoreEngine):
             found = in_groups(lambda key, num: levels.log_weights(state.params, key, v, num), draw_key, v, num_samples)
             return logsumexp(found, 0) - math.log(len(found)), v
 
-        return marginal_likelihood(rng_key, density, args[0], batches, is_normalized=is_normalized)
+        return marginal_likelihood(rng_key, density, batches, is_normalized=is_normalized)
 
     def _lower_steps(self, levels: "Levels", theta: Any, phi: Any, optim_state: Any, keys: Array) -> tuple[Any, Any]:
         """One step of the guide for every key, with gradients in ``theta`` if they are asked for."""

@@ -82,13 +82,10 @@ def batches_to_judge(num_rows: int, batch_size: int, size: int) -> np.ndarray | 
     return found if is_small and found.size >= max(MIN_OWNERS, ROWS_PER_DIM * size) else None
 
 
-def marginal_likelihood(
-    rng_key: Array, density: DensityOfRows, data: Array, batches: Array, *, is_normalized: bool
-) -> MarginalLikelihood:
+def marginal_likelihood(rng_key: Array, density: DensityOfRows, batches: Array, *, is_normalized: bool) -> MarginalLikelihood:
     """The likelihood of some rows, beside that of estimates which need no training; traced.
 
-    :param data: all rows.
-    :param batches: which of them, :func:`batches_to_judge`.
+    :param batches: which rows, :func:`batches_to_judge`.
     :param is_normalized: whether the normalizer is 1.
     """
     rows_key, normal_key, guide_key = jax.random.split(rng_key, 3)
@@ -112,8 +109,8 @@ def marginal_likelihood(
         log_normalizer = logsumexp(log_weights) - math.log(num * size)
         worth = effective_sample_size(normalized_weights(log_weights))
         variance = 1 / worth - 1 / (num * size)
-    x, seen, raw = (thinned(y.reshape(1, -1, *y.shape[2:])) for y in (v, log_density - log_normalizer, data[batches]))
-    return MarginalLikelihood(shortfall(seen, x, variance, raw), worth)
+    x, seen = (thinned(y.reshape(1, -1, *y.shape[2:])) for y in (v, log_density - log_normalizer))
+    return MarginalLikelihood(shortfall(seen, x, variance), worth)
 
 
 def likelihood_finding(site: str, found: MarginalLikelihood | str, *, are_well: bool) -> Finding:

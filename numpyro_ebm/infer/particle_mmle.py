@@ -32,6 +32,7 @@ from numpyro_ebm._pytree import keep
 from numpyro_ebm.distributions.guard import NormalizerError
 from numpyro_ebm.evaluate.negative_chains import ChainNumbers
 from numpyro_ebm.evaluate.param_distance import (
+    LEAST_COPIES,
     MOVES_BETWEEN,
     NUM_BURN,
     NUM_COPIES,
@@ -761,7 +762,7 @@ class ParticleMMLE(Engine):
 
         Their moves are adjusted, whatever those of the fit are: what these have done to the params is a part of the distance.
         """
-        theta, every = state.unconstrained, -(-self.num_particles // NUM_COPIES)
+        theta, every, repeated = state.unconstrained, -(-self.num_particles // NUM_COPIES), -(-LEAST_COPIES // self.num_particles)
         report = self._phase.report(state.params, args, kwargs) if has_chains(state.mutable_state) else None
         of_energies = {param for site in report.learned for param in site.params} if report else set()
         told = told_params(theta, of_energies)
@@ -777,7 +778,7 @@ class ParticleMMLE(Engine):
             x, kept = adjusted(batch, theta, x, kept, how)
             return (x, kept, count + MOVES_BETWEEN), jax.tree.map(lambda x: x[::every], x)
 
-        x = batch.gather(state.particles)
+        x = {name: jnp.repeat(each, repeated, 0) for name, each in batch.gather(state.particles).items()}
         size = sum(each.size // every for each in x.values())
         start = x, AdaptedMoves.start(batch, theta, x, self._step_size(state)), jnp.zeros((), jnp.int32)
         found = param_distance(terms_at, told, draw, start, rng_key, size, num_burn=NUM_BURN)

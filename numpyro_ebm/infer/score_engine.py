@@ -38,7 +38,7 @@ from numpyro_ebm.infer.collapse import (
 )
 from numpyro_ebm.infer.engine import Engine, RunResult, compiled_method
 from numpyro_ebm.infer.noise_levels import levels_finding
-from numpyro_ebm.infer.visible_density import FROM_ROWS, LATENTS, MAX_ROWS, DensityNumbers, density_findings, density_numbers
+from numpyro_ebm.infer.visible_density import MAX_ROWS, DensityNumbers, density_findings, density_numbers
 from numpyro_ebm.objectives.score import (
     DenoisingScoreMatching,
     MultiscaleDenoisingScoreMatching,
@@ -225,7 +225,7 @@ class ScoreEngine(Engine):
         """Of an energy whose visible has no latents, whether it has the masses of the rows."""
         fn = program.sites[site]["fn"]
         if energy_site(fn) is None or is_masked(fn) or math.prod(core_of(fn).batch_shape) > 1:
-            return [not_told(site, FROM_ROWS, LATENTS)] if program.latents else []
+            return []
         numbers = jax.device_get(self._density(state, rng_key, site, *args, **kwargs))
         return density_findings(site, numbers, min(len(args[0]), MAX_ROWS))
 

@@ -44,7 +44,6 @@ TO_GAIN = (
     "go on by likelihood, SVI of negative_phase(model) from these parameters"
 )
 NO_NUMBER = "it is not finite: the density has spikes, or none of its parameters has a gradient"
-LATENTS = "its marginal density, over latents, is not known"
 
 
 class DensityNumbers(NamedTuple):
