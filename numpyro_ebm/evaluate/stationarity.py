@@ -270,5 +270,5 @@ def stationarity_findings(site: str, found: Distance | Unknown, *, are_well: boo
     distance = Finding(site, quantity, value, None, MOST + 3 * error if are_well else None, fix if are_well else "")
     if found.shortfall is None:
         return [distance]
-    quantity, fix = (LIKELIHOOD, WORSE) if found.is_observed else (OF_PRIOR, WORSE)
-    return [distance, shortfall_finding(site, quantity, found.shortfall, fix, are_well=are_well and distance.is_well)]
+    quantity = LIKELIHOOD if found.is_observed else OF_PRIOR
+    return [distance, shortfall_finding(site, quantity, found.shortfall, WORSE, are_well=are_well and distance.is_well)]

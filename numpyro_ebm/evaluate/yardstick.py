@@ -31,8 +31,6 @@ NUM_STARTS, NUM_EM = 2, 30
 PRIOR, PRIOR_VARIANCE = 2.0, 0.1  # of so many values, of the covariance of a component
 LEAST_VARIANCE = 1e-3  # of a component, where the values have 1: rounded data look like spikes
 NATS = 0.05  # that a density may be short, for each value
-
-
 OTHERS = ("a normal distribution with their moments", "a mixture of normal distributions fitted to the other half of them")
 WORSE = "{} has {:.3g} there. {}"
 
