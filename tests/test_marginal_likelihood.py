@@ -14,7 +14,7 @@ from helpers import found as told
 from numpyro.distributions import constraints
 from scipy.stats import multivariate_normal
 
-from numpyro_ebm import BiSM, DenoisingScoreMatching, SlicedScoreMatching, VaGES, diagnose
+from numpyro_ebm import BiSM, DenoisingScoreMatching, MultiscaleDenoisingScoreMatching, SlicedScoreMatching, VaGES, diagnose
 from numpyro_ebm.evaluate.yardstick import LIKELIHOOD
 from numpyro_ebm.infer.collapse import AT_ROWS
 from numpyro_ebm.infer.marginal_likelihood import CONDITIONAL, FEW, batches_to_judge
@@ -102,6 +102,11 @@ def test_a_normalizer_that_may_differ_by_row_is_not_told():
     covariates = (jnp.ones(100),)
     assert told(told_of(field, rows=ROWS[:100], batch_size=None, covariates=covariates), LIKELIHOOD).fix == CONDITIONAL
     assert told(told_of(directed, rows=ROWS[:100], batch_size=None, covariates=covariates), LIKELIHOOD).is_told
+
+
+def test_rows_with_noise_of_many_levels_are_not_judged():
+    objective = MultiscaleDenoisingScoreMatching(0.2, 0.1, 0.4)
+    assert "noise of many levels" in told(told_of(directed, objective=objective), LIKELIHOOD).fix
 
 
 def test_few_rows_are_not_judged():

@@ -38,6 +38,7 @@ LEAST_COPIES = 4  # of fewer particles, which go their own ways from where they 
 NUM_TIMES, MIN_TIMES = 32, 4  # others of them
 MOVES_BETWEEN, NUM_BURN = 8, 8  # moves of particles between these times, and times before them in which moves adapt
 MAX_COST = 2**24  # derivatives of numbers, at each time of all
+MAX_NUMBERS = 2**25  # scores of all copies and rows
 LEAST_INFORMATION = 1e-6  # of the largest in any direction: with less, data do not tell parameters apart
 FIX = (
     "a Newton step would move the param by so many of its standard errors: the fit has not arrived, swings about the maximum, or "
@@ -122,7 +123,8 @@ def param_distance(
             return None
         raise
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    if max(x.shape[1] for x in shapes.values()) < MIN_ROWS:
+    is_large = sum(x.size for x in shapes.values()) > MAX_NUMBERS
+    if is_large or max(x.shape[1] for x in shapes.values()) < MIN_ROWS:
         return None
     (_, sums), _ = lax.scan(add, (start, zeros), (jnp.arange(len(keys)) >= num_burn, keys))
     gradient = jnp.zeros(theta.shape, theta.dtype)

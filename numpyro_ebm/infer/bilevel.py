@@ -42,7 +42,7 @@ from numpyro_ebm.infer.marginal_likelihood import (
 from numpyro_ebm.infer.score_engine import ScoreEngine, require_params, require_same_params
 from numpyro_ebm.objectives.guide import PosteriorFisher
 from numpyro_ebm.objectives.latent import draw, drawn_density, row_density
-from numpyro_ebm.objectives.score import ScoreObjective
+from numpyro_ebm.objectives.score import MultiscaleDenoisingScoreMatching, ScoreObjective
 from numpyro_ebm.optim import apply_gradient, as_transformation
 from numpyro_ebm.program.batch import Batch, at_rows, require_same_rows
 from numpyro_ebm.program.pair import require_apart, require_latent, require_pair, same_supports
@@ -217,6 +217,8 @@ class BilevelEngine(ScoreEngine):
         site = visible.site
         if is_masked(program.sites[site]["fn"]):
             return site, "the site is masked"
+        if isinstance(self.objective, MultiscaleDenoisingScoreMatching):
+            return site, "rows have noise of many levels, and a density is of one"
         is_normalized = all(_is_normalized(site["fn"]) for site in program.sites.values() if site["type"] == "sample")
         if not is_normalized and any(jnp.ndim(x) for x in jax.tree.leaves((args[1:], kwargs))):
             return site, CONDITIONAL
