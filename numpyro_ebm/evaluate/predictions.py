@@ -44,7 +44,7 @@ FIX = (
 )
 
 PULL = "size of the likelihood's scores to that of predictions"
-MOST_PULL = 1.2  # a noise that stands for a prior of the same size gives 2 with five data for each latent
+MOST_PULL = 1.4  # a noise that stands for a prior of the same size gives 2 with five data for each latent
 NUM_REPLICAS, MIN_ELEMENTS = 4, 10
 PULLED = (
     "the data pull the latents away from where the fit has them, by more than the model says they would at the right place. The "
