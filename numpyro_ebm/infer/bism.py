@@ -30,6 +30,7 @@ from numpyro_ebm._checks import require_bool, require_count, require_nonnegative
 from numpyro_ebm._conjugate_gradient import conjugate_gradient, square
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm.evaluate.report import Finding, not_told
+from numpyro_ebm.evaluate.yardstick import LIKELIHOOD
 from numpyro_ebm.infer.bilevel import BilevelEngine, Levels, Upper
 from numpyro_ebm.infer.engine import compiled_method
 from numpyro_ebm.objectives.guide import PosteriorFisher
@@ -269,16 +270,21 @@ class BiSM(BilevelEngine):
         return self._levels(state, batch, kwargs).upper(state.theta, state.phi, state.rng_key)
 
     def _findings(self, rng_key: Array, state: BiSMState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
-        found = super()._findings(rng_key, state, args, kwargs)
+        found, response = super()._findings(rng_key, state, args, kwargs), self._of_response(rng_key, state, args, kwargs)
+        if not all(finding.is_well for finding in response):  # what is short of likelihood is so by the same cause
+            found = [finding._replace(least=None) if finding.quantity == LIKELIHOOD else finding for finding in found]
+        return [*found, *response]
+
+    def _of_response(self, rng_key: Array, state: BiSMState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
         if isinstance(self.hypergradient, Implicit):
-            return found
+            return []
         if not self.hypergradient.num_steps:
-            return [*found, Finding("", RESPONSE, 1.0, None, RESPONSE_ERROR, WITHOUT_RESPONSE)]
+            return [Finding("", RESPONSE, 1.0, None, RESPONSE_ERROR, WITHOUT_RESPONSE)]
         missed, size, error = map(float, jax.device_get(self._response(state, rng_key, *args, **kwargs)))
         if not size > RESPONSE_ERRORS * error:
             why = f"in {RESPONSE_BATCHES} batches the response is {size:.2g}, with a standard error of {error:.2g}"
-            return [*found, not_told("", RESPONSE, why)]
-        return [*found, Finding("", RESPONSE, missed / size, None, RESPONSE_ERROR, WITHOUT_RESPONSE)]
+            return [not_told("", RESPONSE, why)]
+        return [Finding("", RESPONSE, missed / size, None, RESPONSE_ERROR, WITHOUT_RESPONSE)]
 
     @partial(compiled_method, cheaply=True)
     def _response(self, state: BiSMState, rng_key: Array, *args: Any, **kwargs: Any) -> tuple[Array, Array, Array]:
