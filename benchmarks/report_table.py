@@ -255,7 +255,7 @@ MOONS = jnp.concatenate([ARC, jnp.array([1, 0.5]) - ARC]) + 0.1 * jax.random.nor
 MOONS = (MOONS - MOONS.mean(0)) / MOONS.std(0)
 
 
-def network(x, batch_size=None):
+def network(x):
     start = eqx.nn.MLP(2, "scalar", 64, 2, jax.nn.silu, key=jax.random.key(0))
     arrays, rest = eqx.partition(start, eqx.is_array)
     tree = jax.tree.structure(arrays)
@@ -265,8 +265,7 @@ def network(x, batch_size=None):
         return jax.tree.map(lambda a, key: jax.random.normal(key, a.shape) / a.shape[-1] ** 0.5, arrays, keys)
 
     energy = eqx.combine(numpyro.param("network", drawn), rest)
-    with numpyro.plate("data", len(x), subsample_size=batch_size):
-        x = numpyro.subsample(x, event_dim=1)
+    with numpyro.plate("data", len(x)):
         numpyro.sample("x", TiltedDistribution(dist.Normal(0, 2).expand([2]).to_event(1), energy), obs=x)
 
 
@@ -288,11 +287,11 @@ def groups(y):
 
 
 class BySVI:
-    """NumPyro's SVI in the place of an engine, by default with a guide of its own family."""
+    """NumPyro's SVI in the place of an engine, with a guide of its own family."""
 
-    def __init__(self, model, optim, y, guide=None):
+    def __init__(self, model, optim, y):
         self.phase = negative_phase(model)
-        self.guide = guide or AutoNormal(self.phase)
+        self.guide = AutoNormal(self.phase)
         self.svi = SVI(self.phase, self.guide, optim, Trace_ELBO())
         self.svi.init(jax.random.key(0), y)  # a guide looks at its model once, where nothing is traced
 
@@ -310,14 +309,6 @@ class BySVI:
 def of_groups(optim, loc=0.0, scale=1.0):
     y = loc + scale * OF_GROUPS
     return BySVI(groups, optim, y), y
-
-
-def moons_in_batches(x):
-    return network(x, batch_size=200)
-
-
-def of_likelihood(optim):
-    return BySVI(moons_in_batches, optim, MOONS, guide=lambda x: None), MOONS
 
 
 def report_of(engine, state, y, key):
@@ -344,8 +335,6 @@ PROBLEMS = {
     "a guide that stays near its start": (lambda: of_groups(optax.adam(5e-3), 400, 50), 2000, ("guide", "beyond")),
     "a guide that has arrived": (lambda: of_groups(optax.adam(5e-3)), 2000, ()),
     "a guide at a rate that falls": (lambda: of_groups(optax.adam(optax.cosine_decay_schedule(0.02, 2000))), 2000, ()),
-    "a network that learns slowly": (lambda: of_likelihood(optax.adam(1e-3)), 1000, ("likelihood of the rows", "from data")),
-    "a network that has learned": (lambda: of_likelihood(optax.adam(optax.cosine_decay_schedule(1e-2, 3000))), 3000, ()),
     "params that have not arrived": (lambda: of_counts(optax.adam(5e-3)), 100, ("standard errors",)),
     "params at a constant rate": (lambda: of_counts(optax.adam(1e-2)), 600, ()),
     "weights at a large learning rate": (lambda: of_tilt(optax.sgd(0.02), **STANDING), 20, ("weights keep", "monitors")),
@@ -363,7 +352,6 @@ PROBLEMS = {
     "denoising with little noise": (lambda: of_moons(0.025), 3000, ("maximum", "density from rows")),
     "denoising with more noise": (lambda: of_moons(0.3, optax.cosine_decay_schedule(2e-3, 3000)), 3000, ()),
     "BiSM that has not arrived": (lambda: of_factors(BiSM, full, DENOISING, **IMPLICIT), 5, ("objective at the rows",)),
-    "BiSM that has almost arrived": (lambda: of_factors(BiSM, full, DENOISING, **IMPLICIT), 60, ("likelihood of the rows",)),
     "BiSM, a guide that is too narrow": (lambda: of_factors(BiSM, narrow, DENOISING, **IMPLICIT), 400, ("Pareto",)),
     "BiSM, the posterior's family": (lambda: of_factors(BiSM, full, DENOISING, **IMPLICIT), 400, ()),
     "BiSM, few unrolled steps": (lambda: of_factors(BiSM, full, SLICED, hypergradient=Unrolled(5)), 600, ("response",)),
