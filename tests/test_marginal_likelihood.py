@@ -24,7 +24,6 @@ STILL = optax.sgd(0.0)
 WEIGHTS = np.array([0.9, -0.5, 0.7])
 H, NOISE = np.random.default_rng(0).normal(size=(400, 1)), np.random.default_rng(1).normal(size=(400, 3))
 ROWS = jnp.asarray(H * WEIGHTS + 0.6 * NOISE, jnp.float32)
-SCALE = jnp.array([1.0, 0.6, 3.0])
 
 
 def params():

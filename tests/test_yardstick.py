@@ -22,11 +22,11 @@ KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
 
 
-def compared(x, log_density=None, **settings):
+def compared(x, log_density=None):
     """Of values ``(copies, owners, size)``."""
     x = jnp.asarray(x, jnp.float32)
     log_density = jnp.zeros(x.shape[:2]) if log_density is None else jnp.asarray(log_density, jnp.float32)
-    return jax.jit(lambda log_density, x: shortfall(log_density, x, **settings))(log_density, x)
+    return jax.jit(shortfall)(log_density, x)
 
 
 @pytest.mark.parametrize("copies", [1, 4])

@@ -29,7 +29,7 @@ from numpyro_ebm._conjugate_gradient import conjugate_gradient, dot, square
 from numpyro_ebm.chains import chains_of
 from numpyro_ebm.evaluate.density import KnownDensity
 from numpyro_ebm.evaluate.report import Finding, not_told
-from numpyro_ebm.evaluate.yardstick import LIKELIHOOD, MIN_OWNERS, OF_PRIOR, Shortfall, shortfall, shortfall_finding, thinned
+from numpyro_ebm.evaluate.yardstick import LIKELIHOOD, OF_PRIOR, Shortfall, shortfall_finding, shortfall_of
 from numpyro_ebm.handlers import chains_target, innermost, negative_phase, undrawn, unnormalized
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.run import Run, run_model
@@ -178,13 +178,10 @@ def _by_owner(values: Array) -> Array:
 
 def _shortfall(energy: Any, sampler: Any, known: KnownDensity | None, values: Array | None) -> Shortfall | None:
     """How its density compares at values ``(copies, rows) + event_shape``, if both are known."""
-    if known is None or values is None or values.shape[1] < MIN_OWNERS or energy.support.is_discrete:
+    if known is None or values is None or energy.support.is_discrete:
         return None
-    values = thinned(values)
     x = energy.to_chain(values.reshape(-1, *values.shape[2:]), sampler)
-    log_density = energy.chain_log_prob(sampler)(x) - known.log_normalizer
-    variance = jnp.where(jnp.isinf(known.worth), 0, 1 / known.worth)
-    return shortfall(log_density.reshape(values.shape[:2]), x.reshape(*values.shape[:2], *x.shape[1:]), variance)
+    return shortfall_of(energy.chain_log_prob(sampler), known, x.reshape(*values.shape[:2], *x.shape[1:]))
 
 
 def _groups(draws: Array, shape: tuple[int, ...]) -> Array:

@@ -10,6 +10,7 @@ they are estimated from (Akaike 1974). A mixture takes few elements; of more the
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ import numpy as np
 from jax import Array, lax
 from jax.scipy.special import logsumexp
 
+from numpyro_ebm.evaluate.density import KnownDensity
 from numpyro_ebm.evaluate.report import Finding
 
 LIKELIHOOD = "log likelihood of the rows"
@@ -69,6 +71,19 @@ def shortfall(log_density: Array, x: Array, variance: Array | float = 0.0) -> Sh
     estimates = jnp.stack(of_others)
     errors = (estimates - log_density).mean(1).var(1) / x.shape[1]
     return Shortfall(log_density.mean(), estimates.mean((1, 2)), jnp.sqrt(errors + variance))
+
+
+def shortfall_of(target: Callable[[Array], Array], known: KnownDensity, x: Array) -> Shortfall | None:
+    """The same of an energy, None of few owners; traced.
+
+    :param target: its log density at positions of chains, without the normalizer.
+    :param x: positions of chains, ``(copies, owners) + event_shape``.
+    """
+    if x.shape[1] < MIN_OWNERS:
+        return None
+    x = thinned(x)
+    log_density = target(x.reshape(-1, *x.shape[2:])).reshape(x.shape[:2]) - known.log_normalizer
+    return shortfall(log_density, x, 1 / known.worth)
 
 
 def shortfall_finding(site: str, quantity: str, found: Shortfall, fix: str, *, are_well: bool = True) -> Finding:

@@ -14,14 +14,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from numpyro_ebm.evaluate.density import distance_from, known_density, samples_from, why_unknown
 from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.evaluate.stationarity import NUM_GROUPS, NUM_VALUES, natural_distance
-from numpyro_ebm.evaluate.yardstick import LIKELIHOOD, MIN_OWNERS, Shortfall, shortfall, shortfall_finding, thinned
+from numpyro_ebm.evaluate.yardstick import LIKELIHOOD, Shortfall, shortfall_finding, shortfall_of
 
 FROM_ROWS = "distance of density from rows"
 FROM_MAXIMUM = "distance from the maximum of likelihood"
@@ -75,10 +74,7 @@ def density_numbers(
     known = known_density(known_key, energy, sampler, x)
     if known is None:
         return None
-    target = energy.chain_log_prob(sampler)
-    variance = jnp.where(jnp.isinf(known.worth), 0, 1 / known.worth)
-    some = thinned(x[None])
-    likelihood = shortfall(target(some[0])[None] - known.log_normalizer, some, variance) if len(x) >= MIN_OWNERS else None
+    likelihood = shortfall_of(energy.chain_log_prob(sampler), known, x[None])
     distance = distance_from(known, x, is_discrete=False)
     samples = samples_from(samples_key, known, NUM_GROUPS, NUM_VALUES // NUM_GROUPS).reshape(NUM_GROUPS, -1, *x.shape[1:])
     to_maximum = natural_distance(
