@@ -16,7 +16,7 @@ from scipy.stats import norm
 
 from numpyro_ebm import TiltedDistribution, diagnose, negative_phase
 from numpyro_ebm.evaluate.stationarity import FROM_DATA, FROM_POSTERIOR
-from numpyro_ebm.evaluate.yardstick import LIKELIHOOD, NATS, OF_PRIOR, normal_of, shortfall, shortfall_finding
+from numpyro_ebm.evaluate.yardstick import LIKELIHOOD, NATS, OF_PRIOR, normal_of, rows_finding, shortfall
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -94,7 +94,7 @@ def test_the_truth_is_never_short(rows, kind):
 
     def shortfall_of(x, log_density):
         arrays = (jnp.asarray(a, jnp.float32)[None] for a in (log_density, x))
-        return shortfall_finding("x", LIKELIHOOD, judge(*arrays), "fix")
+        return rows_finding("x", judge(*arrays), "fix")
 
     assert all(of_seed(seed).is_well for seed in range(30))
 
@@ -112,14 +112,14 @@ def test_samples_of_one_row_belong_to_the_same_half():
 def test_finding_names_the_better_and_what_is_short():
     x = np.where(RNG.uniform(size=(1, 500, 1)) < 0.5, -3, 3) + 0.5 * RNG.normal(size=(1, 500, 1))
     found = compared(x, norm.logpdf(x, 0, 3)[..., 0])
-    finding = shortfall_finding("x", LIKELIHOOD, found, "Do this.")
+    finding = rows_finding("x", found, "Do this.")
     assert (
         finding.fix
         == f"a mixture of normal distributions fitted to the other half of them has {found.of_others[1]:.3g} there. Do this."
     )
     assert finding.least == pytest.approx(float(found.of_others[1] - NATS - 4 * found.errors[1]), abs=1e-5)
     assert not finding.is_well
-    assert shortfall_finding("x", LIKELIHOOD, found, "Do this.", are_well=False).is_well
+    assert rows_finding("x", found, "Do this.", are_well=False).is_well
 
 
 def tilted(x, base):

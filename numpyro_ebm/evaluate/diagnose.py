@@ -184,7 +184,8 @@ def _numbers(
             raise ValueError(f"the guide has no value of {missing}, latent sites of the model that it must draw.")
         return found
 
-    numbers = chain_numbers(rng_key, phase, num_samples, params, mutable_state, args, kwargs, None if guide is None else run)
+    run_of = None if guide is None else run
+    numbers = chain_numbers(rng_key, phase, num_samples, params, mutable_state, args, kwargs, run_of, of_posterior=False)
     if guide is None:
         return numbers, {}, None, None
 

@@ -72,10 +72,13 @@ def chain_numbers(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     run_of: RunOf | None = None,
+    *,
+    of_posterior: bool = True,
 ) -> ChainNumbers:
     """Moves the chains of a fit on at its parameters, and measures them; traced.
 
     :param run_of: a run of the model by a key, with latents from their posterior; None where that is not known.
+    :param of_posterior: whether these are samples of the posterior itself, not of a guide.
     """
     move_key, judge_key, learn_key = jax.random.split(rng_key, 3)
 
@@ -101,7 +104,7 @@ def chain_numbers(
             x = energy.to_chain(draws[site].reshape(-1, *draws[site].shape[2:]), sampler)
             known[site] = known_density(judge_key, energy, sampler, x)
             distance[site] = _distance(known[site], x, is_discrete=energy.support.is_discrete)
-    from_learned = distances(learn_key, phase, run_of, draws, known, params, state, args, kwargs)
+    from_learned = distances(learn_key, phase, run_of, draws, known, params, state, args, kwargs, of_posterior=of_posterior)
     return ChainNumbers(draws, chains_of(state), distance, has_reference, from_learned)
 
 

@@ -29,7 +29,7 @@ from numpyro_ebm._conjugate_gradient import conjugate_gradient, dot, square
 from numpyro_ebm.chains import chains_of
 from numpyro_ebm.evaluate.density import KnownDensity
 from numpyro_ebm.evaluate.report import Finding, not_told
-from numpyro_ebm.evaluate.yardstick import LIKELIHOOD, OF_PRIOR, Shortfall, shortfall_finding, shortfall_of
+from numpyro_ebm.evaluate.yardstick import Shortfall, prior_finding, rows_finding, shortfall_of
 from numpyro_ebm.handlers import chains_target, innermost, negative_phase, undrawn, unnormalized
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.run import Run, run_model
@@ -98,10 +98,13 @@ def distances(
     mutable_state: Data,
     args: tuple[Any, ...],
     kwargs: Data,
+    *,
+    of_posterior: bool,
 ) -> dict[str, Distance | Unknown]:
     """By energy site that has chains; traced.
 
     :param run_of: a run of the model by a key, with latents from their posterior; None where that is not known.
+    :param of_posterior: whether these are samples of the posterior itself, not of a guide.
     :param draws: of chains at these parameters, ``(num_samples, chains) + shape``.
     :param known: by site, its density.
     """
@@ -139,7 +142,8 @@ def distances(
             value, error = natural_distance(log_density, own_params, values, _groups(x, shape), is_all=is_all)
             energy, sampler = chains_target(phase, name, args, kwargs, data)
             apart = None if is_part or shape else _by_owner(values)
-            found[name] = Distance(value, error, _shortfall(energy, sampler, known[name], apart), is_observed)
+            short = _shortfall(energy, sampler, known[name], apart, of_posterior=of_posterior)
+            found[name] = Distance(value, error, short, is_observed)
             continue
         found[name] = Unknown(why, is_observed, is_missing)
     return found
@@ -176,12 +180,15 @@ def _by_owner(values: Array) -> Array:
     return jnp.moveaxis(values, 1, 0) if values.shape[1] == 1 else values
 
 
-def _shortfall(energy: Any, sampler: Any, known: KnownDensity | None, values: Array | None) -> Shortfall | None:
+def _shortfall(
+    energy: Any, sampler: Any, known: KnownDensity | None, values: Array | None, *, of_posterior: bool
+) -> Shortfall | None:
     """How its density compares at values ``(copies, rows) + event_shape``, if both are known."""
     if known is None or values is None or energy.support.is_discrete:
         return None
     x = energy.to_chain(values.reshape(-1, *values.shape[2:]), sampler)
-    return shortfall_of(energy.chain_log_prob(sampler), known, x.reshape(*values.shape[:2], *x.shape[1:]))
+    x = x.reshape(*values.shape[:2], *x.shape[1:])
+    return shortfall_of(energy.chain_log_prob(sampler), known, x, of_posterior=of_posterior)
 
 
 def _groups(draws: Array, shape: tuple[int, ...]) -> Array:
@@ -267,5 +274,5 @@ def stationarity_findings(site: str, found: Distance | Unknown, *, are_well: boo
     distance = Finding(site, quantity, value, None, MOST + 3 * error if are_well else None, fix if are_well else "")
     if found.shortfall is None:
         return [distance]
-    quantity = LIKELIHOOD if found.is_observed else OF_PRIOR
-    return [distance, shortfall_finding(site, quantity, found.shortfall, WORSE, are_well=are_well and distance.is_well)]
+    finding_of = rows_finding if found.is_observed else prior_finding
+    return [distance, finding_of(site, found.shortfall, WORSE, are_well=are_well and distance.is_well)]

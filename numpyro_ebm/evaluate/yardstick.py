@@ -7,6 +7,18 @@ A normal distribution with their moments, and a mixture of normal distributions,
 that is many nats below one of them has not converged, or is of a family too small. Both are honest: each half is told by a mixture
 that has not seen it, and from the first estimate the :math:`p / 2n` nats are taken away that p moments gain at the n values
 they are estimated from (Akaike 1974). A mixture takes few elements; of more the normal distribution has to do.
+
+A prior p is compared at samples of the posterior under it, of which each row has some. With another prior q the likelihood of the
+row would be so many times larger,
+
+.. math:: \frac{\int q(z) p(y | z) dz}{\int p(z) p(y | z) dz} = E_{p(z | y)} \Big[\frac{q(z)}{p(z)}\Big],
+
+and the mixture is fitted by EM to that, with each sample weighted by the ratio among those of its row. Of samples of a guide, which
+stand for a bound, it is the mean of the logarithm instead, and all weights are equal.
+
+What may pass for chance: by Markov's inequality no density that is fixed before exceeds the true one by many nats in all, so that
+of n rows the difference to a density that is :math:`\epsilon` nats short of the truth has about the mean :math:`\epsilon` and the
+variance :math:`2 \epsilon / n`.
 """
 
 import math
@@ -23,7 +35,7 @@ from numpyro_ebm.evaluate.density import KnownDensity
 from numpyro_ebm.evaluate.report import Finding
 
 LIKELIHOOD = "log likelihood of the rows"
-OF_PRIOR = "log density of the prior at samples of the posterior"
+OF_PRIOR = "nats that a row would gain by another prior"
 MAX_VALUES = 2000  # that are looked at
 MIN_OWNERS = 20  # of values, to compare with
 ROWS_PER_DIM = 10  # of fewer, a covariance describes them far better than any others
@@ -33,19 +45,21 @@ NUM_STARTS, NUM_EM = 2, 30
 PRIOR, PRIOR_VARIANCE = 2.0, 0.1  # of so many values, of the covariance of a component
 LEAST_VARIANCE = 1e-3  # of a component, where the values have 1: rounded data look like spikes
 NATS = 0.05  # that a density may be short, for each value
+ERRORS = 3  # and so many standard errors of that
 OTHERS = ("a normal distribution with their moments", "a mixture of normal distributions fitted to the other half of them")
 WORSE = "{} has {:.3g} there. {}"
+BETTER = "so much is the gain of {}. {}"
 
 
 class Shortfall(NamedTuple):
-    """How a density compares with these estimates: means over values, in nats."""
+    """How a density compares with these estimates: means over owners of values, in nats."""
 
     #: (), its log density
     log_density: Array
-    #: (estimates,), that of a normal distribution, and of mixtures of few elements
-    of_others: Array
-    #: (estimates,), the standard errors of the differences
-    errors: Array
+    #: (estimates,), how much more a normal distribution has, and mixtures of few elements
+    gains: Array
+    #: (), the standard error of the gain where it is what is tolerated
+    error: Array
 
 
 def thinned(x: Array) -> Array:
@@ -54,26 +68,28 @@ def thinned(x: Array) -> Array:
     return x[: max(1, MAX_VALUES // owners), :: -(-owners // MAX_VALUES)]
 
 
-def shortfall(log_density: Array, x: Array, variance: Array | float = 0.0) -> Shortfall:
+def shortfall(log_density: Array, x: Array, variance: Array | float = 0.0, *, of_posterior: bool = True) -> Shortfall:
     """The comparison; traced.
 
     :param log_density: ``(copies, owners)``, of the model at these values, normalized.
     :param x: ``(copies, owners) + event_shape``. Samples of the latent of one row, which is their owner, say nothing of another,
         and belong to the same half.
     :param variance: of the log normalizer, which may be an estimate.
+    :param of_posterior: whether several copies are samples of the posterior; else of a guide.
     """
     owners = x.shape[1] // 4 * 4
     x, log_density = x[:, :owners].reshape(len(x), owners, -1), log_density[:, :owners]
     normal = normal_of(x.reshape(-1, x.shape[2]))
-    of_others = [normal.log_prob(x) - normal.num_moments / 2 / x.shape[1]]
+    estimates = [normal.log_prob(x) - normal.num_moments / 2 / owners]
     if x.shape[2] <= MAX_SIZE:
-        of_others.append(_of_mixture(normal.whiten(x), _gaps(x.reshape(-1, x.shape[2])).max()) - jnp.log(normal.scales).sum())
-    estimates = jnp.stack(of_others)
-    errors = (estimates - log_density).mean(1).var(1) / x.shape[1]
-    return Shortfall(log_density.mean(), estimates.mean((1, 2)), jnp.sqrt(errors + variance))
+        volume, gap = jnp.log(normal.scales).sum(), _gaps(x.reshape(-1, x.shape[2])).max()
+        estimates.append(_of_mixture(normal.whiten(x), log_density if of_posterior else None, gap) - volume)
+    ratios = jnp.stack(estimates) - log_density
+    gains = logsumexp(ratios, 1) - math.log(len(x)) if of_posterior else ratios.mean(1)
+    return Shortfall(log_density.mean(), gains.mean(1), jnp.sqrt(2 * NATS / owners + variance))
 
 
-def shortfall_of(target: Callable[[Array], Array], known: KnownDensity, x: Array) -> Shortfall | None:
+def shortfall_of(target: Callable[[Array], Array], known: KnownDensity, x: Array, *, of_posterior: bool = True) -> Shortfall | None:
     """The same of an energy, None of few owners; traced.
 
     :param target: its log density at positions of chains, without the normalizer.
@@ -83,20 +99,31 @@ def shortfall_of(target: Callable[[Array], Array], known: KnownDensity, x: Array
         return None
     x = thinned(x)
     log_density = target(x.reshape(-1, *x.shape[2:])).reshape(x.shape[:2]) - known.log_normalizer
-    return shortfall(log_density, x, 1 / known.worth)
+    return shortfall(log_density, x, 1 / known.worth, of_posterior=of_posterior)
 
 
-def shortfall_finding(site: str, quantity: str, found: Shortfall, fix: str, *, are_well: bool = True) -> Finding:
-    """Whether a density is as good as the better of the two.
+def rows_finding(site: str, found: Shortfall, fix: str, *, are_well: bool = True) -> Finding:
+    """Whether a density of rows is as good as the better of the two.
 
     :param fix: what to do where it is not.
     :param are_well: whether what the values came from is right. Where it is not, that is the cause to tell.
     """
-    value, others, errors = (np.asarray(x, float) for x in found)
-    least = others - NATS - 4 * errors
-    best = int(least.argmax())
-    text = WORSE.format(OTHERS[best], others[best], fix)
-    return Finding(site, quantity, float(value), float(least[best]) if are_well else None, None, text)
+    value, best, gain, tolerated = _best(found)
+    text = WORSE.format(OTHERS[best], value + gain, fix)
+    return Finding(site, LIKELIHOOD, value, value + gain - tolerated if are_well else None, None, text)
+
+
+def prior_finding(site: str, found: Shortfall, fix: str, *, are_well: bool = True) -> Finding:
+    """The same of a prior, at samples of the posterior."""
+    _, best, gain, tolerated = _best(found)
+    return Finding(site, OF_PRIOR, gain, None, tolerated if are_well else None, BETTER.format(OTHERS[best], fix))
+
+
+def _best(found: Shortfall) -> tuple[float, int, float, float]:
+    """The log density, which estimate is the best, what it gains, and what is tolerated."""
+    gains = np.asarray(found.gains, float)
+    best = int(gains.argmax())
+    return float(found.log_density), best, float(gains[best]), NATS + ERRORS * float(found.error)
 
 
 class Normal(NamedTuple):
@@ -141,63 +168,81 @@ class _Mixture(NamedTuple):
     roots: Array  # (components, size, size), which whiten
 
     def log_probs(self, x: Array) -> Array:
-        """``(values, components)``, the log density of each with its weight."""
-        white = jnp.einsum("nki,kij->nkj", x[:, None] - self.means, self.roots)
+        """Along the last axis, the log density of each component with its weight."""
+        white = jnp.einsum("...ki,kij->...kj", x[..., None, :] - self.means, self.roots)
         log_scale = jnp.log(jnp.abs(jnp.diagonal(self.roots, axis1=1, axis2=2))).sum(1)
-        return self.log_weights + log_scale - (white**2).sum(2) / 2 - x.shape[1] / 2 * math.log(2 * math.pi)
+        return self.log_weights + log_scale - (white**2).sum(-1) / 2 - x.shape[-1] / 2 * math.log(2 * math.pi)
+
+    def log_prob(self, x: Array) -> Array:
+        return logsumexp(self.log_probs(x), -1)
 
 
-def _of_mixture(x: Array, gap: Array) -> Array:
+def _of_mixture(x: Array, log_prior: Array | None, gap: Array) -> Array:
     """``(copies, owners)``, the log density of each half by a mixture of the other, with the number of components that is best.
 
     :param x: white, ``(copies, owners, size)``. Every other pair of owners is of the same half: a row and its twin, where rows
         are sorted so, or repeated.
+    :param log_prior: ``(copies, owners)``, of the prior that is another; None of samples of a guide.
     :param gap: between neighbors, of which rounded data have few.
     """
-    copies, owners, size = x.shape
-    pairs = x.reshape(copies, owners // 4, 2, 2, size)
-    halves = jnp.moveaxis(pairs, 2, 0).reshape(2, -1, size)
+    copies, owners, _ = x.shape
+
+    def halves(y: Array) -> Array:
+        """``(2, copies, owners / 2) + shape``"""
+        pairs = y.reshape(copies, owners // 4, 2, 2, *y.shape[2:])
+        return jnp.moveaxis(pairs, 2, 0).reshape(2, copies, owners // 2, *y.shape[2:])
+
+    values, before = halves(x), None if log_prior is None else halves(log_prior)
     least = jnp.maximum(gap**2, LEAST_VARIANCE)
     is_used = jnp.arange(max(COMPONENTS)) < jnp.asarray(COMPONENTS)[:, None]
     keys = jax.random.split(jax.random.key(0), NUM_STARTS)
 
-    def of_half(values: Array, others: Array, used: Array) -> Array:
-        fits, gained = jax.vmap(lambda key: _mixture_of(values, used, least, key))(keys)
+    def of_half(values: Array, before: Array | None, others: Array, used: Array) -> Array:
+        fits, gained = jax.vmap(lambda key: _mixture_of(values, before, used, least, key))(keys)
         best = jax.tree.map(lambda y: y[jnp.argmax(gained)], fits)
-        return logsumexp(best.log_probs(others), 1)
+        return best.log_prob(others)
 
-    found = jax.vmap(jax.vmap(of_half, (0, 0, None)), (None, None, 0))(halves, halves[::-1], is_used)
-    best = found[jnp.argmax(found.mean((1, 2)))][::-1]  # of the values of each half
+    found = jax.vmap(jax.vmap(of_half, (0, 0, 0, None)), (None, None, None, 0))(values, before, values[::-1], is_used)
+    best = found[jnp.argmax(_gained(found, None if before is None else before[::-1]))][::-1]  # of the values of each half
     return jnp.moveaxis(best.reshape(2, copies, owners // 4, 2), 0, 2).reshape(copies, owners)
 
 
-def _mixture_of(x: Array, used: Array, least: Array, rng_key: Array) -> tuple[_Mixture, Array]:
-    """A mixture by EM, and the mean log density of its values.
+def _gained(log_prob: Array, before: Array | None) -> Array:
+    """By mixture, the mean over halves and owners, ``(..., 2, copies, owners)``."""
+    ratios = log_prob if before is None else logsumexp(log_prob - before, -2)
+    return ratios.mean(tuple(range(1, ratios.ndim)))
 
+
+def _mixture_of(x: Array, before: Array | None, used: Array, least: Array, rng_key: Array) -> tuple[_Mixture, Array]:
+    """A mixture by EM, and its mean log likelihood, less a constant.
+
+    :param x: ``(copies, owners, size)``.
+    :param before: ``(copies, owners)``, their log density under the prior before; None if all copies count the same.
     :param used: ``(components,)``, whether there is such a component.
     :param least: variance of a component in every direction.
     """
-    number, size = len(used), x.shape[1]
+    (copies, owners, size), number = x.shape, len(used)
     eye = jnp.eye(size, dtype=x.dtype)
     start = _Mixture(
         jnp.where(used, -jnp.log(used.sum()), -jnp.inf),
-        x[jax.random.choice(rng_key, len(x), (number,))],
+        x.reshape(-1, size)[jax.random.choice(rng_key, copies * owners, (number,))],
         jnp.tile(2 * eye, (number, 1, 1)),
     )
 
     def improve(mixture: _Mixture, _: None) -> tuple[_Mixture, Array]:
         log_probs = mixture.log_probs(x)
-        total = logsumexp(log_probs, 1)
-        shares = jnp.exp(log_probs - total[:, None])
-        count = shares.sum(0)
-        means = jnp.matmul(shares.T, x, precision="highest") / jnp.maximum(count, 1e-6)[:, None]
-        centered = x[:, None] - means
-        spread = jnp.einsum("nk,nki,nkj->kij", shares, centered, centered)
-        spread = jnp.einsum("nk,nki,nkj->kij", shares, centered, centered)
-        spread = jnp.einsum("nk,nki,nkj->kij", shares, centered, centered)
+        total = logsumexp(log_probs, -1)
+        ratios = total if before is None else total - before
+        of_copies = jnp.full_like(ratios, 1 / copies) if before is None else jax.nn.softmax(ratios, 0)
+        shares = jnp.exp(log_probs - total[..., None]) * of_copies[..., None]
+        count = shares.sum((0, 1))
+        means = jnp.einsum("cnk,cni->ki", shares, x, precision="highest") / jnp.maximum(count, 1e-6)[:, None]
+        centered = x[:, :, None] - means
+        spread = jnp.einsum("cnk,cnki,cnkj->kij", shares, centered, centered)
         covariances = (spread + PRIOR * PRIOR_VARIANCE * eye) / (count + PRIOR)[:, None, None] + least * eye
         roots = jnp.swapaxes(jnp.linalg.inv(jnp.linalg.cholesky(covariances)), 1, 2)
-        return _Mixture(jnp.log(count / len(x)), means, roots), total.mean()
+        gained = ratios.mean() if before is None else logsumexp(ratios, 0).mean()
+        return _Mixture(jnp.log(count / owners), means, roots), gained
 
     mixture, gained = lax.scan(improve, start, None, NUM_EM)
     return mixture, gained[-1]

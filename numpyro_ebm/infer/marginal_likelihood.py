@@ -31,8 +31,8 @@ from numpyro_ebm.evaluate.yardstick import (
     ROWS_PER_DIM,
     Shortfall,
     normal_of,
+    rows_finding,
     shortfall,
-    shortfall_finding,
     thinned,
 )
 from numpyro_ebm.weights import effective_sample_size, normalized_weights
@@ -124,4 +124,4 @@ def likelihood_finding(site: str, found: MarginalLikelihood | str, *, are_well: 
     worth = float(found.worth)
     if not worth >= SAMPLES_TO_JUDGE:
         return not_told(site, LIKELIHOOD, UNKNOWN.format(NUM_OF_NORMALIZER, worth))
-    return shortfall_finding(site, LIKELIHOOD, found.shortfall, WORSE, are_well=are_well)
+    return rows_finding(site, found.shortfall, WORSE, are_well=are_well)

@@ -20,7 +20,7 @@ from jax import Array
 from numpyro_ebm.evaluate.density import distance_from, known_density, samples_from, why_unknown
 from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.evaluate.stationarity import NUM_GROUPS, NUM_VALUES, natural_distance
-from numpyro_ebm.evaluate.yardstick import LIKELIHOOD, Shortfall, shortfall_finding, shortfall_of
+from numpyro_ebm.evaluate.yardstick import Shortfall, rows_finding, shortfall_of
 
 FROM_ROWS = "distance of density from rows"
 FROM_MAXIMUM = "distance from the maximum of likelihood"
@@ -98,7 +98,7 @@ def density_findings(site: str, numbers: DensityNumbers | None, num_rows: int) -
     noise = 0.5 / math.sqrt(num_rows) + 0.5 / math.sqrt(worth)
     found = [Finding(site, FROM_ROWS, distance, None, TOLERANCE + 3 * noise, OTHER_MASSES)]
     if numbers.likelihood is not None:
-        found.append(shortfall_finding(site, LIKELIHOOD, numbers.likelihood, WORSE, are_well=found[0].is_well))
+        found.append(rows_finding(site, numbers.likelihood, WORSE, are_well=found[0].is_well))
     is_well = all(finding.is_well for finding in found)  # else the same cause is told already
     most, fix = (MOST + 3 * to_maximum_error, TO_GAIN.format(to_maximum**2 / 2)) if is_well else (None, "")
     if math.isnan(to_maximum):
