@@ -101,8 +101,8 @@ def test_a_correlation_that_is_not_learned_is_told_by_the_distance_from_the_maxi
             numpyro.sample("x", energy, obs=x)
 
     one, other = jnp.asarray(np.random.default_rng(2).normal(size=(2, 2000)), jnp.float32)
-    rows = jnp.stack([one, 0.4 * one + 0.84**0.5 * other], 1)
-    right = report_of(model, rows, params={"precision": 1 / 0.84, "coupling": 0.4 / 0.84})
+    rows = jnp.stack([one, 0.37 * one + 0.8631**0.5 * other], 1)
+    right = report_of(model, rows, params={"precision": 1 / 0.8631, "coupling": 0.37 / 0.8631})
     assert right.is_well
     assert abs(told(right, FROM_MAXIMUM).value) < 0.12
     (found,) = report_of(model, rows).trouble

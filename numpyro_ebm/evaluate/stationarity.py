@@ -37,6 +37,7 @@ from numpyro_ebm.program.sites import FIELD, is_masked
 
 FROM_DATA, FROM_POSTERIOR = "distance of density from data", "distance of prior from posterior"
 MOST = 0.15  # standard deviations: a mode of 50 % may have 43
+MOST_ERROR = 1.0  # of right fits it is that of a mean of rows, in the standard deviations of one
 NUM_VALUES = 2000  # where an energy learns, of rows and samples of the posterior together
 NUM_CG, DAMPING = 5, 1e-6  # steps of conjugate gradients towards the natural gradient, and what is added to its metric
 MIN_RUNS = 16  # of the model, each with other samples of the posterior
@@ -54,8 +55,8 @@ WORSE = (
     "small. Take more steps, a learning rate that falls, standardized data with a base on their scale, or a larger network"
 )
 NO_GRADIENT = (
-    "the energy has no gradient in its parameters where it learns, nor at its chains, so that it stays what it is: a network is "
-    "saturated where its inputs are large. Standardize the data, and take a base on their scale"
+    "the energy has no gradient in its parameters where it learns or at its chains, or next to none, so that it stays what it is: a "
+    "network is saturated where its inputs are large. Standardize the data, and take a base on their scale"
 )
 
 RunOf = Callable[[Array], Run]
@@ -268,7 +269,7 @@ def stationarity_findings(site: str, found: Distance | Unknown, *, are_well: boo
     if isinstance(found, Unknown):
         return [not_told(site, quantity, found.why, is_missing=found.is_missing)]
     value, error = float(found.value), float(found.error)
-    if math.isnan(value):
+    if math.isnan(value) or error > MOST_ERROR:
         return [not_told(site, quantity, NO_GRADIENT, is_missing=are_well)]
     fix = FIX.format("the density and the data" if found.is_observed else "the prior and the posterior that it learns from")
     distance = Finding(site, quantity, value, None, MOST + 3 * error if are_well else None, fix if are_well else "")
