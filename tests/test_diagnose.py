@@ -30,8 +30,8 @@ from numpyro_ebm import (
     diagnose,
     negative_phase,
 )
-from numpyro_ebm.evaluate.capacity import OTHER_ROWS
 from numpyro_ebm.evaluate.density import quantile
+from numpyro_ebm.evaluate.yardstick import OF_OTHERS
 
 KEY = jax.random.key(0)
 DISTANCE = "distance of chains from density"
@@ -268,7 +268,7 @@ def test_an_energy_of_more_parameters_than_rows_may_have_learned_them_by_heart(m
     svi = SVI(phase, AutoDelta(phase) if model is lines else lambda y: None, Adam(0.01), Trace_ELBO())
     state = svi.init(KEY, y)
     report = diagnose(Result(svi.get_params(state), state), phase, y, num_samples=4, warn=False)
-    told = found(report, OTHER_ROWS)
+    told = found(report, OF_OTHERS)
     if num_params == NUM_ROWS:
         assert not told
     else:

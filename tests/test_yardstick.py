@@ -11,12 +11,22 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from helpers import found as told
+from helpers import hierarchical
+from jax.scipy.special import logsumexp
 from numpyro.infer import SVI, Trace_ELBO
 from scipy.stats import norm
 
-from numpyro_ebm import TiltedDistribution, diagnose, negative_phase
+from numpyro_ebm import (
+    EnergyDistribution,
+    ExactScoreMatching,
+    ParticleMMLE,
+    ScoreMatching,
+    TiltedDistribution,
+    diagnose,
+    negative_phase,
+)
 from numpyro_ebm.evaluate.stationarity import FROM_DATA, FROM_POSTERIOR
-from numpyro_ebm.evaluate.yardstick import LIKELIHOOD, NATS, OF_PRIOR, normal_of, rows_finding, shortfall
+from numpyro_ebm.evaluate.yardstick import LIKELIHOOD, NATS, OF_OTHERS, OF_PRIOR, normal_of, rows_finding, shortfall
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -113,10 +123,7 @@ def test_finding_names_the_better_and_what_is_short():
     x = np.where(RNG.uniform(size=(1, 500, 1)) < 0.5, -3, 3) + 0.5 * RNG.normal(size=(1, 500, 1))
     found = compared(x, norm.logpdf(x, 0, 3)[..., 0])
     finding, best = rows_finding("x", found, "Do this."), float(found.log_density + found.gains[1])
-    assert (
-        finding.fix
-        == f"a mixture of normal distributions fitted to the other half of them has {best:.3g} there. Do this."
-    )
+    assert finding.fix == f"a mixture of normal distributions fitted to the other half of them has {best:.3g} there. Do this."
     assert finding.least == pytest.approx(best - NATS - 3 * (2 * NATS / 500) ** 0.5, abs=1e-5)
     assert not finding.is_well
     assert rows_finding("x", found, "Do this.", are_well=False).is_well
@@ -141,6 +148,71 @@ def test_another_prior_gains_what_the_likelihood_of_rows_gains():
     assert by_truth - 0.06 < found.gains[1] < by_truth + 0.01
     one_step = of_rows_in_noise(400, of_posterior=False)[0]
     assert one_step.gains[1] < by_truth - 0.1  # by the samples as they are, a step of EM
+
+
+@pytest.mark.parametrize("width", [0.02, 0.5])
+def test_rows_that_were_not_learned_from_tell_what_was_learned_by_heart(width):
+    """Of an energy with a well at each of its rows."""
+    rows, others = jnp.asarray(np.random.default_rng(6).normal(size=(2, 60, 1)), jnp.float32)
+
+    def model(x):
+        size = jnp.exp(numpyro.param("log_width", jnp.log(width)))
+        with numpyro.plate("data", len(x)):
+            start = dist.Normal(0, 2).expand([1]).to_event(1)
+            wells = EnergyDistribution(lambda x: -logsumexp(-(((x - rows) / size) ** 2) / 2), event_shape=(1,), initial=start)
+            numpyro.sample("x", wells, obs=x)
+
+    def exact(x):
+        return float(np.logaddexp.reduce(norm.logpdf(x, rows.T, width), axis=1).mean() - np.log(60))
+
+    phase = negative_phase(model, num_chains=200)
+    fit = SVI(phase, lambda x: None, optax.sgd(0.0), Trace_ELBO()).run(KEY, 50, rows, progress_bar=False)
+    engine = ScoreMatching(model, optax.sgd(0.0), ExactScoreMatching())
+    scores = engine.run(KEY, 1, rows, report=False, progress_bar=False)
+    for report in (
+        diagnose(fit, phase, rows, validation=others, warn=False),
+        diagnose(scores, engine, rows, validation=others, warn=False),
+    ):
+        found = told(report, OF_OTHERS)
+        assert found.value == pytest.approx(exact(others), abs=0.05)
+        by_normal = norm.logpdf(others, rows.mean(), rows.std()).mean()
+        tolerated = NATS + 3 * (2 * NATS / 60) ** 0.5
+        assert width == 0.5 or not report.is_well
+        if found.least is not None:  # of scores the objective beside the rows has told it already
+            assert by_normal - tolerated - 1e-3 <= found.least <= norm.logpdf(others).mean() - tolerated + 0.1
+            assert found.is_well == (width == 0.5)
+    assert told(diagnose(fit, phase, rows, validation=others, warn=False), OF_OTHERS).least is not None
+    assert OF_OTHERS not in [finding.quantity for finding in diagnose(fit, phase, rows, warn=False).findings]
+
+
+@pytest.mark.parametrize("num_params", [0, 40, 700])
+def test_many_times_more_parameters_than_rows_ask_for_others(num_params):
+    rows = jnp.asarray(RNG.normal(size=(60, 1)), jnp.float32)
+
+    def model(x):
+        unused = numpyro.param("unused", jnp.zeros(60 + num_params)).sum()
+        tilt = numpyro.param("tilt", 0.0) + unused
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("x", TiltedDistribution(dist.Normal(0, 1).expand([1]).to_event(1), lambda x: -tilt * x.sum()), obs=x)
+
+    phase = negative_phase(model, num_chains=200)
+    fit = SVI(phase, lambda x: None, optax.sgd(0.0), Trace_ELBO()).run(KEY, 50, rows, progress_bar=False)
+    engine = ScoreMatching(model, optax.sgd(0.0), ExactScoreMatching())
+    scores = engine.run(KEY, 1, rows, report=False, progress_bar=False)
+    for result, program in ((fit, phase), (scores, engine)):
+        found = told(diagnose(result, program, rows, warn=False), OF_OTHERS)
+        assert not found.is_told
+        assert found.is_missing == (num_params == 700)
+        assert "Give validation= rows" in found.fix
+        assert told(diagnose(result, program, rows, validation=(rows,), warn=False), OF_OTHERS).is_told
+
+
+def test_validation_rows_are_of_scores_and_energies_of_rows():
+    engine = ParticleMMLE(hierarchical, optax.sgd(0.0), num_particles=4, step_size=0.1)
+    y = jnp.ones(30)
+    fit = engine.run(KEY, 1, y, report=False, progress_bar=False)
+    with pytest.raises(ValueError, match="validation= rows are for engines that match scores, and a ParticleMMLE does not"):
+        diagnose(fit, engine, y, validation=y)
 
 
 def tilted(x, base):

@@ -4,28 +4,55 @@
 """Whether an energy has more parameters than rows to learn them from.
 
 Likelihood rewards an energy with a spike at every row, and a network that is trained for long enough gets there. Nothing else in a
-report would see it: the chains of such an energy mix, and agree with its density.
+report would see it: the chains of such an energy mix, and agree with its density. Only other rows tell, and where there are many
+times more parameters than rows a report asks for them.
 """
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import numpy as np
 
 from numpyro_ebm.evaluate.report import Finding, not_told
+from numpyro_ebm.evaluate.yardstick import OF_OTHERS
 from numpyro_ebm.handlers import innermost, negative_phase, undrawn, unnormalized
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.run import Run, run_model
 from numpyro_ebm.program.sites import FIELD
 
-OTHER_ROWS = "density of rows that were not learned from"
+MANY = 10  # times as many parameters as rows
+BY_HEART = "its energy has {} parameters and has learned from {} rows, which it may have learned by heart. {}"
+GIVE = "Give validation= rows that it has not learned from"
+LEAVE_OUT = "Fit again without some of them: a density that holds for others is nearly the same"
+
+
+def capacity_finding(site: str, params: Any, num_rows: int, *, can_be_given: bool) -> list[Finding]:
+    """Of an energy that has more parameters than rows, that it is not told whether it holds for others.
+
+    :param can_be_given: whether ``validation=`` rows could tell it.
+    """
+    num_params = sum(math.prod(np.shape(x)) for x in jax.tree.leaves(params))
+    if num_params <= num_rows:
+        return []
+    why = BY_HEART.format(num_params, num_rows, GIVE if can_be_given else LEAVE_OUT)
+    return [not_told(site, OF_OTHERS, why, is_missing=can_be_given and num_params > MANY * num_rows)]
 
 
 def capacity_findings(
-    phase: negative_phase, params: dict[str, Any], mutable_state: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Finding]:
-    """By site of chains, of the energies that have more parameters than rows: that it is not told whether they hold for others."""
+    phase: negative_phase,
+    params: dict[str, Any],
+    mutable_state: dict[str, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    can_be_given: Collection[str],
+) -> dict[str, list[Finding]]:
+    """The same by site of chains.
+
+    :param can_be_given: sites of which ``validation=`` rows could tell it.
+    """
     model, data = unnormalized(innermost(phase).fn), {**params, **mutable_state}
     learned = check_run(model, args, kwargs, data=data).learned
     if not learned:
@@ -39,15 +66,8 @@ def capacity_findings(
     jax.eval_shape(count)  # nothing is computed
     found = {}
     for site in learned:
-        values = [params[name] for name in site.params if name in params]
-        num_params = sum(math.prod(np.shape(x)) for x in jax.tree.leaves(values))
-        if num_params > num_rows[site.name]:
-            name = FIELD if site.couples else site.name
-            why = (
-                f"its energy has {num_params} parameters and has learned from {num_rows[site.name]} rows, which it may have "
-                "learned by heart. Fit again without some of them: a density that holds for others is nearly the same"
-            )
-            found[name] = not_told(name, OTHER_ROWS, why)
+        name, values = FIELD if site.couples else site.name, [params[param] for param in site.params if param in params]
+        found[name] = capacity_finding(name, values, num_rows[site.name], can_be_given=name in can_be_given)
     return found
 
 

@@ -31,7 +31,9 @@ class Reporting(Protocol):
 
     def _require_state(self, state: Any) -> Any: ...
 
-    def _find(self, rng_key: Array, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]: ...
+    def _find(
+        self, rng_key: Array, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any], validation: Any = None
+    ) -> list[Finding]: ...
 
 
 def diagnose(
@@ -42,6 +44,7 @@ def diagnose(
     num_samples: int | None = None,
     warn: bool = True,
     guide: Callable[..., Any] | None = None,
+    validation: Any = None,
     **kwargs: Any,
 ) -> FitReport:
     r"""Whether a fit can be believed. Engines ask by themselves, after every run: ``result.report``. Of a fit by ``SVI`` you ask.
@@ -86,11 +89,14 @@ def diagnose(
     :param bool warn: whether what is out of bounds is warned of.
     :param guide: the guide of a fit by ``SVI`` with a prior that is learned: its samples are what the prior learns from. Without
         it the report is not well, and says what is missing.
+    :param validation: rows that were not learned from, in the place of the first argument; or all arguments, a tuple, where others
+        have rows too. Of an energy of the rows by ``SVI``, and of engines that match scores: whether it has learned its own rows by
+        heart, by the log likelihood of these. Where an energy has 10 times more parameters than rows, a report without it asks.
     :param kwargs: keyword arguments of the model.
     :return: a :class:`FitReport`; ``print`` it.
     :raises TypeError: if ``program`` is neither.
     :raises ValueError: if the fit has no chains, the guide lacks a latent of the model, or ``num_samples`` is out of range;
-        if ``num_samples`` or ``guide`` is given with an engine.
+        if ``num_samples`` or ``guide`` is given with an engine, or ``validation`` with one that matches no scores.
     :raises RuntimeError: as :meth:`negative_phase.check_chains`.
 
     **References**
@@ -119,14 +125,14 @@ def diagnose(
     warn, rng_key = require_bool("warn", warn), jax.random.key(0) if rng_key is None else require_key("rng_key", rng_key)
     if isinstance(program, negative_phase):
         num_samples = NUM_SAMPLES if num_samples is None else require_count("num_samples", num_samples, least=4)
-        findings = _of_phase(rng_key, result, program, guide, num_samples, args, kwargs)
+        findings = _of_phase(rng_key, result, program, guide, num_samples, validation, args, kwargs)
     elif isinstance(program, Reporting):
         if num_samples is not None:
             raise ValueError("num_samples is for the chains of a negative_phase(model): pass that, or leave num_samples out.")
         if guide is not None:
             raise ValueError("guide is for SVI with a negative_phase(model): the engine has its own, leave guide out.")
         state = program._require_state(getattr(result, "state", result))
-        findings = program._find(rng_key, state, args, kwargs)
+        findings = program._find(rng_key, state, args, kwargs, validation)
     else:
         what = type(program).__name__
         raise TypeError(f"program must be the negative_phase(model) that was learned, or the engine that has learned, got {what}.")
@@ -136,12 +142,18 @@ def diagnose(
     return report
 
 
+def with_rows(validation: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with validation rows, which are given in the place of the first; or all, in a tuple."""
+    return validation if isinstance(validation, tuple) else (validation, *args[1:])
+
+
 def _of_phase(
     rng_key: Array,
     result: Any,
     phase: negative_phase,
     guide: Callable[..., Any] | None,
     num_samples: int,
+    validation: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> list[Finding]:
@@ -150,9 +162,10 @@ def _of_phase(
     if not chains_of(mutable_state):
         raise ValueError("the fit has no negative chains to diagnose: pass the result of a fit of negative_phase(model).")
     phase.check_chains(params, mutable_state, *args, **kwargs)
-    call = phase, guide, num_samples, params, mutable_state, args, kwargs
+    others = None if validation is None else with_rows(validation, args)
+    call = phase, guide, num_samples, params, mutable_state, others, args, kwargs
     numbers, of_guide, of_data, of_params = compiled(_numbers, rng_key, *call, cheaply=True)
-    findings = chain_findings(phase, numbers, params, mutable_state, args, kwargs)
+    findings = chain_findings(phase, numbers, params, mutable_state, args, kwargs, is_validated=others is not None)
     if of_data is None:
         return findings
     of_latents = [guide_stationarity_finding(site, found) for site, found in of_guide.items()]
@@ -168,6 +181,7 @@ def _numbers(
     num_samples: int,
     params: dict[str, Any],
     mutable_state: dict[str, Any],
+    validation: tuple[Any, ...] | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[ChainNumbers, dict[str, GuideDistance], Predictions | None, ParamDistance | None]:
@@ -185,7 +199,8 @@ def _numbers(
         return found
 
     run_of = None if guide is None else run
-    numbers = chain_numbers(rng_key, phase, num_samples, params, mutable_state, args, kwargs, run_of, of_posterior=False)
+    call = phase, num_samples, params, mutable_state, args, kwargs, run_of
+    numbers = chain_numbers(rng_key, *call, of_posterior=False, validation=validation)
     if guide is None:
         return numbers, {}, None, None
 

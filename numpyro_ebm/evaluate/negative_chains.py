@@ -26,7 +26,8 @@ from numpyro_ebm.evaluate.capacity import capacity_findings
 from numpyro_ebm.evaluate.density import KnownDensity, distance_from, known_density, why_unknown
 from numpyro_ebm.evaluate.mixing import R_HAT_OF_AGREEING, R_HAT_OF_CHAINS, least_sample_size, worst_r_hat
 from numpyro_ebm.evaluate.report import Finding, not_told
-from numpyro_ebm.evaluate.stationarity import Distance, RunOf, Unknown, distances, stationarity_findings
+from numpyro_ebm.evaluate.stationarity import Distance, RunOf, Unknown, distances, has_likelihood, stationarity_findings
+from numpyro_ebm.evaluate.yardstick import OF_OTHERS
 from numpyro_ebm.handlers import chains_target, explain_chains, frozen_chains, innermost, negative_phase
 from numpyro_ebm.program.sites import FIELD
 from numpyro_ebm.weighted import is_weighted
@@ -40,6 +41,9 @@ TOLERANCE = 0.05
 # Weighted chains may lose half of what they are worth in a step, on average, and not more.
 KEPT_BY_WEIGHTS = 0.5
 GIVE_REFERENCE = "Give reference= one, wide enough"
+NOT_OF_OTHERS = (
+    "it is no density of rows that is known: of a latent, of more than two dimensions, or the distance above is not told"
+)
 ASK_MONITORS = (
     "Monitors tell it, negative_phase(weights=Weighted(num_monitor_chains=...)); of an RBM log_normalizer gives the likelihood of "
     "other rows"
@@ -74,11 +78,13 @@ def chain_numbers(
     run_of: RunOf | None = None,
     *,
     of_posterior: bool = True,
+    validation: tuple[Any, ...] | None = None,
 ) -> ChainNumbers:
     """Moves the chains of a fit on at its parameters, and measures them; traced.
 
     :param run_of: a run of the model by a key, with latents from their posterior; None where that is not known.
     :param of_posterior: whether these are samples of the posterior itself, not of a guide.
+    :param validation: the arguments of the model with rows that were not learned from.
     """
     move_key, judge_key, learn_key = jax.random.split(rng_key, 3)
 
@@ -104,7 +110,9 @@ def chain_numbers(
             x = energy.to_chain(draws[site].reshape(-1, *draws[site].shape[2:]), sampler)
             known[site] = known_density(judge_key, energy, sampler, x)
             distance[site] = _distance(known[site], x, is_discrete=energy.support.is_discrete)
-    from_learned = distances(learn_key, phase, run_of, draws, known, params, state, args, kwargs, of_posterior=of_posterior)
+    from_learned = distances(
+        learn_key, phase, run_of, draws, known, params, state, args, kwargs, of_posterior=of_posterior, validation=validation
+    )
     return ChainNumbers(draws, chains_of(state), distance, has_reference, from_learned)
 
 
@@ -120,13 +128,17 @@ def chain_findings(
     mutable_state: dict[str, Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    *,
+    is_validated: bool | None = None,
 ) -> list[Finding]:
     """What these numbers say.
 
     :param mutable_state: that of the fit, before its chains were moved on.
+    :param is_validated: whether rows were given that were not learned from; None where they cannot be.
     """
     phase, findings = innermost(phase), list[Finding]()
-    capacity = capacity_findings(phase, params, mutable_state, args, kwargs)
+    of_rows = {site for site, found in numbers.from_learned.items() if is_validated is not None and has_likelihood(found)}
+    capacity = capacity_findings(phase, params, mutable_state, args, kwargs, can_be_given=of_rows)
     by_site = {name: np.moveaxis(np.asarray(draws), 1, 0) for name, draws in numbers.draws.items()}
     for site, kept in numbers.chains.items():
         if (status := int(kept["status"])) > 1:
@@ -155,7 +167,10 @@ def chain_findings(
         if site in numbers.from_learned:
             are_well = all(finding.is_well for finding in findings if finding.site == site)
             findings += stationarity_findings(site, numbers.from_learned[site], are_well=are_well)
-        findings += [capacity[site]] if site in capacity else []
+        if not is_validated:
+            findings += capacity.get(site, [])
+        elif site not in of_rows:
+            findings.append(not_told(site, OF_OTHERS, NOT_OF_OTHERS))
     return findings
 
 

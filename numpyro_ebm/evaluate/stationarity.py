@@ -29,7 +29,7 @@ from numpyro_ebm._conjugate_gradient import conjugate_gradient, dot, square
 from numpyro_ebm.chains import chains_of
 from numpyro_ebm.evaluate.density import KnownDensity
 from numpyro_ebm.evaluate.report import Finding, not_told
-from numpyro_ebm.evaluate.yardstick import Shortfall, prior_finding, rows_finding, shortfall_of
+from numpyro_ebm.evaluate.yardstick import Shortfall, others_finding, prior_finding, rows_finding, shortfall_elsewhere, shortfall_of
 from numpyro_ebm.handlers import chains_target, innermost, negative_phase, undrawn, unnormalized
 from numpyro_ebm.program.check import check_run
 from numpyro_ebm.program.run import Run, run_model
@@ -55,8 +55,8 @@ WORSE = (
     "small. Take more steps, a learning rate that falls, standardized data with a base on their scale, or a larger network"
 )
 NO_GRADIENT = (
-    "the energy has no gradient in its parameters where it learns or at its chains, or next to none, so that it stays what it is: a "
-    "network is saturated where its inputs are large. Standardize the data, and take a base on their scale"
+    "the energy has no gradient in its parameters where it learns or at its chains, or next to none, so that it stays what it is: "
+    "a network is saturated where its inputs are large. Standardize the data, and take a base on their scale"
 )
 
 RunOf = Callable[[Array], Run]
@@ -73,10 +73,12 @@ class Distance:
     error: Array
     #: how its log density compares with simple estimates of what it learns from; None where it is not known
     shortfall: Shortfall | None
+    #: the same at validation rows; None without them
+    elsewhere: Shortfall | None
     is_observed: bool
 
 
-jax.tree_util.register_dataclass(Distance, ["value", "error", "shortfall"], ["is_observed"])
+jax.tree_util.register_dataclass(Distance, ["value", "error", "shortfall", "elsewhere"], ["is_observed"])
 
 
 @jax.tree_util.register_static  # so that a compiled function may return it
@@ -101,11 +103,13 @@ def distances(
     kwargs: Data,
     *,
     of_posterior: bool,
+    validation: tuple[Any, ...] | None,
 ) -> dict[str, Distance | Unknown]:
     """By energy site that has chains; traced.
 
     :param run_of: a run of the model by a key, with latents from their posterior; None where that is not known.
     :param of_posterior: whether these are samples of the posterior itself, not of a guide.
+    :param validation: the arguments of the model with rows that were not learned from.
     :param draws: of chains at these parameters, ``(num_samples, chains) + shape``.
     :param known: by site, its density.
     """
@@ -144,10 +148,19 @@ def distances(
             energy, sampler = chains_target(phase, name, args, kwargs, data)
             apart = None if is_part or shape else _by_owner(values)
             short = _shortfall(energy, sampler, known[name], apart, of_posterior=of_posterior)
-            found[name] = Distance(value, error, short, is_observed)
+            elsewhere = None
+            if validation is not None and short is not None and is_observed:
+                others = run_model(undrawn(model), validation, kwargs, rng_key, data=data).sites[name]["value"]
+                elsewhere = _elsewhere(energy, sampler, known[name], others, apart)
+            found[name] = Distance(value, error, short, elsewhere, is_observed)
             continue
         found[name] = Unknown(why, is_observed, is_missing)
     return found
+
+
+def has_likelihood(found: Distance | Unknown) -> bool:
+    """Whether the likelihood of rows is known, and could be of others."""
+    return isinstance(found, Distance) and found.is_observed and found.shortfall is not None
 
 
 def _is_real(param: Any) -> bool:
@@ -190,6 +203,13 @@ def _shortfall(
     x = energy.to_chain(values.reshape(-1, *values.shape[2:]), sampler)
     x = x.reshape(*values.shape[:2], *x.shape[1:])
     return shortfall_of(energy.chain_log_prob(sampler), known, x, of_posterior=of_posterior)
+
+
+def _elsewhere(energy: Any, sampler: Any, known: Any, others: Any, learned: Any) -> Shortfall | None:
+    """The same at other rows."""
+    event_shape = learned.shape[2:]
+    x, rows = (energy.to_chain(jnp.asarray(y).reshape(-1, *event_shape), sampler) for y in (others, learned))
+    return shortfall_elsewhere(energy.chain_log_prob(sampler), known, x, rows)
 
 
 def _groups(draws: Array, shape: tuple[int, ...]) -> Array:
@@ -276,4 +296,5 @@ def stationarity_findings(site: str, found: Distance | Unknown, *, are_well: boo
     if found.shortfall is None:
         return [distance]
     finding_of = rows_finding if found.is_observed else prior_finding
-    return [distance, finding_of(site, found.shortfall, WORSE, are_well=are_well and distance.is_well)]
+    likelihood = finding_of(site, found.shortfall, WORSE, are_well=are_well and distance.is_well)
+    return [distance, likelihood] + ([] if found.elsewhere is None else [others_finding(site, found.elsewhere)])

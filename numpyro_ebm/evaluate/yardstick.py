@@ -35,6 +35,7 @@ from numpyro_ebm.evaluate.density import KnownDensity
 from numpyro_ebm.evaluate.report import Finding
 
 LIKELIHOOD = "log likelihood of the rows"
+OF_OTHERS = "log likelihood of validation rows"
 OF_PRIOR = "nats that a row would gain by another prior"
 MAX_VALUES = 2000  # that are looked at
 MIN_OWNERS = 20  # of values, to compare with
@@ -46,9 +47,15 @@ PRIOR, PRIOR_VARIANCE = 2.0, 0.1  # of so many values, of the covariance of a co
 LEAST_VARIANCE = 1e-3  # of a component, where the values have 1: rounded data look like spikes
 NATS = 0.05  # that a density may be short, for each value
 ERRORS = 3  # and so many standard errors of that
-OTHERS = ("a normal distribution with their moments", "a mixture of normal distributions fitted to the other half of them")
+ESTIMATES = "a normal distribution", "a mixture of normal distributions"
+HOW = "{} with their moments", "{} fitted to the other half of them"
 WORSE = "{} has {:.3g} there. {}"
 BETTER = "so much is the gain of {}. {}"
+BY_HEART = (
+    "{}, of the rows that were learned from, has {:.3g} there. The model has learned these rows by heart, or has not converged: "
+    "take fewer steps, weight decay (optax.adamw), a smaller network or more rows; more steps where the log likelihood of the rows "
+    "is too small too"
+)
 
 
 class Shortfall(NamedTuple):
@@ -82,8 +89,9 @@ def shortfall(log_density: Array, x: Array, variance: Array | float = 0.0, *, of
     normal = normal_of(x.reshape(-1, x.shape[2]))
     estimates = [normal.log_prob(x) - normal.num_moments / 2 / owners]
     if x.shape[2] <= MAX_SIZE:
-        volume, gap = jnp.log(normal.scales).sum(), _gaps(x.reshape(-1, x.shape[2])).max()
-        estimates.append(_of_mixture(normal.whiten(x), log_density if of_posterior else None, gap) - volume)
+        least = _least_variance(x.reshape(-1, x.shape[2]))
+        of_mixture = _of_mixture(normal.whiten(x), log_density if of_posterior else None, least)
+        estimates.append(of_mixture - jnp.log(normal.scales).sum())
     ratios = jnp.stack(estimates) - log_density
     gains = logsumexp(ratios, 1) - math.log(len(x)) if of_posterior else ratios.mean(1)
     return Shortfall(log_density.mean(), gains.mean(1), jnp.sqrt(2 * NATS / owners + variance))
@@ -102,6 +110,26 @@ def shortfall_of(target: Callable[[Array], Array], known: KnownDensity, x: Array
     return shortfall(log_density, x, 1 / known.worth, of_posterior=of_posterior)
 
 
+def shortfall_elsewhere(target: Callable[[Array], Array], known: KnownDensity, x: Array, learned: Array) -> Shortfall | None:
+    """The same at rows that neither the energy nor the estimates have seen, None of few; traced.
+
+    :param x: positions of chains, ``(rows,) + event_shape``.
+    :param learned: positions of the rows that were learned from, which make the estimates.
+    """
+    if min(len(x), len(learned)) < MIN_OWNERS:
+        return None
+    log_density = target(x) - known.log_normalizer
+    x, learned = x.reshape(len(x), -1), learned.reshape(len(learned), -1)
+    normal = normal_of(learned)
+    estimates = [normal.log_prob(x)]
+    if x.shape[1] <= MAX_SIZE:
+        fitted = _mixtures_of(normal.whiten(learned)[None], None, _least_variance(learned))
+        by_number = jax.vmap(lambda mixture: mixture.log_prob(normal.whiten(x)))(fitted)
+        estimates.append(by_number[jnp.argmax(by_number.mean(1))] - jnp.log(normal.scales).sum())
+    gains = jnp.stack(estimates).mean(1) - log_density.mean()
+    return Shortfall(log_density.mean(), gains, jnp.sqrt(2 * NATS / len(x) + 1 / known.worth))
+
+
 def rows_finding(site: str, found: Shortfall, fix: str, *, are_well: bool = True) -> Finding:
     """Whether a density of rows is as good as the better of the two.
 
@@ -109,14 +137,22 @@ def rows_finding(site: str, found: Shortfall, fix: str, *, are_well: bool = True
     :param are_well: whether what the values came from is right. Where it is not, that is the cause to tell.
     """
     value, best, gain, tolerated = _best(found)
-    text = WORSE.format(OTHERS[best], value + gain, fix)
+    text = WORSE.format(HOW[best].format(ESTIMATES[best]), value + gain, fix)
     return Finding(site, LIKELIHOOD, value, value + gain - tolerated if are_well else None, None, text)
 
 
 def prior_finding(site: str, found: Shortfall, fix: str, *, are_well: bool = True) -> Finding:
     """The same of a prior, at samples of the posterior."""
     _, best, gain, tolerated = _best(found)
-    return Finding(site, OF_PRIOR, gain, None, tolerated if are_well else None, BETTER.format(OTHERS[best], fix))
+    return Finding(
+        site, OF_PRIOR, gain, None, tolerated if are_well else None, BETTER.format(HOW[best].format(ESTIMATES[best]), fix)
+    )
+
+
+def others_finding(site: str, found: Shortfall) -> Finding:
+    """The same of rows that were not learned from."""
+    value, best, gain, tolerated = _best(found)
+    return Finding(site, OF_OTHERS, value, value + gain - tolerated, None, BY_HEART.format(ESTIMATES[best], value + gain))
 
 
 def _best(found: Shortfall) -> tuple[float, int, float, float]:
@@ -177,13 +213,13 @@ class _Mixture(NamedTuple):
         return logsumexp(self.log_probs(x), -1)
 
 
-def _of_mixture(x: Array, log_prior: Array | None, gap: Array) -> Array:
+def _of_mixture(x: Array, log_prior: Array | None, least: Array) -> Array:
     """``(copies, owners)``, the log density of each half by a mixture of the other, with the number of components that is best.
 
     :param x: white, ``(copies, owners, size)``. Every other pair of owners is of the same half: a row and its twin, where rows
         are sorted so, or repeated.
     :param log_prior: ``(copies, owners)``, of the prior that is another; None of samples of a guide.
-    :param gap: between neighbors, of which rounded data have few.
+    :param least: :func:`_least_variance`.
     """
     copies, owners, _ = x.shape
 
@@ -193,16 +229,9 @@ def _of_mixture(x: Array, log_prior: Array | None, gap: Array) -> Array:
         return jnp.moveaxis(pairs, 2, 0).reshape(2, copies, owners // 2, *y.shape[2:])
 
     values, before = halves(x), None if log_prior is None else halves(log_prior)
-    least = jnp.maximum(gap**2, LEAST_VARIANCE)
-    is_used = jnp.arange(max(COMPONENTS)) < jnp.asarray(COMPONENTS)[:, None]
-    keys = jax.random.split(jax.random.key(0), NUM_STARTS)
-
-    def of_half(values: Array, before: Array | None, others: Array, used: Array) -> Array:
-        fits, gained = jax.vmap(lambda key: _mixture_of(values, before, used, least, key))(keys)
-        best = jax.tree.map(lambda y: y[jnp.argmax(gained)], fits)
-        return best.log_prob(others)
-
-    found = jax.vmap(jax.vmap(of_half, (0, 0, 0, None)), (None, None, None, 0))(values, before, values[::-1], is_used)
+    fitted = jax.vmap(lambda values, before: _mixtures_of(values, before, least))(values, before)
+    by_number = jax.vmap(jax.vmap(lambda mixture, others: mixture.log_prob(others), (0, None)))(fitted, values[::-1])
+    found = jnp.swapaxes(by_number, 0, 1)
     best = found[jnp.argmax(_gained(found, None if before is None else before[::-1]))][::-1]  # of the values of each half
     return jnp.moveaxis(best.reshape(2, copies, owners // 4, 2), 0, 2).reshape(copies, owners)
 
@@ -211,6 +240,18 @@ def _gained(log_prob: Array, before: Array | None) -> Array:
     """By mixture, the mean over halves and owners, ``(..., 2, copies, owners)``."""
     ratios = log_prob if before is None else logsumexp(log_prob - before, -2)
     return ratios.mean(tuple(range(1, ratios.ndim)))
+
+
+def _mixtures_of(x: Array, before: Array | None, least: Array) -> _Mixture:
+    """Of each number of components, the better from some starts; as :func:`_mixture_of`."""
+    is_used = jnp.arange(max(COMPONENTS)) < jnp.asarray(COMPONENTS)[:, None]
+    keys = jax.random.split(jax.random.key(0), NUM_STARTS)
+
+    def better(used: Array) -> _Mixture:
+        fits, gained = jax.vmap(lambda key: _mixture_of(x, before, used, least, key))(keys)
+        return jax.tree.map(lambda y: y[jnp.argmax(gained)], fits)
+
+    return jax.vmap(better)(is_used)
 
 
 def _mixture_of(x: Array, before: Array | None, used: Array, least: Array, rng_key: Array) -> tuple[_Mixture, Array]:
@@ -246,6 +287,11 @@ def _mixture_of(x: Array, before: Array | None, used: Array, least: Array, rng_k
 
     mixture, gained = lax.scan(improve, start, None, NUM_EM)
     return mixture, gained[-1]
+
+
+def _least_variance(x: Array) -> Array:
+    """Of a component in every direction, where the values have 1: the gaps between neighbors, of which rounded data have few."""
+    return jnp.maximum(_gaps(x).max() ** 2, LEAST_VARIANCE)
 
 
 def _gaps(x: Array) -> Array:

@@ -201,8 +201,15 @@ class BilevelEngine(ScoreEngine):
         )
         return new, value, health_of("loss", value) | health_of("param", {**theta, **phi})
 
-    def _findings(self, rng_key: Array, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
-        found = super()._findings(rng_key, state, args, kwargs)
+    def _findings(
+        self,
+        rng_key: Array,
+        state: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        validation: tuple[Any, ...] | None = None,
+    ) -> list[Finding]:
+        found = super()._findings(rng_key, state, args, kwargs, validation)
         for site, log_weights in self._weigh_guide(state, rng_key, *args, **kwargs).items():
             least, fix = self._wanted_of_guide()
             found += guide_findings(site, log_weights, f"{fix} {NEARER}", least=least)

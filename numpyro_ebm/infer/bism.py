@@ -269,8 +269,16 @@ class BiSM(BilevelEngine):
     def _batch_loss(self, state: BiSMState, batch: Batch, kwargs: dict[str, Any]) -> Array:
         return self._levels(state, batch, kwargs).upper(state.theta, state.phi, state.rng_key)
 
-    def _findings(self, rng_key: Array, state: BiSMState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
-        found, response = super()._findings(rng_key, state, args, kwargs), self._of_response(rng_key, state, args, kwargs)
+    def _findings(
+        self,
+        rng_key: Array,
+        state: BiSMState,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        validation: tuple[Any, ...] | None = None,
+    ) -> list[Finding]:
+        found = super()._findings(rng_key, state, args, kwargs, validation)
+        response = self._of_response(rng_key, state, args, kwargs)
         if not all(finding.is_well for finding in response):  # what is short of likelihood is so by the same cause
             found = [finding._replace(least=None) if finding.quantity == LIKELIHOOD else finding for finding in found]
         return [*found, *response]

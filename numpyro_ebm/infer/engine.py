@@ -192,8 +192,12 @@ class Engine(metaclass=_ReadOnly):
         """What there is to say of a fit at its last state, which is not changed: what ``result.report`` and ``diagnose`` tell."""
         return []
 
-    def _find(self, rng_key: Array, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
+    def _find(
+        self, rng_key: Array, state: State, args: tuple[Any, ...], kwargs: dict[str, Any], validation: Any = None
+    ) -> list[Finding]:
         """The same for arguments as they are given by users."""
+        if validation is not None:
+            raise ValueError(f"validation= rows are for engines that match scores, and a {type(self).__name__} does not.")
         args, kwargs = join(*self._split(args, kwargs))
         return self._findings(rng_key, state, args, kwargs)
 

@@ -22,6 +22,8 @@ from jax import Array, lax
 from numpyro_ebm._checks import require_bool, require_count, require_instance
 from numpyro_ebm._pytree import join
 from numpyro_ebm.distributions.energy import energy_site
+from numpyro_ebm.evaluate.capacity import capacity_finding
+from numpyro_ebm.evaluate.diagnose import with_rows
 from numpyro_ebm.evaluate.report import Finding, are_reports_enabled, not_told, report_of
 from numpyro_ebm.handlers import unnormalized
 from numpyro_ebm.infer.collapse import (
@@ -161,7 +163,7 @@ class ScoreEngine(Engine):
             **kwargs,
         }
         if patience:
-            watch = _Watch(lambda state: self.evaluate(_judged(state), *_replaced(validation, args), **kwargs), patience)
+            watch = _Watch(lambda state: self.evaluate(_judged(state), *with_rows(validation, args), **kwargs), patience)
             losses = super().run(rng_key, num_steps, *args, callbacks=(*callbacks, watch), **settings).losses
             result = RunResult(self.get_params(watch.state), watch.state, losses)
         else:
@@ -169,18 +171,25 @@ class ScoreEngine(Engine):
         if not reports:
             return result
         arrays, of_model = join(*self._split(args, kwargs))  # as the run has read them
-        said = report_of(lambda: self._told(result.state, validation, arrays, of_model))
+        said = report_of(lambda: self._told(own_key(result.state.rng_key), result.state, arrays, of_model, validation))
         num_steps = int(result.state.num_steps)
         said.warn(stacklevel=2, before=self._warnings(result.state, num_steps, arrays, of_model))  # as after the last chunk
 
         return result._replace(report=said)
 
-    def _told(self, state: Any, validation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
-        """What there is to say at the end of a run."""
-        found = self._findings(own_key(state.rng_key), state, args, kwargs)
-        if validation is None:
+    def _find(
+        self, rng_key: Array, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any], validation: Any = None
+    ) -> list[Finding]:
+        args, kwargs = join(*self._split(args, kwargs))
+        return self._told(rng_key, state, args, kwargs, validation)
+
+    def _told(self, rng_key: Array, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any], validation: Any) -> list[Finding]:
+        """What there is to say of a fit, with rows that it has not learned from or without."""
+        rows = None if validation is None else with_rows(validation, args)
+        found = self._findings(rng_key, state, args, kwargs, rows)
+        if rows is None:
             return found
-        state, rows = _judged(state), _replaced(validation, args)
+        state = _judged(state)
         numbers = self.evaluate(state, *args, **kwargs), self.evaluate(state, *rows, **kwargs)
         gaussians = self._gaussian(state, args[0], args[0]), self._gaussian(state, args[0], rows[0])
         (here, there), (at_rows, at_validation) = (map(float, pair) for pair in (numbers, gaussians))
@@ -188,16 +197,25 @@ class ScoreEngine(Engine):
         site = self._visible_site(state, args, kwargs)
         return [*found, validation_finding(site, here, there, at_rows, at_validation, of_flat)]
 
-    def _findings(self, rng_key: Array, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Finding]:
+    def _findings(
+        self,
+        rng_key: Array,
+        state: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        validation: tuple[Any, ...] | None = None,
+    ) -> list[Finding]:
         """Of an objective that can collapse: whether it has, or is bad at the rows; of one with many noise levels: whether they go
         together.
+
+        :param validation: the arguments with rows that were not learned from.
         """
         if isinstance(self.objective, MultiscaleDenoisingScoreMatching):
             num_rows = len(self._first_batch(state.rng_key, state.params, args, kwargs).args[0])
             return [levels_finding(self._visible_site(state, args, kwargs), self.objective, num_rows, args[0])]
         visible, program = self._visible(state, args, kwargs)
         found = self._of_objective(rng_key, state, visible.site, program, args, kwargs)
-        more = self._of_density(rng_key, state, visible.site, program, args, kwargs)
+        more = self._of_density(rng_key, state, visible.site, program, args, kwargs, validation)
         is_well = all(finding.is_well for finding in found)  # else the density is far from the rows by the same cause
         return found + (more if is_well else [finding._replace(least=None, most=None) for finding in more])
 
@@ -220,29 +238,44 @@ class ScoreEngine(Engine):
         return [collapse, level]
 
     def _of_density(
-        self, rng_key: Array, state: Any, site: str, program: Run, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        rng_key: Array,
+        state: Any,
+        site: str,
+        program: Run,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        validation: tuple[Any, ...] | None,
     ) -> list[Finding]:
-        """Of an energy whose visible has no latents, whether it has the masses of the rows."""
+        """Of an energy whose visible has no latents, whether it has the masses of the rows, and those of others."""
         fn = program.sites[site]["fn"]
         if energy_site(fn) is None or is_masked(fn) or math.prod(core_of(fn).batch_shape) > 1:
             return []
-        numbers = jax.device_get(self._density(state, rng_key, site, *args, **kwargs))
-        return density_findings(site, numbers, min(len(args[0]), MAX_ROWS))
+        numbers = jax.device_get(self._density(state, rng_key, site, validation, *args, **kwargs))
+        found = density_findings(site, numbers, min(len(args[0]), MAX_ROWS))
+        has_likelihood = numbers is not None and numbers.likelihood is not None
+        return found if validation else found + capacity_finding(site, state.params, len(args[0]), can_be_given=has_likelihood)
 
     @partial(compiled_method, cheaply=True)
-    def _density(self, state: Any, rng_key: Array, site: str, *args: Any, **kwargs: Any) -> DensityNumbers | None:
-        noise_key, judge_key = jax.random.split(rng_key)
-        whole = self._all_rows(state, args, kwargs)
-        moved = whole._replace(args=(self.objective.perturb(noise_key, whole.args[0]), *whole.args[1:]))
+    def _density(
+        self, state: Any, rng_key: Array, site: str, validation: tuple[Any, ...] | None, *args: Any, **kwargs: Any
+    ) -> DensityNumbers | None:
+        noise_key, others_key, judge_key = jax.random.split(rng_key, 3)
 
-        def seen(params: dict[str, Any]) -> Site:
-            return run_at_zero(moved.of(self._inner), moved.args, kwargs, state.rng_key, params).observed[site]
+        def seen(key: Array, params: dict[str, Any], args: tuple[Any, ...]) -> Site:
+            whole = self._all_rows(state, args, kwargs)
+            moved = self.objective.perturb(key, whole.args[0]), *whole.args[1:]
+            return run_at_zero(whole._replace(args=moved).of(self._inner), moved, kwargs, state.rng_key, params).observed[site]
 
         def energy_of(params: dict[str, Any]) -> Any:
-            return energy_site(seen(params)["fn"])
+            return energy_site(seen(noise_key, params, args)["fn"])
 
-        rows = jnp.asarray(seen(state.params)["value"])
-        return density_numbers(judge_key, energy_of, state.params, rows[:: -(-len(rows) // MAX_ROWS)])
+        def rows_of(key: Array, args: tuple[Any, ...]) -> Array:
+            rows = jnp.asarray(seen(key, state.params, args)["value"])
+            return rows[:: -(-len(rows) // MAX_ROWS)]
+
+        others = None if validation is None else rows_of(others_key, validation)
+        return density_numbers(judge_key, energy_of, state.params, rows_of(noise_key, args), others)
 
     @partial(compiled_method, cheaply=True)
     def _at_rows(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Array, Array, Array]:
@@ -455,10 +488,6 @@ class _Watch:
 def _judged(state: Any) -> Any:
     """A state with the one key that all of a run are compared with: else the noise of the objective decides."""
     return state._replace(rng_key=jax.random.key(0))
-
-
-def _replaced(validation: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return validation if isinstance(validation, tuple) else (validation, *args[1:])
 
 
 def _keys_of_moves(rng_key: Array, v: Array) -> Array:

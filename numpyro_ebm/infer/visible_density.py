@@ -20,7 +20,7 @@ from jax import Array
 from numpyro_ebm.evaluate.density import distance_from, known_density, samples_from, why_unknown
 from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.evaluate.stationarity import NUM_GROUPS, NUM_VALUES, natural_distance
-from numpyro_ebm.evaluate.yardstick import Shortfall, rows_finding, shortfall_of
+from numpyro_ebm.evaluate.yardstick import Shortfall, others_finding, rows_finding, shortfall_elsewhere, shortfall_of
 
 FROM_ROWS = "distance of density from rows"
 FROM_MAXIMUM = "distance from the maximum of likelihood"
@@ -54,18 +54,25 @@ class DensityNumbers(NamedTuple):
     worth: Array
     #: nats per row, beside simple estimates; None of few rows
     likelihood: Shortfall | None
+    #: the same of rows that were not learned from; None without them
+    elsewhere: Shortfall | None
     #: (), standard deviations to the maximum of the likelihood along its natural gradient, and their standard error
     to_maximum: Array
     to_maximum_error: Array
 
 
 def density_numbers(
-    rng_key: Array, energy_of: Callable[[dict[str, Any]], Any], params: dict[str, Any], rows: Array
+    rng_key: Array,
+    energy_of: Callable[[dict[str, Any]], Any],
+    params: dict[str, Any],
+    rows: Array,
+    others: Array | None,
 ) -> DensityNumbers | None:
     """These numbers, or None where the density is not known; traced.
 
     :param energy_of: the energy distribution by parameters.
     :param rows: ``(rows,) + event_shape``, with the noise that the density was learned with.
+    :param others: the same of rows that were not learned from.
     """
     energy = energy_of(params)
     sampler = energy.chain_sampler
@@ -74,7 +81,10 @@ def density_numbers(
     known = known_density(known_key, energy, sampler, x)
     if known is None:
         return None
-    likelihood = shortfall_of(energy.chain_log_prob(sampler), known, x[None])
+    target, elsewhere = energy.chain_log_prob(sampler), None
+    likelihood = shortfall_of(target, known, x[None])
+    if others is not None:
+        elsewhere = shortfall_elsewhere(target, known, energy.to_chain(others, sampler), x)
     distance = distance_from(known, x, is_discrete=False)
     samples = samples_from(samples_key, known, NUM_GROUPS, NUM_VALUES // NUM_GROUPS).reshape(NUM_GROUPS, -1, *x.shape[1:])
     to_maximum = natural_distance(
@@ -84,7 +94,7 @@ def density_numbers(
         samples,
         is_all=False,  # rows that scores have learned from are not at the maximum of their own likelihood
     )
-    return DensityNumbers(distance, known.worth, likelihood, *to_maximum)
+    return DensityNumbers(distance, known.worth, likelihood, elsewhere, *to_maximum)
 
 
 def density_findings(site: str, numbers: DensityNumbers | None, num_rows: int) -> list[Finding]:
@@ -100,6 +110,8 @@ def density_findings(site: str, numbers: DensityNumbers | None, num_rows: int) -
     if numbers.likelihood is not None:
         found.append(rows_finding(site, numbers.likelihood, WORSE, are_well=found[0].is_well))
     is_well = all(finding.is_well for finding in found)  # else the same cause is told already
+    if numbers.elsewhere is not None:
+        found.append(others_finding(site, numbers.elsewhere))
     most, fix = (MOST + 3 * to_maximum_error, TO_GAIN.format(to_maximum**2 / 2)) if is_well else (None, "")
     if math.isnan(to_maximum):
         return [*found, not_told(site, FROM_MAXIMUM, NO_NUMBER)]
