@@ -43,6 +43,7 @@ ROWS_PER_DIM = 10  # of fewer, a covariance describes them far better than any o
 MAX_SIZE = 10  # elements that mixtures are of
 COMPONENTS = (2, 4, 12)  # of a mixture
 NUM_STARTS, NUM_EM = 2, 30
+SPREAD = 5  # prime to the largest number of components
 PRIOR, PRIOR_VARIANCE = 2.0, 0.1  # of so many values, of the covariance of a component
 LEAST_VARIANCE = 1e-3  # of a component, where the values have 1: rounded data look like spikes
 NATS = 0.05  # that a density may be short, for each value
@@ -245,28 +246,30 @@ def _gained(log_prob: Array, before: Array | None) -> Array:
 def _mixtures_of(x: Array, before: Array | None, least: Array) -> _Mixture:
     """Of each number of components, the better from some starts; as :func:`_mixture_of`."""
     is_used = jnp.arange(max(COMPONENTS)) < jnp.asarray(COMPONENTS)[:, None]
-    keys = jax.random.split(jax.random.key(0), NUM_STARTS)
+    starts = jnp.arange(NUM_STARTS) / NUM_STARTS
 
     def better(used: Array) -> _Mixture:
-        fits, gained = jax.vmap(lambda key: _mixture_of(x, before, used, least, key))(keys)
+        fits, gained = jax.vmap(lambda start: _mixture_of(x, before, used, least, start))(starts)
         return jax.tree.map(lambda y: y[jnp.argmax(gained)], fits)
 
     return jax.vmap(better)(is_used)
 
 
-def _mixture_of(x: Array, before: Array | None, used: Array, least: Array, rng_key: Array) -> tuple[_Mixture, Array]:
+def _mixture_of(x: Array, before: Array | None, used: Array, least: Array, offset: Array) -> tuple[_Mixture, Array]:
     """A mixture by EM, and its mean log likelihood, less a constant.
 
     :param x: ``(copies, owners, size)``.
     :param before: ``(copies, owners)``, their log density under the prior before; None if all copies count the same.
     :param used: ``(components,)``, whether there is such a component.
     :param least: variance of a component in every direction.
+    :param offset: from 0 to 1, of the values that means start at, which are evenly spaced.
     """
     (copies, owners, size), number = x.shape, len(used)
+    spread = jnp.arange(number) * SPREAD % number  # of which the first two are far apart, and the first four
     eye = jnp.eye(size, dtype=x.dtype)
     start = _Mixture(
         jnp.where(used, -jnp.log(used.sum()), -jnp.inf),
-        x.reshape(-1, size)[jax.random.choice(rng_key, copies * owners, (number,))],
+        x.reshape(-1, size)[((spread + offset) / number * (copies * owners)).astype(int)],
         jnp.tile(2 * eye, (number, 1, 1)),
     )
 
@@ -279,8 +282,8 @@ def _mixture_of(x: Array, before: Array | None, used: Array, least: Array, rng_k
         count = shares.sum((0, 1))
         means = jnp.einsum("cnk,cni->ki", shares, x, precision="highest") / jnp.maximum(count, 1e-6)[:, None]
         centered = x[:, :, None] - means
-        spread = jnp.einsum("cnk,cnki,cnkj->kij", shares, centered, centered)
-        covariances = (spread + PRIOR * PRIOR_VARIANCE * eye) / (count + PRIOR)[:, None, None] + least * eye
+        squares = jnp.einsum("cnk,cnki,cnkj->kij", shares, centered, centered)
+        covariances = (squares + PRIOR * PRIOR_VARIANCE * eye) / (count + PRIOR)[:, None, None] + least * eye
         roots = jnp.swapaxes(jnp.linalg.inv(jnp.linalg.cholesky(covariances)), 1, 2)
         gained = ratios.mean() if before is None else logsumexp(ratios, 0).mean()
         return _Mixture(jnp.log(count / owners), means, roots), gained

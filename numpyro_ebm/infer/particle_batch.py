@@ -47,6 +47,7 @@ class ParticleBatch:
         self.program = run_model(model, args, kwargs, rng_key, data=data, latents=self.one)
         self.indices, self._places = subsampled_indices(self.program), subsampled_places(self.program)
         self._given = {**data, **self.indices}  # to another run on the same rows
+        self.rows: dict[str, Any] = {}  # by latent site, once particle_rows.rows_of has looked
 
     def gather(self, stores: Any) -> Any:
         """The batch's rows of particles, or of what is kept with them."""

@@ -123,7 +123,9 @@ def _mixes(rows: Rows, theta: Any, x: Particles, dim: int, rng_key: Array) -> Ar
 
 
 def rows_of(batch: ParticleBatch, theta: Any) -> dict[str, Rows]:
-    """By latent site, its rows; told from the trace of the model, nothing is computed."""
+    """By latent site, its rows; told from the trace of the model, once, and nothing is computed."""
+    if batch.rows:
+        return batch.rows
     data, particles = batch.data(theta), batch.one
     dims: dict[str, dict[str, int]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -137,4 +139,5 @@ def rows_of(batch: ParticleBatch, theta: Any) -> dict[str, Rows]:
         return found
 
     behind = {name: _Term(marks, dims[name], shapes[name]) for name, marks in sources(terms).items()}
-    return {name: Rows(batch, name, behind) for name in batch.program.latents}
+    batch.rows.update({name: Rows(batch, name, behind) for name in batch.program.latents})
+    return batch.rows
