@@ -218,20 +218,22 @@ def of_generator(energy, v):
     return BiDVL(energy, encoder, generator, *optims, batch_size=250), v
 
 
-FEW = NOISE[:60, None]
+FEW, OTHERS = NOISE[:60, None], NOISE[100:160, None]
 
 
 def spikes(x):
     width = jnp.exp(numpyro.param("log_width", -0.5))
     with numpyro.plate("data", len(x)):
-        energy = EnergyDistribution(lambda x: -logsumexp(-(((x - FEW) / width) ** 2) / 2), event_shape=(1,))
+        start = dist.Normal(0, 2).expand([1]).to_event(1)
+        energy = EnergyDistribution(lambda x: -logsumexp(-(((x - FEW) / width) ** 2) / 2), event_shape=(1,), initial=start)
         numpyro.sample("x", energy, obs=x)
 
 
 def bell(x):
     precision = numpyro.param("precision", 1.0, constraint=constraints.positive)
     with numpyro.plate("data", len(x)):
-        numpyro.sample("x", EnergyDistribution(lambda x: precision * (x**2).sum() / 2, event_shape=(1,)), obs=x)
+        start = dist.Normal(0, 2).expand([1]).to_event(1)
+        numpyro.sample("x", EnergyDistribution(lambda x: precision * (x**2).sum() / 2, event_shape=(1,), initial=start), obs=x)
 
 
 # Two modes that do not overlap, so that scores say nothing of their weights, of which the upper has .7.
@@ -255,8 +257,8 @@ MOONS = jnp.concatenate([ARC, jnp.array([1, 0.5]) - ARC]) + 0.1 * jax.random.nor
 MOONS = (MOONS - MOONS.mean(0)) / MOONS.std(0)
 
 
-def network(x):
-    start = eqx.nn.MLP(2, "scalar", 64, 2, jax.nn.silu, key=jax.random.key(0))
+def a_network(size_in, width, depth):
+    start = eqx.nn.MLP(size_in, "scalar", width, depth, jax.nn.silu, key=jax.random.key(0))
     arrays, rest = eqx.partition(start, eqx.is_array)
     tree = jax.tree.structure(arrays)
 
@@ -264,13 +266,35 @@ def network(x):
         keys = jax.tree.unflatten(tree, jax.random.split(key, tree.num_leaves))
         return jax.tree.map(lambda a, key: jax.random.normal(key, a.shape) / a.shape[-1] ** 0.5, arrays, keys)
 
-    energy = eqx.combine(numpyro.param("network", drawn), rest)
+    return eqx.combine(numpyro.param("network", drawn), rest)
+
+
+def network(x, width=64, depth=2):
+    energy = a_network(2, width, depth)
     with numpyro.plate("data", len(x)):
         numpyro.sample("x", TiltedDistribution(dist.Normal(0, 2).expand([2]).to_event(1), energy), obs=x)
 
 
 def of_moons(sigma, rate=2e-3):
     return ScoreMatching(network, optax.adam(rate), DenoisingScoreMatching(sigma), batch_size=200), MOONS
+
+
+# Groups whose effects have two modes, in units of which one is a thousandth of the data.
+EFFECTS = jnp.where(KIND < -0.25, 1.3, -1.0) + 0.25 * SPREAD
+IN_UNITS = 400 + 50 * (EFFECTS[:, None] + jax.random.normal(jax.random.key(12), (300, 5)))
+
+
+def of_units(mean, scale, optim=None):
+    def model(y):
+        energy = a_network("scalar", 24, 1)
+        with numpyro.plate("groups", len(y), dim=-2):
+            prior = TiltedDistribution(dist.Normal(400, 100), lambda z: energy((z - mean) / scale))
+            z = numpyro.sample("z", prior)
+            with numpyro.plate("outcomes", y.shape[1], dim=-1):
+                numpyro.sample("y", dist.Normal(z, 50), obs=y)
+
+    optim = optim or optax.adam(optax.cosine_decay_schedule(1e-2, 2000))
+    return ParticleMMLE(model, optim, num_particles=10, kernel="mala"), IN_UNITS
 
 
 # Outcomes of 40 groups, five of each.
@@ -287,11 +311,11 @@ def groups(y):
 
 
 class BySVI:
-    """NumPyro's SVI in the place of an engine, with a guide of its own family."""
+    """NumPyro's SVI in the place of an engine, with a guide of its own family, or of a model without latents."""
 
-    def __init__(self, model, optim, y):
-        self.phase = negative_phase(model)
-        self.guide = AutoNormal(self.phase)
+    def __init__(self, model, optim, y, *, has_latents=True, validation=None):
+        self.phase, self.validation = negative_phase(model), validation
+        self.guide = AutoNormal(self.phase) if has_latents else lambda y: None
         self.svi = SVI(self.phase, self.guide, optim, Trace_ELBO())
         self.svi.init(jax.random.key(0), y)  # a guide looks at its model once, where nothing is traced
 
@@ -303,12 +327,20 @@ class BySVI:
 
     def report(self, state, y, key):
         result = SVIRunResult(self.svi.get_params(state), state, jnp.zeros(0))
-        return diagnose(result, self.phase, y, guide=self.guide, rng_key=key, warn=False)
+        return diagnose(result, self.phase, y, guide=self.guide, rng_key=key, validation=self.validation, warn=False)
 
 
 def of_groups(optim, loc=0.0, scale=1.0):
     y = loc + scale * OF_GROUPS
     return BySVI(groups, optim, y), y
+
+
+def of_rows(model, optim, y, others):
+    return BySVI(model, optim, y, has_latents=False, validation=others), y
+
+
+def of_few_moons(optim):
+    return of_rows(lambda x: network(x, 32, 2), optim, MOONS[::4], MOONS[1::4])
 
 
 def report_of(engine, state, y, key):
@@ -335,6 +367,12 @@ PROBLEMS = {
     "a guide that stays near its start": (lambda: of_groups(optax.adam(5e-3), 400, 50), 2000, ("guide", "beyond")),
     "a guide that has arrived": (lambda: of_groups(optax.adam(5e-3)), 2000, ()),
     "a guide at a rate that falls": (lambda: of_groups(optax.adam(optax.cosine_decay_schedule(0.02, 2000))), 2000, ()),
+    "a network of inputs in large units": (lambda: of_units(0, 1), 2000, ("another prior", "prior from", "density")),
+    "a network of standardized inputs": (lambda: of_units(400, 50), 2000, ()),
+    "a network that learns slowly": (lambda: of_few_moons(optax.adam(1e-3)), 1000, ("likelihood", "from data")),
+    "a network that has learned": (lambda: of_few_moons(optax.adam(optax.cosine_decay_schedule(0.03, 3000))), 3000, ()),
+    "rows by heart": (lambda: of_rows(spikes, optax.adam(0.03), FEW, OTHERS), 400, ("validation rows",)),
+    "a bell, and other rows": (lambda: of_rows(bell, optax.adam(0.03), FEW, OTHERS), 400, ()),
     "params that have not arrived": (lambda: of_counts(optax.adam(5e-3)), 100, ("standard errors",)),
     "params at a constant rate": (lambda: of_counts(optax.adam(1e-2)), 600, ()),
     "weights at a large learning rate": (lambda: of_tilt(optax.sgd(0.02), **STANDING), 20, ("weights keep", "monitors")),
@@ -349,7 +387,7 @@ PROBLEMS = {
     "exact score matching, a bell": (lambda: of_scores(bell, ExactScoreMatching()), 400, ()),
     "scores of modes apart, other weights": (lambda: of_modes_apart(0.0), 100, ("density from rows",)),
     "scores of modes apart, their weights": (lambda: of_modes_apart(0.85), 100, ()),
-    "denoising with little noise": (lambda: of_moons(0.025), 3000, ("likelihood", "density from rows")),
+    "denoising with little noise": (lambda: of_moons(0.025), 1500, ("likelihood", "density from rows")),
     "denoising with more noise": (lambda: of_moons(0.3, optax.cosine_decay_schedule(2e-3, 3000)), 3000, ()),
     "BiSM that has not arrived": (lambda: of_factors(BiSM, full, DENOISING, **IMPLICIT), 5, ("objective at the rows",)),
     "BiSM, a guide that is too narrow": (lambda: of_factors(BiSM, narrow, DENOISING, **IMPLICIT), 400, ("Pareto",)),

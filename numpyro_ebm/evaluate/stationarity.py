@@ -297,4 +297,7 @@ def stationarity_findings(site: str, found: Distance | Unknown, *, are_well: boo
         return [distance]
     finding_of = rows_finding if found.is_observed else prior_finding
     likelihood = finding_of(site, found.shortfall, WORSE, are_well=are_well and distance.is_well)
-    return [distance, likelihood] + ([] if found.elsewhere is None else [others_finding(site, found.elsewhere)])
+    if found.elsewhere is None:
+        return [distance, likelihood]
+    are_well = are_well and distance.is_well and likelihood.is_well
+    return [distance, likelihood, others_finding(site, found.elsewhere, are_well=are_well)]

@@ -53,9 +53,8 @@ HOW = "{} with their moments", "{} fitted to the other half of them"
 WORSE = "{} has {:.3g} there. {}"
 BETTER = "so much is the gain of {}. {}"
 BY_HEART = (
-    "{}, of the rows that were learned from, has {:.3g} there. The model has learned these rows by heart, or has not converged: "
-    "take fewer steps, weight decay (optax.adamw), a smaller network or more rows; more steps where the log likelihood of the rows "
-    "is too small too"
+    "{}, of the rows that were learned from, has {:.3g} there. The model has learned these rows by heart: take fewer steps, weight "
+    "decay (optax.adamw), a smaller network or more rows"
 )
 
 
@@ -150,10 +149,11 @@ def prior_finding(site: str, found: Shortfall, fix: str, *, are_well: bool = Tru
     )
 
 
-def others_finding(site: str, found: Shortfall) -> Finding:
+def others_finding(site: str, found: Shortfall, *, are_well: bool) -> Finding:
     """The same of rows that were not learned from."""
     value, best, gain, tolerated = _best(found)
-    return Finding(site, OF_OTHERS, value, value + gain - tolerated, None, BY_HEART.format(ESTIMATES[best], value + gain))
+    text = BY_HEART.format(ESTIMATES[best], value + gain)
+    return Finding(site, OF_OTHERS, value, value + gain - tolerated if are_well else None, None, text)
 
 
 def _best(found: Shortfall) -> tuple[float, int, float, float]:

@@ -111,7 +111,7 @@ def density_findings(site: str, numbers: DensityNumbers | None, num_rows: int) -
         found.append(rows_finding(site, numbers.likelihood, WORSE, are_well=found[0].is_well))
     is_well = all(finding.is_well for finding in found)  # else the same cause is told already
     if numbers.elsewhere is not None:
-        found.append(others_finding(site, numbers.elsewhere))
+        found.append(others_finding(site, numbers.elsewhere, are_well=is_well))
     most, fix = (MOST + 3 * to_maximum_error, TO_GAIN.format(to_maximum**2 / 2)) if is_well else (None, "")
     if math.isnan(to_maximum):
         return [*found, not_told(site, FROM_MAXIMUM, NO_NUMBER)]
