@@ -394,7 +394,7 @@ PROBLEMS = {
     "BiSM, the posterior's family": (lambda: of_factors(BiSM, full, DENOISING, **IMPLICIT), 400, ()),
     "BiSM, few unrolled steps": (lambda: of_factors(BiSM, full, SLICED, hypergradient=Unrolled(5)), 600, ("response",)),
     "BiSM, a guide that is too sure of bits": (lambda: of_bits(sure_bits), 3000, ("count",)),
-    "BiSM, bits that it loses nats on": (lambda: of_bits(bits), 3000, ("likelihood of the rows",)),
+    "BiSM, bits that scores have yet to learn": (lambda: of_bits(bits), 3000, ("likelihood of the rows",)),
     "BiDVL, a generator of one mode for two": (lambda: of_generator(wells, MODES), 1500, ("count", "Pareto")),
     "BiDVL, a generator of the energy's family": (lambda: of_generator(hill, 1.5 + 1.1 * NOISE), 1500, ()),
     "VaGES unweighted, a blind guide": (lambda: of_factors(VaGES, blind, SLICED, **VARIATIONAL), 600, ("Pareto", "count")),
