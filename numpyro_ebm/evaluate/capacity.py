@@ -28,16 +28,17 @@ GIVE = "Give validation= rows that it has not learned from"
 LEAVE_OUT = "Fit again without some of them: a density that holds for others is nearly the same"
 
 
-def capacity_finding(site: str, params: Any, num_rows: int, *, can_be_given: bool) -> list[Finding]:
+def capacity_finding(site: str, params: Any, num_rows: int, *, can_be_given: bool, are_well: bool) -> list[Finding]:
     """Of an energy that has more parameters than rows, that it is not told whether it holds for others.
 
     :param can_be_given: whether ``validation=`` rows could tell it.
+    :param are_well: whether all else is. Where it is not, that is to be told first.
     """
     num_params = sum(math.prod(np.shape(x)) for x in jax.tree.leaves(params))
     if num_params <= num_rows:
         return []
     why = BY_HEART.format(num_params, num_rows, GIVE if can_be_given else LEAVE_OUT)
-    return [not_told(site, OF_OTHERS, why, is_missing=can_be_given and num_params > MANY * num_rows)]
+    return [not_told(site, OF_OTHERS, why, is_missing=can_be_given and are_well and num_params > MANY * num_rows)]
 
 
 def capacity_findings(
@@ -48,6 +49,7 @@ def capacity_findings(
     kwargs: dict[str, Any],
     *,
     can_be_given: Collection[str],
+    are_well: bool,
 ) -> dict[str, list[Finding]]:
     """The same by site of chains.
 
@@ -67,7 +69,7 @@ def capacity_findings(
     found = {}
     for site in learned:
         name, values = FIELD if site.couples else site.name, [params[param] for param in site.params if param in params]
-        found[name] = capacity_finding(name, values, num_rows[site.name], can_be_given=name in can_be_given)
+        found[name] = capacity_finding(name, values, num_rows[site.name], can_be_given=name in can_be_given, are_well=are_well)
     return found
 
 

@@ -138,7 +138,6 @@ def chain_findings(
     """
     phase, findings = innermost(phase), list[Finding]()
     of_rows = {site for site, found in numbers.from_learned.items() if is_validated is not None and has_likelihood(found)}
-    capacity = capacity_findings(phase, params, mutable_state, args, kwargs, can_be_given=of_rows)
     by_site = {name: np.moveaxis(np.asarray(draws), 1, 0) for name, draws in numbers.draws.items()}
     for site, kept in numbers.chains.items():
         if (status := int(kept["status"])) > 1:
@@ -167,11 +166,13 @@ def chain_findings(
         if site in numbers.from_learned:
             are_well = all(finding.is_well for finding in findings if finding.site == site)
             findings += stationarity_findings(site, numbers.from_learned[site], are_well=are_well)
-        if not is_validated:
-            findings += capacity.get(site, [])
-        elif site not in of_rows:
+        if is_validated and site not in of_rows:
             findings.append(not_told(site, OF_OTHERS, NOT_OF_OTHERS))
-    return findings
+    if is_validated:
+        return findings
+    are_well = all(finding.is_well for finding in findings)
+    capacity = capacity_findings(phase, params, mutable_state, args, kwargs, can_be_given=of_rows, are_well=are_well)
+    return findings + [finding for site in numbers.chains for finding in capacity.get(site, [])]
 
 
 def _mixing(site: str, draws: dict[str, np.ndarray], most: float | None, more: str) -> list[Finding]:

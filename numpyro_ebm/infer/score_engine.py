@@ -217,7 +217,7 @@ class ScoreEngine(Engine):
         found = self._of_objective(rng_key, state, visible.site, program, args, kwargs)
         more = self._of_density(rng_key, state, visible.site, program, args, kwargs, validation)
         is_well = all(finding.is_well for finding in found)  # else the density is far from the rows by the same cause
-        return found + (more if is_well else [finding._replace(least=None, most=None) for finding in more])
+        return found + (more if is_well else [finding._replace(least=None, most=None, is_missing=False) for finding in more])
 
     def _of_objective(
         self, rng_key: Array, state: Any, site: str, program: Run, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -253,8 +253,11 @@ class ScoreEngine(Engine):
             return []
         numbers = jax.device_get(self._density(state, rng_key, site, validation, *args, **kwargs))
         found = density_findings(site, numbers, min(len(args[0]), MAX_ROWS))
+        if validation:
+            return found
         has_likelihood = numbers is not None and numbers.likelihood is not None
-        return found if validation else found + capacity_finding(site, state.params, len(args[0]), can_be_given=has_likelihood)
+        is_well = all(finding.is_well for finding in found)
+        return found + capacity_finding(site, state.params, len(args[0]), can_be_given=has_likelihood, are_well=is_well)
 
     @partial(compiled_method, cheaply=True)
     def _density(
