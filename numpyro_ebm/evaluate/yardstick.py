@@ -118,6 +118,7 @@ def shortfall_elsewhere(target: Callable[[Array], Array], known: KnownDensity, x
     """
     if min(len(x), len(learned)) < MIN_OWNERS:
         return None
+    x, learned = thinned(x[None])[0], thinned(learned[None])[0]
     log_density = target(x) - known.log_normalizer
     x, learned = x.reshape(len(x), -1), learned.reshape(len(learned), -1)
     normal = normal_of(learned)
