@@ -4,6 +4,7 @@
 """Energy-based priors and energy-based latent variable models in NumPyro."""
 
 from numpyro_ebm import distributions, evaluate, handlers, infer, inference_data, objectives, optim, program, samplers, train
+from numpyro_ebm._jaxlib import warn_of_wrong_numbers
 from numpyro_ebm.distributions import *
 from numpyro_ebm.evaluate import *
 from numpyro_ebm.handlers import *
@@ -22,3 +23,5 @@ __all__ = sorted(
     for part in (distributions, evaluate, handlers, infer, inference_data, objectives, optim, program, samplers, train)
     for name in part.__all__
 )
+
+warn_of_wrong_numbers()

@@ -19,6 +19,7 @@ FLOORS = {
     "_checks": 0,
     "_compat": 0,
     "_fit": 0,
+    "_jaxlib": 0,
     "_map_over": 0,
     "_precision": 0,
     "_pytree": 0,

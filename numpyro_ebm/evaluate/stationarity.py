@@ -39,7 +39,7 @@ FROM_DATA, FROM_POSTERIOR = "distance of density from data", "distance of prior 
 MOST = 0.15  # standard deviations: a mode of 50 % may have 43
 MOST_ERROR = 1.0  # of right fits it is that of a mean of rows, in the standard deviations of one
 NUM_VALUES = 2000  # where an energy learns, of rows and samples of the posterior together
-NUM_CG, DAMPING = 5, 1e-6  # steps of conjugate gradients towards the natural gradient, and what is added to its metric
+NUM_CG, DAMPING = 12, 1e-6  # steps of conjugate gradients towards the natural gradient, and what is added to its metric
 MIN_RUNS = 16  # of the model, each with other samples of the posterior
 MANY_ROWS = 500
 SAMPLES_OF_CHAIN = 10
@@ -223,18 +223,18 @@ def _groups(draws: Array, shape: tuple[int, ...]) -> Array:
 
 
 def natural_distance(
-    log_density: Callable[[Data, Array], Array], params: Data, values: Array, chains: Array, *, is_all: bool
+    log_density: Callable[[Data, Any], Array], params: Data, values: Any, chains: Any, *, is_all: bool
 ) -> tuple[Array, Array]:
     """The mean of the distances by either half of the samples along the gradient of the other, and its standard error.
 
-    :param values: where an energy learns, ``(blocks, size) + shape + event_shape``.
+    :param values: where an energy learns, ``(blocks, size) + shape + event_shape``; or a pytree of such arrays.
     :param chains: samples of its density, ``(groups, samples) + shape + event_shape``, in groups that differ by nothing but noise.
     :param is_all: whether ``values`` are all data, of which there is no other half.
     """
-    values = jnp.stack([values, values]) if is_all else _halves(values)
+    values = jax.tree.map(lambda y: jnp.stack([y, y]), values) if is_all else _halves(values)
     chains = _halves(chains)
-    (num_values, size), num_chains = values.shape[1:3], chains.shape[1]
-    x = jnp.concatenate([y.reshape(2, -1, *y.shape[3:]) for y in (values, chains)], 1)
+    (num_values, size), num_chains = jax.tree.leaves(values)[0].shape[1:3], jax.tree.leaves(chains)[0].shape[1]
+    x = jax.tree.map(lambda *both: jnp.concatenate([y.reshape(2, -1, *y.shape[3:]) for y in both], 1), values, chains)
 
     def gap(found: Array) -> Array:
         return found[: num_values * size].mean() - found[num_values * size :].mean()
@@ -242,10 +242,10 @@ def natural_distance(
     def half_variance(slopes: Array) -> Array:
         return slopes[num_values * size :].var(0).mean() / 2
 
-    def along(direction: Data, x: Array) -> Array:
+    def along(direction: Data, x: Any) -> Array:
         return jax.jvp(lambda params: log_density(params, x), (params,), (direction,))[1]
 
-    def direction(x: Array) -> Data:
+    def direction(x: Any) -> Data:
         found, slopes_of = jax.linearize(lambda params: log_density(params, x), params)  # once, which costs the time of a report
         pull = jax.linear_transpose(slopes_of, params)
         gradient = pull(jax.grad(gap)(found))[0]
@@ -261,7 +261,7 @@ def natural_distance(
 
         return conjugate_gradient(metric, gradient, NUM_CG, tol=1e-5)
 
-    directions = lax.map(direction, x[::-1])  # of the other half
+    directions = lax.map(direction, jax.tree.map(lambda y: y[::-1], x))  # of the other half
     slopes = lax.map(lambda both: along(*both), (directions, x))
     of_values, of_chains = slopes[:, : num_values * size], slopes[:, num_values * size :]
     scale = jnp.sqrt(of_chains.var(1).reshape(2, -1).mean(1))[:, None]  # 0 of an energy without a gradient, of which nan is told
@@ -271,9 +271,12 @@ def natural_distance(
     return of_values.mean() - of_chains.mean(), jnp.sqrt(variance.mean() / 2)  # of two independent ones
 
 
-def _halves(x: Array) -> Array:
-    size = len(x) // 2
-    return jnp.stack([x[0 : 2 * size : 2], x[1 : 2 * size : 2]])
+def _halves(x: Any) -> Any:
+    def of(x: Array) -> Array:
+        size = len(x) // 2
+        return jnp.stack([x[0 : 2 * size : 2], x[1 : 2 * size : 2]])
+
+    return jax.tree.map(of, x)
 
 
 def _variance_of_mean(x: Array) -> Array:

@@ -184,8 +184,10 @@ class Normal(NamedTuple):
     def sample(self, rng_key: Array, num: int, wider: float = 1.0) -> Array:
         """``(num, size)``, every second one of the distribution that is so much wider."""
         factor = jnp.where(jnp.arange(num) % 2 == 0, 1.0, wider)[:, None]
-        drawn = factor * jax.random.normal(rng_key, (num, len(self.scales)), self.scales.dtype) * self.scales
-        return self.mean + jnp.matmul(drawn, self.axes.T, precision="highest")
+        return self.unwhiten(factor * jax.random.normal(rng_key, (num, len(self.scales)), self.scales.dtype))
+
+    def unwhiten(self, x: Array) -> Array:
+        return self.mean + jnp.matmul(x * self.scales, self.axes.T, precision="highest")
 
 
 def normal_of(x: Array) -> Normal:

@@ -36,12 +36,13 @@ from numpyro_ebm.infer.marginal_likelihood import (
     FEW,
     MarginalLikelihood,
     batches_to_judge,
-    likelihood_finding,
+    likelihood_findings,
     marginal_likelihood,
 )
+from numpyro_ebm.infer.row_joint import RowJoint
 from numpyro_ebm.infer.score_engine import ScoreEngine, require_params, require_same_params
 from numpyro_ebm.objectives.guide import PosteriorFisher
-from numpyro_ebm.objectives.latent import draw, drawn_density, row_density
+from numpyro_ebm.objectives.latent import Drawn, draw, drawn_density, row_density
 from numpyro_ebm.objectives.score import MultiscaleDenoisingScoreMatching, ScoreObjective
 from numpyro_ebm.optim import apply_gradient, as_transformation
 from numpyro_ebm.program.batch import Batch, at_rows, require_same_rows
@@ -214,7 +215,7 @@ class BilevelEngine(ScoreEngine):
             least, fix = self._wanted_of_guide()
             found += guide_findings(site, log_weights, f"{fix} {NEARER}", least=least)
         are_well = all(finding.is_well for finding in found)
-        return [*found, likelihood_finding(*self._likelihood_of(state, rng_key, args, kwargs), are_well=are_well)]
+        return found + likelihood_findings(*self._likelihood_of(state, rng_key, args, kwargs), are_well=are_well)
 
     def _likelihood_of(
         self, state: Any, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -254,14 +255,11 @@ class BilevelEngine(ScoreEngine):
     ) -> MarginalLikelihood:
         first = self._first_batch(state.rng_key, state.params, args, kwargs)
 
-        def density(rng_key: Array, rows: Array, v: Array | None = None, num_samples: int = 1) -> tuple[Array, Array]:
-            levels = Levels(self, state, at_rows(first, args[0], rows), kwargs)
-            noisy, draw_key = levels.noisy(rng_key)
-            v = noisy if v is None else v
-            found = in_groups(lambda key, num: levels.log_weights(state.params, key, v, num), draw_key, v, num_samples)
-            return logsumexp(found, 0) - math.log(len(found)), v
+        def levels_at(rows: Array) -> Levels:
+            return Levels(self, state, at_rows(first, args[0], rows), kwargs)
 
-        return marginal_likelihood(rng_key, density, batches, is_normalized=is_normalized)
+        own = {name: state.params[name] for name in state.theta}
+        return marginal_likelihood(rng_key, levels_at, own, state.params, batches, is_normalized=is_normalized)
 
     def _lower_steps(self, levels: "Levels", theta: Any, phi: Any, optim_state: Any, keys: Array) -> tuple[Any, Any]:
         """One step of the guide for every key, with gradients in ``theta`` if they are asked for."""
@@ -311,6 +309,8 @@ class Levels:
         if plate is None:
             raise ValueError(f"no plate of the {len(self.v)} rows of the first argument is around all of {sorted(model.latents)}.")
         self.plate = plate
+        self.joint = RowJoint(self.model, tuple(self.rest), kwargs, self.model_key, plate, model)
+        self.is_of_same_latents = model.latents.keys() == guide.latents.keys()
         self.has_discrete = any(model.sites[name]["fn"].support.is_discrete for name in model.latents)
         self._row_dim = next(dim for name in model.latents if (dim := dim_of(model.sites[name], plate)) is not None)
 
@@ -343,11 +343,17 @@ class Levels:
             return loss / len(v)
 
     def log_weights(self, params: dict[str, Any], rng_key: Array, v: Array, num_samples: int) -> Array:
-        """Of samples of the guide at rows, ``(num_samples, rows)``: they stand for the posterior, and bits are bits."""
-        rest = tuple(self.rest)
-        log_p = row_density(self.model, rest, self.kwargs, self.model_key, self.plate)
-        log_q = drawn_density(self.guide, rest, self.kwargs, self.plate)
-        drawn = draw(self.guide, (v, *rest), self.kwargs, rng_key, num_samples, params=params, relaxed=False)
+        """Of samples of the guide at rows, ``(num_samples, rows)``."""
+        return self.weigh(params, v, self.drawn(params, rng_key, v, num_samples))
+
+    def drawn(self, params: dict[str, Any], rng_key: Array, v: Array, num_samples: int) -> Drawn:
+        """Samples of the guide at rows, which stand for the posterior: bits are bits."""
+        return draw(self.guide, (v, *self.rest), self.kwargs, rng_key, num_samples, params=params, relaxed=False)
+
+    def weigh(self, params: dict[str, Any], v: Array, drawn: Drawn) -> Array:
+        """Their log weights, ``(num_samples, rows)``."""
+        log_p = row_density(self.model, tuple(self.rest), self.kwargs, self.model_key, self.plate)
+        log_q = drawn_density(self.guide, tuple(self.rest), self.kwargs, self.plate)
         return map_over(lambda h: log_p(params, v, h.latents) - log_q(params, v, h), drawn)
 
 

@@ -1,19 +1,21 @@
 # Copyright Contributors to the numpyro_ebm project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Whether a model whose latents were learned by scores gives its rows the likelihood that a normal distribution gives them.
+r"""Whether a model whose latents were learned by scores gives its rows the likelihood that it could give them.
 
-An objective of scores says little of nats, and less where elements have different units. A guide tells the marginal density of a
-row, by importance weights, up to the normalizer,
+An objective of scores says little of nats, and less where elements have different units; and it says nothing of where there are no
+rows, where a mode may be left. A guide tells the marginal density of a row, by importance weights, up to the normalizer,
 
 .. math:: \tilde p(v) = E_{q(h|v)} [\tilde p(v, h) / q(h|v)],
 
-and the normalizer is the mean of :math:`\tilde p(v) / b(v)` over samples of normal distributions b with the moments of the rows,
-one of them twice as wide. It is 1 of a model that has a known distribution at every site.
+and annealing tells the normalizer, and samples of the joint density. The log density of the rows is compared with that of simple
+estimates; and along the natural gradient of the likelihood in the model's parameters, rows with samples. At a sample that
+gradient is the mean over its own latents and others of the guide, by their weights, whose expectation is exact.
 """
 
 import math
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +23,11 @@ import numpy as np
 from jax import Array, lax
 from jax.scipy.special import logsumexp
 
+from numpyro_ebm._map_over import map_over
 from numpyro_ebm.evaluate.density import SAMPLES_TO_JUDGE
-from numpyro_ebm.evaluate.guide_weights import MAX_ELEMENTS, MIN_SAMPLES
+from numpyro_ebm.evaluate.guide_weights import MAX_ELEMENTS, MIN_SAMPLES, in_groups
 from numpyro_ebm.evaluate.report import Finding, not_told
+from numpyro_ebm.evaluate.stationarity import NUM_GROUPS, NUM_VALUES, natural_distance
 from numpyro_ebm.evaluate.yardstick import (
     LIKELIHOOD,
     MAX_VALUES,
@@ -35,38 +39,72 @@ from numpyro_ebm.evaluate.yardstick import (
     shortfall,
     thinned,
 )
-from numpyro_ebm.weights import effective_sample_size, normalized_weights
+from numpyro_ebm.infer.annealed_joint import NUM_CHAINS, Annealed, anneal
+from numpyro_ebm.infer.row_joint import RowJoint
+from numpyro_ebm.infer.visible_density import FROM_MAXIMUM, maximum_finding
+from numpyro_ebm.objectives.latent import Drawn
+from numpyro_ebm.weights import systematic
 
-NUM_OF_NORMALIZER = 4096  # samples of the normal distributions
-WIDER = 2.0
+NUM_HIDDEN = 16  # samples of the latents of a row, for its gradient
+MAX_SIZE = 100  # elements of a row and its latents that are annealed
 WORSE = (
     "The model has not converged, has learned from a guide that is not the posterior, or is too small: take more steps, a learning "
     "rate that falls to 0, or more inner steps. Scale data whose elements have different standard deviations: scores learn "
-    "those with the smallest first"
+    "those with the smallest first. A mode may be left where there are no rows, of which scores say nothing: go on by likelihood, "
+    "SVI of negative_phase(model) from these parameters"
 )
 CONDITIONAL = "the normalizer is unknown, and as the model has arguments beside the visible, each row may have its own"
 FEW = f"it takes {MIN_OWNERS} rows, and {ROWS_PER_DIM} for each element, that can be looked at together"
-UNKNOWN = "of {} samples of normal distributions with the moments of the rows about {:.0f} stand where the energy is low"
+UNKNOWN = "{} chains from a wide normal distribution to the density are worth about {:.0f} samples of it"
+NO_CHAINS = f"it takes latents that are real numbers or bits, and no more than {MAX_SIZE} elements of a row and its latents"
+
+Params = dict[str, Any]
+LevelsAt = Callable[[Array], "Levels"]  # by the indices of as many rows as a batch has
 
 
-class DensityOfRows(Protocol):
-    """The log density of every row of a batch up to the normalizer, and these rows with their noise."""
+class Levels(Protocol):
+    """Model and guide on one batch of rows."""
 
-    def __call__(self, rng_key: Array, rows: Array, v: Array | None = None, num_samples: int = 1) -> tuple[Array, Array]:
-        """By so many samples of the guide.
+    joint: RowJoint
+    is_of_same_latents: bool  # whether the guide has no more latents than the model
 
-        :param rows: indices of the rows of the batch.
-        :param v: what stands in the place of the rows.
-        """
+    def noisy(self, rng_key: Array) -> tuple[Array, Array]:
+        """The visible of the rows with the noise that was learned with, and another key."""
         ...
+
+    def drawn(self, params: Params, rng_key: Array, v: Array, num_samples: int) -> Drawn:
+        """Samples of the guide."""
+        ...
+
+    def weigh(self, params: Params, v: Array, drawn: Drawn) -> Array:
+        """Their log weights, ``(num_samples, rows)``."""
+        ...
+
+    def log_weights(self, params: Params, rng_key: Array, v: Array, num_samples: int) -> Array:
+        """Both."""
+        ...
+
+
+class ToMaximum(NamedTuple):
+    """How far the maximum of the likelihood is."""
+
+    #: (), standard deviations along the natural gradient
+    value: Array
+    #: (), their standard error
+    error: Array
+    #: (), how many samples the joint density is known by
+    worth: Array
 
 
 class MarginalLikelihood(NamedTuple):
     """What there is to know of it."""
 
-    shortfall: Shortfall
+    #: None where nothing is known of the normalizer
+    shortfall: Shortfall | None
     #: (), how many samples the normalizer is known by; infinite where it is known
     worth: Array
+    #: None where there are no samples of the joint density
+    to_maximum: ToMaximum | None
 
 
 def batches_to_judge(num_rows: int, batch_size: int, size: int) -> np.ndarray | None:
@@ -82,46 +120,141 @@ def batches_to_judge(num_rows: int, batch_size: int, size: int) -> np.ndarray | 
     return found if is_small and found.size >= max(MIN_OWNERS, ROWS_PER_DIM * size) else None
 
 
-def marginal_likelihood(rng_key: Array, density: DensityOfRows, batches: Array, *, is_normalized: bool) -> MarginalLikelihood:
-    """The likelihood of some rows, beside that of estimates which need no training; traced.
+def marginal_likelihood(
+    rng_key: Array, levels_at: LevelsAt, own: Params, params: Params, batches: Array, *, is_normalized: bool
+) -> MarginalLikelihood:
+    """The likelihood of some rows, beside that of estimates which need no training, and what a step along it would gain; traced.
 
+    :param own: the parameters of the model.
+    :param params: these, and those of the guide.
     :param batches: which rows, :func:`batches_to_judge`.
     :param is_normalized: whether the normalizer is 1.
     """
-    rows_key, normal_key, guide_key = jax.random.split(rng_key, 3)
+    rows_key, chains_key = jax.random.split(rng_key)
 
     def of_batch(at: tuple[Array, Array]) -> tuple[Array, Array]:
-        return density(*at, num_samples=MIN_SAMPLES)
+        key, rows = at
+        levels = levels_at(rows)
+        v, draw_key = levels.noisy(key)
+        found = in_groups(lambda key, num: levels.log_weights(params, key, v, num), draw_key, v, MIN_SAMPLES)
+        return logsumexp(found, 0) - math.log(len(found)), v
 
     log_density, v = lax.map(of_batch, (jax.random.split(rows_key, len(batches)), batches))
-    log_normalizer, variance, worth = jnp.zeros(()), jnp.zeros(()), jnp.array(jnp.inf)
-    if not is_normalized:
-        normal, size = normal_of(v.reshape(-1, math.prod(v.shape[2:]))), batches.shape[1]
-        num = -(-NUM_OF_NORMALIZER // size)
-        drawn = normal.sample(normal_key, num * size, WIDER)
-        places = drawn.reshape(num, size, *v.shape[2:])
-
-        def there(at: tuple[Array, Array]) -> Array:
-            return density(at[0], batches[0], at[1])[0]
-
-        found = lax.map(there, (jax.random.split(guide_key, num), places)).reshape(-1)
-        log_weights = found - normal.log_prob(drawn, WIDER)
-        log_normalizer = logsumexp(log_weights) - math.log(num * size)
-        worth = effective_sample_size(normalized_weights(log_weights))
-        variance = 1 / worth - 1 / (num * size)
-    x, seen = (thinned(y.reshape(1, -1, *y.shape[2:])) for y in (v, log_density - log_normalizer))
-    return MarginalLikelihood(shortfall(seen, x, variance), worth)
+    x, seen = (thinned(y.reshape(1, -1, *y.shape[2:])) for y in (v, log_density))
+    levels, size = levels_at(batches[0]), math.prod(v.shape[2:])
+    if not (levels.is_of_same_latents and levels.joint.is_of_bits and size + levels.joint.size <= MAX_SIZE):
+        return MarginalLikelihood(shortfall(seen, x) if is_normalized else None, jnp.array(jnp.inf), None)
+    chains, to_maximum = _to_maximum(chains_key, levels_at, own, params, batches, v)
+    if is_normalized:
+        return MarginalLikelihood(shortfall(seen, x), jnp.array(jnp.inf), to_maximum)
+    variance = 1 / chains.worth - 1 / len(chains.weights)
+    return MarginalLikelihood(shortfall(seen - chains.log_normalizer, x, variance), chains.worth, to_maximum)
 
 
-def likelihood_finding(site: str, found: MarginalLikelihood | str, *, are_well: bool) -> Finding:
+def _to_maximum(
+    rng_key: Array, levels_at: LevelsAt, own: Params, params: Params, batches: Array, v: Array
+) -> tuple[Annealed, ToMaximum]:
+    """Chains of the joint density, and how they differ from the rows."""
+    points_key, anneal_key, samples_key = jax.random.split(rng_key, 3)
+    blocks = _Blocks(levels_at, batches.shape[1])
+    of_rows = blocks.points(points_key, params, batches.reshape(-1), v.reshape(-1, *v.shape[2:]))
+    joint, event_shape = levels_at(batches[0]).joint, v.shape[2:]
+    size = math.prod(event_shape)
+    order = np.argsort(np.argsort(joint.are_bits, kind="stable"))  # of what are first the real numbers, and then the bits
+    chain_rows = jnp.resize(batches, (-(-NUM_CHAINS // batches.shape[1]), batches.shape[1])).reshape(-1)
+
+    def split(x: Array, bits: Array) -> tuple[Array, Array]:
+        return x[:, :size].reshape(-1, *event_shape), jnp.concatenate([x[:, size:], bits], 1)[:, order]
+
+    def log_density(x: Array, bits: Array) -> Array:
+        return blocks.map(lambda rows, v, h: levels_at(rows).joint.log_prob(params, v, h), chain_rows, *split(x, bits))
+
+    reals = of_rows.vectors[:, 0, ~joint.are_bits]
+    start = normal_of(jnp.concatenate([of_rows.v.reshape(len(of_rows.v), -1), reals], 1))
+    chains = anneal(anneal_key, log_density, start, int(joint.are_bits.sum()), len(chain_rows))
+    every = np.arange(NUM_VALUES // NUM_GROUPS * NUM_GROUPS) * len(chain_rows) // NUM_VALUES
+    index = systematic(None, chains.weights)[every]
+    found_v, found_h = split(chains.x, chains.bits)
+    of_chains = blocks.points(samples_key, params, chain_rows[index], found_v[index], found_h[index])
+    value, error = natural_distance(
+        jax.jit(lambda own, points: blocks.log_marginal({**params, **own}, points)),  # traced once
+        own,
+        jax.tree.map(lambda y: y[:, None], of_rows),
+        jax.tree.map(lambda y: y.reshape(NUM_GROUPS, -1, *y.shape[1:]), of_chains),
+        is_all=False,  # rows that scores have learned from are not at the maximum of their own likelihood
+    )
+    return chains, ToMaximum(value, error, chains.worth)
+
+
+class _Points(NamedTuple):
+    """Rows, each with some samples of its latents, whose weighted mean stands for the posterior."""
+
+    rows: Array  # (points,), which rows they are
+    v: Array  # (points,) + event_shape
+    vectors: Array  # (points, samples, size)
+    log_q: Array  # (points, samples), the density that they were drawn by
+
+
+class _Blocks(NamedTuple):
+    """Any number of rows, of which model and guide see as many at once as they have learned with."""
+
+    levels_at: LevelsAt
+    size: int
+
+    def map(self, fn: Callable[..., Any], *x: Array) -> Any:
+        """A function of the rows of a block at those of all; the last block is filled up by the first rows."""
+        num_rows = len(x[0])
+        index = np.arange(-(-num_rows // self.size) * self.size).reshape(-1, self.size) % num_rows
+        found = map_over(lambda x: fn(*x), tuple(y[index] for y in x))
+        return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:num_rows], found)
+
+    def points(self, rng_key: Array, params: Params, rows: Array, v: Array, own: Array | None = None) -> _Points:
+        """Samples of the guide at rows.
+
+        :param own: vectors of latents that stand in the place of the first sample: those of a sample of the joint density.
+        """
+        keys = jax.random.split(rng_key, len(rows))
+
+        def of_block(keys: Array, rows: Array, v: Array, *own: Array) -> tuple[Array, Array]:
+            levels = self.levels_at(rows)
+            drawn = levels.drawn(params, keys[0], v, NUM_HIDDEN)
+            if own:
+                latents = {name: drawn.latents[name].at[0].set(x) for name, x in levels.joint.latents(own[0]).items()}
+                drawn = drawn._replace(latents={**drawn.latents, **latents})
+            vectors = map_over(levels.joint.vectors, drawn.latents)
+            log_p = map_over(lambda h: levels.joint.log_prob(params, v, h), vectors)
+            return jnp.moveaxis(vectors, 0, 1), (log_p - levels.weigh(params, v, drawn)).T
+
+        return lax.stop_gradient(_Points(rows, v, *self.map(of_block, keys, rows, v, *([] if own is None else [own]))))
+
+    def log_marginal(self, params: Params, points: _Points) -> Array:
+        """An estimate of the log density of the visible, whose gradient is the mean over the latents by their weights."""
+
+        def of_block(rows: Array, v: Array, vectors: Array, log_q: Array) -> Array:
+            joint = self.levels_at(rows).joint
+            log_p = map_over(lambda h: joint.log_prob(params, v, h), jnp.moveaxis(vectors, 1, 0))
+            return logsumexp(log_p - log_q.T, 0)
+
+        return self.map(of_block, *points)
+
+
+def likelihood_findings(site: str, found: MarginalLikelihood | str, *, are_well: bool) -> list[Finding]:
     """What is said of it.
 
     :param found: or why it is not known.
     :param are_well: whether guide and objective are. Where they are not, that is the cause to tell.
     """
     if isinstance(found, str):
-        return not_told(site, LIKELIHOOD, found)
+        return [not_told(site, LIKELIHOOD, found)]
+    if found.shortfall is None:
+        return [not_told(site, LIKELIHOOD, NO_CHAINS)]
     worth = float(found.worth)
     if not worth >= SAMPLES_TO_JUDGE:
-        return not_told(site, LIKELIHOOD, UNKNOWN.format(NUM_OF_NORMALIZER, worth))
-    return rows_finding(site, found.shortfall, WORSE, are_well=are_well)
+        return [not_told(site, LIKELIHOOD, UNKNOWN.format(NUM_CHAINS, worth))]
+    likelihood = rows_finding(site, found.shortfall, WORSE, are_well=are_well)
+    if found.to_maximum is None:
+        return [likelihood, not_told(site, FROM_MAXIMUM, NO_CHAINS)]
+    value, error, worth = map(float, found.to_maximum)
+    if not worth >= SAMPLES_TO_JUDGE:
+        return [likelihood, not_told(site, FROM_MAXIMUM, UNKNOWN.format(NUM_CHAINS, worth))]
+    return [likelihood, maximum_finding(site, value, error, are_well=are_well and likelihood.is_well)]

@@ -112,7 +112,16 @@ def density_findings(site: str, numbers: DensityNumbers | None, num_rows: int) -
     is_well = all(finding.is_well for finding in found)  # else the same cause is told already
     if numbers.elsewhere is not None:
         found.append(others_finding(site, numbers.elsewhere, are_well=is_well))
-    most, fix = (MOST + 3 * to_maximum_error, TO_GAIN.format(to_maximum**2 / 2)) if is_well else (None, "")
-    if math.isnan(to_maximum):
-        return [*found, not_told(site, FROM_MAXIMUM, NO_NUMBER)]
-    return [*found, Finding(site, FROM_MAXIMUM, to_maximum, None, most, fix)]
+    return [*found, maximum_finding(site, to_maximum, to_maximum_error, are_well=is_well)]
+
+
+def maximum_finding(site: str, value: float, error: float, *, are_well: bool) -> Finding:
+    """Whether the maximum of the likelihood is near.
+
+    :param value: standard deviations to it, with their standard error.
+    :param are_well: whether all else is. Where it is not, that is the cause to tell.
+    """
+    if math.isnan(value):
+        return not_told(site, FROM_MAXIMUM, NO_NUMBER)
+    most, fix = (MOST + 3 * error, TO_GAIN.format(value**2 / 2)) if are_well else (None, "")
+    return Finding(site, FROM_MAXIMUM, value, None, most, fix)
