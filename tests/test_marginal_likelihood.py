@@ -14,10 +14,20 @@ from helpers import found as told
 from numpyro.distributions import constraints
 from scipy.stats import multivariate_normal
 
-from numpyro_ebm import BiSM, DenoisingScoreMatching, MultiscaleDenoisingScoreMatching, SlicedScoreMatching, VaGES, diagnose
+from numpyro_ebm import (
+    BaseMeasure,
+    BiSM,
+    DenoisingScoreMatching,
+    GumbelBernoulli,
+    MultiscaleDenoisingScoreMatching,
+    SlicedScoreMatching,
+    VaGES,
+    diagnose,
+)
 from numpyro_ebm.evaluate.yardstick import LIKELIHOOD
 from numpyro_ebm.infer.collapse import AT_ROWS
-from numpyro_ebm.infer.marginal_likelihood import CONDITIONAL, FEW, batches_to_judge
+from numpyro_ebm.infer.marginal_likelihood import CONDITIONAL, FEW, NO_CHAINS, batches_to_judge
+from numpyro_ebm.infer.visible_density import FROM_MAXIMUM
 
 KEY = jax.random.key(0)
 STILL = optax.sgd(0.0)
@@ -88,6 +98,77 @@ def test_rows_that_are_less_likely_than_a_normal_distribution_has_them_are_told(
     assert told(report, AT_ROWS).is_well
     assert report.trouble == (found,)
     assert "Scale data whose elements have different standard deviations" in str(found)
+
+
+def test_a_mode_without_rows_is_told():
+    """Half of the mass of this machine is where its bit is 1, and there are no rows: no score says so, nor any guide."""
+    shift = jnp.array([8.0, 0.0, 0.0])
+
+    def machine(v):
+        scale = numpyro.param("scale", 1.0)
+        with numpyro.plate("data", len(v)):
+            bit = numpyro.sample("bit", BaseMeasure(constraints.boolean))
+            numpyro.sample("v", BaseMeasure(constraints.real, (3,)), obs=v)
+            numpyro.factor("energy", -((v - bit[..., None] * shift) ** 2).sum(-1) / (2 * scale**2))
+
+    def guide(v):
+        bias = numpyro.param("bias", -32.0)
+        with numpyro.plate("data", len(v)):
+            numpyro.sample("bit", GumbelBernoulli(v @ shift + bias))
+
+    rows = jnp.asarray(np.random.default_rng(0).normal(size=(300, 3)), jnp.float32)
+    engine = VaGES(machine, guide, STILL, STILL, SlicedScoreMatching(), batch_size=100)
+    result = engine.run(KEY, 1, rows, progress_bar=False, report=False)
+    report = diagnose(result, engine, rows, warn=False)
+    found = told(report, LIKELIHOOD)
+    exact = multivariate_normal(np.zeros(3), np.eye(3)).logpdf(np.asarray(rows)).mean() - np.log(2)
+    assert found.value == pytest.approx(exact, abs=4.5 * (1 / 300) ** 0.5)
+    assert report.trouble == (found,)
+    assert "A mode may be left where there are no rows" in found.fix
+
+
+@pytest.mark.parametrize("model", [directed, field])
+def test_distance_to_the_maximum_is_that_of_the_normal_distribution(model):
+    """Along the natural gradient of the likelihood, which is known exactly; half of the rows gives the direction."""
+    rng = np.random.default_rng(3)
+    rows = (rng.normal(size=(2000, 1)) * WEIGHTS + 0.6 * rng.normal(size=(2000, 3))).astype(np.float32)
+    start = {"weights": WEIGHTS * np.array([1.0, 1.4, 0.7]), "noise": 0.8}
+    at = np.append(start["weights"], start["noise"])
+
+    def log_density(at, v):
+        covariance = jnp.outer(at[:3], at[:3]) + at[3] ** 2 * jnp.eye(3)
+        return -(v @ jnp.linalg.solve(covariance, v)) / 2 - jnp.linalg.slogdet(covariance)[1] / 2
+
+    slopes = jax.vmap(jax.grad(log_density), (None, 0))
+    covariance = np.outer(at[:3], at[:3]) + at[3] ** 2 * np.eye(3)
+    under = np.asarray(slopes(at, rng.multivariate_normal(np.zeros(3), covariance, 100_000)))
+    gradient, fisher = np.asarray(slopes(at, rows)).mean(0), np.cov(under.T)
+    exact = np.sqrt(gradient @ np.linalg.solve(fisher, gradient))
+    assert exact > 0.4
+    report = told_of(model, {name: jnp.asarray(value, jnp.float32) for name, value in start.items()}, rows=jnp.asarray(rows))
+    found = told(report, FROM_MAXIMUM)
+    assert found.value == pytest.approx(exact, abs=0.15)  # its error is .04
+    assert not found.is_well or not told(report, LIKELIHOOD).is_well
+    right = told(told_of(model, rows=jnp.asarray(rows)), FROM_MAXIMUM)
+    assert right.is_well
+    assert right.value == pytest.approx(0, abs=4.5 * 0.05)
+
+
+def test_a_distance_to_the_maximum_needs_latents_that_can_be_annealed():
+    def counts(v):
+        noise = numpyro.param("noise", 0.6)
+        with numpyro.plate("data", len(v)):
+            h = numpyro.sample("h", dist.Poisson(1.0))
+            numpyro.sample("v", dist.Normal(h[..., None] * jnp.asarray(WEIGHTS), noise).to_event(1), obs=v)
+
+    def guide(v):
+        rate = numpyro.param("rate", 1.0)
+        with numpyro.plate("data", len(v)):
+            numpyro.sample("h", dist.Poisson(rate * jnp.ones(len(v))))
+
+    engine = VaGES(counts, guide, STILL, STILL, DenoisingScoreMatching(0.5), num_inner_steps=0, batch_size=100)
+    result = engine.run(KEY, 1, ROWS, progress_bar=False, report=False)
+    assert told(diagnose(result, engine, ROWS, warn=False), FROM_MAXIMUM).fix == NO_CHAINS
 
 
 def test_rows_have_the_noise_of_denoising():

@@ -22,7 +22,7 @@ from jax import Array, lax
 from jax.scipy.special import logsumexp
 
 from numpyro_ebm.evaluate.yardstick import Normal
-from numpyro_ebm.samplers import MALA
+from numpyro_ebm.samplers import MALA, MALAState
 from numpyro_ebm.weights import effective_sample_size, normalized_weights
 
 NUM_CHAINS, NUM_TEMPERATURES = 2048, 100
@@ -47,6 +47,9 @@ class Annealed(NamedTuple):
     worth: Array
 
 
+_Carry = tuple[MALAState, Array, Array]  # where chains stand, their bits, and their log weights
+
+
 def anneal(rng_key: Array, log_density: Callable[[Array, Array], Array], start: Normal, num_bits: int, num_chains: int) -> Annealed:
     """Chains from a normal distribution, and bits from fair coins, to a density; traced.
 
@@ -63,7 +66,7 @@ def anneal(rng_key: Array, log_density: Callable[[Array, Array], Array], start: 
         found = log_density(start.unwhiten(white), bits)
         return jnp.where(jnp.isnan(found), -jnp.inf, found)
 
-    def step(carry: tuple[Array, Array, Array], at: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array, Array], None]:
+    def step(carry: _Carry, at: tuple[Array, Array, Array]) -> tuple[_Carry, None]:
         (state, bits, log_weights), (key, before, beta) = carry, at
         move_key, flip_key = jax.random.split(key)
 
@@ -72,8 +75,7 @@ def anneal(rng_key: Array, log_density: Callable[[Array, Array], Array], start: 
 
         log_weights += (beta - before) * (last(state.position, bits) - first(state.position))
         bits = _flipped(flip_key, lambda bits: path(state.position, bits), bits)
-        state = SAMPLER.run(move_key, lambda white: path(white, bits), state)
-        return (state, bits, log_weights), None
+        return (SAMPLER.run(move_key, lambda white: path(white, bits), state), bits, log_weights), None
 
     betas = jnp.linspace(0, 1, NUM_TEMPERATURES + 1, dtype=white.dtype) ** POWER
     at = jax.random.split(moves_key, NUM_TEMPERATURES), betas[:-1], betas[1:]

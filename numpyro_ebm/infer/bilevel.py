@@ -7,7 +7,6 @@ A step has two levels, on the same rows: some steps of the guide towards the pos
 step of the model's. The engines differ in the upper level.
 """
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpyro
 from jax import Array, lax
-from jax.scipy.special import logsumexp
 from numpyro.distributions import Distribution
 from numpyro.handlers import scale
 from numpyro.infer import Trace_ELBO, TraceEnum_ELBO

@@ -56,7 +56,10 @@ WORSE = (
 CONDITIONAL = "the normalizer is unknown, and as the model has arguments beside the visible, each row may have its own"
 FEW = f"it takes {MIN_OWNERS} rows, and {ROWS_PER_DIM} for each element, that can be looked at together"
 UNKNOWN = "{} chains from a wide normal distribution to the density are worth about {:.0f} samples of it"
-NO_CHAINS = f"it takes latents that are real numbers or bits, and no more than {MAX_SIZE} elements of a row and its latents"
+NO_CHAINS = (
+    f"it takes latents that are real numbers or bits, at most {MAX_SIZE} elements of a row and its latents, and a guide without "
+    "latents of its own"
+)
 
 Params = dict[str, Any]
 LevelsAt = Callable[[Array], "Levels"]  # by the indices of as many rows as a batch has

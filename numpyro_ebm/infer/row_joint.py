@@ -11,6 +11,7 @@ import numpy as np
 import numpyro
 from jax import Array
 from numpyro.distributions import constraints
+from numpyro.distributions.transforms import IdentityTransform
 
 from numpyro_ebm.objectives.latent import Latents
 from numpyro_ebm.program.rows import dim_of, per_row
@@ -66,11 +67,11 @@ class RowJoint:
 
     def _positions(self, vectors: Array) -> tuple[Latents, Latents]:
         """Unconstrained values of real sites, and values of others."""
-        ends = np.cumsum([latent.size for latent in self._latents.values()])[:-1]
-        parts = dict(zip(self._latents, jnp.split(vectors, ends, 1), strict=True))
-        found = {name: latent.positions(parts[name]) for name, latent in self._latents.items()}
-        is_real = {name: latent.is_real for name, latent in self._latents.items()}
-        return ({name: x for name, x in found.items() if is_real[name]}, {name: x for name, x in found.items() if not is_real[name]})
+        ends = np.cumsum([latent.size for latent in self._latents.values()])[:-1].tolist()
+        reals, bits = Latents(), Latents()
+        for (name, latent), part in zip(self._latents.items(), jnp.split(vectors, ends, 1), strict=True):
+            (reals if latent.is_real else bits)[name] = latent.positions(part)
+        return reals, bits
 
 
 class _Latent:
@@ -80,16 +81,16 @@ class _Latent:
         fn = site["fn"]
         self.support, self.dtype = fn.support, jnp.result_type(site["value"])
         self.is_real = not fn.support.is_discrete
-        self.transform = transform_of(site) if self.is_real else None
+        self.transform: Any = transform_of(site) if self.is_real else IdentityTransform()
         self._constrained = fn.shape()
-        shape = self.transform.inverse_shape(fn.shape()) if self.is_real else fn.shape()
+        shape = self.transform.inverse_shape(fn.shape())
         self._axis = len(fn.batch_shape) + (dim_of(site, plate) or 0)
         self._shape = shape[self._axis], *shape[: self._axis], *shape[self._axis + 1 :]
         self.size = math.prod(self._shape[1:])
 
     def vectors(self, value: Array) -> Array:
         value = jnp.broadcast_to(value, self._constrained)
-        value = self.transform.inv(value) if self.is_real else value.astype(float)
+        value = self.transform.inv(value).astype(jnp.result_type(float))
         return jnp.moveaxis(value, self._axis, 0).reshape(self._shape[0], -1)
 
     def positions(self, vectors: Array) -> Array:
