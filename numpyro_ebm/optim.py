@@ -60,7 +60,7 @@ def as_transformation(optim: Any, name: str = "optim") -> optax.GradientTransfor
                     continue
                 if needed := _NEEDED.search(str(error)):
                     raise TypeError(_lack(name, needed[1] or needed[2])) from error
-                if "tree structure error" in str(error):
+                if _OTHER_TREE.search(str(error)):
                     raise TypeError(_misfit(name, params, error)) from error
                 raise
 
@@ -90,6 +90,7 @@ def apply_gradient(
 
 
 _NEEDED = re.compile(r"required keyword-only arguments?: (.*)|(\w+) must be provided")
+_OTHER_TREE = re.compile(r"tree structure error|^Expected .*, got ")  # as JAX says it, and before 0.10.2
 
 
 def _functions(optim: Any, name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
