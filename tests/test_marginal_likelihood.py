@@ -105,16 +105,16 @@ def test_a_mode_without_rows_is_told():
     shift = jnp.array([8.0, 0.0, 0.0])
 
     def machine(v):
-        scale = numpyro.param("scale", 1.0)
+        odds = numpyro.param("odds", 0.0)
         with numpyro.plate("data", len(v)):
             bit = numpyro.sample("bit", BaseMeasure(constraints.boolean))
             numpyro.sample("v", BaseMeasure(constraints.real, (3,)), obs=v)
-            numpyro.factor("energy", -((v - bit[..., None] * shift) ** 2).sum(-1) / (2 * scale**2))
+            numpyro.factor("energy", odds * bit - ((v - bit[..., None] * shift) ** 2).sum(-1) / 2)
 
     def guide(v):
-        bias = numpyro.param("bias", -32.0)
+        logits = numpyro.param("logits", -20.0)
         with numpyro.plate("data", len(v)):
-            numpyro.sample("bit", GumbelBernoulli(v @ shift + bias))
+            numpyro.sample("bit", GumbelBernoulli(logits * jnp.ones(len(v))))
 
     rows = jnp.asarray(np.random.default_rng(0).normal(size=(300, 3)), jnp.float32)
     engine = VaGES(machine, guide, STILL, STILL, SlicedScoreMatching(), batch_size=100)
@@ -125,6 +125,8 @@ def test_a_mode_without_rows_is_told():
     assert found.value == pytest.approx(exact, abs=4.5 * (1 / 300) ** 0.5)
     assert report.trouble == (found,)
     assert "A mode may be left where there are no rows" in found.fix
+    # a bit that is 1 for half of the samples and for no row, which is one standard deviation
+    assert told(report, FROM_MAXIMUM).value == pytest.approx(1, abs=4.5 * (1 / 300) ** 0.5)
 
 
 @pytest.mark.parametrize("model", [directed, field])
