@@ -145,6 +145,27 @@ def of_bits(guide):
     return BiSM(machine, guide, optax.adam(1e-2), optax.adam(2e-2), DENOISING, batch_size=100), OF_BITS
 
 
+# A machine of one bit, whose second mode lies where there are no rows: no score tells of it.
+AROUND_ZERO = jax.random.normal(jax.random.key(12), (300, 3))
+
+
+def of_two_places(odds):
+    def machine(v):
+        log_odds = numpyro.param("odds", odds)
+        scale = numpyro.param("scale", 1.2, constraint=constraints.positive)
+        with numpyro.plate("data", len(v)):
+            bit = numpyro.sample("bit", BaseMeasure(constraints.boolean))
+            numpyro.sample("v", BaseMeasure(constraints.real, (3,)), obs=v)
+            numpyro.factor("energy", log_odds * bit - ((v - 5 * bit[..., None]) ** 2).sum(-1) / (2 * scale**2))
+
+    def guide(v):
+        slope, logit = numpyro.param("slope", 4.0), numpyro.param("logit", -30.0)
+        with numpyro.plate("data", len(v)):
+            numpyro.sample("bit", GumbelBernoulli(slope * v.sum(-1) + logit))
+
+    return VaGES(machine, guide, optax.adam(1e-2), optax.adam(1e-3), SlicedScoreMatching(), batch_size=100), AROUND_ZERO
+
+
 def normal(y):
     loc = numpyro.param("loc", 0.0)
     with numpyro.plate("data", len(y)):
@@ -405,6 +426,9 @@ PROBLEMS = {
     "BiSM, few unrolled steps": (lambda: of_factors(BiSM, full, SLICED, hypergradient=Unrolled(5)), 600, ("response",)),
     "BiSM, a guide that is too sure of bits": (lambda: of_bits(sure_bits), 3000, ("count",)),
     "BiSM, bits that scores have yet to learn": (lambda: of_bits(bits), 3000, ("likelihood of the rows",)),
+    "a mode where there are no rows": (lambda: of_two_places(0.0), 300, ("likelihood of the rows",)),
+    "modes where there are rows": (lambda: of_two_places(-8.0), 300, ()),
+    "VaGES that has yet to learn": (lambda: of_factors(VaGES, full, DENOISING, **WEIGHTED), 120, ("likelihood", "maximum")),
     "BiDVL, a generator of one mode for two": (lambda: of_generator(wells, MODES), 1500, ("count", "Pareto")),
     "BiDVL, a generator of the energy's family": (lambda: of_generator(hill, 1.5 + 1.1 * NOISE), 1500, ()),
     "VaGES unweighted, a blind guide": (lambda: of_factors(VaGES, blind, SLICED, **VARIATIONAL), 600, ("Pareto", "count")),

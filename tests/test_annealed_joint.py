@@ -44,7 +44,7 @@ def coins(x, bits):
 
 
 CASES = {
-    "two modes": (two_modes, 2, 0, np.log(4 * 2 * np.pi * 0.25) + CONSTANT, lambda found: found.x[:, 0] > 2.5, 0.75, 130),
+    "two modes": (two_modes, 2, 0, np.log(4 * 2 * np.pi * 0.25) + CONSTANT, lambda found: found.x[:, 0] > 2.5, 0.75, 250),
     "machine": (
         machine,
         3,
@@ -52,7 +52,7 @@ CASES = {
         logsumexp(BITS @ BIASES) + 3 * np.log(np.sqrt(2 * np.pi) * SCALE),
         lambda found: found.bits[:, 1],
         jax.nn.sigmoid(-1.0),
-        1000,
+        550,
     ),
     "coins": (
         coins,

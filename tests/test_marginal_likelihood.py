@@ -31,6 +31,7 @@ from numpyro_ebm.infer.visible_density import FROM_MAXIMUM
 
 KEY = jax.random.key(0)
 STILL = optax.sgd(0.0)
+FEW_ROWS = jnp.asarray(np.random.default_rng(0).normal(size=(300, 3)), jnp.float32)
 WEIGHTS = np.array([0.9, -0.5, 0.7])
 H, NOISE = np.random.default_rng(0).normal(size=(400, 1)), np.random.default_rng(1).normal(size=(400, 3))
 ROWS = jnp.asarray(H * WEIGHTS + 0.6 * NOISE, jnp.float32)
@@ -100,33 +101,42 @@ def test_rows_that_are_less_likely_than_a_normal_distribution_has_them_are_told(
     assert "Scale data whose elements have different standard deviations" in str(found)
 
 
-def test_a_mode_without_rows_is_told():
+def report_of_a_mode_without_rows(shift):
     """Half of the mass of this machine is where its bit is 1, and there are no rows: no score says so, nor any guide."""
-    shift = jnp.array([8.0, 0.0, 0.0])
 
     def machine(v):
         odds = numpyro.param("odds", 0.0)
         with numpyro.plate("data", len(v)):
             bit = numpyro.sample("bit", BaseMeasure(constraints.boolean))
             numpyro.sample("v", BaseMeasure(constraints.real, (3,)), obs=v)
-            numpyro.factor("energy", odds * bit - ((v - bit[..., None] * shift) ** 2).sum(-1) / 2)
+            place = bit[..., None] * jnp.array([shift, 0.0, 0.0])
+            numpyro.factor("energy", odds * bit - ((v - place) ** 2).sum(-1) / 2)
 
     def guide(v):
         logits = numpyro.param("logits", -20.0)
         with numpyro.plate("data", len(v)):
             numpyro.sample("bit", GumbelBernoulli(logits * jnp.ones(len(v))))
 
-    rows = jnp.asarray(np.random.default_rng(0).normal(size=(300, 3)), jnp.float32)
     engine = VaGES(machine, guide, STILL, STILL, SlicedScoreMatching(), batch_size=100)
-    result = engine.run(KEY, 1, rows, progress_bar=False, report=False)
-    report = diagnose(result, engine, rows, warn=False)
+    result = engine.run(KEY, 1, FEW_ROWS, progress_bar=False, report=False)
+    return diagnose(result, engine, FEW_ROWS, warn=False)
+
+
+def test_a_mode_without_rows_is_told():
+    report = report_of_a_mode_without_rows(8.0)
     found = told(report, LIKELIHOOD)
-    exact = multivariate_normal(np.zeros(3), np.eye(3)).logpdf(np.asarray(rows)).mean() - np.log(2)
-    assert found.value == pytest.approx(exact, abs=4.5 * (1 / 300) ** 0.5)
+    exact = multivariate_normal(np.zeros(3), np.eye(3)).logpdf(np.asarray(FEW_ROWS)).mean() - np.log(2)
+    assert found.value == pytest.approx(exact, abs=4.5 * (1 / 600) ** 0.5)
     assert report.trouble == (found,)
     assert "A mode may be left where there are no rows" in found.fix
     # a bit that is 1 for half of the samples and for no row, which is one standard deviation
     assert told(report, FROM_MAXIMUM).value == pytest.approx(1, abs=4.5 * (1 / 300) ** 0.5)
+
+
+def test_a_mode_that_is_too_far_for_chains_is_asked_for():
+    report = report_of_a_mode_without_rows(30.0)
+    assert report.trouble == (told(report, LIKELIHOOD),)
+    assert "there may be modes far from all rows" in report.trouble[0].fix
 
 
 @pytest.mark.parametrize("model", [directed, field])

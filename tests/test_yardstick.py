@@ -72,14 +72,14 @@ def test_normal_distribution_of_few_values_has_no_correlations():
 def test_normal_distribution_and_its_wider_one_are_normalized():
     x = RNG.normal(size=(500, 2)) @ np.array([[2.0, 0.7], [0.0, 0.5]])
     normal = normal_of(jnp.asarray(x, jnp.float32))
-    drawn = np.asarray(normal.sample(KEY, 20_000, 2.0))
+    drawn = np.asarray(normal.sample(KEY, 20_000, (1.0, 2.0)))
     assert np.cov(drawn.T, bias=True) == pytest.approx(2.5 * np.cov(x.T, bias=True), abs=0.4)
     # the mean of another density over this one is 1
     covariance = np.cov(x.T, bias=True)
     other = (
         -np.einsum("ni,ij,nj->n", drawn, np.linalg.inv(covariance), drawn) / 2 - np.linalg.slogdet(2 * np.pi * covariance)[1] / 2
     )
-    weights = np.exp(other - np.asarray(normal.log_prob(jnp.asarray(drawn), 2.0)))
+    weights = np.exp(other - np.asarray(normal.log_prob(jnp.asarray(drawn), (1.0, 2.0))))
     assert weights.mean() == pytest.approx(1, abs=4.5 * weights.std() / 20_000**0.5)
 
 

@@ -175,16 +175,17 @@ class Normal(NamedTuple):
     def whiten(self, x: Array) -> Array:
         return jnp.matmul(x - self.mean, self.axes, precision="highest") / self.scales
 
-    def log_prob(self, x: Array, wider: float = 1.0) -> Array:
-        """Along the last axis; half and half with one that is so much wider."""
+    def log_prob(self, x: Array, widths: tuple[float, ...] = (1.0,)) -> Array:
+        """Along the last axis; of a mixture of some that are so many times as wide."""
         square, size = (self.whiten(x) ** 2).sum(-1), len(self.scales)
-        here, there = (-0.5 * square / factor**2 - size * math.log(factor) for factor in (1.0, wider))
-        return jnp.logaddexp(here, there) - math.log(2) - jnp.log(self.scales).sum() - size / 2 * math.log(2 * math.pi)
+        by_width = jnp.stack([-0.5 * square / width**2 - size * math.log(width) for width in widths])
+        log_constant = math.log(len(widths)) + size / 2 * math.log(2 * math.pi) + jnp.log(self.scales).sum()
+        return logsumexp(by_width, 0) - log_constant
 
-    def sample(self, rng_key: Array, num: int, wider: float = 1.0) -> Array:
-        """``(num, size)``, every second one of the distribution that is so much wider."""
-        factor = jnp.where(jnp.arange(num) % 2 == 0, 1.0, wider)[:, None]
-        return self.unwhiten(factor * jax.random.normal(rng_key, (num, len(self.scales)), self.scales.dtype))
+    def sample(self, rng_key: Array, num: int, widths: tuple[float, ...] = (1.0,)) -> Array:
+        """``(num, size)``, of each width as many."""
+        width = jnp.asarray(widths)[jnp.arange(num) % len(widths)][:, None]
+        return self.unwhiten(width * jax.random.normal(rng_key, (num, len(self.scales)), self.scales.dtype))
 
     def unwhiten(self, x: Array) -> Array:
         return self.mean + jnp.matmul(x * self.scales, self.axes.T, precision="highest")

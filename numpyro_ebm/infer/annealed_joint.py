@@ -25,9 +25,9 @@ from numpyro_ebm.evaluate.yardstick import Normal
 from numpyro_ebm.samplers import MALA, MALAState
 from numpyro_ebm.weights import effective_sample_size, normalized_weights
 
-NUM_CHAINS, NUM_TEMPERATURES = 2048, 100
-POWER = 2  # of the temperatures: most is decided near 0
-WIDER = 2.0  # than the moments say is every second chain at the start
+NUM_CHAINS, NUM_TEMPERATURES = 4096, 100
+POWER = 3  # of the temperatures: most is decided near 0
+WIDTHS = 1.0, 2.0, 4.0, 8.0  # of the distribution that chains start from, where the moments say 1
 SAMPLER = MALA(step_size=0.5, num_steps=2, num_jumps=0)
 MAX_FLIPS = 8  # of bits, of each chain at each temperature
 
@@ -56,11 +56,11 @@ def anneal(rng_key: Array, log_density: Callable[[Array, Array], Array], start: 
     :param log_density: of ``(chains, size)`` and bits ``(chains, num_bits)``, of shape ``(chains,)``.
     """
     start_key, bits_key, moves_key = jax.random.split(rng_key, 3)
-    white = start.whiten(start.sample(start_key, num_chains, WIDER))  # where steps of one size suit all directions
+    white = start.whiten(start.sample(start_key, num_chains, WIDTHS))  # where steps of one size suit all directions
     bits = jax.random.bernoulli(bits_key, 0.5, (num_chains, num_bits)).astype(white.dtype)
 
     def first(white: Array) -> Array:
-        return start.log_prob(start.unwhiten(white), WIDER) - num_bits * math.log(2)
+        return start.log_prob(start.unwhiten(white), WIDTHS) - num_bits * math.log(2)
 
     def last(white: Array, bits: Array) -> Array:
         found = log_density(start.unwhiten(white), bits)

@@ -55,7 +55,12 @@ WORSE = (
 )
 CONDITIONAL = "the normalizer is unknown, and as the model has arguments beside the visible, each row may have its own"
 FEW = f"it takes {MIN_OWNERS} rows, and {ROWS_PER_DIM} for each element, that can be looked at together"
-UNKNOWN = "{} chains from a wide normal distribution to the density are worth about {:.0f} samples of it"
+UNKNOWN = (
+    "{} chains from a wide normal distribution to the density are worth about {:.0f} samples of it, which is too few: there may be "
+    "modes far from all rows, of which scores say nothing. Compare fits from other keys, or learn by likelihood, SVI of "
+    "negative_phase(model)"
+)
+UNKNOWN_JOINT = "{} chains from a wide normal distribution to the joint density are worth about {:.0f} samples of it"
 NO_CHAINS = (
     f"it takes latents that are real numbers or bits, at most {MAX_SIZE} elements of a row and its latents, and a guide without "
     "latents of its own"
@@ -253,11 +258,11 @@ def likelihood_findings(site: str, found: MarginalLikelihood | str, *, are_well:
         return [not_told(site, LIKELIHOOD, NO_CHAINS)]
     worth = float(found.worth)
     if not worth >= SAMPLES_TO_JUDGE:
-        return [not_told(site, LIKELIHOOD, UNKNOWN.format(NUM_CHAINS, worth))]
+        return [not_told(site, LIKELIHOOD, UNKNOWN.format(NUM_CHAINS, worth), is_missing=are_well)]
     likelihood = rows_finding(site, found.shortfall, WORSE, are_well=are_well)
     if found.to_maximum is None:
         return [likelihood, not_told(site, FROM_MAXIMUM, NO_CHAINS)]
     value, error, worth = map(float, found.to_maximum)
     if not worth >= SAMPLES_TO_JUDGE:
-        return [likelihood, not_told(site, FROM_MAXIMUM, UNKNOWN.format(NUM_CHAINS, worth))]
+        return [likelihood, not_told(site, FROM_MAXIMUM, UNKNOWN_JOINT.format(NUM_CHAINS, worth))]
     return [likelihood, maximum_finding(site, value, error, are_well=are_well and likelihood.is_well)]
