@@ -72,12 +72,14 @@ def compiled(function: Callable[..., T], *args: Any, cheaply: bool = False) -> T
         return function(*args)
 
 
-def cheap_options() -> dict[str, Any]:
+def cheap_options(level: int = 0) -> dict[str, Any]:
     """Options of XLA by which a program is compiled soon, however fast it runs: it then takes a third of the time on CPUs.
 
     XLA's emitter of fusions takes most of what is left at optimization level 0; later versions cannot do without it.
+
+    :param level: of optimization; 1 for what runs as long as it is compiled.
     """
-    cheap: dict[str, Any] = {"xla_backend_optimization_level": 0}
+    cheap: dict[str, Any] = {"xla_backend_optimization_level": level}
     if jax.default_backend() == "cpu" and jaxlib.version.__version_info__ < (0, 11):
         cheap |= {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
     return cheap

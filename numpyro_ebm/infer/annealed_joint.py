@@ -14,22 +14,24 @@ The mean weight is an unbiased estimate of the normalizer, and chains, each by i
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.scipy.special import logsumexp
 
 from numpyro_ebm.evaluate.yardstick import Normal
-from numpyro_ebm.samplers import MALA, MALAState
+from numpyro_ebm.samplers.base import langevin_move, over_events
+from numpyro_ebm.samplers.mala import ADAPTATION_GAIN, metropolis
 from numpyro_ebm.weights import effective_sample_size, normalized_weights
 
 NUM_CHAINS, NUM_TEMPERATURES = 4096, 100
 POWER = 3  # of the temperatures: most is decided near 0
 WIDTHS = 1.0, 2.0, 4.0, 8.0  # of the distribution that chains start from, where the moments say 1
-SAMPLER = MALA(step_size=0.5, num_steps=2, num_jumps=0)
-MAX_FLIPS = 8  # of bits, of each chain at each temperature
+NUM_MOVES, STEP_SIZE, ACCEPTANCE = 2, 0.5, 0.574  # at each temperature; adapted, of a coordinate with the variance 1
+MAX_FLIPS = 4  # of bits, of each chain at each temperature
 
 
 class Annealed(NamedTuple):
@@ -47,7 +49,23 @@ class Annealed(NamedTuple):
     worth: Array
 
 
-_Carry = tuple[MALAState, Array, Array]  # where chains stand, their bits, and their log weights
+class _Chains(NamedTuple):
+    white: Array  # (chains, size), where steps of one size suit all directions
+    bits: Array  # (chains, bits)
+    log_densities: Array  # (chains, 2), of both ends of the path
+    scores: Array  # (chains, 2, size), their derivatives
+
+
+class _Step(NamedTuple):
+    """One step of all chains."""
+
+    key: Array
+    beta: Array
+    rise: Array  # of beta since the step before
+    is_flip: Array  # of a bit; else the real numbers move
+
+
+_Carry = tuple[_Chains, Array, Array]  # with the log weights, and the log of the size of moves
 
 
 def anneal(rng_key: Array, log_density: Callable[[Array, Array], Array], start: Normal, num_bits: int, num_chains: int) -> Annealed:
@@ -55,9 +73,10 @@ def anneal(rng_key: Array, log_density: Callable[[Array, Array], Array], start: 
 
     :param log_density: of ``(chains, size)`` and bits ``(chains, num_bits)``, of shape ``(chains,)``.
     """
-    start_key, bits_key, moves_key = jax.random.split(rng_key, 3)
-    white = start.whiten(start.sample(start_key, num_chains, WIDTHS))  # where steps of one size suit all directions
+    start_key, bits_key, steps_key = jax.random.split(rng_key, 3)
+    white = start.whiten(start.sample(start_key, num_chains, WIDTHS))
     bits = jax.random.bernoulli(bits_key, 0.5, (num_chains, num_bits)).astype(white.dtype)
+    size, dtype = white.shape[1], white.dtype
 
     def first(white: Array) -> Array:
         return start.log_prob(start.unwhiten(white), WIDTHS) - num_bits * math.log(2)
@@ -66,40 +85,55 @@ def anneal(rng_key: Array, log_density: Callable[[Array, Array], Array], start: 
         found = log_density(start.unwhiten(white), bits)
         return jnp.where(jnp.isnan(found), -jnp.inf, found)
 
-    def step(carry: _Carry, at: tuple[Array, Array, Array]) -> tuple[_Carry, None]:
-        (state, bits, log_weights), (key, before, beta) = carry, at
-        move_key, flip_key = jax.random.split(key)
+    def chains_at(white: Array, bits: Array) -> _Chains:
+        ends = jax.vjp(first, white), jax.vjp(lambda white: last(white, bits), white)
+        scores = [pull(jnp.ones_like(found))[0] for found, pull in ends]
+        log_densities = jnp.stack([found for found, _ in ends], 1)
+        return _Chains(white, bits, log_densities, jnp.nan_to_num(jnp.stack(scores, 1), posinf=0, neginf=0))
 
-        def path(white: Array, bits: Array) -> Array:
-            return (1 - beta) * first(white) + beta * last(white, bits)
+    def step(carry: _Carry, step: _Step) -> tuple[_Carry, None]:
+        old, log_weights, log_size = carry
+        path, h, is_start = jnp.stack([1 - step.beta, step.beta]), jnp.exp(log_size), step.beta == 0
+        move_key, flip_key, accept_key = jax.random.split(step.key, 3)
+        stays = step.is_flip | is_start
+        moved = langevin_move(move_key, old.white, path @ old.scores, h, jnp.sqrt(2 * h))
+        flipped = jnp.where(step.is_flip, _flipped(flip_key, old.bits), old.bits)
+        new = chains_at(jnp.where(stays, old.white, moved), flipped)  # the one place where the density is compiled
+        log_weights += jnp.where(step.rise > 0, step.rise * (old.log_densities[:, 1] - old.log_densities[:, 0]), 0)
+        log_ratio = (new.log_densities - old.log_densities) @ path
+        back, there = (_log_proposal(*pair, path, h) for pair in ((new, old), (old, new)))
+        probability = metropolis(log_ratio + jnp.where(stays, 0, back - there))
+        accept = is_start | jax.random.bernoulli(accept_key, probability)
+        chains = jax.tree.map(lambda x, y: jnp.where(over_events(accept, x.ndim), x, y), new, old)
+        log_size += jnp.where(stays, 0, ADAPTATION_GAIN * (probability.mean() - ACCEPTANCE))
+        return (chains, log_weights, log_size), None
 
-        log_weights += (beta - before) * (last(state.position, bits) - first(state.position))
-        bits = _flipped(flip_key, lambda bits: path(state.position, bits), bits)
-        return (SAMPLER.run(move_key, lambda white: path(white, bits), state), bits, log_weights), None
-
-    betas = jnp.linspace(0, 1, NUM_TEMPERATURES + 1, dtype=white.dtype) ** POWER
-    at = jax.random.split(moves_key, NUM_TEMPERATURES), betas[:-1], betas[1:]
-    carry = SAMPLER.init(white), bits, jnp.zeros(num_chains, white.dtype)
-    (state, bits, log_weights), _ = lax.scan(step, carry, at)
+    nowhere = _Chains(white, bits, jnp.zeros((num_chains, 2), dtype), jnp.zeros((num_chains, 2, size), dtype))
+    carry = nowhere, jnp.zeros(num_chains, dtype), jnp.asarray(math.log(STEP_SIZE), dtype)
+    (chains, log_weights, _), _ = lax.scan(step, carry, _steps(steps_key, num_bits, dtype))
     weights = normalized_weights(log_weights)
     log_normalizer = logsumexp(log_weights) - math.log(num_chains)
-    return Annealed(start.unwhiten(state.position), bits, weights, log_normalizer, effective_sample_size(weights))
+    return Annealed(start.unwhiten(chains.white), chains.bits, weights, log_normalizer, effective_sample_size(weights))
 
 
-def _flipped(rng_key: Array, log_density: Callable[[Array], Array], bits: Array) -> Array:
-    """Bits after some flips of one of them, accepted by Metropolis-Hastings."""
+def _steps(rng_key: Array, num_bits: int, dtype: Any) -> _Step:
+    """All steps: at 0, where densities are looked up, and some at each temperature."""
+    flips = np.arange(NUM_MOVES + min(num_bits, MAX_FLIPS)) >= NUM_MOVES
+    betas = np.linspace(0, 1, NUM_TEMPERATURES + 1) ** POWER
+    rises = np.zeros((NUM_TEMPERATURES, len(flips)))
+    rises[:, 0] = np.diff(betas)
+    beta, rise = np.append(0, np.repeat(betas[1:], len(flips))), np.append(0, rises.ravel())
+    is_flip = np.append(False, np.tile(flips, NUM_TEMPERATURES))
+    return _Step(jax.random.split(rng_key, len(beta)), jnp.asarray(beta, dtype), jnp.asarray(rise, dtype), jnp.asarray(is_flip))
+
+
+def _flipped(rng_key: Array, bits: Array) -> Array:
+    """One bit of each chain flipped."""
     num_chains, num_bits = bits.shape
-    if num_bits == 0:
-        return bits
+    which = jax.random.randint(rng_key, (num_chains, 1), 0, max(1, num_bits))
+    return jnp.where(jnp.arange(num_bits) == which, 1 - bits, bits)
 
-    def flip(carry: tuple[Array, Array], key: Array) -> tuple[tuple[Array, Array], None]:
-        old, log_old = carry
-        which_key, accept_key = jax.random.split(key)
-        which = jax.random.randint(which_key, (num_chains, 1), 0, num_bits)
-        new = jnp.where(jnp.arange(num_bits) == which, 1 - old, old)
-        log_new = log_density(new)
-        accept = jnp.log(jax.random.uniform(accept_key, (num_chains,))) < log_new - log_old
-        return (jnp.where(accept[:, None], new, old), jnp.where(accept, log_new, log_old)), None
 
-    carry = bits, log_density(bits)
-    return lax.scan(flip, carry, jax.random.split(rng_key, min(num_bits, MAX_FLIPS)))[0][0]
+def _log_proposal(start: _Chains, to: _Chains, path: Array, h: Array) -> Array:
+    """The log density of a Langevin move from one place to another, but for a constant."""
+    return -((to.white - start.white - h * (path @ start.scores)) ** 2).sum(1) / (4 * h)

@@ -28,12 +28,14 @@ from numpyro_ebm.distributions.energy import energy_site
 from numpyro_ebm.distributions.known import is_known
 from numpyro_ebm.evaluate.guide_weights import LEAST_FRACTION, guide_findings, in_groups
 from numpyro_ebm.evaluate.report import Finding
+from numpyro_ebm.infer.annealed_joint import Annealed
 from numpyro_ebm.infer.engine import compiled_method
 from numpyro_ebm.infer.marginal_likelihood import (
     CONDITIONAL,
     FEW,
     MarginalLikelihood,
     batches_to_judge,
+    joint_chains,
     likelihood_findings,
     marginal_likelihood,
 )
@@ -232,7 +234,8 @@ class BilevelEngine(ScoreEngine):
         batches = batches_to_judge(len(args[0]), batch_size, args[0].size // len(args[0]))
         if batches is None:
             return site, FEW
-        return site, self._likelihood(state, rng_key, jnp.asarray(batches), is_normalized, *args, **kwargs)
+        chains = self._joint_chains(state, rng_key, jnp.asarray(batches), *args, **kwargs)
+        return site, self._likelihood(state, rng_key, jnp.asarray(batches), chains, is_normalized, *args, **kwargs)
 
     def _wanted_of_guide(self) -> tuple[float, str]:
         """The fraction of the guide's samples that should count at least; and what becomes of the fit where the guide is bad."""
@@ -247,17 +250,29 @@ class BilevelEngine(ScoreEngine):
         found = in_groups(lambda key, num_samples: levels.log_weights(state.params, key, v, num_samples), draw_key, v)
         return {", ".join(levels.latents): found}
 
+    @partial(compiled_method, cheaply=True, level=1)
+    def _joint_chains(self, state: Any, rng_key: Array, batches: Array, *args: Any, **kwargs: Any) -> Annealed | None:
+        return joint_chains(rng_key, self._levels_at(state, args, kwargs), state.params, batches)
+
     @partial(compiled_method, cheaply=True)
     def _likelihood(
-        self, state: Any, rng_key: Array, batches: Array, is_normalized: bool, *args: Any, **kwargs: Any
+        self,
+        state: Any,
+        rng_key: Array,
+        batches: Array,
+        chains: Annealed | None,
+        is_normalized: bool,
+        *args: Any,
+        **kwargs: Any,
     ) -> MarginalLikelihood:
-        first = self._first_batch(state.rng_key, state.params, args, kwargs)
-
-        def levels_at(rows: Array) -> Levels:
-            return Levels(self, state, at_rows(first, args[0], rows), kwargs)
-
         own = {name: state.params[name] for name in state.theta}
-        return marginal_likelihood(rng_key, levels_at, own, state.params, batches, is_normalized=is_normalized)
+        levels_at = self._levels_at(state, args, kwargs)
+        return marginal_likelihood(rng_key, levels_at, own, state.params, batches, chains, is_normalized=is_normalized)
+
+    def _levels_at(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Callable[[Array], Levels]":
+        """The levels of as many rows as a step sees, by their indices."""
+        first = self._first_batch(state.rng_key, state.params, args, kwargs)
+        return lambda rows: Levels(self, state, at_rows(first, args[0], rows), kwargs)
 
     def _lower_steps(self, levels: "Levels", theta: Any, phi: Any, optim_state: Any, keys: Array) -> tuple[Any, Any]:
         """One step of the guide for every key, with gradients in ``theta`` if they are asked for."""

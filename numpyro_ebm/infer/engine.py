@@ -59,10 +59,11 @@ class RunResult(NamedTuple):
     report: FitReport | None = None
 
 
-def compiled_method(method: Method, *, cheaply: bool = False) -> Method:
+def compiled_method(method: Method, *, cheaply: bool = False, level: int = 0) -> Method:
     """A method of a state, compiled once for all arguments that have the same shapes: arrays are traced, the rest compiled in.
 
     :param cheaply: whether it is to be compiled soon more than to run fast, as what a run calls once.
+    :param level: of optimization, of what is compiled cheaply.
     """
 
     @wraps(method)
@@ -70,7 +71,7 @@ def compiled_method(method: Method, *, cheaply: bool = False) -> Method:
         self._require_state(state)
         args, kwargs = self._opened(args, kwargs)
         if method not in self._compiled:
-            options: Any = cheap_options() if cheaply else None
+            options: Any = cheap_options(level) if cheaply else None
 
             @partial(jax.jit, static_argnames="static", compiler_options=options)
             def on_arrays(dynamic: Any, static: Rest) -> Any:

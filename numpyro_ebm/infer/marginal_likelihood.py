@@ -73,6 +73,7 @@ LevelsAt = Callable[[Array], "Levels"]  # by the indices of as many rows as a ba
 class Levels(Protocol):
     """Model and guide on one batch of rows."""
 
+    v: Array
     joint: RowJoint
     is_of_same_latents: bool  # whether the guide has no more latents than the model
 
@@ -128,17 +129,52 @@ def batches_to_judge(num_rows: int, batch_size: int, size: int) -> np.ndarray | 
     return found if is_small and found.size >= max(MIN_OWNERS, ROWS_PER_DIM * size) else None
 
 
+def joint_chains(rng_key: Array, levels_at: LevelsAt, params: Params, batches: Array) -> Annealed | None:
+    """Chains of the joint density of rows and latents, None where there can be none; traced.
+
+    :param batches: which rows, :func:`batches_to_judge`; of chains too.
+    """
+    levels, anneal_key = levels_at(batches[0]), jax.random.fold_in(rng_key, len(batches))
+    joint, size = levels.joint, math.prod(levels.v.shape[1:])
+    if not (levels.is_of_same_latents and joint.is_of_bits and size + joint.size <= MAX_SIZE):
+        return None
+
+    def of_batch(at: tuple[Array, Array]) -> Array:
+        key, rows = at
+        levels = levels_at(rows)
+        v, draw_key = levels.noisy(key)
+        (h,) = map_over(levels.joint.vectors, levels.drawn(params, draw_key, v, 1).latents)
+        return jnp.concatenate([v.reshape(len(v), -1), h[:, ~joint.are_bits]], 1)
+
+    start = lax.map(of_batch, (jax.random.split(rng_key, len(batches)), batches))
+    blocks, rows = _Blocks(levels_at, batches.shape[1]), _rows_of_chains(batches)
+
+    def log_density(x: Array, bits: Array) -> Array:
+        v, h = _split(x, bits, levels)
+        return blocks.map(lambda rows, v, h: levels_at(rows).joint.log_prob(params, v, h), rows, v, h)
+
+    return anneal(anneal_key, log_density, normal_of(start.reshape(-1, start.shape[2])), int(joint.are_bits.sum()), len(rows))
+
+
 def marginal_likelihood(
-    rng_key: Array, levels_at: LevelsAt, own: Params, params: Params, batches: Array, *, is_normalized: bool
+    rng_key: Array,
+    levels_at: LevelsAt,
+    own: Params,
+    params: Params,
+    batches: Array,
+    chains: Annealed | None,
+    *,
+    is_normalized: bool,
 ) -> MarginalLikelihood:
     """The likelihood of some rows, beside that of estimates which need no training, and what a step along it would gain; traced.
 
     :param own: the parameters of the model.
     :param params: these, and those of the guide.
     :param batches: which rows, :func:`batches_to_judge`.
+    :param chains: :func:`joint_chains`.
     :param is_normalized: whether the normalizer is 1.
     """
-    rows_key, chains_key = jax.random.split(rng_key)
+    rows_key, to_maximum_key = jax.random.split(rng_key)
 
     def of_batch(at: tuple[Array, Array]) -> tuple[Array, Array]:
         key, rows = at
@@ -149,10 +185,9 @@ def marginal_likelihood(
 
     log_density, v = lax.map(of_batch, (jax.random.split(rows_key, len(batches)), batches))
     x, seen = (thinned(y.reshape(1, -1, *y.shape[2:])) for y in (v, log_density))
-    levels, size = levels_at(batches[0]), math.prod(v.shape[2:])
-    if not (levels.is_of_same_latents and levels.joint.is_of_bits and size + levels.joint.size <= MAX_SIZE):
+    if chains is None:
         return MarginalLikelihood(shortfall(seen, x) if is_normalized else None, jnp.array(jnp.inf), None)
-    chains, to_maximum = _to_maximum(chains_key, levels_at, own, params, batches, v)
+    to_maximum = _to_maximum(to_maximum_key, levels_at, own, params, batches, v, chains)
     if is_normalized:
         return MarginalLikelihood(shortfall(seen, x), jnp.array(jnp.inf), to_maximum)
     variance = 1 / chains.worth - 1 / len(chains.weights)
@@ -160,30 +195,16 @@ def marginal_likelihood(
 
 
 def _to_maximum(
-    rng_key: Array, levels_at: LevelsAt, own: Params, params: Params, batches: Array, v: Array
-) -> tuple[Annealed, ToMaximum]:
-    """Chains of the joint density, and how they differ from the rows."""
-    points_key, anneal_key, samples_key = jax.random.split(rng_key, 3)
-    blocks = _Blocks(levels_at, batches.shape[1])
+    rng_key: Array, levels_at: LevelsAt, own: Params, params: Params, batches: Array, v: Array, chains: Annealed
+) -> ToMaximum:
+    """How chains of the joint density differ from the rows."""
+    points_key, samples_key = jax.random.split(rng_key)
+    blocks, rows = _Blocks(levels_at, batches.shape[1]), _rows_of_chains(batches)
     of_rows = blocks.points(points_key, params, batches.reshape(-1), v.reshape(-1, *v.shape[2:]))
-    joint, event_shape = levels_at(batches[0]).joint, v.shape[2:]
-    size = math.prod(event_shape)
-    order = np.argsort(np.argsort(joint.are_bits, kind="stable"))  # of what are first the real numbers, and then the bits
-    chain_rows = jnp.resize(batches, (-(-NUM_CHAINS // batches.shape[1]), batches.shape[1])).reshape(-1)
-
-    def split(x: Array, bits: Array) -> tuple[Array, Array]:
-        return x[:, :size].reshape(-1, *event_shape), jnp.concatenate([x[:, size:], bits], 1)[:, order]
-
-    def log_density(x: Array, bits: Array) -> Array:
-        return blocks.map(lambda rows, v, h: levels_at(rows).joint.log_prob(params, v, h), chain_rows, *split(x, bits))
-
-    reals = of_rows.vectors[:, 0, ~joint.are_bits]
-    start = normal_of(jnp.concatenate([of_rows.v.reshape(len(of_rows.v), -1), reals], 1))
-    chains = anneal(anneal_key, log_density, start, int(joint.are_bits.sum()), len(chain_rows))
-    every = np.arange(NUM_VALUES // NUM_GROUPS * NUM_GROUPS) * len(chain_rows) // NUM_VALUES
+    every = np.arange(NUM_VALUES // NUM_GROUPS * NUM_GROUPS) * len(rows) // NUM_VALUES
     index = systematic(None, chains.weights)[every]
-    found_v, found_h = split(chains.x, chains.bits)
-    of_chains = blocks.points(samples_key, params, chain_rows[index], found_v[index], found_h[index])
+    at_chains = _split(chains.x[index], chains.bits[index], levels_at(batches[0]))
+    of_chains = blocks.points(samples_key, params, rows[index], *at_chains)
     value, error = natural_distance(
         jax.jit(lambda own, points: blocks.log_marginal({**params, **own}, points)),  # traced once
         own,
@@ -191,7 +212,21 @@ def _to_maximum(
         jax.tree.map(lambda y: y.reshape(NUM_GROUPS, -1, *y.shape[1:]), of_chains),
         is_all=False,  # rows that scores have learned from are not at the maximum of their own likelihood
     )
-    return chains, ToMaximum(value, error, chains.worth)
+    return ToMaximum(value, error, chains.worth)
+
+
+def _rows_of_chains(batches: Array) -> Array:
+    """The row of each chain: all rows alike, as the model may depend on them."""
+    size = batches.shape[1]
+    return jnp.resize(batches, (-(-NUM_CHAINS // size), size)).reshape(-1)
+
+
+def _split(x: Array, bits: Array, levels: Levels) -> tuple[Array, Array]:
+    """The visible of each chain, and the vector of its latents."""
+    event_shape = levels.v.shape[1:]
+    size = math.prod(event_shape)
+    order = np.argsort(np.argsort(levels.joint.are_bits, kind="stable"))  # of what are first the real numbers, and then the bits
+    return x[:, :size].reshape(-1, *event_shape), jnp.concatenate([x[:, size:], bits], 1)[:, order]
 
 
 class _Points(NamedTuple):
