@@ -93,15 +93,15 @@ def anneal(rng_key: Array, log_density: Callable[[Array, Array], Array], start: 
 
     def step(carry: _Carry, step: _Step) -> tuple[_Carry, None]:
         old, log_weights, log_size = carry
-        path, h, is_start = jnp.stack([1 - step.beta, step.beta]), jnp.exp(log_size), step.beta == 0
+        h, is_start = jnp.exp(log_size), step.beta == 0
         move_key, flip_key, accept_key = jax.random.split(step.key, 3)
         stays = step.is_flip | is_start
-        moved = langevin_move(move_key, old.white, path @ old.scores, h, jnp.sqrt(2 * h))
+        moved = langevin_move(move_key, old.white, _on_path(step.beta, old.scores), h, jnp.sqrt(2 * h))
         flipped = jnp.where(step.is_flip, _flipped(flip_key, old.bits), old.bits)
         new = chains_at(jnp.where(stays, old.white, moved), flipped)  # the one place where the density is compiled
         log_weights += jnp.where(step.rise > 0, step.rise * (old.log_densities[:, 1] - old.log_densities[:, 0]), 0)
-        log_ratio = (new.log_densities - old.log_densities) @ path
-        back, there = (_log_proposal(*pair, path, h) for pair in ((new, old), (old, new)))
+        log_ratio = _on_path(step.beta, new.log_densities - old.log_densities)
+        back, there = (_log_proposal(*pair, step.beta, h) for pair in ((new, old), (old, new)))
         probability = metropolis(log_ratio + jnp.where(stays, 0, back - there))
         accept = is_start | jax.random.bernoulli(accept_key, probability)
         chains = jax.tree.map(lambda x, y: jnp.where(over_events(accept, x.ndim), x, y), new, old)
@@ -134,6 +134,11 @@ def _flipped(rng_key: Array, bits: Array) -> Array:
     return jnp.where(jnp.arange(num_bits) == which, 1 - bits, bits)
 
 
-def _log_proposal(start: _Chains, to: _Chains, path: Array, h: Array) -> Array:
+def _on_path(beta: Array, ends: Array) -> Array:
+    """What log densities or scores, ``(chains, 2, ...)``, are on the way."""
+    return (1 - beta) * ends[:, 0] + beta * ends[:, 1]
+
+
+def _log_proposal(start: _Chains, to: _Chains, beta: Array, h: Array) -> Array:
     """The log density of a Langevin move from one place to another, but for a constant."""
-    return -((to.white - start.white - h * (path @ start.scores)) ** 2).sum(1) / (4 * h)
+    return -((to.white - start.white - h * _on_path(beta, start.scores)) ** 2).sum(1) / (4 * h)

@@ -234,8 +234,9 @@ class BilevelEngine(ScoreEngine):
         batches = batches_to_judge(len(args[0]), batch_size, args[0].size // len(args[0]))
         if batches is None:
             return site, FEW
-        chains = self._joint_chains(state, rng_key, jnp.asarray(batches), *args, **kwargs)
-        return site, self._likelihood(state, rng_key, jnp.asarray(batches), chains, is_normalized, *args, **kwargs)
+        chains_key, rows_key = jax.random.split(rng_key)
+        chains = self._joint_chains(state, chains_key, jnp.asarray(batches), *args, **kwargs)
+        return site, self._likelihood(state, rows_key, jnp.asarray(batches), chains, is_normalized, *args, **kwargs)
 
     def _wanted_of_guide(self) -> tuple[float, str]:
         """The fraction of the guide's samples that should count at least; and what becomes of the fit where the guide is bad."""

@@ -51,14 +51,14 @@ WORSE = (
     "The model has not converged, has learned from a guide that is not the posterior, or is too small: take more steps, a learning "
     "rate that falls to 0, or more inner steps. Scale data whose elements have different standard deviations: scores learn "
     "those with the smallest first. A mode may be left where there are no rows, of which scores say nothing: go on by likelihood, "
-    "SVI of negative_phase(model) from these parameters"
+    "SVI of negative_phase(model) with bits summed out, from these parameters"
 )
 CONDITIONAL = "the normalizer is unknown, and as the model has arguments beside the visible, each row may have its own"
 FEW = f"it takes {MIN_OWNERS} rows, and {ROWS_PER_DIM} for each element, that can be looked at together"
 UNKNOWN = (
     "{} chains from a wide normal distribution to the density are worth about {:.0f} samples of it, which is too few: there may be "
     "modes far from all rows, of which scores say nothing. Compare fits from other keys, or learn by likelihood, SVI of "
-    "negative_phase(model)"
+    "negative_phase(model) with bits summed out"
 )
 UNKNOWN_JOINT = "{} chains from a wide normal distribution to the joint density are worth about {:.0f} samples of it"
 NO_CHAINS = (
@@ -134,7 +134,7 @@ def joint_chains(rng_key: Array, levels_at: LevelsAt, params: Params, batches: A
 
     :param batches: which rows, :func:`batches_to_judge`; of chains too.
     """
-    levels, anneal_key = levels_at(batches[0]), jax.random.fold_in(rng_key, len(batches))
+    levels, (rows_key, anneal_key) = levels_at(batches[0]), jax.random.split(rng_key)
     joint, size = levels.joint, math.prod(levels.v.shape[1:])
     if not (levels.is_of_same_latents and joint.is_of_bits and size + joint.size <= MAX_SIZE):
         return None
@@ -146,7 +146,7 @@ def joint_chains(rng_key: Array, levels_at: LevelsAt, params: Params, batches: A
         (h,) = map_over(levels.joint.vectors, levels.drawn(params, draw_key, v, 1).latents)
         return jnp.concatenate([v.reshape(len(v), -1), h[:, ~joint.are_bits]], 1)
 
-    start = lax.map(of_batch, (jax.random.split(rng_key, len(batches)), batches))
+    start = lax.map(of_batch, (jax.random.split(rows_key, len(batches)), batches))
     blocks, rows = _Blocks(levels_at, batches.shape[1]), _rows_of_chains(batches)
 
     def log_density(x: Array, bits: Array) -> Array:

@@ -40,7 +40,7 @@ TO_GAIN = (
     "along the natural gradient of the likelihood the density and the rows differ by so many standard deviations, and a step there "
     "would gain about {:.2g} nats for each row. Scores have not learned what likelihood would, or the model is so small that "
     "they want different parameters: take more steps, a falling learning rate, more noise (sigma= of DenoisingScoreMatching), or "
-    "go on by likelihood, SVI of negative_phase(model) from these parameters"
+    "go on by likelihood, SVI of negative_phase(model) with bits summed out, from these parameters"
 )
 NO_NUMBER = "it is not finite: the density has spikes, or none of its parameters has a gradient"
 
