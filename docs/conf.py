@@ -77,6 +77,7 @@ os.environ.update(
     IPYTHONDIR=str(HERE / "ipython"),
     PYTHONHASHSEED="0",
     JAX_COMPILATION_CACHE_DIR=str(HERE / "_build" / "xla"),  # pages share small programs
+    TF_CPP_MIN_LOG_LEVEL="3",  # JAX 0.10.1 complains of every program that it reads from there
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
     PYTHONWARNINGS="ignore:IProgress not found",  # tqdm's, about widgets; nothing on a page has a progress bar
