@@ -39,7 +39,7 @@ FROM_DATA, FROM_POSTERIOR = "distance of density from data", "distance of prior 
 MOST = 0.15  # standard deviations: a mode of 50 % may have 43
 MOST_ERROR = 1.0  # of right fits it is that of a mean of rows, in the standard deviations of one
 NUM_VALUES = 2000  # where an energy learns, of rows and samples of the posterior together
-NUM_CG, DAMPING = 12, 1e-6  # steps of conjugate gradients towards the natural gradient, and what is added to its metric
+NUM_CG, DAMPING = 5, 1e-6  # steps of conjugate gradients towards the natural gradient, and what is added to its metric
 MIN_RUNS = 16  # of the model, each with other samples of the posterior
 MANY_ROWS = 500
 SAMPLES_OF_CHAIN = 10
@@ -223,13 +223,14 @@ def _groups(draws: Array, shape: tuple[int, ...]) -> Array:
 
 
 def natural_distance(
-    log_density: Callable[[Data, Any], Array], params: Data, values: Any, chains: Any, *, is_all: bool
+    log_density: Callable[[Data, Any], Array], params: Data, values: Any, chains: Any, *, is_all: bool, num_steps: int = NUM_CG
 ) -> tuple[Array, Array]:
     """The mean of the distances by either half of the samples along the gradient of the other, and its standard error.
 
     :param values: where an energy learns, ``(blocks, size) + shape + event_shape``; or a pytree of such arrays.
     :param chains: samples of its density, ``(groups, samples) + shape + event_shape``, in groups that differ by nothing but noise.
     :param is_all: whether ``values`` are all data, of which there is no other half.
+    :param num_steps: of conjugate gradients.
     """
     values = jax.tree.map(lambda y: jnp.stack([y, y]), values) if is_all else _halves(values)
     chains = _halves(chains)
@@ -259,7 +260,7 @@ def natural_distance(
         def metric(direction: Data) -> Data:
             return jax.tree.map(lambda a, b: a + damping * b, fisher(direction), direction)
 
-        return conjugate_gradient(metric, gradient, NUM_CG, tol=1e-5)
+        return conjugate_gradient(metric, gradient, num_steps, tol=1e-5)
 
     directions = lax.map(direction, jax.tree.map(lambda y: y[::-1], x))  # of the other half
     slopes = lax.map(lambda both: along(*both), (directions, x))

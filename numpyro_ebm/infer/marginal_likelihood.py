@@ -46,6 +46,7 @@ from numpyro_ebm.objectives.latent import Drawn
 from numpyro_ebm.weights import systematic
 
 NUM_HIDDEN = 16  # samples of the latents of a row, for its gradient
+NUM_CG = 12  # steps towards the natural gradient: the metric of parameters that latents share is far from round
 MAX_SIZE = 100  # elements of a row and its latents that are annealed
 WORSE = (
     "The model has not converged, has learned from a guide that is not the posterior, or is too small: take more steps, a learning "
@@ -211,6 +212,7 @@ def _to_maximum(
         jax.tree.map(lambda y: y[:, None], of_rows),
         jax.tree.map(lambda y: y.reshape(NUM_GROUPS, -1, *y.shape[1:]), of_chains),
         is_all=False,  # rows that scores have learned from are not at the maximum of their own likelihood
+        num_steps=NUM_CG,
     )
     return ToMaximum(value, error, chains.worth)
 
