@@ -630,7 +630,8 @@ def table():
 
 
 @pytest.mark.slow
-def test_wrong_fits_are_told_and_right_ones_are_not(table):
+@pytest.mark.parametrize("part", range(8))  # which workers share
+def test_wrong_fits_are_told_and_right_ones_are_not(table, part):
     """From 10 keys each, of 100 in the table of the documentation."""
-    counts = {name: table.told(name, 10)[0] for name in table.PROBLEMS}
+    counts = {name: table.told(name, 10)[0] for name in list(table.PROBLEMS)[part::8]}
     assert {name: count for name, count in counts.items() if count < 9} == {}

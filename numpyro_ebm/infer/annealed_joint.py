@@ -23,7 +23,7 @@ from jax import Array, lax
 from jax.scipy.special import logsumexp
 
 from numpyro_ebm.evaluate.yardstick import Normal
-from numpyro_ebm.samplers.base import langevin_move, over_events
+from numpyro_ebm.samplers.base import langevin_move, log_langevin, over_events
 from numpyro_ebm.samplers.mala import ADAPTATION_GAIN, metropolis
 from numpyro_ebm.weights import effective_sample_size, normalized_weights
 
@@ -101,7 +101,7 @@ def anneal(rng_key: Array, log_density: Callable[[Array, Array], Array], start: 
         new = chains_at(jnp.where(stays, old.white, moved), flipped)  # the one place where the density is compiled
         log_weights += jnp.where(step.rise > 0, step.rise * (old.log_densities[:, 1] - old.log_densities[:, 0]), 0)
         log_ratio = _on_path(step.beta, new.log_densities - old.log_densities)
-        back, there = (_log_proposal(*pair, step.beta, h) for pair in ((new, old), (old, new)))
+        back, there = (_log_move(*pair, step.beta, h) for pair in ((new, old), (old, new)))
         probability = metropolis(log_ratio + jnp.where(stays, 0, back - there))
         accept = is_start | jax.random.bernoulli(accept_key, probability)
         chains = jax.tree.map(lambda x, y: jnp.where(over_events(accept, x.ndim), x, y), new, old)
@@ -139,6 +139,6 @@ def _on_path(beta: Array, ends: Array) -> Array:
     return (1 - beta) * ends[:, 0] + beta * ends[:, 1]
 
 
-def _log_proposal(start: _Chains, to: _Chains, beta: Array, h: Array) -> Array:
-    """The log density of a Langevin move from one place to another, but for a constant."""
-    return -((to.white - start.white - h * _on_path(beta, start.scores)) ** 2).sum(1) / (4 * h)
+def _log_move(start: _Chains, to: _Chains, beta: Array, h: Array) -> Array:
+    """The log density of a move from one place to another, but for a constant."""
+    return log_langevin(to.white, start.white, _on_path(beta, start.scores), h, start.white.shape[:1])

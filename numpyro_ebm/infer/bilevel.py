@@ -323,10 +323,15 @@ class Levels:
         if plate is None:
             raise ValueError(f"no plate of the {len(self.v)} rows of the first argument is around all of {sorted(model.latents)}.")
         self.plate = plate
-        self.joint = RowJoint(self.model, tuple(self.rest), kwargs, self.model_key, plate, model)
+        self._program = model
         self.is_of_same_latents = model.latents.keys() == guide.latents.keys()
         self.has_discrete = any(model.sites[name]["fn"].support.is_discrete for name in model.latents)
         self._row_dim = next(dim for name in model.latents if (dim := dim_of(model.sites[name], plate)) is not None)
+
+    @property
+    def joint(self) -> RowJoint:
+        """Where the latents of a row are one vector."""
+        return RowJoint(self.model, tuple(self.rest), self.kwargs, self.model_key, self.plate, self._program)
 
     def theta_of(self, theta: Any) -> dict[str, Any]:
         """The model's params at unconstrained values."""

@@ -75,8 +75,12 @@ class Levels(Protocol):
     """Model and guide on one batch of rows."""
 
     v: Array
-    joint: RowJoint
     is_of_same_latents: bool  # whether the guide has no more latents than the model
+
+    @property
+    def joint(self) -> RowJoint:
+        """Their density together with their latents."""
+        ...
 
     def noisy(self, rng_key: Array) -> tuple[Array, Array]:
         """The visible of the rows with the noise that was learned with, and another key."""

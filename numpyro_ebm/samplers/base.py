@@ -205,4 +205,13 @@ def langevin_move(rng_key: Array, x: Array, score: Array, h: Any, noise_scale: A
     return (x + h * score + noise_scale * noise).astype(x.dtype)
 
 
+def log_langevin(to: Array, x: Array, score: Array, h: Array, shape: tuple[int, ...]) -> Array:
+    r"""The log density of a move from ``x`` with :math:`\mathrm{noise\_scale} = \sqrt{2 h}`, but for what depends on ``h`` alone.
+
+    :param shape: of what is returned; what of the shape of ``x`` is not in it is summed over.
+    """
+    distance = to - x - over_events(h, x.ndim - 1) * score
+    return -(distance**2).reshape((*shape, -1)).sum(-1) / (4 * h)
+
+
 WHAT_A_STEP_IS = "it is the h of x + h * score + sqrt(2 h) * noise"

@@ -27,6 +27,7 @@ from numpyro_ebm.samplers.base import (
     Sampler,
     Target,
     langevin_move,
+    log_langevin,
     over_events,
     real_positions,
     require_state,
@@ -219,8 +220,7 @@ def _acceptance(old: _Chains, new: _Chains, h: Array) -> Array:
 
     def log_proposal(to: _Chains, start: _Chains) -> Array:
         x, y = start.position.astype(h.dtype), to.position.astype(h.dtype)
-        distance = y - x - over_events(h, x.ndim - 1) * start.score
-        return -(distance**2).reshape((*old.log_density.shape, -1)).sum(-1) / (4 * h)
+        return log_langevin(y, x, start.score, h, old.log_density.shape)
 
     log_ratio = new.log_density - old.log_density + log_proposal(old, new) - log_proposal(new, old)
     return metropolis(log_ratio)
