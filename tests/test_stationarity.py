@@ -15,7 +15,8 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_ebm import ParticleMMLE, ScoreMatching, SlicedScoreMatching, TiltedDistribution, diagnose, negative_phase
-from numpyro_ebm.evaluate.stationarity import FROM_DATA, FROM_POSTERIOR, natural_distance
+from numpyro_ebm.evaluate.natural_distance import natural_distance
+from numpyro_ebm.evaluate.stationarity import FROM_DATA, FROM_POSTERIOR
 
 KEY = jax.random.key(0)
 Y = 1.0 + np.random.default_rng(0).standard_normal(200)

@@ -25,9 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from numpyro_ebm._conjugate_gradient import conjugate_gradient, dot, square
 from numpyro_ebm.chains import chains_of
 from numpyro_ebm.evaluate.density import KnownDensity
+from numpyro_ebm.evaluate.natural_distance import NUM_GROUPS, NUM_VALUES, Data, natural_distance
+from numpyro_ebm.evaluate.prior_gain import PriorGain, prior_gain, prior_gain_finding
 from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.evaluate.yardstick import Shortfall, others_finding, prior_finding, rows_finding, shortfall_elsewhere, shortfall_of
 from numpyro_ebm.handlers import chains_target, innermost, negative_phase, undrawn, unnormalized
@@ -38,12 +39,9 @@ from numpyro_ebm.program.sites import FIELD, is_masked
 FROM_DATA, FROM_POSTERIOR = "distance of density from data", "distance of prior from posterior"
 MOST = 0.15  # standard deviations: a mode of 50 % may have 43
 MOST_ERROR = 1.0  # of right fits it is that of a mean of rows, in the standard deviations of one
-NUM_VALUES = 2000  # where an energy learns, of rows and samples of the posterior together
-NUM_CG, DAMPING = 5, 1e-6  # steps of conjugate gradients towards the natural gradient, and what is added to its metric
 MIN_RUNS = 16  # of the model, each with other samples of the posterior
 MANY_ROWS = 500
-SAMPLES_OF_CHAIN = 10
-NUM_GROUPS = 16  # of chains, by which the error of the distance is estimated
+SAMPLES_OF_CHAIN, MANY_OF_CHAIN = 10, 20
 FIX = (
     "at the last step {} differ by so many standard deviations, along the natural gradient of the likelihood: the fit has not "
     "reached the maximum, or swings about it. Let the learning rate fall, as by optax.cosine_decay_schedule(rate, num_steps), take "
@@ -60,7 +58,6 @@ NO_GRADIENT = (
 )
 
 RunOf = Callable[[Array], Run]
-Data = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -71,6 +68,8 @@ class Distance:
     value: Array
     #: (), its standard error
     error: Array
+    #: what a prior would gain by steps of likelihood; None where it is not known
+    gain: PriorGain | None
     #: how its log density compares with simple estimates of what it learns from; None where it is not known
     shortfall: Shortfall | None
     #: the same at validation rows; None without them
@@ -78,7 +77,7 @@ class Distance:
     is_observed: bool
 
 
-jax.tree_util.register_dataclass(Distance, ["value", "error", "shortfall", "elsewhere"], ["is_observed"])
+jax.tree_util.register_dataclass(Distance, ["value", "error", "gain", "shortfall", "elsewhere"], ["is_observed"])
 
 
 @jax.tree_util.register_static  # so that a compiled function may return it
@@ -145,6 +144,10 @@ def distances(
 
             own_params = {param: params[param] for param in own}
             value, error = natural_distance(log_density, own_params, values, _groups(x, shape), is_all=is_all)
+            gain = None
+            if not (is_observed or shape):
+                call = model, args, kwargs, data, program, name, _groups(x, shape, MANY_OF_CHAIN), log_density, own_params
+                gain = prior_gain(rng_key, *call)
             energy, sampler = chains_target(phase, name, args, kwargs, data)
             apart = None if is_part or shape else _by_owner(values)
             short = _shortfall(energy, sampler, known[name], apart, of_posterior=of_posterior)
@@ -152,7 +155,7 @@ def distances(
             if validation is not None and short is not None and is_observed:
                 others = run_model(undrawn(model), validation, kwargs, rng_key, data=data).sites[name]["value"]
                 elsewhere = _elsewhere(energy, sampler, known[name], others, apart)
-            found[name] = Distance(value, error, short, elsewhere, is_observed)
+            found[name] = Distance(value, error, gain, short, elsewhere, is_observed)
             continue
         found[name] = Unknown(why, is_observed, is_missing)
     return found
@@ -212,76 +215,14 @@ def _elsewhere(energy: Any, sampler: Any, known: Any, others: Any, learned: Any)
     return shortfall_elsewhere(energy.chain_log_prob(sampler), known, x, rows)
 
 
-def _groups(draws: Array, shape: tuple[int, ...]) -> Array:
+def _groups(draws: Array, shape: tuple[int, ...], samples_of_chain: int = SAMPLES_OF_CHAIN) -> Array:
     """Some samples of chains, ``(groups, samples) + shape + event_shape``: of different chains where there are enough."""
-    some = draws[:: -(-len(draws) // SAMPLES_OF_CHAIN)]
+    some = draws[:: -(-len(draws) // samples_of_chain)]
     some = jnp.moveaxis(some, 1, 0) if some.shape[1] >= NUM_GROUPS else draws
     some = some[: len(some) // 2 * 2]
     num_groups = min(NUM_GROUPS, len(some))
     some = some[: len(some) // num_groups * num_groups]
     return lax.stop_gradient(some.reshape(num_groups, -1, *draws.shape[2:]))
-
-
-def natural_distance(
-    log_density: Callable[[Data, Any], Array], params: Data, values: Any, chains: Any, *, is_all: bool, num_steps: int = NUM_CG
-) -> tuple[Array, Array]:
-    """The mean of the distances by either half of the samples along the gradient of the other, and its standard error.
-
-    :param values: where an energy learns, ``(blocks, size) + shape + event_shape``; or a pytree of such arrays.
-    :param chains: samples of its density, ``(groups, samples) + shape + event_shape``, in groups that differ by nothing but noise.
-    :param is_all: whether ``values`` are all data, of which there is no other half.
-    :param num_steps: of conjugate gradients.
-    """
-    values = jax.tree.map(lambda y: jnp.stack([y, y]), values) if is_all else _halves(values)
-    chains = _halves(chains)
-    (num_values, size), num_chains = jax.tree.leaves(values)[0].shape[1:3], jax.tree.leaves(chains)[0].shape[1]
-    x = jax.tree.map(lambda *both: jnp.concatenate([y.reshape(2, -1, *y.shape[3:]) for y in both], 1), values, chains)
-
-    def gap(found: Array) -> Array:
-        return found[: num_values * size].mean() - found[num_values * size :].mean()
-
-    def half_variance(slopes: Array) -> Array:
-        return slopes[num_values * size :].var(0).mean() / 2
-
-    def along(direction: Data, x: Any) -> Array:
-        return jax.jvp(lambda params: log_density(params, x), (params,), (direction,))[1]
-
-    def direction(x: Any) -> Data:
-        found, slopes_of = jax.linearize(lambda params: log_density(params, x), params)  # once, which costs the time of a report
-        pull = jax.linear_transpose(slopes_of, params)
-        gradient = pull(jax.grad(gap)(found))[0]
-
-        def fisher(direction: Data) -> Data:
-            return pull(jax.grad(half_variance)(slopes_of(direction)))[0]
-
-        tiny = jnp.finfo(jnp.result_type(float)).tiny
-        damping = DAMPING * dot(gradient, fisher(gradient)) / jnp.maximum(square(gradient), tiny)
-
-        def metric(direction: Data) -> Data:
-            return jax.tree.map(lambda a, b: a + damping * b, fisher(direction), direction)
-
-        return conjugate_gradient(metric, gradient, num_steps, tol=1e-5)
-
-    directions = lax.map(direction, jax.tree.map(lambda y: y[::-1], x))  # of the other half
-    slopes = lax.map(lambda both: along(*both), (directions, x))
-    of_values, of_chains = slopes[:, : num_values * size], slopes[:, num_values * size :]
-    scale = jnp.sqrt(of_chains.var(1).reshape(2, -1).mean(1))[:, None]  # 0 of an energy without a gradient, of which nan is told
-    of_values = of_values.reshape(2, num_values, -1).mean(2) / scale
-    of_chains = of_chains.reshape(2, num_chains, -1).mean(2) / scale
-    variance = _variance_of_mean(of_chains) + (0 if is_all else _variance_of_mean(of_values))
-    return of_values.mean() - of_chains.mean(), jnp.sqrt(variance.mean() / 2)  # of two independent ones
-
-
-def _halves(x: Any) -> Any:
-    def of(x: Array) -> Array:
-        size = len(x) // 2
-        return jnp.stack([x[0 : 2 * size : 2], x[1 : 2 * size : 2]])
-
-    return jax.tree.map(of, x)
-
-
-def _variance_of_mean(x: Array) -> Array:
-    return x.var(1, ddof=1) / x.shape[1]
 
 
 def stationarity_findings(site: str, found: Distance | Unknown, *, are_well: bool) -> list[Finding]:
@@ -297,11 +238,16 @@ def stationarity_findings(site: str, found: Distance | Unknown, *, are_well: boo
         return [not_told(site, quantity, NO_GRADIENT, is_missing=are_well)]
     fix = FIX.format("the density and the data" if found.is_observed else "the prior and the posterior that it learns from")
     distance = Finding(site, quantity, value, None, MOST + 3 * error if are_well else None, fix if are_well else "")
-    if found.shortfall is None:
-        return [distance]
-    finding_of = rows_finding if found.is_observed else prior_finding
-    likelihood = finding_of(site, found.shortfall, WORSE, are_well=are_well and distance.is_well)
-    if found.elsewhere is None:
-        return [distance, likelihood]
-    are_well = are_well and distance.is_well and likelihood.is_well
-    return [distance, likelihood, others_finding(site, found.elsewhere, are_well=are_well)]
+    findings = [distance]
+
+    def is_well() -> bool:  # else the same cause is told already
+        return are_well and all(finding.is_well for finding in findings)
+
+    if found.gain is not None:
+        findings.append(prior_gain_finding(site, found.gain, are_well=is_well()))
+    if found.shortfall is not None:
+        finding_of = rows_finding if found.is_observed else prior_finding
+        findings.append(finding_of(site, found.shortfall, WORSE, are_well=is_well()))
+    if found.elsewhere is not None:
+        findings.append(others_finding(site, found.elsewhere, are_well=is_well()))
+    return findings

@@ -26,8 +26,8 @@ from jax.scipy.special import logsumexp
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm.evaluate.density import SAMPLES_TO_JUDGE
 from numpyro_ebm.evaluate.guide_weights import MAX_ELEMENTS, MIN_SAMPLES, in_groups
+from numpyro_ebm.evaluate.natural_distance import FROM_MAXIMUM, NUM_GROUPS, NUM_VALUES, natural_distance
 from numpyro_ebm.evaluate.report import Finding, not_told
-from numpyro_ebm.evaluate.stationarity import NUM_GROUPS, NUM_VALUES, natural_distance
 from numpyro_ebm.evaluate.yardstick import (
     LIKELIHOOD,
     MAX_VALUES,
@@ -41,7 +41,7 @@ from numpyro_ebm.evaluate.yardstick import (
 )
 from numpyro_ebm.infer.annealed_joint import NUM_CHAINS, Annealed, anneal
 from numpyro_ebm.infer.row_joint import RowJoint
-from numpyro_ebm.infer.visible_density import FROM_MAXIMUM, maximum_finding
+from numpyro_ebm.infer.visible_density import maximum_finding
 from numpyro_ebm.objectives.latent import Drawn
 from numpyro_ebm.weights import systematic
 

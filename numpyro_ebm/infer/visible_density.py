@@ -6,7 +6,7 @@
 Scores are local: between modes that hardly overlap they say nothing of the weights, and an objective is at its best with any. The
 density tells, where it is known by quadrature or by samples of its reference. And a fit by scores may be slow where one by
 likelihood is not, as with little noise: at the optimum of an objective a step of likelihood gains nothing, and
-:func:`numpyro_ebm.evaluate.stationarity.natural_distance` tells what it would.
+:func:`numpyro_ebm.evaluate.natural_distance.natural_distance` tells what it would.
 """
 
 import math
@@ -18,12 +18,11 @@ import numpy as np
 from jax import Array
 
 from numpyro_ebm.evaluate.density import distance_from, known_density, samples_from, why_unknown
+from numpyro_ebm.evaluate.natural_distance import FROM_MAXIMUM, NUM_GROUPS, NUM_VALUES, natural_distance
 from numpyro_ebm.evaluate.report import Finding, not_told
-from numpyro_ebm.evaluate.stationarity import NUM_GROUPS, NUM_VALUES, natural_distance
 from numpyro_ebm.evaluate.yardstick import Shortfall, others_finding, rows_finding, shortfall_elsewhere, shortfall_of
 
 FROM_ROWS = "distance of density from rows"
-FROM_MAXIMUM = "distance from the maximum of likelihood"
 MAX_ROWS = 10_000  # that are compared
 TOLERANCE = 0.1  # of a distribution function: a mode of 50 % may have 40. A family may be too small for its rows, and a fit right
 OTHER_MASSES = (
