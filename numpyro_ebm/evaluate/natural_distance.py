@@ -18,7 +18,7 @@ NUM_GROUPS = 16  # of chains, by which the error of the distance is estimated
 NUM_CG, DAMPING = 5, 1e-6  # steps of conjugate gradients towards the natural gradient, and what is added to its metric
 
 Data = dict[str, Any]
-Slopes = Callable[[Array], Array]  # of the derivatives of the log density along a direction, by sample
+Slopes = Callable[[Any], Array]  # of derivatives along a direction
 
 
 def natural_distance(
@@ -54,11 +54,12 @@ def natural_distance(
 
 
 def natural_direction(
-    log_density: Callable[[Data, Any], Array], params: Data, x: Any, gap: Slopes, variance: Slopes, num_steps: int
-) -> Data:
+    log_density: Callable[[Any, Any], Any], params: Any, x: Any, gap: Slopes, variance: Slopes, num_steps: int
+) -> Any:
     """The step of the parameters that closes a gap the fastest, in the metric of a variance.
 
-    :param gap: of the derivatives at ``x``, in which it is linear.
+    :param log_density: by parameters and ``x``; or a pytree of log densities.
+    :param gap: of their derivatives along a direction, in which it is linear.
     :param variance: in which it is quadratic.
     """
     found, slopes_of = jax.linearize(lambda params: log_density(params, x), params)  # once, which costs the time of a report

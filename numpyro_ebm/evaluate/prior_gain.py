@@ -4,24 +4,22 @@
 r"""What a prior would gain if it went on by the likelihood of the rows.
 
 Rows that tell little of their latents leave samples of the posterior near the prior. A prior then agrees with them while it is far
-from the maximum: a step towards it gains little of the bound, in which the samples stay, and much of the likelihood. With
-:math:`p'` for the prior p the likelihood of a row changes by
+from the maximum: a step towards it gains little of the bound, in which the samples stay, and much of the likelihood. With other
+parameters, :math:`p'` for p, the likelihood of a row changes by
 
-.. math:: \log \frac{\int p'(z) p(y | z) dz}{\int p(z) p(y | z) dz} = \log E_{p(z | y)} [e^{\delta(z)}] - \log E_p [e^{\delta(z)}],
+.. math:: \log E_{p(z | y)} \Big[\frac{p'(y | z)}{p(y | z)} e^{\delta(z)}\Big] - \log E_p [e^{\delta(z)}],
     \qquad \delta = \log \tilde p' - \log \tilde p.
 
-Both means are taken over the same samples of p, chains, with weights :math:`p(y | z)` for the first, so that no guide and no
-particles have a part in them. Some natural gradient steps are made, in the metric of the covariance over the rows of their
-gradients,
-
-.. math:: E_{p'(z | y)} [\nabla_\psi \log \tilde p'(z)] - E_{p'} [\nabla_\psi \log \tilde p'],
-
-with one half of the samples, and the other half tells what they have gained. Where rows tell much, few samples of the prior are
-samples of their posterior, and samples of a guide or particles tell what this would.
+Both means are taken over the same samples of p, with weights :math:`p(y | z)` for the first, so that no guide and no particles
+have a part in them. Half of them are samples of the reference, which has room for another prior, and all are weighted as those
+of a mixture of both are. Natural gradient steps are made, in the metric of the covariance of the gradients of rows, with one
+half of the samples, and the other half tells what they have gained. The few parameters and latents that all rows share go with
+the prior: a noise that is too large hides what the prior could learn. Where rows tell much, few samples of the prior are samples of
+their posterior, and samples of a guide or particles tell what this would.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -30,14 +28,16 @@ from jax import Array, lax
 from jax.scipy.special import logsumexp
 
 from numpyro_ebm.evaluate.natural_distance import NUM_CG, NUM_GROUPS, Data, halves, natural_direction, variance_of_mean
+from numpyro_ebm.evaluate.param_distance import told_params
 from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.program.rows import ROUNDING, dim_of, per_row, row_plate
-from numpyro_ebm.program.run import Run, log_density_terms, total
-from numpyro_ebm.program.sites import Model
+from numpyro_ebm.program.run import Run, constrain_params, log_density_terms, total, unconstrain_params
+from numpyro_ebm.program.sites import Model, transform_of
 
 GAIN = "nats that a row would gain by steps of likelihood"
 MAX_SIZE = 3  # elements of a latent: in more dimensions hardly a sample of the prior is one of a posterior
-MAX_VALUES = 2**22  # of the sites of rows, for all samples
+MAX_SHARED = 10  # elements of a latent that rows share
+MAX_VALUES = 2**21  # of the sites of rows, for all samples
 MIN_ROWS, MAX_ROWS = 20, 2000
 MIN_SAMPLES, MAX_SAMPLES = 500, 5000  # of the prior
 MIN_WORTH = 10.0  # samples of the prior, in each half, that a row's posterior should be known by
@@ -45,10 +45,11 @@ ROWS_BELOW = 0.1  # the fraction of rows that may have fewer
 NUM_STEPS, LENGTHS = 6, (0.0, 0.004, 0.016, 0.06, 0.25, 1.0)  # and of each the best length
 NATS = 0.05  # that a row may gain
 FIX = (
-    "so much is gained by {} natural gradient steps of the likelihood of the rows in the prior, with all else as it is. The fit has "
+    "so much would natural gradient steps of the likelihood of the rows gain, in the prior and in what all rows share. The fit has "
     "not arrived, or its guide or particles are not the posterior: take more steps, a learning rate that is larger at first and "
     "falls to 0, or another guide; or learn with ParticleMMLE(kernel='mala')"
 )
+FEW = "samples of the prior do not tell the posterior of a row, as rows tell too much of it, or hang together"
 
 
 class PriorGain(NamedTuple):
@@ -62,6 +63,14 @@ class PriorGain(NamedTuple):
     worth: Array
 
 
+class _Seen(NamedTuple):
+    """Log densities at some parameters."""
+
+    prior: Array  # (samples,)
+    rows: Array  # (samples, rows), of each row where its latent is the sample
+    rest: Array  # (samples,), of what rows share
+
+
 def prior_gain(
     rng_key: Array,
     model: Model,
@@ -70,107 +79,124 @@ def prior_gain(
     data: Data,
     program: Run,
     name: str,
-    chains: Array,
+    samples: Array,
+    log_weights: Array,
     log_density: Callable[[Data, Array], Array],
     params: Data,
+    of_energies: Collection[str],
 ) -> PriorGain | None:
     """That of a latent site with a density of its own, None where it cannot be known; traced.
 
     :param model: with energies that are not normalized.
     :param data: values of param and mutable sites.
     :param program: a run of the model, which gives the other latents.
-    :param chains: samples of the prior, ``(groups, samples) + event_shape``.
-    :param log_density: of the prior, by parameters and samples.
-    :param params: its own.
+    :param samples: ``(groups, samples) + event_shape``, in groups that differ by nothing but noise.
+    :param log_weights: ``(groups, samples)``, with which they are samples of the prior.
+    :param params: its own parameters.
+    :param of_energies: all params of energies.
     """
     site, plate = program.sites[name], row_plate(program, [name])
     if plate is None:
         return None
-    shape, num_rows = site["fn"].batch_shape, len(program.plates[plate].indices)
-    event_shape = chains.shape[2:]
+    shape, event_shape, size = site["fn"].batch_shape, samples.shape[2:], program.plates[plate].size
+    num_rows = len(program.plates[plate].indices)
     is_one_each = math.prod(shape) == num_rows == shape[dim_of(site, plate)]
     if not is_one_each or num_rows < MIN_ROWS or math.prod(event_shape) > MAX_SIZE:
         return None
     of_rows = [other["value"] for other in program.sites.values() if other["type"] == "sample" and dim_of(other, plate) is not None]
-    most = MAX_VALUES // sum(jnp.size(value) for value in of_rows)
-    chains = chains[:, : min(MAX_SAMPLES, most) // len(chains)]
-    if len(chains) < NUM_GROUPS or chains.shape[1] * len(chains) < MIN_SAMPLES:
+    most = min(MAX_SAMPLES, MAX_VALUES // sum(jnp.size(value) for value in of_rows))
+    every = -(-log_weights.size // most)
+    samples, log_weights = samples[:, ::every], log_weights[:, ::every]
+    if len(samples) < NUM_GROUPS or log_weights.size < MIN_SAMPLES:
         return None
-    given = {**data, **program.given(but=(name,))}
+    every_row, transforms = -(-num_rows // MAX_ROWS), program.param_transforms
+    theta = unconstrain_params({name: data[name] for name in transforms if name in data}, transforms)
+    apart = [other for other in program.positions if dim_of(program.sites[other], plate) is None]
+    shared = [other for other in apart if program.positions[other].size <= MAX_SHARED]
+    start = params, told_params(theta, of_energies), {other: program.positions[other] for other in shared}
+    given = {**data, **program.given(but=(name, *shared))}
 
-    def seen(z: Array) -> tuple[Array, Array]:
-        """The log likelihood of rows whose latent is all the same, and the rest."""
-        value = jnp.broadcast_to(z, (*shape, *event_shape))
-        terms, run = log_density_terms(model, args, kwargs, rng_key, data={**given, name: value})
-        of_rows = {other: terms.pop(other) for other in [*terms] if dim_of(run.sites[other], plate) is not None}
-        del of_rows[name]
-        return per_row(of_rows, run, plate) if of_rows else jnp.zeros(num_rows), total(terms)
+    def seen(at: Any, x: Array) -> _Seen:
+        prior, told, latents = at
+        told = constrain_params(told, transforms)
+        latents = {name: transform_of(program.sites[name])(value) for name, value in latents.items()}
 
-    log_likelihood, rest = lax.map(seen, chains.reshape(-1, *event_shape))
-    log_likelihood = log_likelihood[:, :: -(-num_rows // MAX_ROWS)]
-    is_part = program.plates[plate].is_subsampled or log_likelihood.shape[1] < num_rows
-    found = _gain(log_density, params, chains, log_likelihood.reshape(*chains.shape[:2], -1), is_part=is_part)
-    is_apart = rest.max() - rest.min() <= ROUNDING * (1 + abs(rest).max())  # else rows hang together by what is outside
-    return found._replace(worth=jnp.where(is_apart, found.worth, 0.0))
+        def where(z: Array) -> tuple[Array, Array]:
+            value = jnp.broadcast_to(z, (*shape, *event_shape))
+            terms, run = log_density_terms(model, args, kwargs, rng_key, data={**given, **told, **latents, name: value})
+            of_rows = {other: terms.pop(other) for other in [*terms] if dim_of(run.sites[other], plate) is not None}
+            del of_rows[name]
+            return per_row(of_rows, run, plate)[::every_row] if of_rows else jnp.zeros(-(-num_rows // every_row)), total(
+                terms
+            ) / size
+
+        return _Seen(log_density(prior, x), *jax.vmap(where)(x))
+
+    is_part = program.plates[plate].is_subsampled or every_row > 1
+    return _gain(seen, start, samples, log_weights, is_part=is_part)
 
 
-def _gain(
-    log_density: Callable[[Data, Array], Array], params: Data, chains: Array, log_likelihood: Array, *, is_part: bool
-) -> PriorGain:
-    """Of either half of the chains by steps of the other.
+def _gain(seen: Any, start: Any, samples: Array, log_weights: Array, *, is_part: bool) -> PriorGain:
+    """Of either half of the samples by steps of the other.
 
-    :param log_likelihood: ``(groups, samples, rows)``.
+    :param seen: log densities by parameters and samples.
     :param is_part: whether there are more rows.
     """
-    num_groups, num_rows = len(chains) // 2, log_likelihood.shape[2]
-    x, seen = (y.reshape(2, -1, *y.shape[3:]) for y in (halves(chains), halves(log_likelihood)))
-    seen = jax.nn.log_softmax(seen, 1)  # (2, samples, rows), log weights
+    num_groups = len(samples) // 2
+    x, log_weights = halves(samples).reshape(2, -1, *samples.shape[2:]), halves(log_weights).reshape(2, -1)
 
-    def change(params: Data, x: Array, before: Array) -> Array:
-        return log_density(params, x) - before
+    def counts(now: _Seen, before: _Seen, log_weights: Array) -> tuple[Array, Array]:
+        """The logarithms of what samples count for the prior and for each row."""
+        of_prior = log_weights + now.prior - before.prior
+        return of_prior, now.rows + of_prior[:, None]
 
-    def gains(delta: Array, seen: Array) -> Array:
-        """By row, of a change at the samples."""
-        return logsumexp(seen + delta[:, None], 0) - logsumexp(delta) + math.log(len(delta))
+    def gains(now: _Seen, before: _Seen, log_weights: Array) -> Array:
+        """By row."""
+        then, first = (counts(each, before, log_weights) for each in (now, before))
+        of_prior, of_rows = (logsumexp(a, 0) - logsumexp(b, 0) for a, b in zip(then, first, strict=True))
+        return of_rows - of_prior + now.rest.mean() - before.rest.mean()
 
-    def stepped(at: tuple[Array, Array]) -> Data:
+    def stepped(half: tuple[Array, Array]) -> Any:
         """The parameters after the steps."""
-        x, seen = at
-        before = log_density(params, x)
+        x, log_weights = half
+        before = seen(start, x)
 
-        def step(now: Data, _: None) -> tuple[Data, None]:
-            delta = change(now, x, before)
-            of_prior, of_rows = jax.nn.softmax(delta), jax.nn.softmax(seen + delta[:, None], 0)
+        def step(at: Any, _: None) -> tuple[Any, None]:
+            of_prior, of_rows = (jax.nn.softmax(found, 0) for found in counts(seen(at, x), before, log_weights))
 
-            def gap(slopes: Array) -> Array:
-                return (slopes @ of_rows).mean() - slopes @ of_prior
+            def of_each(slopes: _Seen) -> Array:
+                return ((slopes.prior[:, None] + slopes.rows) * of_rows).sum(0)
 
-            def variance(slopes: Array) -> Array:
-                return (slopes @ of_rows).var()
+            def gap(slopes: _Seen) -> Array:
+                return of_each(slopes).mean() - slopes.prior @ of_prior + slopes.rest.mean()
 
-            towards = natural_direction(log_density, now, x, gap, variance, NUM_CG)
-            tried = [jax.tree.map(lambda a, b, length=length: a + length * b, now, towards) for length in LENGTHS]
-            tried = jax.tree.map(lambda *each: jnp.stack(each), *tried)
-            gained = lax.map(lambda params: gains(change(params, x, before), seen).mean(), tried)
+            def variance(slopes: _Seen) -> Array:
+                return of_each(slopes).var()
+
+            towards = natural_direction(seen, at, x, gap, variance, NUM_CG)
+            tried = jax.tree.map(lambda a, b: a + jnp.asarray(LENGTHS).reshape(-1, *[1] * a.ndim) * b, at, towards)
+            gained = lax.map(lambda at: gains(seen(at, x), before, log_weights).mean(), tried)
             best = jnp.argmax(jnp.where(jnp.isnan(gained), -jnp.inf, gained))
             return jax.tree.map(lambda each: each[best], tried), None
 
-        return lax.scan(step, params, None, NUM_STEPS)[0]
+        return lax.scan(step, start, None, NUM_STEPS)[0]
 
-    def judged(at: tuple[Data, Array, Array]) -> tuple[Array, Array]:
-        """What other samples say that they gain, and the square of its error."""
-        params_then, x, seen = at
-        delta = change(params_then, x, log_density(params, x))
-        gained, number = gains(delta, seen), len(delta)
-        # what a sample adds: to the mean over each posterior before and after, and to that over the prior
-        added = (jax.nn.softmax(seen + delta[:, None], 0) - jnp.exp(seen)).mean(1) - (jax.nn.softmax(delta) - 1 / number)
-        noise = variance_of_mean(number * added.reshape(1, num_groups, -1).mean(2))[0]
-        return gained.mean(), noise + (gained.var() / num_rows if is_part else 0)
+    def judged(half: tuple[Any, Array, Array]) -> PriorGain:
+        """What other samples say of the gain, with the square of its error."""
+        then, x, log_weights = half
+        before, now = seen(start, x), seen(then, x)
+        gained = gains(now, before, log_weights)
+        of_prior, of_rows = (jax.nn.softmax(found, 0) for found in counts(now, before, log_weights))
+        was_of_prior, was_of_rows = (jax.nn.softmax(found, 0) for found in counts(before, before, log_weights))
+        added = (of_rows - was_of_rows).mean(1) - (of_prior - was_of_prior)  # by each sample
+        noise = variance_of_mean(len(x) * added.reshape(1, num_groups, -1).mean(2))[0]
+        worth = jnp.quantile(1 / (was_of_rows**2).sum(0), ROWS_BELOW)
+        is_apart = before.rest.max() - before.rest.min() <= ROUNDING * (1 + abs(before.rest).max())  # else by what is outside
+        return PriorGain(gained.mean(), noise + (gained.var() / len(gained) if is_part else 0), jnp.where(is_apart, worth, 0.0))
 
-    then = lax.map(stepped, (x[::-1], seen[::-1]))
-    value, noise = lax.map(judged, (then, x, seen))
-    worth = jnp.quantile(1 / jnp.exp(2 * seen).sum(1), ROWS_BELOW, axis=1).min()
-    return PriorGain(value.mean(), jnp.sqrt(noise.mean() / 2), worth)
+    then = lax.map(stepped, (x[::-1], log_weights[::-1]))
+    found = lax.map(judged, (then, x, log_weights))
+    return PriorGain(found.value.mean(), jnp.sqrt(found.error.mean() / 2), found.worth.min())
 
 
 def prior_gain_finding(site: str, found: PriorGain, *, are_well: bool) -> Finding:
@@ -180,6 +206,5 @@ def prior_gain_finding(site: str, found: PriorGain, *, are_well: bool) -> Findin
     """
     value, error, worth = map(float, found)
     if not worth >= MIN_WORTH or math.isnan(value):
-        why = "samples of the prior do not tell the posterior of a row, as rows tell too much of it, or are not independent"
-        return not_told(site, GAIN, why)
-    return Finding(site, GAIN, value, None, NATS + 3 * error if are_well else None, FIX.format(NUM_STEPS))
+        return not_told(site, GAIN, FEW)
+    return Finding(site, GAIN, value, None, NATS + 3 * error if are_well else None, FIX)

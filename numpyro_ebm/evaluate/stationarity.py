@@ -116,6 +116,7 @@ def distances(
     learned = {site.name: site for site in check_run(model, args, kwargs, data=data).sites}
     run = run_of or (lambda key: run_model(undrawn(model), args, kwargs, key, data=data))
     program = run(rng_key)
+    of_energies = {param for site in learned.values() for param in site.params}
     found: dict[str, Distance | Unknown] = {}
     for name in chains_of(mutable_state):
         if name == FIELD:
@@ -144,11 +145,12 @@ def distances(
 
             own_params = {param: params[param] for param in own}
             value, error = natural_distance(log_density, own_params, values, _groups(x, shape), is_all=is_all)
+            energy, sampler = chains_target(phase, name, args, kwargs, data)
             gain = None
             if not (is_observed or shape):
-                call = model, args, kwargs, data, program, name, _groups(x, shape, MANY_OF_CHAIN), log_density, own_params
-                gain = prior_gain(rng_key, *call)
-            energy, sampler = chains_target(phase, name, args, kwargs, data)
+                samples = _with_reference(rng_key, energy, sampler, known[name], _groups(x, shape, MANY_OF_CHAIN))
+                call = model, args, kwargs, data, program, name, *samples
+                gain = prior_gain(rng_key, *call, log_density, own_params, of_energies)
             apart = None if is_part or shape else _by_owner(values)
             short = _shortfall(energy, sampler, known[name], apart, of_posterior=of_posterior)
             elsewhere = None
@@ -223,6 +225,22 @@ def _groups(draws: Array, shape: tuple[int, ...], samples_of_chain: int = SAMPLE
     num_groups = min(NUM_GROUPS, len(some))
     some = some[: len(some) // num_groups * num_groups]
     return lax.stop_gradient(some.reshape(num_groups, -1, *draws.shape[2:]))
+
+
+def _with_reference(rng_key: Array, energy: Any, sampler: Any, known: KnownDensity | None, chains: Array) -> tuple[Array, Array]:
+    """Samples of chains, and as many of the reference if there is one, with the log weights of samples of both together."""
+    target, (groups, size) = energy.chain_log_prob(sampler), chains.shape[:2]
+    if known is None or target.reference is None:
+        return chains, jnp.zeros((groups, size))
+    position = energy.to_chain(chains.reshape(-1, *chains.shape[2:]), sampler)
+    both = jnp.concatenate([position, target.reference.sample(rng_key, groups * size)])
+    log_prior, log_reference = target(both) - known.log_normalizer, target.reference.log_prob(both)
+    log_weights = math.log(2) + log_prior - jnp.logaddexp(log_prior, log_reference)
+
+    def in_groups(y: Array) -> Array:
+        return jnp.concatenate(list(y.reshape(2, groups, size, *y.shape[1:])), 1)
+
+    return in_groups(energy.from_chain(both, sampler)), in_groups(log_weights)
 
 
 def stationarity_findings(site: str, found: Distance | Unknown, *, are_well: bool) -> list[Finding]:
