@@ -341,6 +341,24 @@ def groups(y):
             numpyro.sample("y", dist.Normal(z, noise), obs=y)
 
 
+# Two outcomes of each group, and as much noise as there is between two modes.
+HIDDEN = (EFFECTS[:, None] + jax.random.normal(jax.random.key(14), (300, 2))) * 1.0
+
+
+def hidden_modes(y):
+    noise = numpyro.param("noise", 1.5, constraint=constraints.positive)
+    tilt, slope, wall = numpyro.param("tilt", 0.0), numpyro.param("slope", 0.0), numpyro.param("log_wall", -2.0)
+    with numpyro.plate("groups", len(y), dim=-2):
+        prior = TiltedDistribution(dist.Normal(0, 2), lambda z: tilt * z - slope * z**2 + jnp.exp(wall) * z**4)
+        z = numpyro.sample("z", prior)
+        with numpyro.plate("outcomes", 2, dim=-1):
+            numpyro.sample("y", dist.Normal(z, noise), obs=y)
+
+
+def of_hidden(optim):
+    return BySVI(hidden_modes, optim, HIDDEN), HIDDEN
+
+
 class BySVI:
     """NumPyro's SVI in the place of an engine, with a guide of its own family, or of a model without latents."""
 
@@ -398,6 +416,8 @@ PROBLEMS = {
     "a guide that stays near its start": (lambda: of_groups(optax.adam(5e-3), 400, 50), 2000, ("guide", "beyond")),
     "a guide that has arrived": (lambda: of_groups(optax.adam(5e-3)), 2000, ()),
     "a guide at a rate that falls": (lambda: of_groups(optax.adam(optax.cosine_decay_schedule(0.02, 2000))), 2000, ()),
+    "modes that noise hides, too few steps": (lambda: of_hidden(optax.adam(5e-3)), 400, ("steps of likelihood",)),
+    "modes that noise hides, enough steps": (lambda: of_hidden(optax.adam(optax.cosine_decay_schedule(0.05, 2000))), 2000, ()),
     "a network of inputs in large units": (lambda: of_units(0, 1), 2000, ("another prior", "prior from", "density")),
     "a network of standardized inputs": (lambda: of_units(400, 50), 2000, ()),
     "a network that learns slowly": (lambda: of_few_moons(optax.adam(1e-3)), 1000, ("likelihood", "from data")),

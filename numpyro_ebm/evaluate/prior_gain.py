@@ -37,7 +37,7 @@ from numpyro_ebm.program.sites import Model, transform_of
 GAIN = "nats that a row would gain by steps of likelihood"
 MAX_SIZE = 3  # elements of a latent: in more dimensions hardly a sample of the prior is one of a posterior
 MAX_SHARED = 10  # elements of a latent that rows share
-MAX_VALUES = 2**21  # of the sites of rows, for all samples
+MAX_VALUES = 2**20  # of the sites of rows, for all samples
 MIN_ROWS, MAX_ROWS = 20, 2000
 MIN_SAMPLES, MAX_SAMPLES = 500, 5000  # of the prior
 MIN_WORTH = 10.0  # samples of the prior, in each half, that a row's posterior should be known by

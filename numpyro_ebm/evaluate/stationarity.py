@@ -113,10 +113,11 @@ def distances(
     :param known: by site, its density.
     """
     model, data = unnormalized(innermost(phase).fn), {**params, **mutable_state}
-    learned = {site.name: site for site in check_run(model, args, kwargs, data=data).sites}
+    looked = check_run(model, args, kwargs, data=data)
+    learned = {site.name: site for site in looked.sites}
     run = run_of or (lambda key: run_model(undrawn(model), args, kwargs, key, data=data))
     program = run(rng_key)
-    of_energies = {param for site in learned.values() for param in site.params}
+    of_energies = {param for site in looked.learned for param in site.params}
     found: dict[str, Distance | Unknown] = {}
     for name in chains_of(mutable_state):
         if name == FIELD:
