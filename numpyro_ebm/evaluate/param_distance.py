@@ -30,6 +30,8 @@ from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.program.run import Run
 
 QUANTITY = "standard errors from the maximum of likelihood"
+MOST_ERROR = 1.0  # of a distance that is told
+OF_A_BATCH = "its error is {:.2g} standard errors, as that of a batch of rows: give diagnose all rows, in a plate that has them all"
 MOST = 0.5  # of each param, and 3 errors: standard_errors warns from there on too
 MAX_SIZE, MAX_ELEMENTS = 20, 50  # of a param, and of all together
 MIN_ROWS = 10
@@ -189,5 +191,8 @@ def param_findings(found: ParamDistance | None, *, are_well: bool) -> list[Findi
     if not np.isfinite(excess).any():
         return [not_told(names[0], QUANTITY, "the data do not depend on it, or the derivatives are not finite")]
     worst = int(np.nanargmax(excess))
+    if excess[worst] <= 0 and np.nanmax(errors) > MOST_ERROR:
+        widest = int(np.nanargmax(errors))
+        return [not_told(names[widest], QUANTITY, OF_A_BATCH.format(errors[widest]))]
     most = MOST + 3 * float(errors[worst]) if are_well else None
     return [Finding(names[worst], QUANTITY, float(steps[worst]), None, most, FIX if are_well else "")]

@@ -33,6 +33,7 @@ from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.evaluate.yardstick import Shortfall, others_finding, prior_finding, rows_finding, shortfall_elsewhere, shortfall_of
 from numpyro_ebm.handlers import chains_target, innermost, negative_phase, undrawn, unnormalized
 from numpyro_ebm.program.check import check_run
+from numpyro_ebm.program.rows import all_batches
 from numpyro_ebm.program.run import Run, run_model
 from numpyro_ebm.program.sites import FIELD, is_masked
 
@@ -153,6 +154,8 @@ def distances(
                 call = model, args, kwargs, data, program, name, *samples
                 gain = prior_gain(rng_key, *call, log_density, own_params, of_energies)
             apart = None if is_part or shape else _by_owner(values)
+            if is_part and is_observed:
+                apart = _in_batches(rng_key, model, args, kwargs, data, program, name)
             short = _shortfall(energy, sampler, known[name], apart, of_posterior=of_posterior)
             elsewhere = None
             if validation is not None and short is not None and is_observed:
@@ -193,6 +196,21 @@ def _values(rng_key: Array, run: RunOf, name: str, site: Data, shape: tuple[int,
     starts = [at * every // num_runs for at in range(num_runs)]  # each run with other rows
     apart = [each[start::every][: num_rows // every] for start, each in zip(starts, found, strict=True)]
     return lax.stop_gradient(jnp.concatenate(apart)[:, None])
+
+
+def _in_batches(rng_key: Array, model: Any, args: tuple[Any, ...], kwargs: Data, data: Data, program: Run, name: str) -> Array:
+    """Rows of the data in a subsampled plate, ``(1, rows) + event_shape``, each of them once."""
+    batches = all_batches(program)
+    num_batches, size = len(next(iter(batches.values()))), program.sites[name]["fn"].batch_shape
+    num_rows = max(1, math.prod(size))
+    some = np.arange(max(1, min(num_batches, NUM_VALUES // num_rows))) * num_batches
+    some = some // len(some)  # the last of all may begin again from the first row
+
+    def rows(batch: Data) -> Array:
+        return run_model(undrawn(model), args, kwargs, rng_key, data={**data, **batch}).sites[name]["value"]
+
+    found = lax.map(rows, jax.tree.map(lambda indices: indices[some], batches))
+    return found.reshape(1, len(some) * num_rows, *found.shape[1 + len(size) :])
 
 
 def _by_owner(values: Array) -> Array:

@@ -1,0 +1,159 @@
+# Copyright Contributors to the numpyro_ebm project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a prior would gain by steps of likelihood: that of the maximum in closed form, and nothing where rows cannot tell."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from helpers import found as told
+from numpyro.infer import SVI, Trace_ELBO
+from scipy.stats import norm
+
+from numpyro_ebm import ParticleMMLE, TiltedDistribution, diagnose, negative_phase
+from numpyro_ebm.evaluate.prior_gain import GAIN, MIN_WORTH, NATS, prior_gain
+from numpyro_ebm.program.run import run_model
+
+KEY = jax.random.key(0)
+Y = 1 + 2**0.5 * norm.ppf((np.arange(200) + 0.5) / 200)  # of the mean 1 and nearly the variance 2
+GRID = norm.ppf((np.random.default_rng(0).permutation(3200) + 0.5) / 3200).reshape(16, 200)
+
+
+def gain_of(model, y, params, of_energies=("loc",), reference=3.0, **data):
+    """Of a prior N(loc, exp(log_sd)^2), on samples that are spread evenly, of it and of a wide normal distribution."""
+    y, own = jnp.asarray(y, jnp.result_type(float)), {name: jnp.asarray(params[name]) for name in of_energies}
+    data = {**jax.tree.map(jnp.asarray, params), **data}
+    program = run_model(model, (y,), {}, KEY, data=data)
+    sd = math.exp(params.get("log_sd", 0.0))
+    at = np.concatenate([sd * GRID, reference * GRID], 1)
+    log_prior, log_reference = norm.logpdf(at, 0, sd), norm.logpdf(at, 0, reference)
+    log_weights = math.log(2) + log_prior - np.logaddexp(log_prior, log_reference)
+
+    def log_density(own, x):
+        return -(((x - own["loc"]) / jnp.exp(own.get("log_sd", 0.0))) ** 2) / 2  # without the normalizer
+
+    samples = jnp.asarray(params["loc"] + at, y.dtype), jnp.asarray(log_weights, y.dtype)
+    args = model, (y,), {}, data, program, "z", *samples, log_density, own, set(of_energies)
+    return jax.jit(lambda key: prior_gain(key, *args))(KEY)
+
+
+def seen_with(noise, size=None):
+    """z of N(loc, exp(log_sd)^2), seen with noise."""
+
+    def model(y):
+        loc, log_sd = numpyro.param("loc", 0.0), numpyro.param("log_sd", 0.0)
+        s = noise() if callable(noise) else noise
+        with numpyro.plate("rows", len(y), subsample_size=size):
+            z = numpyro.sample("z", dist.Normal(loc, jnp.exp(log_sd)))
+            numpyro.sample("y", dist.Normal(z, s), obs=y if size is None else numpyro.subsample(y, 0))
+
+    return model
+
+
+def to_maximum(y, loc, variance):
+    """Nats a row from N(loc, variance) to the normal distribution that fits best."""
+    return (np.var(y) + (np.mean(y) - loc) ** 2) / variance / 2 - 0.5 - math.log(np.var(y) / variance) / 2
+
+
+@pytest.mark.parametrize("loc", [1.0, 0.0, -0.5])
+def test_gain_is_that_of_the_maximum(loc):
+    found = gain_of(seen_with(1.0), Y, {"loc": loc})
+    assert found.value == pytest.approx((Y.mean() - loc) ** 2 / 4, abs=5e-3)
+    assert found.error < 0.03
+
+
+def test_what_rows_share_goes_along():
+    # The sum of both variances is known by the rows, and neither of the two: a row of two outcomes knows them.
+    def model(y):
+        loc, log_sd = numpyro.param("loc", 0.0), numpyro.param("log_sd", 0.0)
+        noise = numpyro.param("noise", 1.0, constraint=dist.constraints.positive)
+        with numpyro.plate("rows", len(y), dim=-2):
+            z = numpyro.sample("z", dist.Normal(loc, jnp.exp(log_sd)))
+            with numpyro.plate("outcomes", 2, dim=-1):
+                numpyro.sample("y", dist.Normal(z, noise), obs=y)
+
+    y = 1 + np.random.default_rng(0).normal(size=(300, 2)) + np.random.default_rng(1).normal(size=(300, 1))
+    within, between = (np.diff(y) ** 2).mean() / 2, np.var(y.mean(1))
+
+    def log_likelihood(of_mean, noise):  # of the mean of a row, and of the difference
+        return -math.log(of_mean * noise) / 2 - (between / of_mean + within / noise) / 2
+
+    wanted = log_likelihood(between, within) - log_likelihood(0.5**2 + 1.6**2 / 2, 1.6**2)
+    params = {"loc": float(y.mean()), "log_sd": math.log(0.5), "noise": 1.6}
+    assert gain_of(model, y, params, ("loc", "log_sd")).value == pytest.approx(wanted, abs=0.01)
+    assert gain_of(model, y, params, ("loc", "log_sd", "noise")).value < wanted / 2  # of other energies it stays
+
+
+def test_a_latent_that_rows_share_goes_along():
+    noise = lambda: numpyro.sample("noise", dist.LogNormal(0, 10))  # noqa: E731
+    found = gain_of(seen_with(noise), Y, {"loc": 1.0}, noise=jnp.array(3.0))
+    assert found.value == pytest.approx(to_maximum(Y, 1.0, 10.0), abs=0.01)
+
+
+def test_samples_of_a_reference_have_room_for_a_wider_prior():
+    params = {"loc": 1.0, "log_sd": math.log(0.1)}
+    wanted = to_maximum(Y, 1.0, 1 + 0.1**2)
+    assert gain_of(seen_with(1.0), Y, params, ("loc", "log_sd")).value == pytest.approx(wanted, abs=5e-3)
+    without = gain_of(seen_with(1.0), Y, params, ("loc", "log_sd"), reference=0.1)
+    assert abs(without.value - wanted) > 0.05 or without.error > 0.05
+
+
+def test_rows_of_a_batch_have_an_error_of_their_own():
+    found = gain_of(seen_with(1.0, size=50), Y, {"loc": 0.0})
+    assert abs(found.value - Y.mean() ** 2 / 4) < 4 * found.error < 0.3
+
+
+def test_rows_that_cannot_tell_are_not_asked():
+    def by_index(y):
+        loc = numpyro.param("loc", 0.0)
+        with numpyro.plate("groups", 100):
+            z = numpyro.sample("z", dist.Normal(loc, 1))
+        with numpyro.plate("rows", len(y)):
+            numpyro.sample("y", dist.Normal(z[jnp.arange(len(y)) // 2], 1), obs=y)
+
+    assert gain_of(by_index, Y, {"loc": 0.0}).worth == 0  # the likelihood stands outside of the groups
+    assert gain_of(seen_with(1e-4), Y, {"loc": 0.0}).worth < MIN_WORTH
+    assert gain_of(seen_with(1.0), Y[:10], {"loc": 0.0}) is None
+
+    def without_rows(y):
+        numpyro.sample("y", dist.Normal(numpyro.sample("z", dist.Normal(numpyro.param("loc", 0.0), 1)), 1), obs=y)
+
+    assert gain_of(without_rows, Y, {"loc": 0.0}) is None
+
+
+def hierarchical(y):
+    tilt = numpyro.param("tilt", 0.0)
+    with numpyro.plate("data", len(y)):
+        z = numpyro.sample("z", TiltedDistribution(dist.Normal(0, 1), lambda z: -tilt * z))
+        numpyro.sample("y", dist.Normal(z, 1), obs=y)
+
+
+def guide(y):
+    with numpyro.plate("data", len(y)):
+        numpyro.sample("z", dist.Normal((y + 1) / 2, 0.5**0.5))
+
+
+def by_svi(tilt):
+    phase = negative_phase(hierarchical, num_chains=200)
+    fit = SVI(phase, guide, optax.sgd(0.0), Trace_ELBO()).run(KEY, 50, Y, progress_bar=False, init_params={"tilt": tilt})
+    return diagnose(fit, phase, Y, guide=guide, warn=False)
+
+
+def by_particles(tilt):
+    engine = ParticleMMLE(hierarchical, optax.sgd(0.0), num_particles=20, kernel="mala")
+    fit = engine.run(KEY, 100, Y, progress_bar=False, report=False, init_params={"tilt": tilt})
+    return diagnose(fit, engine, Y, warn=False)
+
+
+@pytest.mark.parametrize("report_at", [by_svi, by_particles])
+def test_a_prior_is_told_by_what_its_rows_would_gain(report_at):
+    finding = told(report_at(1.0), GAIN)
+    assert finding.is_well
+    assert abs(finding.value) < finding.most - NATS
+    assert told(report_at(0.0), GAIN).value == pytest.approx(0.25, abs=0.04)
