@@ -105,7 +105,7 @@ def engine():
 def test_a_run_reports_unless_it_is_told_not_to(engine):
     # Catches a switch that is read once, and one that overrules what a run is told. Tests have it off.
     def has_report(**settings):
-        return engine.run(KEY, 2, Y, progress_bar=False, **settings).report is not None
+        return engine.run(KEY, 200, Y, progress_bar=False, **settings).report is not None
 
     assert not has_report()
     assert has_report(report=True)
@@ -156,7 +156,7 @@ def test_particles_report_how_stiff_they_are_or_how_often_they_are_accepted(engi
     with pytest.warns(UserWarning, match=rf"site 'z': {quantity} is 1.4 and should be at most 0.5: .*kernel='mala'"):
         result = stiff.run(KEY, 3, Y, progress_bar=False, report=True)
     assert found(result.report, quantity).value == pytest.approx(1.4, rel=1e-3)
-    result = engine.run(KEY, 2, Y, progress_bar=False, report=True)
+    result = engine.run(KEY, 200, Y, progress_bar=False, report=True)
     assert found(result.report, quantity).value == pytest.approx(0.2, rel=1e-3)
     adjusted = ParticleMMLE(normal, optax.sgd(0.0), num_particles=4, kernel="mala")
     report = adjusted.run(KEY, 100, Y, progress_bar=False, report=True).report
