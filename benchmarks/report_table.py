@@ -7,8 +7,8 @@ For each diagnostic there is a problem where the fit is wrong and one where all 
 ``vmap`` over ``init`` and ``update``. Of a wrong fit the number must be out of bounds that is to tell it; of a right one
 none may be.
 
-Run ``python benchmarks/report_table.py``: two and a half hours of one core, or twenty minutes with ``--num-seeds 10``; ``--only`` selects
-by words of a line.
+Run ``python benchmarks/report_table.py``: two and a half hours of one core, or twenty minutes with ``--num-seeds 10``; ``--only``
+selects by words of a line.
 """
 
 import argparse

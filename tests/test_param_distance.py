@@ -16,7 +16,7 @@ from numpyro.distributions import constraints
 from numpyro.infer import SVI, Trace_ELBO
 
 from numpyro_ebm import ParticleMMLE, TiltedDistribution, diagnose, negative_phase
-from numpyro_ebm.evaluate.param_distance import MOST, QUANTITY, param_distance, param_findings, told_params
+from numpyro_ebm.evaluate.param_distance import MOST, QUANTITY, ParamDistance, param_distance, param_findings, told_params
 from numpyro_ebm.program.run import log_density_terms, run_model
 
 KEY = jax.random.key(0)
@@ -243,3 +243,17 @@ def test_rows_that_depend_on_each_other_are_not_told():
     engine = ParticleMMLE(model, STILL, num_particles=4, step_size=0.05)
     result = engine.run(KEY, 10, Y, progress_bar=False, report=False)
     assert not told(diagnose(result, engine, Y, warn=False), QUANTITY).is_told
+
+
+def test_what_a_batch_cannot_know_is_not_told():
+    # A bound of fourteen standard errors said that a param nearly three away was well.
+    def finding(step):
+        found = ParamDistance(jnp.array([step, 0.1]), jnp.array([4.5, 0.2]), {"a": jnp.zeros(()), "b": jnp.zeros(())})
+        (finding,) = param_findings(found, are_well=True)
+        return finding
+
+    assert not finding(1.8).is_told
+    assert finding(1.8).site == "a"
+    assert "its error is 4.5 standard errors" in finding(1.8).fix
+    assert finding(20.0).is_told
+    assert not finding(20.0).is_well

@@ -17,6 +17,7 @@ from numpyro.infer.autoguide import AutoNormal
 from numpyro_ebm import ParticleMMLE, ScoreMatching, SlicedScoreMatching, TiltedDistribution, diagnose, negative_phase
 from numpyro_ebm.evaluate.natural_distance import natural_distance
 from numpyro_ebm.evaluate.stationarity import FROM_DATA, FROM_POSTERIOR
+from numpyro_ebm.evaluate.yardstick import LIKELIHOOD
 
 KEY = jax.random.key(0)
 Y = 1.0 + np.random.default_rng(0).standard_normal(200)
@@ -121,8 +122,11 @@ def test_rows_of_a_batch_stand_for_the_data():
             )
 
     fit, phase = fitted(model, nothing, Y, {"tilt": 0.0})
-    found = told(diagnose(fit, phase, Y, warn=False), FROM_DATA)
+    report = diagnose(fit, phase, Y, warn=False)
+    found = told(report, FROM_DATA)
     assert abs(found.value - Y.mean()) < 4 * (found.most - 0.15) / 3
+    # four batches are all rows, each of them once
+    np.testing.assert_allclose(told(report, LIKELIHOOD).value, dist.Normal(0, 1).log_prob(Y).mean(), atol=2e-3)
 
 
 def test_energies_of_rows_are_compared_row_by_row():
