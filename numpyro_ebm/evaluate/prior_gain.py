@@ -156,10 +156,9 @@ def _gain(seen: Any, start: Any, samples: Array, log_weights: Array, *, is_part:
         of_prior, of_rows = (logsumexp(a, 0) - logsumexp(b, 0) for a, b in zip(then, first, strict=True))
         return of_rows - of_prior + now.rest.mean() - before.rest.mean()
 
-    def stepped(half: tuple[Array, Array]) -> Any:
+    def stepped(half: tuple[Array, Array, _Seen]) -> Any:
         """The parameters after the steps."""
-        x, log_weights = half
-        before = seen(start, x)
+        x, log_weights, before = half
 
         def step(at: Any, _: None) -> tuple[Any, None]:
             of_prior, of_rows = (jax.nn.softmax(found, 0) for found in counts(seen(at, x), before, log_weights))
@@ -181,10 +180,10 @@ def _gain(seen: Any, start: Any, samples: Array, log_weights: Array, *, is_part:
 
         return lax.scan(step, start, None, NUM_STEPS)[0]
 
-    def judged(half: tuple[Any, Array, Array]) -> PriorGain:
+    def judged(half: tuple[Any, Array, Array, _Seen]) -> PriorGain:
         """What other samples say of the gain, with the square of its error."""
-        then, x, log_weights = half
-        before, now = seen(start, x), seen(then, x)
+        then, x, log_weights, before = half
+        now = seen(then, x)
         gained = gains(now, before, log_weights)
         of_prior, of_rows = (jax.nn.softmax(found, 0) for found in counts(now, before, log_weights))
         was_of_prior, was_of_rows = (jax.nn.softmax(found, 0) for found in counts(before, before, log_weights))
@@ -194,8 +193,9 @@ def _gain(seen: Any, start: Any, samples: Array, log_weights: Array, *, is_part:
         is_apart = before.rest.max() - before.rest.min() <= ROUNDING * (1 + abs(before.rest).max())  # else by what is outside
         return PriorGain(gained.mean(), noise + (gained.var() / len(gained) if is_part else 0), jnp.where(is_apart, worth, 0.0))
 
-    then = lax.map(stepped, (x[::-1], log_weights[::-1]))
-    found = lax.map(judged, (then, x, log_weights))
+    each = x, log_weights, lax.map(lambda x: seen(start, x), x)  # the model is compiled in as few places as can be
+    then = lax.map(stepped, jax.tree.map(lambda y: y[::-1], each))
+    found = lax.map(judged, (then, *each))
     return PriorGain(found.value.mean(), jnp.sqrt(found.error.mean() / 2), found.worth.min())
 
 
