@@ -43,7 +43,7 @@ MIN_SAMPLES, MAX_SAMPLES = 500, 5000  # of the prior
 MIN_WORTH = 10.0  # samples of the prior, in each half, that a row's posterior should be known by
 ROWS_BELOW = 0.1  # the fraction of rows that may have fewer
 NUM_STEPS, LENGTHS = 6, (0.0, 0.004, 0.016, 0.06, 0.25, 1.0)  # and of each the best length
-NATS = 0.05  # that a row may gain
+NATS, OFF = 0.05, 4  # that a row may gain, and params that may each be a standard error off: of n rows each loses 1 / 2n
 FIX = (
     "so much would natural gradient steps of the likelihood of the rows gain, in the prior and in what all rows share. The fit has "
     "not arrived, or its guide or particles are not the posterior: take more steps, a learning rate that is larger at first and "
@@ -61,6 +61,8 @@ class PriorGain(NamedTuple):
     error: Array
     #: (), how many samples of the prior a row's posterior is known by, in each half; 0 where rows have no posterior of their own
     worth: Array
+    #: (), of rows
+    number: Array
 
 
 class _Seen(NamedTuple):
@@ -191,12 +193,13 @@ def _gain(seen: Any, start: Any, samples: Array, log_weights: Array, *, is_part:
         noise = variance_of_mean(len(x) * added.reshape(1, num_groups, -1).mean(2))[0]
         worth = jnp.quantile(1 / (was_of_rows**2).sum(0), ROWS_BELOW)
         is_apart = before.rest.max() - before.rest.min() <= ROUNDING * (1 + abs(before.rest).max())  # else by what is outside
-        return PriorGain(gained.mean(), noise + (gained.var() / len(gained) if is_part else 0), jnp.where(is_apart, worth, 0.0))
+        noise += gained.var() / len(gained) if is_part else 0
+        return PriorGain(gained.mean(), noise, jnp.where(is_apart, worth, 0.0), jnp.asarray(len(gained)))
 
     each = x, log_weights, lax.map(lambda x: seen(start, x), x)  # the model is compiled in as few places as can be
     then = lax.map(stepped, jax.tree.map(lambda y: y[::-1], each))
     found = lax.map(judged, (then, *each))
-    return PriorGain(found.value.mean(), jnp.sqrt(found.error.mean() / 2), found.worth.min())
+    return PriorGain(found.value.mean(), jnp.sqrt(found.error.mean() / 2), found.worth.min(), found.number[0])
 
 
 def prior_gain_finding(site: str, found: PriorGain, *, are_well: bool) -> Finding:
@@ -204,7 +207,8 @@ def prior_gain_finding(site: str, found: PriorGain, *, are_well: bool) -> Findin
 
     :param are_well: whether all else is. Where it is not, that is the cause to tell.
     """
-    value, error, worth = map(float, found)
+    value, error, worth, number = map(float, found)
     if not worth >= MIN_WORTH or math.isnan(value):
         return not_told(site, GAIN, FEW)
-    return Finding(site, GAIN, value, None, NATS + 3 * error if are_well else None, FIX)
+    most = NATS + OFF / number / 2 + 3 * error if are_well else None
+    return Finding(site, GAIN, value, None, most, FIX)
