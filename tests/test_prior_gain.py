@@ -109,7 +109,7 @@ def test_rows_of_a_batch_have_an_error_of_their_own():
     assert abs(found.value - Y.mean() ** 2 / 4) < 4 * found.error < 0.3
 
 
-def test_rows_that_cannot_tell_are_not_asked():
+def test_rows_that_cannot_tell_are_not_asked(monkeypatch):
     def by_index(y):
         loc = numpyro.param("loc", 0.0)
         with numpyro.plate("groups", 100):
@@ -121,9 +121,13 @@ def test_rows_that_cannot_tell_are_not_asked():
     assert gain_of(seen_with(1e-4), Y, {"loc": 0.0}).worth < MIN_WORTH
     assert gain_of(seen_with(1.0), Y[:10], {"loc": 0.0}) is None
 
+    monkeypatch.setattr("numpyro_ebm.evaluate.prior_gain.MAX_VALUES", 300)
+    assert gain_of(seen_with(1.0), Y, {"loc": 0.0}) is None  # of 400 values of each sample
+
     def without_rows(y):
         numpyro.sample("y", dist.Normal(numpyro.sample("z", dist.Normal(numpyro.param("loc", 0.0), 1)), 1), obs=y)
 
+    monkeypatch.undo()
     assert gain_of(without_rows, Y, {"loc": 0.0}) is None
 
 

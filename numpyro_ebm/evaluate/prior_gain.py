@@ -107,10 +107,10 @@ def prior_gain(
         return None
     of_rows = [other["value"] for other in program.sites.values() if other["type"] == "sample" and dim_of(other, plate) is not None]
     most = min(MAX_SAMPLES, MAX_VALUES // sum(jnp.size(value) for value in of_rows))
+    if len(samples) < NUM_GROUPS or min(most, log_weights.size) < MIN_SAMPLES:
+        return None
     every = -(-log_weights.size // most)
     samples, log_weights = samples[:, ::every], log_weights[:, ::every]
-    if len(samples) < NUM_GROUPS or log_weights.size < MIN_SAMPLES:
-        return None
     every_row, transforms = -(-num_rows // MAX_ROWS), program.param_transforms
     theta = unconstrain_params({name: data[name] for name in transforms if name in data}, transforms)
     apart = [other for other in program.positions if dim_of(program.sites[other], plate) is None]
@@ -128,9 +128,8 @@ def prior_gain(
             terms, run = log_density_terms(model, args, kwargs, rng_key, data={**given, **told, **latents, name: value})
             of_rows = {other: terms.pop(other) for other in [*terms] if dim_of(run.sites[other], plate) is not None}
             del of_rows[name]
-            return per_row(of_rows, run, plate)[::every_row] if of_rows else jnp.zeros(-(-num_rows // every_row)), total(
-                terms
-            ) / size
+            found = per_row(of_rows, run, plate) if of_rows else jnp.zeros(num_rows)
+            return found[::every_row], total(terms) / size
 
         return _Seen(log_density(prior, x), *jax.vmap(where)(x))
 
