@@ -343,7 +343,7 @@ def groups(y):
 
 
 # Two outcomes of each group, and as much noise as there is between two modes.
-HIDDEN = (EFFECTS[:, None] + jax.random.normal(jax.random.key(14), (300, 2))) * 1.0
+HIDDEN = EFFECTS[:, None] + jax.random.normal(jax.random.key(14), (300, 2))
 
 
 def hidden_modes(y):
