@@ -311,6 +311,20 @@ def of_moons(sigma, rate=2e-3):
     return ScoreMatching(network, optax.adam(rate), DenoisingScoreMatching(sigma), batch_size=200), MOONS
 
 
+# Two modes that hardly overlap, of which the upper has .25, for a network to learn.
+TWO_BELLS = jnp.where(jnp.arange(600) < 150, 1.6, -1.5) + 0.35 * jax.random.normal(jax.random.key(13), (600,))
+
+
+def of_two_bells(sigma):
+    def model(x):
+        energy = a_network("scalar", 32, 2)
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("x", TiltedDistribution(dist.Normal(0, 2), energy), obs=x)
+
+    optim = optax.adam(optax.cosine_decay_schedule(5e-3, 2500))
+    return ScoreMatching(model, optim, DenoisingScoreMatching(sigma)), TWO_BELLS
+
+
 # Groups whose effects have two modes, in units of which one is a thousandth of the data.
 EFFECTS = jnp.where(KIND < -0.25, 1.3, -1.0) + 0.25 * SPREAD
 IN_UNITS = 400 + 50 * (EFFECTS[:, None] + jax.random.normal(jax.random.key(12), (300, 5)))
@@ -439,9 +453,11 @@ PROBLEMS = {
     "exact score matching, spikes": (lambda: of_scores(spikes, ExactScoreMatching()), 400, ("half the distance",)),
     "exact score matching, a bell": (lambda: of_scores(bell, ExactScoreMatching()), 400, ()),
     "scores of modes apart, other weights": (lambda: of_modes_apart(0.0), 100, ("density from rows",)),
+    "scores of modes apart, weights .15 off": (lambda: of_modes_apart(0.2), 100, ("weights of modes",)),
     "scores of modes apart, their weights": (lambda: of_modes_apart(0.85), 100, ()),
     "denoising with little noise": (lambda: of_moons(0.025), 1500, ("likelihood", "density from rows")),
     "denoising with more noise": (lambda: of_moons(0.3, optax.cosine_decay_schedule(2e-3, 3000)), 3000, ()),
+    "a network's modes, denoising": (lambda: of_two_bells(0.3), 2500, ()),
     "BiSM that has not arrived": (lambda: of_factors(BiSM, full, DENOISING, **IMPLICIT), 5, ("objective at the rows",)),
     "BiSM, a guide that is too narrow": (lambda: of_factors(BiSM, narrow, DENOISING, **IMPLICIT), 400, ("Pareto",)),
     "BiSM, the posterior's family": (lambda: of_factors(BiSM, full, DENOISING, **IMPLICIT), 400, ()),

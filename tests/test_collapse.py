@@ -124,7 +124,7 @@ def test_arrays_of_numpy_are_told_of_as_those_of_jax_are():
     with pytest.warns(UserWarning, match="site 'x'") as said:
         engine, result = run(rows=np.asarray(ROWS), validation=np.asarray(OTHERS))
     assert [re.sub(r"\W.*", "", str(one.message)) for one in said] == ["site", "site"]
-    assert [finding.is_well for finding in result.report.findings] == [False, True, True, True, True, True, False]
+    assert [finding.is_well for finding in result.report.findings] == [False, True, True, True, True, True, True, False]
     assert not diagnose(result, engine, np.asarray(ROWS), warn=False).is_well
 
 

@@ -105,10 +105,16 @@ def test_a_correlation_that_is_not_learned_is_told_by_the_distance_from_the_maxi
     right = report_of(model, rows, params={"precision": 1 / 0.8631, "coupling": 0.37 / 0.8631})
     assert right.is_well
     assert abs(told(right, FROM_MAXIMUM).value) < 0.12
-    (found,) = report_of(model, rows).trouble
-    assert found.quantity == FROM_MAXIMUM
-    assert found.value == pytest.approx(0.4, abs=0.12)
-    assert f"a step there would gain about {found.value**2 / 2:.2g} nats for each row" in found.fix
+    engine = ScoreMatching(model, STILL, ExactScoreMatching())
+    still = engine.run(KEY, 1, rows, progress_bar=False, report=False)
+    reports = [diagnose(still, engine, rows, rng_key=key, warn=False) for key in jax.random.split(KEY, 8)]
+    values = np.array([told(report, FROM_MAXIMUM).value for report in reports])
+    assert abs(values.mean() - float(rows.prod(1).mean())) < 4 * 2**0.5 / 2000**0.5 / 8**0.5
+    trouble = [finding for report in reports for finding in report.trouble]
+    assert {finding.quantity for finding in trouble} == {FROM_MAXIMUM}
+    assert len(trouble) >= 4  # its bound is .34, give or take .01
+    for finding in trouble:
+        assert f"a step there would gain about {finding.value**2 / 2:.2g} nats for each row" in finding.fix
 
 
 def test_density_of_many_dimensions_is_weighed_by_the_reference():

@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 
 from numpyro_ebm.evaluate.density import distance_from, known_density, samples_from, why_unknown
+from numpyro_ebm.evaluate.mode_weights import ModeWeights, mode_weights, mode_weights_finding
 from numpyro_ebm.evaluate.natural_distance import FROM_MAXIMUM, NUM_GROUPS, NUM_VALUES, natural_distance
 from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.evaluate.yardstick import Shortfall, others_finding, rows_finding, shortfall_elsewhere, shortfall_of
@@ -51,6 +52,8 @@ class DensityNumbers(NamedTuple):
     distance: Array
     #: (), how many samples the density is known by
     worth: Array
+    #: of a density that is known on a grid, the weights of its modes
+    modes: ModeWeights | None
     #: nats per row, beside simple estimates; None of few rows
     likelihood: Shortfall | None
     #: the same of rows that were not learned from; None without them
@@ -93,7 +96,7 @@ def density_numbers(
         samples,
         is_all=False,  # rows that scores have learned from are not at the maximum of their own likelihood
     )
-    return DensityNumbers(distance, known.worth, likelihood, elsewhere, *to_maximum)
+    return DensityNumbers(distance, known.worth, mode_weights(known, x), likelihood, elsewhere, *to_maximum)
 
 
 def density_findings(site: str, numbers: DensityNumbers | None, num_rows: int) -> list[Finding]:
@@ -106,9 +109,13 @@ def density_findings(site: str, numbers: DensityNumbers | None, num_rows: int) -
     )
     noise = 0.5 / math.sqrt(num_rows) + 0.5 / math.sqrt(worth)
     found = [Finding(site, FROM_ROWS, distance, None, TOLERANCE + 3 * noise, OTHER_MASSES)]
+    if numbers.modes is not None:
+        of_modes = mode_weights_finding(site, numbers.modes, num_rows)
+        found.append(of_modes if found[0].is_well else of_modes._replace(most=None))  # the same cause is told already
+    is_well = all(finding.is_well for finding in found)
     if numbers.likelihood is not None:
-        found.append(rows_finding(site, numbers.likelihood, WORSE, are_well=found[0].is_well))
-    is_well = all(finding.is_well for finding in found)  # else the same cause is told already
+        found.append(rows_finding(site, numbers.likelihood, WORSE, are_well=is_well))
+    is_well = all(finding.is_well for finding in found)
     if numbers.elsewhere is not None:
         found.append(others_finding(site, numbers.elsewhere, are_well=is_well))
     return [*found, maximum_finding(site, to_maximum, to_maximum_error, are_well=is_well)]
