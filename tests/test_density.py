@@ -19,10 +19,7 @@ KEY = jax.random.key(0)
 
 def modes(weights, places, scales):
     places, scales = jnp.asarray(places), jnp.asarray(scales)
-    if places.ndim == 1:
-        of_each = dist.Normal(places, scales)
-    else:
-        of_each = dist.Normal(places, scales[:, None]).to_event(1)
+    of_each = dist.Normal(places, scales) if places.ndim == 1 else dist.Normal(places, scales[:, None]).to_event(1)
     return dist.MixtureSameFamily(dist.Categorical(jnp.asarray(weights)), of_each)
 
 

@@ -16,7 +16,15 @@ from numpyro.distributions import constraints
 from numpyro.infer import SVI, Trace_ELBO
 
 from numpyro_ebm import ParticleMMLE, TiltedDistribution, diagnose, negative_phase
-from numpyro_ebm.evaluate.param_distance import MOST, QUANTITY, ParamDistance, param_distance, param_findings, told_params
+from numpyro_ebm.evaluate.param_distance import (
+    MOST,
+    QUANTITY,
+    OfBatch,
+    ParamDistance,
+    param_distance,
+    param_findings,
+    told_params,
+)
 from numpyro_ebm.program.run import log_density_terms, run_model
 
 KEY = jax.random.key(0)
@@ -25,17 +33,20 @@ STILL = optax.sgd(0.0)
 SIZE = 16
 
 
-def of_model(model, params, *args, draw=None, data=None, told=None):
+def of_model(model, params, *args, draw=None, batches=None, told=None):
     """Of latents that ``draw`` has by a key, or of none."""
-
-    def terms_at(theta, latents):
-        return log_density_terms(model, args, {}, KEY, data={**params, **theta, **latents, **(data or {})})
 
     def copies(carry, key):
         return carry, jax.vmap(draw)(jax.random.split(key, SIZE)) if draw else {"none": jnp.zeros(SIZE)}
 
+    def of_batch(rows):
+        def terms_at(theta, latents):
+            return log_density_terms(model, args, {}, KEY, data={**params, **theta, **latents, **rows})
+
+        return OfBatch(terms_at, copies, None)
+
     told = told_params(params, ()) if told is None else told
-    return jax.jit(lambda: param_distance(terms_at, told, copies, None, KEY, 1))()
+    return jax.jit(lambda: param_distance(of_batch, batches or {}, told, KEY, 1))()
 
 
 def newton(y, loc):
@@ -92,17 +103,31 @@ def test_rows_are_those_of_the_first_axis_with_a_plate_or_none():
     assert found.steps[0] == pytest.approx(abs(rows.sum() + 6 * 0.2) / (rows.std() * 50**0.5), rel=1e-3)
 
 
-def test_a_batch_of_rows_stands_for_all_and_is_less_certain():
+def test_batches_stand_for_all_rows_and_are_less_certain_where_some_are_not_seen(monkeypatch):
+    """With a prior of the param, which is the same in all batches."""
+
     def model(y):
         loc = numpyro.param("loc", 0.0)
+        numpyro.sample("prior", dist.Normal(loc, 0.2), obs=jnp.array(0.5))
         with numpyro.plate("data", len(y), subsample_size=50):
             numpyro.sample("y", dist.Normal(loc, 1), obs=numpyro.subsample(y, event_dim=0))
 
-    rows = jnp.arange(0, 200, 4)
-    found = of_model(model, {"loc": jnp.array(0.0)}, Y, data={"data": rows})
-    batch = np.asarray(Y[rows])
-    assert found.steps[0] == pytest.approx(4 * batch.sum() / (4 * 50 * batch.var()) ** 0.5, rel=1e-3)
-    assert found.errors[0] == pytest.approx(3**0.5, rel=1e-3)  # of 150 rows that are not seen
+    def found(rows):
+        return of_model(model, {"loc": jnp.array(0.0)}, Y, batches={"data": rows})
+
+    def step(y):
+        return (len(Y) * y.mean() + 0.5 / 0.2**2) / (len(Y) * y.var()) ** 0.5
+
+    rows = jnp.arange(200).reshape(50, 4).T  # four batches, one of which is every fourth row
+    of_all, of_one = found(rows), found(rows[:1])
+    assert of_all.steps[0] == pytest.approx(step(np.asarray(Y)), rel=1e-3)
+    assert of_all.errors[0] == pytest.approx(0, abs=1e-3)
+    assert of_one.steps[0] == pytest.approx(step(np.asarray(Y[::4])), rel=1e-3)
+    assert of_one.errors[0] == pytest.approx(3**0.5, rel=1e-3)  # of 150 rows that are not seen
+    monkeypatch.setattr("numpyro_ebm.evaluate.param_distance.MAX_BATCHES", 2)
+    of_two = found(rows)
+    assert of_two.steps[0] == pytest.approx(step(np.asarray(Y[jnp.concatenate([rows[0], rows[2]])])), rel=1e-3)
+    assert of_two.errors[0] == pytest.approx(1, rel=1e-3)
 
 
 def test_what_is_not_told():

@@ -17,7 +17,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from scipy.stats import norm
 
 from numpyro_ebm import ParticleMMLE, TiltedDistribution, diagnose, negative_phase
-from numpyro_ebm.evaluate.prior_gain import GAIN, MIN_WORTH, NATS, prior_gain
+from numpyro_ebm.evaluate.prior_gain import CHANCE, GAIN, MIN_WORTH, NATS, _best_prior, prior_gain
 from numpyro_ebm.program.run import run_model
 
 KEY = jax.random.key(0)
@@ -102,6 +102,30 @@ def test_samples_of_a_reference_have_room_for_a_wider_prior():
     assert gain_of(seen_with(1.0), Y, params, ("loc", "log_sd")).value == pytest.approx(wanted, abs=5e-3)
     without = gain_of(seen_with(1.0), Y, params, ("loc", "log_sd"), reference=0.1)
     assert abs(without.value - wanted) > 0.05 or without.error > 0.05
+
+
+def test_the_best_prior_is_found_where_no_step_leads():
+    """Rows of two points, which no normal prior has: by a prior N(0, 9) and a noise of 1 they are thought to be of N(0, 10)."""
+    y = np.concatenate([norm.ppf((np.arange(150) + 0.5) / 150) + point for point in (-3, 3)])
+    found = gain_of(seen_with(1.0), y, {"loc": 0.0, "log_sd": math.log(3)})
+    wanted = np.logaddexp(norm.logpdf(y, -3), norm.logpdf(y, 3)).mean() - math.log(2) - norm.logpdf(y, 0, 10**0.5).mean()
+    assert found.value < 0.01
+    assert found.of_best == pytest.approx(wanted, abs=0.03)
+    same = gain_of(seen_with(1.0), Y, {"loc": 0.0})
+    assert same.of_best == pytest.approx(to_maximum(Y, 0.0, 2.0), abs=0.02)
+
+
+@pytest.mark.parametrize("noise", [0.15, 0.4, 0.8])
+def test_rows_of_the_prior_itself_gain_what_chance_does(noise):
+    z, weights = jnp.linspace(-6, 6, 401), norm.pdf(np.linspace(-6, 6, 401))
+    weights = jnp.asarray(weights / weights.sum(), jnp.result_type(float))
+    y = (1 + noise**2) ** 0.5 * jax.random.normal(KEY, (200, 100))
+    found, told_apart = jax.jit(jax.vmap(lambda y: _best_prior(weights, -(((y - z[:, None]) / noise) ** 2) / 2)))(y)
+    assert told_apart.mean() == pytest.approx((1 + noise**-2) ** 0.5, rel=0.05)  # half the log of both variances to the noise's
+    by_chance = CHANCE * np.asarray(told_apart)
+    gained = 100 * np.asarray(found)
+    assert 0.6 < gained.mean() / by_chance.mean() < 1
+    assert (gained > by_chance + 3 * np.sqrt(by_chance)).mean() < 0.01
 
 
 def test_rows_of_a_batch_have_an_error_of_their_own():

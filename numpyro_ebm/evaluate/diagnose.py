@@ -17,11 +17,19 @@ from numpyro_ebm._fit import fit_of
 from numpyro_ebm.chains import chains_of
 from numpyro_ebm.evaluate.guide_stationarity import GuideDistance, guide_distances, guide_stationarity_finding
 from numpyro_ebm.evaluate.negative_chains import NUM_SAMPLES, ChainNumbers, chain_findings, chain_numbers
-from numpyro_ebm.evaluate.param_distance import NUM_COPIES, ParamDistance, param_distance, param_findings, told_params
+from numpyro_ebm.evaluate.param_distance import (
+    NUM_COPIES,
+    OfBatch,
+    ParamDistance,
+    param_distance,
+    param_findings,
+    told_params,
+)
 from numpyro_ebm.evaluate.predictions import Predictions, prediction_findings, predictions
 from numpyro_ebm.evaluate.report import Finding, FitReport
 from numpyro_ebm.handlers import innermost, negative_phase, undrawn, unnormalized
 from numpyro_ebm.program.check import check_run
+from numpyro_ebm.program.rows import all_batches
 from numpyro_ebm.program.run import Run, constrain_params, log_density_terms, run_model, unconstrain_params
 
 
@@ -210,19 +218,21 @@ def _numbers(
     guide_key, predict_key, params_key = jax.random.split(jax.random.fold_in(rng_key, 1), 3)
     of_guide, of_data = guide_distances(guide_key, model, run, data, args, kwargs), predictions(predict_key, run, run_at)
     first = run(params_key)
-    rows = {name: plate.indices for name, plate in first.subsampled.items()}  # the same in all runs
     transforms = {name: transform for name, transform in first.param_transforms.items() if name in params}
     theta = unconstrain_params({name: params[name] for name in transforms}, transforms)
     learned = check_run(model, args, kwargs, data=data).learned
 
-    def terms_at(told: dict[str, Any], key: Array) -> tuple[dict[str, Array], Run]:
-        given = {**data, **constrain_params({**theta, **told}, transforms), **run(key, rows).given(but=())}
-        return log_density_terms(model, args, kwargs, key, data=given)
+    def of_batch(rows: dict[str, Array]) -> OfBatch:
+        def terms_at(told: dict[str, Any], key: Array) -> tuple[dict[str, Array], Run]:
+            given = {**data, **constrain_params({**theta, **told}, transforms), **run(key, rows).given(but=())}
+            return log_density_terms(model, args, kwargs, key, data=given)
 
-    def draw(carry: None, key: Array) -> tuple[None, Array]:
-        return carry, jax.random.split(key, NUM_COPIES)  # which the latents are drawn with
+        def draw(carry: None, key: Array) -> tuple[None, Array]:
+            return carry, jax.random.split(key, NUM_COPIES)  # which the latents are drawn with
+
+        return OfBatch(terms_at, draw, None)
 
     told = told_params(theta, {param for site in learned for param in site.params})
     size = sum(x.size for x in first.drawn.values())
-    of_params = param_distance(terms_at, told, draw, None, params_key, NUM_COPIES * size)
+    of_params = param_distance(of_batch, all_batches(first), told, params_key, NUM_COPIES * size)
     return numbers, of_guide, of_data, of_params

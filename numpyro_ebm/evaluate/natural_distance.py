@@ -43,7 +43,7 @@ def natural_distance(
         return slopes[num_values * size :].var(0).mean()
 
     other = jax.tree.map(lambda y: y[::-1], x)
-    directions = lax.map(lambda x: natural_direction(log_density, params, x, gap, variance, num_steps), other)
+    directions, _ = lax.map(lambda x: natural_direction(log_density, params, x, lambda _: (gap, variance), num_steps), other)
     slopes = lax.map(lambda both: along(log_density, params, *both), (directions, x))
     of_values, of_chains = slopes[:, : num_values * size], slopes[:, num_values * size :]
     scale = jnp.sqrt(of_chains.var(1).reshape(2, -1).mean(1))[:, None]  # 0 of an energy without a gradient, of which nan is told
@@ -54,15 +54,16 @@ def natural_distance(
 
 
 def natural_direction(
-    log_density: Callable[[Any, Any], Any], params: Any, x: Any, gap: Slopes, variance: Slopes, num_steps: int
-) -> Any:
-    """The step of the parameters that closes a gap the fastest, in the metric of a variance.
+    log_density: Callable[[Any, Any], Any], params: Any, x: Any, measures: Callable[[Any], tuple[Slopes, Slopes]], num_steps: int
+) -> tuple[Any, Any]:
+    """The step of the parameters that closes a gap the fastest, in the metric of a variance; and the log densities.
 
     :param log_density: by parameters and ``x``; or a pytree of log densities.
-    :param gap: of their derivatives along a direction, in which it is linear.
-    :param variance: in which it is quadratic.
+    :param measures: by the log densities the gap of their derivatives along a direction, in which it is linear, and the variance,
+        in which it is quadratic.
     """
     found, slopes_of = jax.linearize(lambda params: log_density(params, x), params)  # once, which costs the time of a report
+    gap, variance = measures(found)
     pull = jax.linear_transpose(slopes_of, params)
     gradient = pull(jax.grad(gap)(found))[0]
 
@@ -75,7 +76,7 @@ def natural_direction(
     def metric(direction: Data) -> Data:
         return jax.tree.map(lambda a, b: a + damping * b, fisher(direction), direction)
 
-    return conjugate_gradient(metric, gradient, num_steps, tol=1e-5)
+    return conjugate_gradient(metric, gradient, num_steps, tol=1e-5), found
 
 
 def along(log_density: Callable[[Data, Any], Array], params: Data, direction: Data, x: Any) -> Array:

@@ -27,6 +27,7 @@ from jax.flatten_util import ravel_pytree
 
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm.evaluate.report import Finding, not_told
+from numpyro_ebm.program.rows import Indices
 from numpyro_ebm.program.run import Run
 
 QUANTITY = "standard errors from the maximum of likelihood"
@@ -37,8 +38,9 @@ MAX_SIZE, MAX_ELEMENTS = 20, 50  # of a param, and of all together
 MIN_ROWS = 10
 NUM_COPIES = 16  # samples of the guide, or particles, that are looked at together
 LEAST_COPIES = 4  # of fewer particles, which go their own ways from where they are
-NUM_TIMES, MIN_TIMES = 32, 4  # others of them
+NUM_TIMES, MIN_TIMES, MAX_TIMES = 32, 4, 640  # others of them, of a batch and of all together
 MOVES_BETWEEN, NUM_BURN = 8, 8  # moves of particles between these times, and times before them in which moves adapt
+MAX_BATCHES = 50  # of subsampled plates that are looked at
 MAX_COST = 2**24  # derivatives of numbers, at each time of all
 MAX_NUMBERS = 2**25  # scores of all copies and rows
 LEAST_INFORMATION = 1e-6  # of the largest in any direction: with less, data do not tell parameters apart
@@ -50,6 +52,18 @@ FIX = (
 
 #: (unconstrained params, latents) -> terms of the log joint density by site, and the run that has them
 TermsAt = Callable[[dict[str, Any], Any], tuple[dict[str, Array], Run]]
+
+
+class OfBatch(NamedTuple):
+    """What there is to see in some rows of the data."""
+
+    #: the log joint density at the params and one sample of the latents
+    terms_at: TermsAt
+    #: ``(carry, key) -> (carry, latents)`` with samples of the posterior along axis 0, two or more, each of which goes its own
+    #: way: what they do not agree in is the error
+    draw: Callable[[Any, Array], tuple[Any, Any]]
+    #: the first carry
+    start: Any
 
 
 class ParamDistance(NamedTuple):
@@ -75,64 +89,76 @@ def told_params(theta: dict[str, Any], of_energies: Collection[str]) -> dict[str
 
 
 def param_distance(
-    terms_at: TermsAt,
+    of_batch: Callable[[Indices], OfBatch],
+    batches: Indices,
     params: dict[str, Any],
-    draw: Callable[[Any, Array], tuple[Any, Any]],
-    start: Any,
     rng_key: Array,
     cost: int,
     num_burn: int = 0,
 ) -> ParamDistance | None:
     """The distance, or None where there is nothing to tell; traced.
 
-    :param terms_at: the log joint density at the params and one sample of the latents.
+    :param of_batch: by rows of the subsampled plates, how their latents are drawn and what they are worth.
+    :param batches: that show all rows, as of :func:`~numpyro_ebm.program.rows.all_batches`.
     :param params: unconstrained, :func:`told_params`.
-    :param draw: ``(carry, key) -> (carry, latents)`` with samples of the posterior along axis 0, two or more, each of which goes
-        its own way: what they do not agree in is the error.
-    :param start: the first carry.
-    :param cost: of a sample of all rows, in numbers.
+    :param cost: of a sample of a batch, in numbers.
     :param num_burn: how many of the first samples are no samples of the posterior yet.
     """
     theta, unravel = ravel_pytree(params)
-    num_times = max(MIN_TIMES, min(NUM_TIMES, MAX_COST // max(1, cost * theta.size)))
-    keys = jax.random.split(rng_key, num_burn + num_times)
-    latents = jax.eval_shape(draw, start, keys[0])[1]
-    num_copies = len(jax.tree.leaves(latents)[0])
-    if not params or num_copies < 2:
+    if not params:
         return None
+    num_all = len(next(iter(batches.values()))) if batches else 1
+    num_batches = max(1, min(num_all, MAX_BATCHES, MAX_COST // max(1, cost * theta.size * MIN_TIMES)))
+    some = np.arange(num_batches) * num_all // num_batches
+    num_times = min(NUM_TIMES, MAX_COST // max(1, cost * theta.size * num_batches), MAX_TIMES // num_batches)
+    num_times = max(MIN_TIMES, num_times)
+    keys = jax.random.split(rng_key, num_burn + num_times)
     weights: dict[str, float] = {}  # rows of the data for each row that is seen
 
-    def rows(theta: Array, latents: Any) -> dict[str, Array]:
-        terms, run = terms_at(unravel(theta), latents)
-        found: dict[str, Array] = {}
-        for name, term in terms.items():
-            plate, weights[plate], of_rows = _by_row(name, term, run)
-            found[plate] = found.get(plate, jnp.zeros(())) + of_rows
-        return found
+    def scores(indices: Indices) -> dict[str, Array]:
+        """Of each copy and row, ``(copies, rows, params)``: the mean over times."""
+        terms_at, draw, start = of_batch(indices)
 
-    def scores(latents: Any) -> dict[str, Array]:
-        return map_over(partial(jax.jacfwd(rows), theta), latents)
+        def rows(theta: Array, latents: Any) -> dict[str, Array]:
+            terms, run = terms_at(unravel(theta), latents)
+            found: dict[str, Array] = {}
+            for name, term in terms.items():
+                plate, weights[plate], of_rows = _by_row(name, term, run)
+                found[plate] = found.get(plate, jnp.zeros(())) + of_rows
+            return found
 
-    def add(carry: tuple[Any, Any], step: tuple[Array, Array]) -> tuple[Any, None]:
-        (at, sums), (is_kept, key) = carry, step
-        at, latents = draw(at, key)
-        return (at, jax.tree.map(lambda sum, new: sum + jnp.where(is_kept, new, 0), sums, scores(latents))), None
+        def at_time(latents: Any) -> dict[str, Array]:
+            return map_over(partial(jax.jacfwd(rows), theta), latents)
+
+        def add(carry: tuple[Any, Any], step: tuple[Array, Array]) -> tuple[Any, None]:
+            (at, sums), (is_kept, key) = carry, step
+            at, latents = draw(at, key)
+            return (at, jax.tree.map(lambda sum, new: sum + jnp.where(is_kept, new, 0), sums, at_time(latents))), None
+
+        latents = jax.eval_shape(draw, start, keys[0])[1]
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(at_time, latents))
+        (_, sums), _ = lax.scan(add, (start, zeros), (jnp.arange(len(keys)) >= num_burn, keys))
+        return jax.tree.map(lambda sum: sum / num_times, sums)
 
     try:
-        shapes = jax.eval_shape(scores, latents)
+        shapes = jax.eval_shape(scores, jax.tree.map(lambda rows: rows[0], batches))
     except TypeError as error:
         if "forward-mode" in str(error):  # of a solver of differential equations that has a rule for gradients alone
             return None
         raise
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    is_large = sum(x.size for x in shapes.values()) > MAX_NUMBERS
-    if is_large or max(x.shape[1] for x in shapes.values()) < MIN_ROWS:
+    num_copies = min(x.shape[0] for x in shapes.values())
+    is_large = num_batches * sum(x.size for x in shapes.values()) > MAX_NUMBERS
+    if num_copies < 2 or is_large or max(x.shape[1] for x in shapes.values()) < MIN_ROWS:
         return None
-    (_, sums), _ = lax.scan(add, (start, zeros), (jnp.arange(len(keys)) >= num_burn, keys))
+    by_batch = lax.map(scores, jax.tree.map(lambda rows: rows[some], batches)) if batches else None
     gradient = jnp.zeros(theta.shape, theta.dtype)
     information = noise = jnp.zeros((theta.size, theta.size), theta.dtype)
-    for name, total in sums.items():
-        by_copy, weight = total / num_times, weights[name]
+    for name, by_copy in (scores({}) if by_batch is None else by_batch).items():
+        weight = weights[name]
+        if by_batch is not None and weight > 1:  # the rows of one batch after those of another
+            by_copy, weight = jnp.concatenate(list(by_copy), 1), max(1.0, weight / num_batches)
+        elif by_batch is not None:
+            by_copy = by_copy.mean(0)  # the same rows in each
         mean = by_copy.mean(0)
         centered = _outer(mean - mean.mean(0))
         within = _outer((by_copy - mean).reshape(-1, theta.size)) / (num_copies - 1) / num_copies

@@ -28,7 +28,7 @@ from jax import Array, lax
 from numpyro_ebm.chains import chains_of
 from numpyro_ebm.evaluate.density import KnownDensity
 from numpyro_ebm.evaluate.natural_distance import NUM_GROUPS, NUM_VALUES, Data, natural_distance
-from numpyro_ebm.evaluate.prior_gain import PriorGain, prior_gain, prior_gain_finding
+from numpyro_ebm.evaluate.prior_gain import PriorGain, prior_gain, prior_gain_findings
 from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.evaluate.yardstick import Shortfall, others_finding, prior_finding, rows_finding, shortfall_elsewhere, shortfall_of
 from numpyro_ebm.handlers import chains_target, innermost, negative_phase, undrawn, unnormalized
@@ -281,7 +281,7 @@ def stationarity_findings(site: str, found: Distance | Unknown, *, are_well: boo
         return are_well and all(finding.is_well for finding in findings)
 
     if found.gain is not None:
-        findings.append(prior_gain_finding(site, found.gain, are_well=is_well()))
+        findings += prior_gain_findings(site, found.gain, are_well=is_well())
     if found.shortfall is not None:
         finding_of = rows_finding if found.is_observed else prior_finding
         findings.append(finding_of(site, found.shortfall, WORSE, are_well=is_well()))

@@ -36,6 +36,7 @@ from numpyro_ebm.evaluate.param_distance import (
     MOVES_BETWEEN,
     NUM_BURN,
     NUM_COPIES,
+    OfBatch,
     ParamDistance,
     param_distance,
     param_findings,
@@ -769,19 +770,24 @@ class ParticleMMLE(Engine):
         if not told or any(rows.coupled for rows in rows_of(batch, theta).values()):
             return None
 
-        def terms_at(params: dict[str, Any], latents: Particles) -> tuple[dict[str, Array], Run]:
-            return batch.terms(batch.model, data=batch.data({**theta, **params}), latents=latents)
+        def of_batch(rows: dict[str, Array]) -> OfBatch:
+            some = self._batch(state, own_key(rng_key), args, kwargs, rows)
 
-        def draw(at: tuple[Particles, AdaptedMoves, Array], key: Array) -> tuple[Any, Particles]:
-            x, kept, count = at
-            how = How(jax.random.split(key, MOVES_BETWEEN), jnp.ones(MOVES_BETWEEN), count + jnp.arange(MOVES_BETWEEN))
-            x, kept = adjusted(batch, theta, x, kept, how)
-            return (x, kept, count + MOVES_BETWEEN), jax.tree.map(lambda x: x[::every], x)
+            def terms_at(params: dict[str, Any], latents: Particles) -> tuple[dict[str, Array], Run]:
+                return some.terms(some.model, data=some.data({**theta, **params}), latents=latents)
 
-        x = {name: jnp.repeat(each, repeated, 0) for name, each in batch.gather(state.particles).items()}
-        size = sum(each.size // every for each in x.values())
-        start = x, AdaptedMoves.start(batch, theta, x, self._step_size(state)), jnp.zeros((), jnp.int32)
-        found = param_distance(terms_at, told, draw, start, rng_key, size, num_burn=NUM_BURN)
+            def draw(at: tuple[Particles, AdaptedMoves, Array], key: Array) -> tuple[Any, Particles]:
+                x, kept, count = at
+                how = How(jax.random.split(key, MOVES_BETWEEN), jnp.ones(MOVES_BETWEEN), count + jnp.arange(MOVES_BETWEEN))
+                x, kept = adjusted(some, theta, x, kept, how)
+                return (x, kept, count + MOVES_BETWEEN), jax.tree.map(lambda x: x[::every], x)
+
+            x = {name: jnp.repeat(each, repeated, 0) for name, each in some.gather(state.particles).items()}
+            kept = AdaptedMoves.start(some, theta, x, self._step_size(state))
+            return OfBatch(terms_at, draw, (x, kept, jnp.zeros((), jnp.int32)))
+
+        size = sum(each.size * repeated // every for each in batch.gather(state.particles).values())
+        found = param_distance(of_batch, all_batches(batch.program), told, rng_key, size, num_burn=NUM_BURN)
         if found is None or self.kernel == "mala":
             return found
         is_known = jnp.asarray(list(are_independent(batch, theta, rng_key).values())).all()
