@@ -51,12 +51,13 @@ def test_normalizers(name, has_reference):
 
 
 def test_densities_of_a_stack_are_integrated_on_their_own():
-    """Of p_1 x_1^2 / 2 + p_2 x_2^2 / 2, whose normalizer is 2 pi / sqrt(p_1 p_2)."""
-    precisions = jnp.array([[1.0, 4.0], [0.25, 1.0], [9.0, 9.0]])
-    energy = EnergyDistribution(lambda p, x: (p * x**2).sum() / 2, params=precisions, event_shape=(2,), batch_shape=(3,))
+    """Of p_1 x_1^2 / 2 + p_2 x_2^2 / 2 + c, whose normalizer is 2 pi / sqrt(p_1 p_2) exp(-c), far from that of others."""
+    precisions, levels = jnp.array([[1.0, 4.0], [0.25, 1.0], [9.0, 9.0]]), jnp.array([0.0, 1e4, -1e4])
+    params = precisions, levels
+    energy = EnergyDistribution(lambda p, x: (p[0] * x**2).sum() / 2 + p[1], params=params, event_shape=(2,), batch_shape=(3,))
     rows = jax.random.normal(KEY, (500, 3, 2)) / precisions**0.5
     known = jax.jit(partial(known_density, KEY, energy, energy.chain_sampler))(rows)
-    exact = np.log(2 * np.pi) - np.log(np.asarray(precisions)).sum(1) / 2
+    exact = np.log(2 * np.pi) - np.log(np.asarray(precisions)).sum(1) / 2 - np.asarray(levels)
     assert np.abs(np.asarray(known.log_normalizer) - exact).max() < 0.01
     variances = (known.weights[..., None] * known.points**2).sum(0)
     assert np.abs(np.asarray(variances * precisions) - 1).max() < 0.03

@@ -124,10 +124,29 @@ def test_batches_stand_for_all_rows_and_are_less_certain_where_some_are_not_seen
     assert of_all.errors[0] == pytest.approx(0, abs=1e-3)
     assert of_one.steps[0] == pytest.approx(step(np.asarray(Y[::4])), rel=1e-3)
     assert of_one.errors[0] == pytest.approx(3**0.5, rel=1e-3)  # of 150 rows that are not seen
+    twice = found(jnp.concatenate([rows, rows]))  # as where another plate has two batches
+    assert twice.steps[0] == pytest.approx(step(np.asarray(Y)), rel=1e-3)
     monkeypatch.setattr("numpyro_ebm.evaluate.param_distance.MAX_BATCHES", 2)
     of_two = found(rows)
     assert of_two.steps[0] == pytest.approx(step(np.asarray(Y[jnp.concatenate([rows[0], rows[2]])])), rel=1e-3)
     assert of_two.errors[0] == pytest.approx(1, rel=1e-3)
+
+
+def test_batches_have_noise_of_their_own():
+    """One sample of each latent, whose noise would add up if it were the same in each of 50 batches."""
+
+    def model(y):
+        loc = numpyro.param("loc", 0.0)
+        with numpyro.plate("data", len(y), subsample_size=4):
+            x = numpyro.sample("x", dist.Normal(loc, 1))
+            numpyro.sample("y", dist.Normal(x, 1), obs=numpyro.subsample(y, event_dim=0))
+
+    def draw(key):
+        return {"x": 0.5**0.5 * jax.random.normal(key, (4,))}
+
+    found = of_model(model, {"loc": jnp.array(0.0)}, jnp.zeros(200), draw=draw, batches={"data": jnp.arange(200).reshape(50, 4)})
+    assert found.steps[0] < 4 * found.errors[0]
+    assert found.errors[0] < 0.5
 
 
 def test_what_is_not_told():

@@ -23,7 +23,7 @@ NUM_REFERENCE = 10_000
 POINTS_PER_SIDE = {1: 1000, 2: 100}  # of samples, and as many of the reference
 WIDER = 3  # times as far from their mean as samples a density is looked for that has no reference
 MIN_POINTS_PER_SIDE = 30
-FLAT = 1e3  # nats below its maximum a density is nothing
+FLAT, NOTHING = 1e3, -1e30  # nats below its maximum a density is nothing, and the log of nothing, which has differences
 MAX_POINTS = 2**20  # of a grid or of samples of the reference, of all energies of a stack together
 SAMPLES_TO_JUDGE = 100  # that weights must be worth
 
@@ -173,7 +173,7 @@ def _masses(log_density: Array, side: Array, axis: int) -> Array:
     :param side: ``(points,) + batch_shape``, where the points are.
     """
     log_density = jnp.moveaxis(log_density, axis, 0)
-    log_density = jnp.maximum(log_density, log_density.max() - FLAT)
+    log_density = jnp.maximum(log_density, jnp.maximum(log_density.max(0) - FLAT, NOTHING))
     first, second = log_density[:-1], log_density[1:]
     apart = jnp.log(jnp.diff(side, axis=0)).reshape(-1, *[1] * axis, *side.shape[1:])
     nothing = jnp.full((1, *log_density.shape[1:]), -jnp.inf)

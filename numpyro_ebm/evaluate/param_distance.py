@@ -112,12 +112,12 @@ def param_distance(
     some = np.arange(num_batches) * num_all // num_batches
     num_times = min(NUM_TIMES, MAX_COST // max(1, cost * theta.size * num_batches), MAX_TIMES // num_batches)
     num_times = max(MIN_TIMES, num_times)
-    keys = jax.random.split(rng_key, num_burn + num_times)
     weights: dict[str, float] = {}  # rows of the data for each row that is seen
 
-    def scores(indices: Indices) -> dict[str, Array]:
+    def scores(rng_key: Array, indices: Indices) -> dict[str, Array]:
         """Of each copy and row, ``(copies, rows, params)``: the mean over times."""
         terms_at, draw, start = of_batch(indices)
+        keys = jax.random.split(rng_key, num_burn + num_times)
 
         def rows(theta: Array, latents: Any) -> dict[str, Array]:
             terms, run = terms_at(unravel(theta), latents)
@@ -141,22 +141,23 @@ def param_distance(
         return jax.tree.map(lambda sum: sum / num_times, sums)
 
     try:
-        shapes = jax.eval_shape(scores, jax.tree.map(lambda rows: rows[0], batches))
+        shapes = jax.eval_shape(scores, rng_key, jax.tree.map(lambda rows: rows[0], batches))
     except TypeError as error:
         if "forward-mode" in str(error):  # of a solver of differential equations that has a rule for gradients alone
             return None
         raise
     num_copies = min(x.shape[0] for x in shapes.values())
     is_large = num_batches * sum(x.size for x in shapes.values()) > MAX_NUMBERS
-    if num_copies < 2 or is_large or max(x.shape[1] for x in shapes.values()) < MIN_ROWS:
+    if num_copies < 2 or is_large or num_batches * max(x.shape[1] for x in shapes.values()) < MIN_ROWS:
         return None
-    by_batch = lax.map(scores, jax.tree.map(lambda rows: rows[some], batches)) if batches else None
+    of_all = jax.random.split(rng_key, num_batches), jax.tree.map(lambda rows: rows[some], batches)
+    by_batch = lax.map(lambda each: scores(*each), of_all) if batches else None
     gradient = jnp.zeros(theta.shape, theta.dtype)
     information = noise = jnp.zeros((theta.size, theta.size), theta.dtype)
-    for name, by_copy in (scores({}) if by_batch is None else by_batch).items():
+    for name, by_copy in (scores(rng_key, {}) if by_batch is None else by_batch).items():
         weight = weights[name]
         if by_batch is not None and weight > 1:  # the rows of one batch after those of another
-            by_copy, weight = jnp.concatenate(list(by_copy), 1), max(1.0, weight / num_batches)
+            by_copy, weight = jnp.concatenate(list(by_copy), 1), weight / num_batches
         elif by_batch is not None:
             by_copy = by_copy.mean(0)  # the same rows in each
         mean = by_copy.mean(0)
@@ -164,7 +165,7 @@ def param_distance(
         within = _outer((by_copy - mean).reshape(-1, theta.size)) / (num_copies - 1) / num_copies
         gradient += weight * mean.sum(0)
         information += weight * (centered - within)  # which noise adds
-        noise += weight**2 * within + weight * (weight - 1) * centered  # of copies, and of a batch of rows
+        noise += weight**2 * within + weight * max(weight - 1, 0) * centered  # of copies, and of rows that are not seen
     return ParamDistance(*_in_standard_errors(gradient, information, noise), jax.tree.map(jnp.zeros_like, params))
 
 

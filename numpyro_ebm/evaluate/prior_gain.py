@@ -14,8 +14,11 @@ Both means are taken over the same samples of p, with weights :math:`p(y | z)` f
 have a part in them. Half of them are samples of the reference, which has room for another prior, and all are weighted as those
 of a mixture of both are. Natural gradient steps are made, in the metric of the covariance of the gradients of rows, with one
 half of the samples, and the other half tells what they have gained. The few parameters and latents that all rows share go with
-the prior: a noise that is too large hides what the prior could learn. Where rows tell much, few samples of the prior are samples of
-their posterior, and samples of a guide or particles tell what this would.
+the prior: a noise that is too large hides what the prior could learn. A network may have hardly a gradient where it is: so weights
+of the samples are learned, too, without parameters, which tells what the best prior of all would gain.
+
+Where rows tell much, few samples of the prior are samples of their posterior, and samples of a guide or particles tell what this
+would.
 """
 
 import math
@@ -52,6 +55,7 @@ FIX = (
     "falls to 0, or another guide; or learn with ParticleMMLE(kernel='mala')"
 )
 BEST = "nats that a row would gain by the best prior"
+LEAST = 1e-30  # weight of a sample
 NUM_EM = 50  # steps of the EM algorithm towards it
 CHANCE = 2.5  # nats that all rows together gain by chance, for each value of the latent that a row tells apart
 BEST_FIX = (
@@ -246,7 +250,7 @@ def _best_prior(weights: Array, of_rows: Array) -> tuple[Array, Array]:
     :param of_rows: ``(samples, rows)``, the log likelihood of each row.
     """
     log_likelihood, times = of_rows - of_rows.max(0), partial(jnp.matmul, precision="highest")
-    likelihood = jnp.exp(log_likelihood)
+    likelihood, weights = jnp.exp(log_likelihood), jnp.maximum(weights, LEAST)  # the best prior may be where this one is not
 
     def step(_: Any, best: Array) -> Array:
         return best * times(likelihood, 1 / times(best, likelihood)) / likelihood.shape[1]
