@@ -17,7 +17,16 @@ from numpyro.infer import SVI, Trace_ELBO
 from scipy.stats import norm
 
 from numpyro_ebm import ParticleMMLE, TiltedDistribution, diagnose, negative_phase
-from numpyro_ebm.evaluate.prior_gain import CHANCE, GAIN, MIN_WORTH, NATS, _best_prior, prior_gain
+from numpyro_ebm.evaluate.prior_gain import (
+    CHANCE,
+    GAIN,
+    MIN_WORTH,
+    NATS,
+    PriorGain,
+    _best_prior,
+    prior_gain,
+    prior_gain_findings,
+)
 from numpyro_ebm.program.run import run_model
 
 KEY = jax.random.key(0)
@@ -126,6 +135,17 @@ def test_rows_of_the_prior_itself_gain_what_chance_does(noise):
     gained = 100 * np.asarray(found)
     assert 0.6 < gained.mean() / by_chance.mean() < 1
     assert (gained > by_chance + 3 * np.sqrt(by_chance)).mean() < 0.01
+
+
+@pytest.mark.parametrize(("num_params", "of_best", "is_well"), [(100, 0.12, False), (100, 0.08, True), (10, 0.12, True)])
+def test_networks_are_asked_for_the_best_prior(num_params, of_best, is_well):
+    """Of 300 rows that tell 3 values apart, 7.5 nats by chance and 3 standard deviations of them, and .04 each."""
+    found = PriorGain(*map(jnp.asarray, (0.01, 0.001, 500.0, 300, of_best, 3.0, num_params)))
+    steps, best = prior_gain_findings("z", found, are_well=True)
+    assert steps.is_well
+    assert best.is_well == is_well
+    assert best.most is None or best.most == pytest.approx(0.04 + (7.5 + 3 * 7.5**0.5) / 300 + 1 / 500)
+    assert prior_gain_findings("z", found, are_well=False)[1].most is None
 
 
 def test_rows_of_a_batch_have_an_error_of_their_own():

@@ -55,6 +55,7 @@ FIX = (
     "falls to 0, or another guide; or learn with ParticleMMLE(kernel='mala')"
 )
 BEST = "nats that a row would gain by the best prior"
+FEW_PARAMS = 20  # whose best values steps find; that no better prior is among them is the user's choice
 LEAST = 1e-30  # weight of a sample
 NUM_EM = 50  # steps of the EM algorithm towards it
 CHANCE = 2.5  # nats that all rows together gain by chance, for each value of the latent that a row tells apart
@@ -80,6 +81,8 @@ class PriorGain(NamedTuple):
     #: (), nats that the best prior gives a row, and how many values of the latent a row tells apart; nan of more than one element
     of_best: Array
     num_told_apart: Array
+    #: (), how many parameters it has
+    num_params: Array
 
 
 class _Seen(NamedTuple):
@@ -161,7 +164,8 @@ def prior_gain(
         return _Seen(log_density(prior, x), *jax.vmap(where)(x))
 
     is_part = program.plates[plate].is_subsampled or every_row > 1
-    return _gain(seen, start, samples, log_weights, is_part=is_part)
+    num_params = sum(x.size for x in jax.tree.leaves(params))
+    return _gain(seen, start, samples, log_weights, is_part=is_part)._replace(num_params=jnp.asarray(num_params))
 
 
 def _gain(seen: Any, start: Any, samples: Array, log_weights: Array, *, is_part: bool) -> PriorGain:
@@ -234,7 +238,7 @@ def _gain(seen: Any, start: Any, samples: Array, log_weights: Array, *, is_part:
         is_apart = before.rest.max() - before.rest.min() <= ROUNDING * (1 + abs(before.rest).max())  # else by what is outside
         noise += gained.var() / len(gained) if is_part else 0
         best = _best_prior(was_of_prior, before.rows) if x[0].size == 1 else (jnp.asarray(jnp.nan),) * 2
-        return PriorGain(gained.mean(), noise, jnp.where(is_apart, worth, 0.0), jnp.asarray(len(gained)), *best)
+        return PriorGain(gained.mean(), noise, jnp.where(is_apart, worth, 0.0), jnp.asarray(len(gained)), *best, jnp.zeros(()))
 
     then = lax.map(stepped, (x[::-1], log_weights[::-1]))  # in each of these the model is compiled in as few places as can be
     found = lax.map(judged, (then, x, log_weights))
@@ -266,7 +270,7 @@ def prior_gain_findings(site: str, found: PriorGain, *, are_well: bool) -> list[
 
     :param are_well: whether all else is. Where it is not, that is the cause to tell.
     """
-    value, error, worth, number, of_best, num_told_apart = map(float, found)
+    value, error, worth, number, of_best, num_told_apart, num_params = map(float, found)
     if not worth >= MIN_WORTH or math.isnan(value):
         return [not_told(site, GAIN, FEW)]
     most = NATS + OFF / number / 2 + 3 * error if are_well else None
@@ -274,5 +278,6 @@ def prior_gain_findings(site: str, found: PriorGain, *, are_well: bool) -> list[
     if math.isnan(of_best):
         return [of_steps]
     by_chance = CHANCE * num_told_apart
-    most = NATS + (by_chance + 3 * math.sqrt(by_chance)) / number + 1 / worth if of_steps.is_well and are_well else None
+    is_asked = num_params > FEW_PARAMS and of_steps.is_well and are_well
+    most = NATS + (by_chance + 3 * math.sqrt(by_chance)) / number + 1 / worth if is_asked else None
     return [of_steps, Finding(site, BEST, of_best, None, most, BEST_FIX)]
