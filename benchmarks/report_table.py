@@ -434,7 +434,7 @@ PROBLEMS = {
     "a guide at a rate that falls": (lambda: of_groups(optax.adam(optax.cosine_decay_schedule(0.02, 2000))), 2000, ()),
     "modes that noise hides, too few steps": (lambda: of_hidden(optax.adam(5e-3)), 400, ("steps of likelihood",)),
     "modes that noise hides, enough steps": (lambda: of_hidden(optax.adam(optax.cosine_decay_schedule(0.05, 2000))), 2000, ()),
-    "a network of inputs in large units": (lambda: of_units(0, 1), 2000, ("another prior", "prior from", "density")),
+    "a network of inputs in large units": (lambda: of_units(0, 1), 2000, ("best prior", "another prior", "prior from", "density")),
     "a network of standardized inputs": (lambda: of_units(400, 50), 2000, ()),
     "a network that learns slowly": (lambda: of_few_moons(optax.adam(1e-3)), 1000, ("likelihood", "from data")),
     "a network that has learned": (lambda: of_few_moons(optax.adam(optax.cosine_decay_schedule(0.03, 3000))), 3000, ()),
