@@ -108,7 +108,7 @@ def distance_from(known: KnownDensity, x: Array, *, is_discrete: bool) -> Array:
 
 
 def _on_grid(rng_key: Array, target: Target, x: Array, event_shape: tuple[int, ...], per_side: int) -> tuple[Array, Array, Array]:
-    """A grid where samples and reference are, with the log of the target, and of it times the cell of each point."""
+    """A grid where samples and reference are, with the log of the target, and of the mass that each point stands for."""
     seen = x.reshape(*x.shape[: x.ndim - len(event_shape)], -1)
     if target.reference is None:
         center = seen.mean(0)

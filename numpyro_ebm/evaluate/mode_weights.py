@@ -59,13 +59,16 @@ def mode_weights(known: KnownDensity, rows: Array) -> ModeWeights | None:
     return ModeWeights(lost, num_modes, known.points[most], of_rows[most], of_density[most])
 
 
-def mode_weights_finding(site: str, found: ModeWeights, num_rows: int) -> Finding:
-    """What these numbers say."""
+def mode_weights_finding(site: str, found: ModeWeights, num_rows: int, *, are_well: bool) -> Finding:
+    """What these numbers say.
+
+    :param are_well: whether all else is. Where it is not, that is the cause to tell.
+    """
     lost, num_modes, of_rows, of_density = (float(x) for x in (found.lost, found.num_modes, found.of_rows, found.of_density))
     noise = (num_modes - 1 + 3 * math.sqrt(2 * (num_modes - 1))) / (2 * num_rows)
     place = ", ".join(f"{x:.3g}" for x in np.ravel(found.place))
     fix = OTHER_WEIGHTS.format(of_rows, f"({place})" if np.size(found.place) > 1 else place, of_density)
-    return Finding(site, WEIGHTS_LOSE, lost, None, MOST + noise, fix)
+    return Finding(site, WEIGHTS_LOSE, lost, None, MOST + noise if are_well else None, fix)
 
 
 def _maxima_above(log_density: Array) -> Array:

@@ -27,7 +27,7 @@ from jax.flatten_util import ravel_pytree
 
 from numpyro_ebm._map_over import map_over
 from numpyro_ebm.evaluate.report import Finding, not_told
-from numpyro_ebm.program.rows import Indices
+from numpyro_ebm.program.rows import Indices, some_batches
 from numpyro_ebm.program.run import Run
 
 QUANTITY = "standard errors from the maximum of likelihood"
@@ -107,9 +107,8 @@ def param_distance(
     theta, unravel = ravel_pytree(params)
     if not params:
         return None
-    num_all = len(next(iter(batches.values()))) if batches else 1
-    num_batches = max(1, min(num_all, MAX_BATCHES, MAX_COST // max(1, cost * theta.size * MIN_TIMES)))
-    some = np.arange(num_batches) * num_all // num_batches
+    batches = some_batches(batches, min(MAX_BATCHES, MAX_COST // max(1, cost * theta.size * MIN_TIMES)))
+    num_batches = len(next(iter(batches.values()))) if batches else 1
     num_times = min(NUM_TIMES, MAX_COST // max(1, cost * theta.size * num_batches), MAX_TIMES // num_batches)
     num_times = max(MIN_TIMES, num_times)
     weights: dict[str, float] = {}  # rows of the data for each row that is seen
@@ -150,16 +149,14 @@ def param_distance(
     is_large = num_batches * sum(x.size for x in shapes.values()) > MAX_NUMBERS
     if num_copies < 2 or is_large or num_batches * max(x.shape[1] for x in shapes.values()) < MIN_ROWS:
         return None
-    of_all = jax.random.split(rng_key, num_batches), jax.tree.map(lambda rows: rows[some], batches)
-    by_batch = lax.map(lambda each: scores(*each), of_all) if batches else None
+    batch_keys = jax.random.split(rng_key, num_batches) if batches else rng_key[None]
+    by_batch = lax.map(lambda each: scores(*each), (batch_keys, batches))
     gradient = jnp.zeros(theta.shape, theta.dtype)
     information = noise = jnp.zeros((theta.size, theta.size), theta.dtype)
-    for name, by_copy in (scores(rng_key, {}) if by_batch is None else by_batch).items():
-        weight = weights[name]
-        if by_batch is not None and weight > 1:  # the rows of one batch after those of another
-            by_copy, weight = jnp.concatenate(list(by_copy), 1), weight / num_batches
-        elif by_batch is not None:
-            by_copy = by_copy.mean(0)  # the same rows in each
+    for name, of_batches in by_batch.items():
+        by_copy, weight = of_batches.mean(0), weights[name]
+        if weight > 1:  # the rows of one batch after those of another: else they are the same in each
+            by_copy, weight = jnp.concatenate(list(of_batches), 1), weight / num_batches
         mean = by_copy.mean(0)
         centered = _outer(mean - mean.mean(0))
         within = _outer((by_copy - mean).reshape(-1, theta.size)) / (num_copies - 1) / num_copies

@@ -164,14 +164,14 @@ def prior_gain(
         return _Seen(log_density(prior, x), *jax.vmap(where)(x))
 
     is_part = program.plates[plate].is_subsampled or every_row > 1
-    num_params = sum(x.size for x in jax.tree.leaves(params))
-    return _gain(seen, start, samples, log_weights, is_part=is_part)._replace(num_params=jnp.asarray(num_params))
+    return _gain(seen, start, samples, log_weights, is_part=is_part)
 
 
 def _gain(seen: Any, start: Any, samples: Array, log_weights: Array, *, is_part: bool) -> PriorGain:
     """Of either half of the samples by steps of the other.
 
     :param seen: log densities by parameters and samples.
+    :param start: parameters, those of the prior first.
     :param is_part: whether there are more rows.
     """
     num_groups = len(samples) // 2
@@ -238,7 +238,8 @@ def _gain(seen: Any, start: Any, samples: Array, log_weights: Array, *, is_part:
         is_apart = before.rest.max() - before.rest.min() <= ROUNDING * (1 + abs(before.rest).max())  # else by what is outside
         noise += gained.var() / len(gained) if is_part else 0
         best = _best_prior(was_of_prior, before.rows) if x[0].size == 1 else (jnp.asarray(jnp.nan),) * 2
-        return PriorGain(gained.mean(), noise, jnp.where(is_apart, worth, 0.0), jnp.asarray(len(gained)), *best, jnp.zeros(()))
+        number, num_params = (jnp.asarray(size) for size in (len(gained), sum(x.size for x in jax.tree.leaves(start[0]))))
+        return PriorGain(gained.mean(), noise, jnp.where(is_apart, worth, 0.0), number, *best, num_params)
 
     then = lax.map(stepped, (x[::-1], log_weights[::-1]))  # in each of these the model is compiled in as few places as can be
     found = lax.map(judged, (then, x, log_weights))

@@ -33,7 +33,7 @@ from numpyro_ebm.evaluate.report import Finding, not_told
 from numpyro_ebm.evaluate.yardstick import Shortfall, others_finding, prior_finding, rows_finding, shortfall_elsewhere, shortfall_of
 from numpyro_ebm.handlers import chains_target, innermost, negative_phase, undrawn, unnormalized
 from numpyro_ebm.program.check import check_run
-from numpyro_ebm.program.rows import all_batches
+from numpyro_ebm.program.rows import all_batches, some_batches
 from numpyro_ebm.program.run import Run, run_model
 from numpyro_ebm.program.sites import FIELD, is_masked
 
@@ -200,17 +200,15 @@ def _values(rng_key: Array, run: RunOf, name: str, site: Data, shape: tuple[int,
 
 def _in_batches(rng_key: Array, model: Any, args: tuple[Any, ...], kwargs: Data, data: Data, program: Run, name: str) -> Array:
     """Rows of the data in a subsampled plate, ``(1, rows) + event_shape``, each of them once."""
-    batches = all_batches(program)
-    num_batches, size = len(next(iter(batches.values()))), program.sites[name]["fn"].batch_shape
+    size = program.sites[name]["fn"].batch_shape
     num_rows = max(1, math.prod(size))
-    some = np.arange(max(1, min(num_batches, NUM_VALUES // num_rows))) * num_batches
-    some = some // len(some)  # the last of all may begin again from the first row
+    batches = some_batches(all_batches(program), NUM_VALUES // num_rows)  # the last of all may begin again from the first row
 
     def rows(batch: Data) -> Array:
         return run_model(undrawn(model), args, kwargs, rng_key, data={**data, **batch}).sites[name]["value"]
 
-    found = lax.map(rows, jax.tree.map(lambda indices: indices[some], batches))
-    return found.reshape(1, len(some) * num_rows, *found.shape[1 + len(size) :])
+    found = lax.map(rows, batches)
+    return found.reshape(1, len(found) * num_rows, *found.shape[1 + len(size) :])
 
 
 def _by_owner(values: Array) -> Array:

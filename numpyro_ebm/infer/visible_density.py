@@ -110,9 +110,8 @@ def density_findings(site: str, numbers: DensityNumbers | None, num_rows: int) -
     noise = 0.5 / math.sqrt(num_rows) + 0.5 / math.sqrt(worth)
     found = [Finding(site, FROM_ROWS, distance, None, TOLERANCE + 3 * noise, OTHER_MASSES)]
     if numbers.modes is not None:
-        of_modes = mode_weights_finding(site, numbers.modes, num_rows)
-        found.append(of_modes if found[0].is_well else of_modes._replace(most=None))  # the same cause is told already
-    is_well = all(finding.is_well for finding in found)
+        found.append(mode_weights_finding(site, numbers.modes, num_rows, are_well=found[0].is_well))
+    is_well = all(finding.is_well for finding in found)  # else the same cause is told already
     if numbers.likelihood is not None:
         found.append(rows_finding(site, numbers.likelihood, WORSE, are_well=is_well))
     is_well = all(finding.is_well for finding in found)

@@ -182,5 +182,15 @@ def all_batches(program: Run) -> Indices:
     return {name: jnp.asarray(np.stack([batch[i] for batch in batches])) for i, name in enumerate(program.subsampled)}
 
 
+def some_batches(batches: Indices, most: int) -> Indices:
+    """At most so many of these batches, evenly from the first to the last."""
+    if not batches:
+        return batches
+    num_batches = len(next(iter(batches.values())))
+    number = max(1, min(num_batches, most))
+    some = np.arange(number) * num_batches // number
+    return {name: indices[some] for name, indices in batches.items()}
+
+
 # How much what is the same may differ by rounding, relative to 1 + its size.
 ROUNDING = 1e-3
